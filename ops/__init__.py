@@ -1,0 +1,22 @@
+"""Routed attention as functions on tensors, and a module built of them.
+
+    RegionGrid.fit(H, W, regions)       how a map of any size is cut into regions
+    route_regions(...)                  which key regions each query region attends to
+    routed_attention(...)               attention along those routes
+    BiLevelRoutingAttention(...)        all of it as a module, (B, H, W, C) in and out
+"""
+from .attention import IMPLS, choose_impl, routed_attention, unsupported
+from .bra import BiLevelRoutingAttention
+from .regions import RegionGrid
+from .routing import region_means, route_regions
+
+__all__ = [
+    "IMPLS",
+    "BiLevelRoutingAttention",
+    "RegionGrid",
+    "choose_impl",
+    "region_means",
+    "route_regions",
+    "routed_attention",
+    "unsupported",
+]

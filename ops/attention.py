@@ -1,0 +1,109 @@
+"""The public call of routed attention: check the inputs, choose an implementation, dispatch."""
+from importlib import import_module
+
+import torch
+
+from .regions import RegionGrid
+
+IMPLS = ("gather", "masked")
+
+# Copying one gathered key costs the CPU as much as attending to it from this many queries; fitted on BiFormer's
+# stages at 224, 320 and 384 with `scripts/benchmark.py op`, see benchmarks/.
+GATHER_COPY_COST = 20
+
+
+def unsupported(
+    impl: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    routes: torch.Tensor,
+    query_grid: RegionGrid,
+    key_grid: RegionGrid,
+) -> str | None:
+    """Why `impl` cannot compute `routed_attention` on these inputs, or None where it can."""
+    if impl not in IMPLS:
+        return f"there is no such implementation; choose from {', '.join(IMPLS)} or auto"
+    return None
+
+
+def choose_impl(routes: torch.Tensor, query_grid: RegionGrid, key_grid: RegionGrid) -> str:
+    """The implementation that `impl="auto"` takes: the one that touches fewer keys per query.
+
+    `masked` attends to all Hk * Wk keys. `gather` attends to K * Tk keys, and copies each of them once for the Tq
+    queries of a region, so that small query regions make it dear.
+    """
+    gathered_keys = routes.shape[-1] * key_grid.tokens_per_region
+    gather_cost = gathered_keys * (1 + GATHER_COPY_COST / query_grid.tokens_per_region)
+    masked_cost = key_grid.height * key_grid.width
+    return "masked" if masked_cost <= gather_cost else "gather"
+
+
+def _check(query, key, value, routes, query_grid, key_grid):
+    if query.ndim != 5 or key.ndim != 5:
+        raise ValueError(
+            "query and key must be (batch, height, width, heads, head_dim), "
+            f"got {tuple(query.shape)} and {tuple(key.shape)}"
+        )
+    batch, _, _, heads, head_dim = query.shape
+    for name, x, grid in (("query", query, query_grid), ("key", key, key_grid), ("value", value, key_grid)):
+        expected = (batch, grid.height, grid.width, heads, head_dim)
+        if tuple(x.shape) != expected:
+            raise ValueError(f"{name} must be {expected} to fit the query and its grid, got {tuple(x.shape)}")
+        if x.dtype != query.dtype or x.device != query.device:
+            raise ValueError(
+                f"{name} is {x.dtype} on {x.device}, query is {query.dtype} on {query.device}; they must be alike"
+            )
+    if not query.is_floating_point():
+        raise ValueError(f"query, key and value must be of a floating-point type, got {query.dtype}")
+    if routes.dtype != torch.int64 or routes.device != query.device:
+        raise ValueError(f"routes must be int64 on {query.device}, got {routes.dtype} on {routes.device}")
+    if routes.ndim != 3 or routes.shape[:2] != (batch, query_grid.num_regions):
+        raise ValueError(f"routes must be ({batch}, {query_grid.num_regions}, topk), got {tuple(routes.shape)}")
+    if not 1 <= routes.shape[2] <= key_grid.num_regions:
+        raise ValueError(f"routes must name 1 to {key_grid.num_regions} key regions, got {routes.shape[2]}")
+
+
+def routed_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    routes: torch.Tensor,
+    query_grid: RegionGrid,
+    key_grid: RegionGrid,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Attention of every token of a query region to all tokens of the key regions that it is routed to.
+
+    The second level of bi-level routing attention (Zhu et al., "BiFormer", CVPR 2023, equations 5 and 6), per head:
+    softmax(scale * q k^T) v over the routed keys. Maps may be of any size: what a grid pads at the bottom and the
+    right is given no weight. Inputs of any strides are read as they are, views of one packed projection included.
+
+    Args:
+        query: (B, Hq, Wq, heads, head_dim).
+        key: (B, Hk, Wk, heads, head_dim).
+        value: (B, Hk, Wk, heads, head_dim).
+        routes: (B, Rq, K) int64, for each query region K different key regions, as `route_regions` gives them.
+        query_grid: Regions of the query map.
+        key_grid: Regions of the key map; both maps may differ in size and in regions.
+        scale: Factor of the logits, head_dim ** -0.5 unless given.
+        impl: "gather" (the paper's formulation, plain products), "masked" (dense attention under a mask), or "auto"
+            (see `choose_impl`).
+
+    Returns:
+        (B, Hq, Wq, heads, head_dim), of the query's dtype.
+
+    Raises:
+        ValueError: Shapes, types or devices do not fit each other, or `impl` cannot run; the message says why.
+    """
+    _check(query, key, value, routes, query_grid, key_grid)
+    if impl == "auto":
+        impl = choose_impl(routes, query_grid, key_grid)
+    reason = unsupported(impl, query, key, value, routes, query_grid, key_grid)
+    if reason is not None:
+        raise ValueError(f"impl={impl!r} cannot run: {reason}")
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    backend = import_module(f".impl.{impl}", __package__)
+    return backend.routed_attention(query, key, value, routes, query_grid, key_grid, scale)

@@ -1,0 +1,56 @@
+"""Region-to-region routing: which key regions each query region attends to (BiFormer, section 3.2)."""
+import torch
+
+from .regions import RegionGrid
+
+
+def region_means(x_BHWND: torch.Tensor, grid: RegionGrid) -> torch.Tensor:
+    """Mean of each region's real tokens, in float32 at least.
+
+    Args:
+        x_BHWND: (B, H, W, heads, head_dim) map of any strides.
+        grid: How the map is cut; padding does not count.
+
+    Returns:
+        (B, R, heads * head_dim) means.
+    """
+    dtype = torch.promote_types(x_BHWND.dtype, torch.float32)
+    # Two sums over one axis each: a single sum over both takes three times as long on the CPU.
+    sums_BYX = grid.cut(x_BHWND).sum(4, dtype=dtype).sum(2)
+    means_BYX = sums_BYX / grid.token_counts(x_BHWND.device)[:, :, None, None]
+    return means_BYX.flatten(3).flatten(1, 2)
+
+
+@torch.no_grad()
+def route_regions(
+    query: torch.Tensor, key: torch.Tensor, query_grid: RegionGrid, key_grid: RegionGrid, topk: int
+) -> torch.Tensor:
+    """The `topk` key regions whose mean key is the most similar to each query region's mean query.
+
+    No gradient flows through the routing, and it is computed in float32 at least, whatever autocast says. The paper
+    scales the scores by dim ** -0.5, which changes no order and is left out.
+
+    Args:
+        query: (B, Hq, Wq, heads, head_dim).
+        key: (B, Hk, Wk, heads, head_dim).
+        query_grid: Regions of the query map.
+        key_grid: Regions of the key map.
+        topk: Regions to keep for each query region; all are kept where there are fewer.
+
+    Returns:
+        (B, Rq, min(topk, Rk)) int64 region indices, the most similar first.
+
+    Raises:
+        ValueError: `topk` is not positive, or a map is not of its grid's size.
+    """
+    if topk < 1:
+        raise ValueError(f"topk must be at least 1, got {topk}")
+    for name, x, grid in (("query", query, query_grid), ("key", key, key_grid)):
+        if x.ndim != 5 or x.shape[1:3] != (grid.height, grid.width):
+            raise ValueError(
+                f"{name} must be (batch, {grid.height}, {grid.width}, heads, head_dim) for its grid, "
+                f"got {tuple(x.shape)}"
+            )
+    with torch.autocast(query.device.type, enabled=False):
+        scores_BRR = region_means(query, query_grid) @ region_means(key, key_grid).transpose(1, 2)
+    return scores_BRR.topk(min(topk, key_grid.num_regions), dim=-1).indices
