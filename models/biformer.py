@@ -11,14 +11,19 @@ import re
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.layers import ClassifierHead, DropPath, Mlp, calculate_drop_path_rates, register_notrace_module, trunc_normal_
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import nn
 
 from ops import BiLevelRoutingAttention
 
+from ._released import build_with_released_weights
+
 __all__ = ["BiFormer"]
+
+# Its regions follow from the map's size, which torch.fx does not know while it traces.
+register_notrace_module(BiLevelRoutingAttention)
 
 
 def _depthwise(conv: nn.Conv2d, x_BHWC: torch.Tensor) -> torch.Tensor:
@@ -360,7 +365,7 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
 
 
 def _create_biformer(variant: str, pretrained: bool = False, **kwargs) -> BiFormer:
-    return build_model_with_cfg(
+    return build_with_released_weights(
         BiFormer,
         variant,
         pretrained,

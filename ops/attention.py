@@ -1,11 +1,11 @@
 """The public call of routed attention: check the inputs, choose an implementation, dispatch."""
-from importlib import import_module
-
 import torch
 
+from .impl import gather, masked
 from .regions import RegionGrid
 
-IMPLS = ("gather", "masked")
+_BACKENDS = {"gather": gather.routed_attention, "masked": masked.routed_attention}
+IMPLS = tuple(_BACKENDS)
 
 # Copying one gathered key costs the CPU as much as attending to it from this many queries; fitted on BiFormer's
 # stages at 224, 320 and 384 with `scripts/benchmark.py op`, see benchmarks/.
@@ -105,5 +105,4 @@ def routed_attention(
         raise ValueError(f"impl={impl!r} cannot run: {reason}")
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    backend = import_module(f".impl.{impl}", __package__)
-    return backend.routed_attention(query, key, value, routes, query_grid, key_grid, scale)
+    return _BACKENDS[impl](query, key, value, routes, query_grid, key_grid, scale)

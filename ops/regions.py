@@ -95,10 +95,8 @@ class RegionGrid:
 
     def token_counts(self, device: torch.device | str | None = None) -> torch.Tensor:
         """How many real tokens each region holds, (Y, X) int64."""
-        rows = torch.full((self.rows,), self.region_height, device=device)
-        cols = torch.full((self.cols,), self.region_width, device=device)
-        rows[-1] -= self.padding[0]
-        cols[-1] -= self.padding[1]
+        rows = (self.height - torch.arange(self.rows, device=device) * self.region_height).clamp(max=self.region_height)
+        cols = (self.width - torch.arange(self.cols, device=device) * self.region_width).clamp(max=self.region_width)
         return rows[:, None] * cols
 
     def is_real(self, device: torch.device | str | None = None) -> torch.Tensor:

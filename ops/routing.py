@@ -17,8 +17,8 @@ def region_means(x_BHWND: torch.Tensor, grid: RegionGrid) -> torch.Tensor:
     dtype = torch.promote_types(x_BHWND.dtype, torch.float32)
     # Two sums over one axis each: a single sum over both takes three times as long on the CPU.
     sums_BYX = grid.cut(x_BHWND).sum(4, dtype=dtype).sum(2)
-    means_BYX = sums_BYX / grid.token_counts(x_BHWND.device)[:, :, None, None]
-    return means_BYX.flatten(3).flatten(1, 2)
+    counts = grid.token_counts(x_BHWND.device)[:, :, None, None] if grid.is_padded else grid.tokens_per_region
+    return (sums_BYX / counts).flatten(3).flatten(1, 2)
 
 
 @torch.no_grad()

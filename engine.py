@@ -1,0 +1,254 @@
+"""One epoch of training, and evaluation."""
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from datetime import timedelta
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+from timm.data.mixup import Mixup
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from tqdm import tqdm
+
+from utils import Process, RunLog, UserError
+
+
+class NonFiniteLossError(UserError):
+    """The loss became NaN or infinite."""
+
+
+def _is_watched(process: Process) -> bool:
+    """A progress bar is for a person at a terminal; a log file gets plain lines alone."""
+    return process.is_main and sys.stderr.isatty()
+
+
+class Meter:
+    """Losses and times of the steps since the last log line, and of the epoch so far.
+
+    Losses stay on the device until a log line reads them all at once: nothing waits for the device at every step.
+    """
+
+    def __init__(self, process: Process):
+        self.process = process
+        self.epoch_loss = 0.0
+        self.epoch_batches = 0
+        self.epoch_images = 0
+        self.epoch_start = time.perf_counter()
+        self._restart()
+
+    def _restart(self):
+        self.losses: list[torch.Tensor] = []
+        self.where: list[tuple[int, float]] = []
+        self.images = 0
+        self.data_seconds = 0.0
+        self.start = time.perf_counter()
+
+    def add(self, loss: torch.Tensor, images: int, data_seconds: float, step: int, lr: float):
+        """Count one batch of `images` images, and where its loss belongs."""
+        self.losses.append(loss)
+        self.where.append((step, lr))
+        self.images += images
+        self.data_seconds += data_seconds
+
+    def read(self, epoch: int) -> dict[str, float]:
+        """Means over the batches since the last read, and over all processes.
+
+        Raises:
+            NonFiniteLossError: On every process alike, naming the first step at which one of them lost it.
+        """
+        losses = self.process.mean(torch.stack(self.losses).float()).tolist()
+        for loss, (step, lr) in zip(losses, self.where, strict=True):
+            if not math.isfinite(loss):
+                raise NonFiniteLossError(
+                    f"the loss became {loss} in epoch {epoch} at step {step}, learning rate {lr:.3g}; "
+                    "try a lower --lr, longer --warmup_epochs, --clip_grad 5 or --amp off"
+                )
+        seconds = time.perf_counter() - self.start
+        device = self.process.device
+        values = dict(
+            loss=sum(losses) / len(losses),
+            lr=self.where[-1][1],
+            images_per_second=self.images * self.process.world_size / seconds,
+            data_seconds=self.data_seconds / len(losses),
+            batch_seconds=seconds / len(losses),
+            memory_mb=torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0,
+        )
+        self.epoch_loss += sum(losses)
+        self.epoch_batches += len(losses)
+        self.epoch_images += self.images
+        self._restart()
+        return values
+
+    def epoch_means(self) -> dict[str, float]:
+        """Mean loss, images per second and seconds of the batches read so far."""
+        seconds = time.perf_counter() - self.epoch_start
+        return dict(
+            loss=self.epoch_loss / self.epoch_batches,
+            images_per_second=self.epoch_images * self.process.world_size / seconds,
+            seconds=seconds,
+        )
+
+
+def _log_line(values: dict[str, float], epoch: int, step: int, steps: int, seconds_left: float) -> str:
+    memory = f"  memory {values['memory_mb']:.0f} MB" if values["memory_mb"] else ""
+    return (
+        f"epoch {epoch} [{step}/{steps}]  loss {values['loss']:.4f}  lr {values['lr']:.3e}  "
+        f"{values['images_per_second']:.0f} images/s  data {values['data_seconds']:.3f} s  "
+        f"batch {values['batch_seconds']:.3f} s{memory}  eta {timedelta(seconds=round(seconds_left))}"
+    )
+
+
+def _backward(
+    loss: torch.Tensor,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    clip_grad: float | None,
+    update: bool,
+):
+    """Accumulate the gradients of `loss`, and step the optimizer where an update is due."""
+    scaler.scale(loss).backward()
+    if not update:
+        return
+    if clip_grad is not None:
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+
+
+def train_one_epoch(
+    model: torch.nn.Module,
+    loss_fn: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    loader: Iterable,
+    optimizer: torch.optim.Optimizer,
+    schedule: Scheduler,
+    scaler: torch.amp.GradScaler,
+    process: Process,
+    log: RunLog,
+    *,
+    epoch: int,
+    epochs: int,
+    amp_dtype: torch.dtype | None = None,
+    channels_last: bool = False,
+    mixup: Mixup | None = None,
+    ema: ModelEmaV3 | None = None,
+    ema_source: torch.nn.Module | None = None,
+    update_freq: int = 1,
+    clip_grad: float | None = None,
+    log_every: int = 50,
+) -> dict[str, float]:
+    """Train for one epoch.
+
+    Args:
+        model: The model as trained, with its wrappers.
+        loss_fn: (logits, targets, images) -> scalar.
+        loader: Normalised (B, 3, H, W) images on the device and (B,) targets, with a length.
+        optimizer, schedule, scaler: Stepped once every `update_freq` batches; the scaler is disabled except for fp16.
+        process: This process.
+        log: Where curves go.
+        epoch, epochs: This epoch, from 0, and their number.
+        amp_dtype: Low precision of autocast; None for none.
+        channels_last: Give the model channels-last images.
+        mixup: timm's mixup or cutmix.
+        ema, ema_source: Average to update, and the model without wrappers that it averages.
+        update_freq: Batches per optimizer step; batches at the end that make no whole step are left out.
+        clip_grad: Largest norm of the gradients.
+        log_every: Optimizer steps between two log lines.
+
+    Returns:
+        "loss" (mean over the epoch and the processes), "images_per_second", "seconds", and the last "lr".
+
+    Raises:
+        NonFiniteLossError: At the next log line after it happened; weights on disk are not touched.
+    """
+    model.train()
+    steps = len(loader) // update_freq
+    first_step = epoch * steps
+    autocast = torch.autocast(process.device.type, dtype=amp_dtype) if amp_dtype else nullcontext()
+    memory_format = torch.channels_last if channels_last else torch.preserve_format
+    meter = Meter(process)
+    bar = tqdm(total=steps, desc=f"epoch {epoch}", leave=False, disable=not _is_watched(process))
+    optimizer.zero_grad()
+    batch_end = time.perf_counter()
+    for batch, (images, targets) in enumerate(islice(loader, steps * update_freq)):
+        data_seconds = time.perf_counter() - batch_end
+        step, micro_batch = divmod(batch, update_freq)
+        update = micro_batch == update_freq - 1
+        if micro_batch == 0:
+            schedule.step_update(first_step + step)
+
+        images = images.to(memory_format=memory_format)
+        if mixup is not None:
+            images, targets = mixup(images, targets)
+        with model.no_sync() if process.is_distributed and not update else nullcontext():
+            with autocast:
+                loss = loss_fn(model(images), targets, images)
+            _backward(loss / update_freq, model, optimizer, scaler, clip_grad, update)
+        meter.add(loss.detach(), len(images), data_seconds, first_step + step, optimizer.param_groups[0]["lr"])
+
+        if update:
+            if ema is not None:
+                ema.update(ema_source, step=first_step + step)
+            bar.update()
+            done = step + 1
+            if done % log_every == 0 or done == steps:
+                values = meter.read(epoch)
+                log.scalars("train", values, first_step + done)
+                seconds_left = values["batch_seconds"] * update_freq * (epochs * steps - first_step - done)
+                if process.is_main:
+                    tqdm.write(_log_line(values, epoch, done, steps, seconds_left))
+        batch_end = time.perf_counter()
+    bar.close()
+    return dict(lr=values["lr"], **meter.epoch_means())
+
+
+@torch.inference_mode()
+def evaluate(
+    model: torch.nn.Module,
+    loader: Iterable,
+    process: Process,
+    *,
+    amp_dtype: torch.dtype | None = None,
+    channels_last: bool = False,
+    distributed: bool = True,
+) -> dict[str, float]:
+    """Top-1 and top-5 accuracy and cross-entropy, every image counted once.
+
+    Args:
+        model: The model, without wrappers; processes may hold different numbers of batches.
+        loader: Normalised (B, 3, H, W) images on the device and (B,) targets; a target below 0 is left out.
+        process: This process.
+        amp_dtype: Low precision of autocast; None for none.
+        channels_last: Give the model channels-last images.
+        distributed: Add up over all processes; False where each of them reads all the images.
+
+    Returns:
+        "acc1" and "acc5" in percent, "loss", and "images", their number.
+
+    Raises:
+        UserError: There was no image to evaluate.
+    """
+    model.eval()
+    autocast = torch.autocast(process.device.type, dtype=amp_dtype) if amp_dtype else nullcontext()
+    memory_format = torch.channels_last if channels_last else torch.preserve_format
+    totals = torch.zeros(4, dtype=torch.float64, device=process.device)
+    bar = tqdm(loader, desc="evaluation", leave=False, disable=not _is_watched(process))
+    for images, targets in bar:
+        with autocast:
+            logits = model(images.to(memory_format=memory_format))
+        logits = logits.float()
+        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+        loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+        totals += torch.stack([hits[:, 0].sum(), hits.any(dim=1).sum(), loss, (targets >= 0).sum()])
+    if distributed:
+        totals = process.sum(totals)
+    top1, top5, loss, images = totals.tolist()
+    if images == 0:
+        raise UserError("there was no image to evaluate")
+    return dict(acc1=100 * top1 / images, acc5=100 * top5 / images, loss=loss / images, images=int(images))

@@ -1,0 +1,451 @@
+"""Train and evaluate image classifiers. `python main.py --help` lists the flags; TRAINING.md has the recipes."""
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+import timm
+import torch
+from timm.data import resolve_data_config
+from timm.data.mixup import Mixup
+from timm.optim import list_optimizers
+from timm.utils import ModelEmaV3
+from torch.nn.parallel import DistributedDataParallel
+
+import datasets
+import models  # noqa: F401, registers our models with timm
+import options
+from engine import NonFiniteLossError, evaluate, train_one_epoch
+from losses import DistillationLoss, create_loss
+from optim_factory import create_optimizer, create_schedule, scaled_lr
+from utils import (
+    Process,
+    RunLog,
+    UsageError,
+    UserError,
+    end_process,
+    load_weights,
+    model_weights,
+    read_checkpoint,
+    save_checkpoint,
+    seed_everything,
+    start_process,
+)
+
+LAST, BEST = "last.pth", "best.pth"
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+def check_name(kind: str, name: str, known: list[str]):
+    """Raises UsageError with the nearest names where timm knows no `name`."""
+    if name not in known:
+        close = get_close_matches(name, known, n=3)
+        raise UsageError(f"unknown {kind} {name!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
+
+
+def check_model(name: str):
+    check_name("model", name.partition(".")[0], timm.list_models())
+
+
+def size_kwargs(name: str, input_size: int | tuple[int, int]) -> dict:
+    """The input size, for those of timm's models that are built for one size."""
+    return dict(img_size=input_size) if timm.models.get_pretrained_cfg_value(name, "fixed_input_size") else {}
+
+
+def create_model(args: argparse.Namespace, num_classes: int | None) -> torch.nn.Module:
+    """The model that the flags describe, with the weights that it starts from."""
+    kwargs = dict(drop_rate=args.drop, drop_path_rate=args.drop_path, **size_kwargs(args.model, args.input_size))
+    if num_classes is not None:
+        kwargs["num_classes"] = num_classes
+    kwargs.update(args.model_kwargs)
+    try:
+        model = timm.create_model(args.model, pretrained=args.load_release, **kwargs)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{args.model} cannot be built: {error}") from error
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"--load_release: {error}") from error
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing()
+    return model
+
+
+def family_filter(model: torch.nn.Module) -> Callable | None:
+    """The function by which the model's family, ours or timm's, reads published checkpoints."""
+    return getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+
+
+def load_from(model: torch.nn.Module, source: str, key: str | None, new_classifier: bool = False):
+    """Load the weights of a checkpoint of ours, of a published one, or of a bare state dict."""
+    classifier = model.default_cfg.get("classifier") if new_classifier else None
+    kept = load_weights(model, model_weights(read_checkpoint(source), key), family_filter(model), classifier)
+    if kept:
+        print(f"{source} is of another number of classes: the classifier starts anew")
+
+
+def create_teacher(args: argparse.Namespace, num_classes: int) -> torch.nn.Module:
+    """The distillation teacher, with its weights."""
+    size = size_kwargs(args.teacher_model, args.input_size)
+    published = args.teacher_path is None
+    try:
+        teacher = timm.create_model(args.teacher_model, pretrained=published, num_classes=num_classes, **size)
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"--teacher_model {args.teacher_model}: {error}; give its weights by --teacher_path") from error
+    if not published:
+        load_from(teacher, args.teacher_path, key=None)
+    return teacher
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+def model_data_config(name: str) -> dict:
+    """Mean, std, interpolation and crop that the model was published with."""
+    return resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
+
+
+def build_dataset(args: argparse.Namespace, split: str):
+    """The train or val data set, with the transform that the flags and the model ask for."""
+    train = split == "train"
+    config = model_data_config(args.model)
+    augmentation = dict(
+        scale=tuple(args.scale),
+        ratio=tuple(args.ratio),
+        hflip=args.hflip,
+        color_jitter=args.color_jitter,
+        auto_augment=None if args.aa == "none" else args.aa,
+    )
+    try:
+        transform = datasets.build_transform(
+            train=train,
+            input_size=args.input_size,
+            mean=config["mean"],
+            std=config["std"],
+            interpolation=args.train_interpolation if train else config["interpolation"],
+            crop_pct=args.crop_pct or config["crop_pct"],
+            **(augmentation if train else {}),
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise UsageError(f"--aa {args.aa}: timm does not know this policy ({error})") from error
+    return datasets.build_dataset(
+        args.data_set, args.data_path, split, transform, skip_bad_images=args.skip_bad_images, download=args.download
+    )
+
+
+def class_count(dataset) -> int | None:
+    """None where the data set does not know."""
+    return len(dataset.classes) if dataset.classes is not None else None
+
+
+def build_loader(args: argparse.Namespace, dataset, process: Process, train: bool):
+    """Batches on the device. Without --dist_eval every process reads all of the val set."""
+    config = model_data_config(args.model)
+    shared = train or args.dist_eval
+    return datasets.build_loader(
+        dataset,
+        train=train,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        device=process.device,
+        mean=config["mean"],
+        std=config["std"],
+        seed=args.seed,
+        rank=process.rank if shared else 0,
+        world_size=process.world_size if shared else 1,
+        repeated_aug=train and args.repeated_aug,
+        reprob=args.reprob if train else 0.0,
+        remode=args.remode,
+        pin_memory=args.pin_mem,
+    )
+
+
+# --- a run ----------------------------------------------------------------------------------------------------------
+
+
+def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    """The low precision that `--amp` means on this device; None for float32 throughout."""
+    if amp == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+
+
+def to_device(model: torch.nn.Module, args: argparse.Namespace, process: Process) -> torch.nn.Module:
+    memory_format = torch.channels_last if args.channels_last else torch.preserve_format
+    return model.to(process.device, memory_format=memory_format)
+
+
+def evaluate_and_report(args, model, dataset, loader, process: Process, what: str = "network") -> dict[str, float]:
+    """Evaluate `model`, and print the two lines of its accuracy."""
+    result = evaluate(
+        model,
+        loader,
+        process,
+        amp_dtype=amp_dtype(args.amp, process.device),
+        channels_last=args.channels_last,
+        distributed=args.dist_eval,
+    )
+    if process.is_main:
+        if dataset.bad_images:
+            print(f"skipped {dataset.bad_images} images that could not be read")
+        print(f"* Acc@1 {result['acc1']:.3f} Acc@5 {result['acc5']:.3f} loss {result['loss']:.3f}")
+        print(f"Accuracy of the {what} on the {result['images']} test images: {result['acc1']:.1f}%")
+    return result
+
+
+def run_evaluation(args: argparse.Namespace, process: Process):
+    """`--eval`: print the accuracy of a checkpoint."""
+    dataset = build_dataset(args, "val")
+    model = create_model(args, args.nb_classes or class_count(dataset))
+    source = args.resume or args.finetune
+    if source:
+        load_from(model, source, args.model_key)
+    model = to_device(model, args, process)
+    if args.compile:
+        model = torch.compile(model)
+    evaluate_and_report(args, model, dataset, build_loader(args, dataset, process, train=False), process)
+
+
+def output_folder(args: argparse.Namespace) -> Path:
+    """Where the run writes. Raises UserError rather than write over another run."""
+    if args.output_dir is None:
+        return Path("outputs") / args.model / time.strftime("%Y%m%d-%H%M%S")
+    folder = Path(args.output_dir)
+    goes_on = args.auto_resume or (args.resume and Path(args.resume).parent == folder)
+    if (folder / LAST).exists() and not goes_on:
+        raise UserError(f"{folder} holds a run already; go on with it by --auto_resume, or take another --output_dir")
+    return folder
+
+
+def print_plan(args, process: Process, model, folder: Path, train_set, steps: int, lr: float, global_batch: int):
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{args.model}: {parameters / 1e6:.2f} M parameters, {model.num_classes} classes, on {process.device}")
+    print(f"{len(train_set)} training images, {steps} steps an epoch, {args.epochs} epochs; writes to {folder}")
+    print(
+        f"global batch {global_batch} = {args.batch_size} images x {process.world_size} processes "
+        f"x {args.update_freq} accumulated; learning rate {lr:.3e} = {args.lr:g} x {global_batch} / 512"
+    )
+
+
+def training_loss(args: argparse.Namespace, num_classes: int, soft_targets: bool, process: Process) -> Callable:
+    """(logits, targets, images) -> loss, with the teacher where there is one."""
+    label_loss = create_loss(args.smoothing, soft_targets)
+    if args.distillation_type == "none":
+        return lambda logits, targets, images: label_loss(logits, targets)
+    student, teacher = model_data_config(args.model), model_data_config(args.teacher_model)
+    return DistillationLoss(
+        label_loss,
+        create_teacher(args, num_classes),
+        args.distillation_type,
+        args.distillation_alpha,
+        args.distillation_tau,
+        mean=student["mean"],
+        std=student["std"],
+        teacher_mean=teacher["mean"],
+        teacher_std=teacher["std"],
+    ).to(process.device)
+
+
+@dataclass
+class Run:
+    """What training changes as it goes, and what a checkpoint therefore holds."""
+
+    model: torch.nn.Module
+    ema: ModelEmaV3 | None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    epoch: int = 0
+
+    def state_dict(self) -> dict:
+        return dict(
+            model=self.model.state_dict(),
+            model_ema=self.ema.module.state_dict() if self.ema is not None else None,
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.scaler.state_dict(),
+            epoch=self.epoch,
+        )
+
+    def load(self, source: str):
+        """Go on where the checkpoint `source` was written."""
+        checkpoint = read_checkpoint(source)
+        if "optimizer" not in checkpoint:
+            raise UserError(f"{source} holds weights alone, not a run to go on with; start from it by --finetune")
+        load_weights(self.model, model_weights(checkpoint))
+        if self.ema is not None:
+            if checkpoint.get("model_ema") is None:
+                raise UserError(f"{source} holds no average of the weights; go on with --model_ema false")
+            load_weights(self.ema.module, model_weights(checkpoint, "model_ema"))
+        try:
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.scaler.load_state_dict(checkpoint["scaler"])
+            self.epoch = checkpoint["epoch"]
+        except (KeyError, ValueError) as error:
+            raise UserError(f"{source} is of a run with another --opt, --layer_decay or code ({error})") from error
+
+
+def create_run(args: argparse.Namespace, process: Process, num_classes: int | None, lr: float) -> Run:
+    """A run at its start: model, average, optimizer."""
+    # The same weights in every process, whatever was drawn before.
+    seed_everything(args.seed)
+    model = create_model(args, num_classes)
+    if args.finetune:
+        load_from(model, args.finetune, args.model_key, new_classifier=True)
+    model = to_device(model, args, process)
+    own_betas = dict(betas=tuple(args.opt_betas)) if args.opt_betas else {}
+    optimizer = create_optimizer(
+        model, args.opt, lr, args.weight_decay, args.momentum, args.layer_decay, eps=args.opt_eps, **own_betas
+    )
+    ema = ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None
+    fp16 = amp_dtype(args.amp, process.device) == torch.float16
+    return Run(model, ema, optimizer, torch.amp.GradScaler(process.device.type, enabled=fp16))
+
+
+def wrap(model: torch.nn.Module, args: argparse.Namespace, process: Process) -> torch.nn.Module:
+    """The model as it is trained: shared among the processes, compiled."""
+    if process.is_distributed:
+        model = DistributedDataParallel(model, device_ids=[process.device] if process.device.type == "cuda" else None)
+    return torch.compile(model) if args.compile else model
+
+
+def create_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
+    if not (args.mixup or args.cutmix):
+        return None
+    return Mixup(
+        args.mixup,
+        args.cutmix,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        label_smoothing=args.smoothing,
+        num_classes=num_classes,
+    )
+
+
+def with_kept_checkpoint(error: NonFiniteLossError, path: Path) -> UserError:
+    kept = f"the checkpoint of the epoch before is kept: {path}" if path.exists() else "no checkpoint was written yet"
+    return UserError(f"{error}; {kept}")
+
+
+class Keeper:
+    """Writes a run's checkpoints on the main process: the last, and the most accurate."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path, writes: bool):
+        self.args, self.folder, self.writes = args, folder, writes
+        best = folder / BEST
+        self.best_acc1 = read_checkpoint(str(best))["metrics"]["acc1"] if best.exists() else float("-inf")
+
+    def save_last(self, run: Run):
+        if self.writes and (run.epoch % self.args.save_every == 0 or run.epoch == self.args.epochs):
+            save_checkpoint(self.folder / LAST, dict(run.state_dict(), args=options.as_recipe(self.args)))
+
+    def save_if_best(self, run: Run, metrics: dict[str, float]):
+        if metrics["acc1"] > self.best_acc1:
+            self.best_acc1 = metrics["acc1"]
+            if self.writes:
+                state = dict(run.state_dict(), args=options.as_recipe(self.args), metrics=metrics)
+                save_checkpoint(self.folder / BEST, state)
+
+
+def run_training(args: argparse.Namespace, process: Process):
+    """Train, evaluate after every epoch, and leave checkpoints and logs in the output folder."""
+    check_name("optimizer", args.opt, list_optimizers())
+    folder = output_folder(args)
+    train_set = build_dataset(args, "train")
+    val_set = None if args.disable_eval else build_dataset(args, "val")
+    if val_set is not None:
+        datasets.check_same_classes(train_set.classes, val_set.classes)
+    train_loader = build_loader(args, train_set, process, train=True)
+    val_loader = build_loader(args, val_set, process, train=False) if val_set is not None else None
+    steps = len(train_loader) // args.update_freq
+    if steps == 0:
+        raise UserError(f"--update_freq {args.update_freq} is more than the {len(train_loader)} batches of an epoch")
+
+    global_batch = args.batch_size * args.update_freq * process.world_size
+    lr = scaled_lr(args.lr, global_batch)
+    run = create_run(args, process, args.nb_classes or class_count(train_set), lr)
+    source = str(folder / LAST) if args.auto_resume and (folder / LAST).exists() else args.resume
+    if source:
+        run.load(source)
+    schedule = create_schedule(
+        run.optimizer, args.sched, args.epochs, steps, args.warmup_epochs, args.warmup_lr, args.min_lr
+    )
+    network = wrap(run.model, args, process)
+    mixup = create_mixup(args, run.model.num_classes)
+    loss_fn = training_loss(args, run.model.num_classes, mixup is not None, process)
+    if process.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        options.save(args, folder / "args.yaml")
+        print_plan(args, process, run.model, folder, train_set, steps, lr, global_batch)
+        if source:
+            print(f"going on from {source} with epoch {run.epoch}")
+    log = RunLog(folder if process.is_main else None)
+    keeper = Keeper(args, folder, writes=process.is_main)
+
+    for epoch in range(run.epoch, args.epochs):
+        seed_everything(args.seed, epoch, process.rank)
+        train_loader.set_epoch(epoch)
+        try:
+            stats = train_one_epoch(
+                network,
+                loss_fn,
+                train_loader,
+                run.optimizer,
+                schedule,
+                run.scaler,
+                process,
+                log,
+                epoch=epoch,
+                epochs=args.epochs,
+                amp_dtype=amp_dtype(args.amp, process.device),
+                channels_last=args.channels_last,
+                mixup=mixup,
+                ema=run.ema,
+                ema_source=run.model,
+                update_freq=args.update_freq,
+                clip_grad=args.clip_grad,
+                log_every=args.log_every,
+            )
+        except NonFiniteLossError as error:
+            raise with_kept_checkpoint(error, folder / LAST) from error
+        run.epoch = epoch + 1
+        # Before the evaluation, so that nothing which happens there costs the epoch.
+        keeper.save_last(run)
+        record = dict(epoch=epoch, step=run.epoch * steps, **{f"train_{k}": v for k, v in stats.items()})
+        if val_loader is not None:
+            networks = {"val": (run.model, "network")}
+            if run.ema is not None and args.model_ema_eval:
+                networks["ema"] = (run.ema.module, "model EMA")
+            for name, (evaluated, what) in networks.items():
+                result = evaluate_and_report(args, evaluated, val_set, val_loader, process, what)
+                record.update({f"{name}_{k}": v for k, v in result.items()})
+                log.scalars(name, result, run.epoch * steps)
+                keeper.save_if_best(run, result)
+        log.epoch(record)
+    if process.is_main:
+        print(f"log: {folder / 'log.txt'}")
+        print(f"checkpoint: {folder / LAST}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line; returns the exit code."""
+    try:
+        args = options.parse(argv)
+        check_model(args.model)
+        if args.teacher_model:
+            check_model(args.teacher_model)
+        process = start_process(args.device)
+        run_evaluation(args, process) if args.eval else run_training(args, process)
+        end_process()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from fvcore.nn import FlopCountAnalysis
+from golden import fill_, image
+
+import models  # noqa: F401
+from models.biformer import checkpoint_filter_fn
+from ops import IMPLS
+
+DATA = Path(__file__).parent / "data"
+PUBLISHED = ["biformer_tiny", "biformer_small", "biformer_base", "biformer_stl", "biformer_stl_nchw"]
+# parameters, GMACs at 224
+COSTS = {
+    "biformer_tiny": (13_142_760, 2.23),
+    "biformer_small": (25_536_232, 4.49),
+    "biformer_base": (56_804_968, 9.79),
+    "biformer_stl": (28_372_552, 4.59),
+}
+
+
+def published_state_dict(name):
+    """A checkpoint as it was published, with values made from the names."""
+    layout = json.loads(str(np.load(DATA / f"{name}.npz")["state_dict"]))
+    dtypes = {name: torch.int64 if name.endswith("num_batches_tracked") else torch.float64 for name, _ in layout}
+    return {name: fill_(name, torch.empty(shape, dtype=dtypes[name])) for name, shape in layout}
+
+
+@pytest.fixture
+def published_file(tmp_path):
+    """biformer_tiny's published file: its command line lies beside the weights."""
+    path = tmp_path / "biformer_tiny.pth"
+    weights = {k: v.float() if v.is_floating_point() else v for k, v in published_state_dict("biformer_tiny").items()}
+    torch.save({"model": weights, "args": argparse.Namespace(lr=5e-4, model="biformer_tiny")}, path)
+    return path
+
+
+@pytest.mark.parametrize("name,impl", [(n, "auto") for n in PUBLISHED] + [("biformer_tiny", i) for i in IMPLS])
+def test_agrees_with_the_published_network(name, impl):
+    golden = np.load(DATA / f"{name}.npz")
+    model = timm.create_model(name, attn_impl=impl).double().eval()
+    model.load_state_dict(checkpoint_filter_fn({"model": published_state_dict(name)}, model))
+    with torch.inference_mode():
+        features, stages = model.forward_intermediates(image(224, 224))
+        logits = model.forward_head(features)[0]
+
+    def relative_error(ours, expected):
+        return np.abs(ours.numpy() - expected).max() / np.abs(expected).max()
+
+    assert relative_error(logits, golden["logits"]) < 1e-8
+    for i, stage in enumerate(stages):
+        assert list(stage.shape) == list(golden[f"stage{i}_shape"])
+        assert relative_error(stage[0].flatten(1).mean(1), golden[f"stage{i}_mean"]) < 1e-8
+        assert relative_error(stage[0].flatten(1).std(1), golden[f"stage{i}_std"]) < 1e-8
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_parameters(name):
+    assert sum(p.numel() for p in timm.create_model(name, device="meta").parameters()) == COSTS[name][0]
+
+
+def test_nano_is_small():
+    assert sum(p.numel() for p in timm.create_model("biformer_nano").parameters()) < 2_000_000
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_flops(name):
+    model = timm.create_model(name, attn_impl="gather").eval()
+    counter = FlopCountAnalysis(model, torch.randn(1, 3, 224, 224))
+    counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    assert counter.total() / 1e9 == pytest.approx(COSTS[name][1], rel=0.01)
+
+
+def test_regions_and_topk_are_open_to_the_caller():
+    model = timm.create_model("biformer_nano", num_regions=4, topk=(1, 2, 3))
+    attention = [stage.blocks[0].attn for stage in model.stages[:3]]
+    assert [(a.num_regions, a.topk) for a in attention] == [(4, 1), (4, 2), (4, 3)]
+    assert timm.create_model("biformer_nano", topk=2).stages[0].blocks[0].attn.topk == 2
+    with pytest.raises(ValueError, match="one for each routed stage"):
+        timm.create_model("biformer_nano", topk=(1, 2))
+    with pytest.raises(ValueError, match="layout must be"):
+        timm.create_model("biformer_nano", layout="swin")
+
+
+def test_our_own_checkpoint_passes_the_filter_unchanged():
+    model = timm.create_model("biformer_nano")
+    state = model.state_dict()
+    assert checkpoint_filter_fn(state, model) is state
+
+
+def test_pretrained_from_a_published_file(published_file):
+    model = timm.create_model("biformer_tiny", pretrained=True, pretrained_cfg_overlay=dict(file=str(published_file)))
+    expected = published_state_dict("biformer_tiny")
+    torch.testing.assert_close(model.head.fc.weight.double(), expected["head.weight"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        model.stages[1].blocks[0].attn.qkv.weight.double(), expected["stages.1.0.attn.qkv.qkv.weight"], rtol=0, atol=1e-6
+    )
+
+
+def test_pretrained_with_other_classes_and_channels(published_file):
+    model = timm.create_model(
+        "biformer_tiny",
+        pretrained=True,
+        pretrained_cfg_overlay=dict(file=str(published_file)),
+        num_classes=5,
+        in_chans=1,
+    )
+    assert model(torch.randn(1, 1, 64, 64)).shape == (1, 5)
+
+
+def test_pretrained_from_a_url(published_file, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    overlay = dict(url=published_file.as_uri())
+    for _ in range(2):  # downloaded, then from the cache
+        model = timm.create_model("biformer_tiny", pretrained=True, pretrained_cfg_overlay=overlay)
+    expected = published_state_dict("biformer_tiny")["head.bias"].float()
+    assert model.head.fc.bias.equal(expected)
+    assert (tmp_path / "hub" / "checkpoints" / "biformer_tiny" / "biformer_tiny.pth").exists()
+
+
+@pytest.mark.parametrize("content", [None, b"<html>sign in</html>"])
+def test_a_dead_link_says_what_to_do(content, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    page = tmp_path / "content"
+    if content is not None:
+        page.write_bytes(content)
+    with pytest.raises(RuntimeError, match=r"Download them by hand.*pretrained_cfg_overlay=dict\(file="):
+        timm.create_model("biformer_small", pretrained=True, pretrained_cfg_overlay=dict(url=page.as_uri()))
+    assert not list((tmp_path / "hub").rglob("content"))
+
+
+def test_released_weights_are_known():
+    for name in PUBLISHED:
+        assert timm.get_pretrained_cfg(name).url.startswith("https://")
+    assert len({timm.get_pretrained_cfg(name).url for name in PUBLISHED}) == len(PUBLISHED)

@@ -1,0 +1,175 @@
+"""timm's contract, for every model that this repository registers."""
+import copy
+import inspect
+
+import pytest
+import timm
+import torch
+from timm.models._features_fx import create_feature_extractor
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
+
+import models
+
+NAMES = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("models.")]
+SMALLEST = "biformer_nano"
+
+
+def create(name, **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(name, **kwargs)
+
+
+def test_names():
+    assert {"biformer_nano", "biformer_tiny", "biformer_small", "biformer_base", "biformer_stl"} <= set(NAMES)
+    assert models.BiFormer is type(create(SMALLEST))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_backward(name):
+    model = create(name, num_classes=42).train()
+    out = model(torch.randn(2, 3, 64, 64))
+    assert out.shape == (2, 42) and out.isfinite().all()
+    out.mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_default_cfg(name):
+    model = create(name).eval()
+    cfg, names = model.default_cfg, set(model.state_dict())
+    assert f"{cfg['classifier']}.weight" in names and f"{cfg['first_conv']}.weight" in names
+    x = torch.randn(1, *cfg["input_size"])
+    features = model.forward_features(x)
+    assert features.shape == (1, model.num_features, *cfg["pool_size"])
+    assert model.forward_head(features, pre_logits=True).shape == (1, model.head_hidden_size)
+    assert model.forward_head(features).shape == (1, 1000)
+    model.reset_classifier(0)
+    assert model(x).shape == (1, model.num_features)
+    model.reset_classifier(0, "")
+    assert model(x).shape == features.shape
+    model.reset_classifier(7, "max")
+    assert model(x).shape == (1, 7) and model.get_classifier().out_features == 7 and model.num_classes == 7
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", [(32, 32), (33, 95), (96, 40)])
+def test_any_input_size(name, size):
+    assert create(name, num_classes=5).eval()(torch.randn(1, 3, *size)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_features_only(name):
+    model = create(name, features_only=True).eval()
+    info = model.feature_info
+    assert info.reduction() == [4, 8, 16, 32]
+    for features, channels, reduction in zip(
+        model(torch.randn(1, 3, 96, 128)), info.channels(), info.reduction(), strict=True
+    ):
+        assert features.shape == (1, channels, 96 // reduction, 128 // reduction)
+    some = create(name, features_only=True, out_indices=(1, 3))
+    assert [f.shape[1] for f in some(torch.randn(1, 3, 64, 64))] == [info.channels()[1], info.channels()[3]]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_intermediates(name):
+    model = create(name).eval()
+    x = torch.randn(1, 3, 64, 64)
+    final, maps = model.forward_intermediates(x)
+    torch.testing.assert_close(final, model.forward_features(x))
+    assert [m.shape[1] for m in maps] == [info["num_chs"] for info in model.feature_info]
+    only = model.forward_intermediates(x, indices=2, intermediates_only=True, norm=True)
+    assert len(only) == 2
+    torch.testing.assert_close(only[-1], final)
+    with pytest.raises(ValueError, match="NCHW"):
+        model.forward_intermediates(x, output_fmt="NLC")
+
+    pruned = copy.deepcopy(model)
+    assert pruned.prune_intermediate_layers([0, 1]) == [0, 1]
+    early = pruned.forward_intermediates(x, indices=[0, 1], intermediates_only=True)
+    for a, b in zip(early, maps[:2], strict=True):
+        torch.testing.assert_close(a, b)
+    assert sum(p.numel() for p in pruned.parameters()) < sum(p.numel() for p in model.parameters()) / 2
+    assert pruned(x).shape[1] == pruned.num_features
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_factory_keywords(name):
+    model = create(name, in_chans=1, num_classes=3, global_pool="max", drop_rate=0.2, drop_path_rate=0.3)
+    assert model(torch.randn(2, 1, 64, 64)).shape == (2, 3)
+    assert model.head.drop.p == 0.2
+    rates = [m.drop_prob for m in model.modules() if type(m).__name__ == "DropPath"]
+    assert rates[0] == 0 and rates[-1] == pytest.approx(0.3) and rates == sorted(rates)
+    assert create(name, num_classes=0)(torch.randn(2, 3, 64, 64)).shape == (2, model.num_features)
+    meta = create(name, device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in meta.parameters()} == {("meta", torch.bfloat16)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layer_groups(name):
+    model = create(name)
+    groups = timm.models.group_parameters(model, model.group_matcher())
+    grouped = [parameter for group in groups.values() for parameter in group]
+    assert sorted(grouped) == sorted(n for n, _ in model.named_parameters())
+    assert len(groups) > 6
+    assert len(timm.models.group_parameters(model, model.group_matcher(coarse=True))) >= 5
+    scales = [group["lr_scale"] for group in param_groups_layer_decay(model, layer_decay=0.5)]
+    assert max(scales) == 1 and min(scales) < 0.01
+    create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_checkpointing_changes_nothing(name):
+    model = create(name, num_classes=4).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 0.0  # the second pass must start from what the first did
+    x = torch.randn(2, 3, 64, 64)
+    plain = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    model.set_grad_checkpointing()
+    again = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    for a, b in zip(plain, again, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_has_no_nan(name):
+    model = create(name, num_classes=4).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(torch.randn(2, 3, 64, 64)).float().square().mean()
+    loss.backward()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_entry_point_merges_keywords(name):
+    """The published factories refused timm's own keywords."""
+    signature = inspect.signature(timm.model_entrypoint(name))
+    assert list(signature.parameters) == ["pretrained", "kwargs"]
+
+
+@pytest.mark.parametrize("name", [SMALLEST, "biformer_stl"])
+def test_compiles_into_one_graph(name):
+    """One model of each layout; the others differ in depth and width alone."""
+    model = create(name, num_classes=4).eval()
+    x = torch.randn(2, 3, 96, 64)
+    expected = model(x)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
+    model.train()
+    torch.compile(model, fullgraph=True, backend="aot_eager")(x).sum().backward()
+
+
+def test_export_with_a_dynamic_batch():
+    model = create(SMALLEST, num_classes=4).eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (torch.randn(2, 3, 64, 96),), dynamic_shapes=({0: batch},))
+    x = torch.randn(5, 3, 64, 96)
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+def test_fx_feature_extraction():
+    model = create(SMALLEST).eval()
+    extractor = create_feature_extractor(model, ["stages.1", "head.fc"])
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(extractor(x)["head.fc"], model(x))
+
+

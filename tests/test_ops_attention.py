@@ -1,0 +1,173 @@
+import itertools
+
+import pytest
+import torch
+from routed_reference import eager_attention, routed_attention as reference
+
+from ops import IMPLS, RegionGrid, choose_impl, route_regions, routed_attention
+
+# (query map, query regions, key map, key regions, top-k)
+CASES = {
+    "even": ((14, 14), 7, (14, 14), 7, 4),
+    "ragged": ((9, 13), 4, (9, 13), 4, 3),
+    "more ragged": ((10, 11), 7, (10, 11), 7, 5),
+    "small queries on a large map": ((3, 3), 3, (12, 10), 5, 2),
+    "large queries on a small map": ((11, 8), 2, (3, 4), 2, 1),
+    "all regions": ((8, 9), 3, (8, 9), 3, 9),
+    "one region": ((5, 7), 1, (5, 7), 1, 1),
+    "one token": ((1, 1), 7, (1, 1), 7, 1),
+    "one row": ((1, 17), 7, (1, 17), 7, 3),
+}
+
+
+def make_inputs(case, dtype=torch.float64, heads=2, head_dim=8, batch=2, requires_grad=False):
+    query_size, query_regions, key_size, key_regions, topk = CASES[case]
+    generator = torch.Generator().manual_seed(0)
+    query_grid = RegionGrid.fit(*query_size, query_regions)
+    key_grid = RegionGrid.fit(*key_size, key_regions)
+    maps = [
+        torch.randn(batch, *size, heads, head_dim, generator=generator, dtype=torch.float64).to(dtype)
+        for size in (query_size, key_size, key_size)
+    ]
+    routes = route_regions(maps[0], maps[1], query_grid, key_grid, topk)
+    return *(x.requires_grad_(requires_grad) for x in maps), routes, query_grid, key_grid
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "auto"])
+@pytest.mark.parametrize("case", CASES)
+def test_agrees_with_the_formula(case, impl):
+    inputs = make_inputs(case)
+    out = routed_attention(*inputs, scale=0.3, impl=impl)
+    torch.testing.assert_close(out, reference(*inputs, scale=0.3), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_agree_with_the_formula(case, impl):
+    inputs = make_inputs(case, requires_grad=True)
+    upstream = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    grads = torch.autograd.grad(routed_attention(*inputs, scale=0.3, impl=impl), inputs[:3], upstream)
+    expected = torch.autograd.grad(reference(*inputs, scale=0.3), inputs[:3], upstream)
+    for grad, expect in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, expect, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("case", ["ragged", "small queries on a large map"])
+def test_gradcheck(case, impl):
+    query, key, value, *rest = make_inputs(case, heads=1, head_dim=2, batch=1, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda q, k, v: routed_attention(q, k, v, *rest, impl=impl), (query, key, value))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", CASES)
+def test_error_is_at_most_twice_that_of_eager_in_low_precision(case, dtype, impl):
+    inputs = make_inputs(case, dtype, head_dim=32)
+    exact = reference(*inputs, scale=32**-0.5)
+    out = routed_attention(*inputs, impl=impl)
+    assert out.dtype == dtype
+    allowed = 2 * (eager_attention(*inputs, scale=32**-0.5).double() - exact).abs().max()
+    # Where eager happens to be exact, half a unit in the last place of the largest output is still rounding.
+    allowed = max(allowed.item(), torch.finfo(dtype).eps * exact.abs().max().item() / 2)
+    assert (out.double() - exact).abs().max().item() <= allowed
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_what_surrounds_the_map_in_memory_does_not_matter(impl):
+    grid = RegionGrid.fit(50, 61, 7)
+    assert grid.is_padded
+    maps = [torch.randn(1, 50, 61, 2, 4, dtype=torch.float64) for _ in range(3)]
+    embedded = []
+    for x in maps:
+        larger = torch.full((1, 70, 80, 2, 4), float("nan"), dtype=torch.float64)
+        larger[:, :50, :61] = x
+        embedded.append(larger[:, :50, :61])
+    routes = route_regions(*maps[:2], grid, grid, 4)
+    assert routes.equal(route_regions(*embedded[:2], grid, grid, 4))
+    out = routed_attention(*maps, routes, grid, grid, impl=impl)
+    torch.testing.assert_close(routed_attention(*embedded, routes, grid, grid, impl=impl), out, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(out, reference(*maps, routes, grid, grid, 4**-0.5), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("rows,cols", [(2, 2), (3, 4), (4, 3), (5, 6), (10, 11)])
+def test_amount_of_padding_does_not_matter(rows, cols, impl):
+    """With every region routed the result is dense attention, however many padding tokens the grid adds."""
+    query, key, value = (torch.randn(1, 10, 11, 2, 4, dtype=torch.float64) for _ in range(3))
+    grid = RegionGrid(10, 11, rows, cols)
+    routes = torch.arange(grid.num_regions).expand(1, grid.num_regions, -1)
+    out = routed_attention(query, key, value, routes, grid, grid, impl=impl)
+    whole = RegionGrid(10, 11, 1, 1)
+    dense = routed_attention(query, key, value, torch.zeros(1, 1, 1, dtype=torch.long), whole, whole, impl="gather")
+    torch.testing.assert_close(out, dense, rtol=1e-12, atol=1e-12)
+
+
+def test_views_of_one_packed_projection():
+    grid = RegionGrid.fit(9, 13, 4)
+    qkv = torch.randn(2, 9, 13, 3, 2, 8, dtype=torch.float64)
+    query, key, value = qkv.unbind(3)
+    routes = route_regions(query, key, grid, grid, 3)
+    for impl in IMPLS:
+        strided = routed_attention(query, key, value, routes, grid, grid, impl=impl)
+        packed = routed_attention(*(x.contiguous() for x in (query, key, value)), routes, grid, grid, impl=impl)
+        torch.testing.assert_close(strided, packed, rtol=1e-12, atol=1e-12)
+
+
+def test_ties_are_broken_once_for_all_impls():
+    grid = RegionGrid.fit(14, 14)
+    query, value = torch.ones(1, 14, 14, 1, 4), torch.randn(1, 14, 14, 1, 4)
+    routes = route_regions(query, query, grid, grid, 4)
+    assert all(len(set(region)) == 4 for region in routes[0].tolist())
+    outs = [routed_attention(query, query, value, routes, grid, grid, impl=impl) for impl in IMPLS]
+    for a, b in itertools.pairwise(outs):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast_runs_in_low_precision(impl):
+    inputs = make_inputs("ragged", torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = routed_attention(*inputs, impl=impl)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), reference(*inputs, scale=8**-0.5), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_empty_batch(impl):
+    inputs = make_inputs("ragged", batch=0)
+    assert routed_attention(*inputs, impl=impl).shape == inputs[0].shape
+
+
+def test_auto_gathers_from_large_regions_and_masks_small_ones():
+    def chosen(side, topk):
+        grid = RegionGrid.fit(side, side)
+        return choose_impl(torch.empty(1, 49, topk), grid, grid)
+
+    assert [chosen(56, 1), chosen(28, 4), chosen(14, 16)] == ["gather", "gather", "masked"]
+
+
+def test_mistakes_are_explained():
+    query, key, value, routes, query_grid, key_grid = make_inputs("small queries on a large map")
+
+    def call(q=query, k=key, v=value, r=routes, impl="auto"):
+        return routed_attention(q, k, v, r, query_grid, key_grid, impl=impl)
+
+    with pytest.raises(ValueError, match="no such implementation; choose from gather, masked or auto"):
+        call(impl="fused")
+    with pytest.raises(ValueError, match=r"query must be .*, got \(2, 2, 3, 2, 8\)"):
+        call(q=query[:, :2])
+    with pytest.raises(ValueError, match="value must be"):
+        call(v=value[:, :, :-1])
+    with pytest.raises(ValueError, match="must be alike"):
+        call(k=key.float())
+    with pytest.raises(ValueError, match="floating-point"):
+        call(query.long(), key.long(), value.long())
+    with pytest.raises(ValueError, match="routes must be int64"):
+        call(r=routes.int())
+    with pytest.raises(ValueError, match="topk"):
+        call(r=routes[:, :-1])
+    with pytest.raises(ValueError, match="1 to 20 key regions, got 0"):
+        call(r=routes[:, :, :0])
+    with pytest.raises(ValueError, match="height, width, heads, head_dim"):
+        call(q=query.flatten(3))
