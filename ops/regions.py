@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 
 
 @dataclass(frozen=True)
@@ -82,16 +83,16 @@ class RegionGrid:
     def is_padded(self) -> bool:
         return self.padding != (0, 0)
 
-    def cut(self, x_BHW: torch.Tensor) -> torch.Tensor:
-        """(B, H, W, ...) -> (B, Y, h, X, w, ...), padded with zeros; a view wherever nothing is padded."""
+    def pad(self, x_BHW: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, ...) -> (B, Y * h, X * w, ...), zeros at the bottom and the right; `x_BHW` itself if none are due."""
         pad_bottom, pad_right = self.padding
-        if self.is_padded:
-            x_BHW = F.pad(x_BHW, (0, 0) * (x_BHW.ndim - 3) + (0, pad_right, 0, pad_bottom))
-        return x_BHW.unflatten(2, (self.cols, self.region_width)).unflatten(1, (self.rows, self.region_height))
+        if not self.is_padded:
+            return x_BHW
+        return F.pad(x_BHW, (0, 0) * (x_BHW.ndim - 3) + (0, pad_right, 0, pad_bottom))
 
-    def join(self, x_BYhXw: torch.Tensor) -> torch.Tensor:
-        """(B, Y, h, X, w, ...) -> (B, H, W, ...): the inverse of `cut`, without the padding."""
-        return x_BYhXw.flatten(3, 4).flatten(1, 2)[:, : self.height, : self.width]
+    def crop(self, x_BHW: torch.Tensor) -> torch.Tensor:
+        """(B, Y * h, X * w, ...) -> (B, H, W, ...): the view without the padding."""
+        return x_BHW[:, : self.height, : self.width]
 
     def token_counts(self, device: torch.device | str | None = None) -> torch.Tensor:
         """How many real tokens each region holds, (Y, X) int64."""
@@ -103,5 +104,4 @@ class RegionGrid:
         """Which tokens are of the map and not padding, (R, T) bool."""
         rows = torch.arange(self.rows * self.region_height, device=device) < self.height
         cols = torch.arange(self.cols * self.region_width, device=device) < self.width
-        real_YhXw = (rows[:, None] & cols).view(self.rows, self.region_height, self.cols, self.region_width)
-        return real_YhXw.transpose(1, 2).reshape(self.num_regions, self.tokens_per_region)
+        return rearrange(rows[:, None] & cols, "(y h) (x w) -> (y x) (h w)", y=self.rows, x=self.cols)

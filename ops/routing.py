@@ -1,5 +1,6 @@
 """Region-to-region routing: which key regions each query region attends to (BiFormer, section 3.2)."""
 import torch
+from einops import rearrange
 
 from .regions import RegionGrid
 
@@ -16,9 +17,10 @@ def region_means(x_BHWND: torch.Tensor, grid: RegionGrid) -> torch.Tensor:
     """
     dtype = torch.promote_types(x_BHWND.dtype, torch.float32)
     # Two sums over one axis each: a single sum over both takes three times as long on the CPU.
-    sums_BYX = grid.cut(x_BHWND).sum(4, dtype=dtype).sum(2)
+    x_BYhXwND = rearrange(grid.pad(x_BHWND), "b (y h) (x w) n d -> b y h x w n d", y=grid.rows, x=grid.cols)
+    sums_BYXND = x_BYhXwND.sum(4, dtype=dtype).sum(2)
     counts = grid.token_counts(x_BHWND.device)[:, :, None, None] if grid.is_padded else grid.tokens_per_region
-    return (sums_BYX / counts).flatten(3).flatten(1, 2)
+    return rearrange(sums_BYXND / counts, "b y x n d -> b (y x) (n d)")
 
 
 @torch.no_grad()

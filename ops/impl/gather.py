@@ -4,18 +4,26 @@ Written as plain products. It is the reference of the other implementations, and
 hold many tokens. Its cost is memory: every key is copied once for each query region that chose it.
 """
 import torch
+from einops import rearrange
 
 from ..regions import RegionGrid
 
 
 def _region_rows(x_BHWND: torch.Tensor, grid: RegionGrid) -> torch.Tensor:
-    """(B, H, W, N, D) -> (B * R * N, T * D): one contiguous row for each region and head."""
-    x_BYXNhwD = grid.cut(x_BHWND).permute(0, 1, 3, 5, 2, 4, 6)
-    return x_BYXNhwD.reshape(-1, grid.tokens_per_region * x_BHWND.shape[-1])
+    """(B, H, W, N, D) -> (B * R * N, T, D): the tokens of each region and head side by side."""
+    x_BHWND = grid.pad(x_BHWND)
+    return rearrange(x_BHWND, "b (y h) (x w) n d -> (b y x n) (h w) d", y=grid.rows, x=grid.cols)
+
+
+def _gather(x_BHWND: torch.Tensor, grid: RegionGrid, rows: torch.Tensor, topk: int) -> torch.Tensor:
+    """(B, H, W, N, D) -> (B * Rq * N, K * T, D): the tokens that each query region and head is routed to."""
+    # Whole rows of T * D numbers: one copy of contiguous memory each.
+    gathered = _region_rows(x_BHWND, grid).flatten(1).index_select(0, rows)
+    return rearrange(gathered, "(r k) (t d) -> r (k t) d", k=topk, t=grid.tokens_per_region)
 
 
 def _row_index(routes_BRK: torch.Tensor, num_regions: int, num_heads: int) -> torch.Tensor:
-    """Rows of `_region_rows` in the order in which queries read them, flat over (B, Rq, N, K)."""
+    """Which of `_region_rows` the query regions and heads read, flat over (B, Rq, N, K)."""
     images_B = torch.arange(routes_BRK.shape[0], device=routes_BRK.device)
     heads_N = torch.arange(num_heads, device=routes_BRK.device)
     region_BRK = images_B[:, None, None] * num_regions + routes_BRK
@@ -39,13 +47,12 @@ def routed_attention(
     scale: float,
 ) -> torch.Tensor:
     """See `ops.routed_attention`."""
-    num_heads, head_dim = query.shape[-2:]
+    num_heads = query.shape[-2]
+    topk = routes.shape[-1]
     rows = _row_index(routes, key_grid.num_regions, num_heads)
-    keys_per_query = routes.shape[-1] * key_grid.tokens_per_region
-
-    query_rows = _region_rows(query, query_grid).unflatten(1, (query_grid.tokens_per_region, head_dim)) * scale
-    key_rows = _region_rows(key, key_grid).index_select(0, rows).view(-1, keys_per_query, head_dim)
-    value_rows = _region_rows(value, key_grid).index_select(0, rows).view(-1, keys_per_query, head_dim)
+    query_rows = _region_rows(query, query_grid) * scale
+    key_rows = _gather(key, key_grid, rows, topk)
+    value_rows = _gather(value, key_grid, rows, topk)
 
     logits = torch.bmm(query_rows, key_rows.transpose(1, 2))
     if key_grid.is_padded:
@@ -53,6 +60,12 @@ def routed_attention(
         logits = (logits_BRNTL + _padding_bias(routes, key_grid, logits)).view_as(logits)
     attended = torch.bmm(logits.softmax(dim=-1), value_rows)
 
-    grid = query_grid
-    out_BYXNhwD = attended.view(-1, grid.rows, grid.cols, num_heads, grid.region_height, grid.region_width, head_dim)
-    return grid.join(out_BYXNhwD.permute(0, 1, 4, 2, 5, 3, 6))
+    out_BHWND = rearrange(
+        attended,
+        "(b y x n) (h w) d -> b (y h) (x w) n d",
+        y=query_grid.rows,
+        x=query_grid.cols,
+        n=num_heads,
+        h=query_grid.region_height,
+    )
+    return query_grid.crop(out_BHWND)

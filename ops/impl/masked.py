@@ -5,6 +5,7 @@ nothing is copied: queries, keys and values are read in map order, and the ragge
 """
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 
 from ..regions import RegionGrid
 
@@ -13,15 +14,21 @@ def _route_mask(
     routes_BRK: torch.Tensor, query_grid: RegionGrid, key_grid: RegionGrid, dtype: torch.dtype
 ) -> torch.Tensor:
     """(B, 1, Hq * Wq, Hk * Wk): zero where a query's region is routed to a key's region, else minus infinity."""
-    batch = routes_BRK.shape[0]
     q, k = query_grid, key_grid
-    mask_BRR = torch.full((batch, q.num_regions, k.num_regions), float("-inf"), dtype=dtype, device=routes_BRK.device)
-    mask_BRR.scatter_(2, routes_BRK, 0.0)
-    tokens = mask_BRR.view(batch, q.rows, 1, q.cols, 1, k.rows, 1, k.cols, 1).expand(
-        batch, q.rows, q.region_height, q.cols, q.region_width, k.rows, k.region_height, k.cols, k.region_width
+    shape_BRR = (routes_BRK.shape[0], q.num_regions, k.num_regions)
+    mask_BRR = torch.full(shape_BRR, float("-inf"), dtype=dtype, device=routes_BRK.device).scatter_(2, routes_BRK, 0.0)
+    mask_BHWHW = repeat(
+        mask_BRR,
+        "b (qy qx) (ky kx) -> b (qy qh) (qx qw) (ky kh) (kx kw)",
+        qy=q.rows,
+        ky=k.rows,
+        qh=q.region_height,
+        qw=q.region_width,
+        kh=k.region_height,
+        kw=k.region_width,
     )
-    mask_BHWHW = q.join(tokens.flatten(7, 8).flatten(5, 6)[..., : k.height, : k.width])
-    return mask_BHWHW.reshape(batch, 1, q.height * q.width, k.height * k.width)
+    mask_BHWHW = mask_BHWHW[:, : q.height, : q.width, : k.height, : k.width]
+    return rearrange(mask_BHWHW, "b qh qw kh kw -> b 1 (qh qw) (kh kw)")
 
 
 def routed_attention(

@@ -1,0 +1,487 @@
+"""Data sets, transforms and loaders, for the most part timm's.
+
+Every random choice about an image follows from (seed, epoch, rank, position in the epoch), never from what was read
+before or by which worker: a run that is resumed sees the very images that it would have seen.
+"""
+import difflib
+import json
+import math
+import random
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from timm.data import auto_augment, create_dataset, create_transform
+from timm.data.distributed_sampler import RepeatAugSampler
+from timm.data.loader import PrefetchLoader, fast_collate
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler, get_worker_info
+from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+
+from utils import UserError
+
+__all__ = ["build_dataset", "build_loader", "build_transform", "check_same_classes", "load_image"]
+
+DATASETS = ("IMNET", "image_folder", "CIFAR10", "CIFAR100", "digits", "wds/NAME")
+
+
+# Randomness
+
+def derive_seed(*key):
+    """Mix integers >= 0 into one 64-bit seed."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
+@contextmanager
+def seeded(seed, device=None):
+    """Start the generators of Python, NumPy and torch (CPU, and ``device`` if it is CUDA) from ``seed``; afterwards
+    put back what they were."""
+    # torch.manual_seed would also reseed every CUDA device, for good
+    generators = [torch.default_generator]
+    if device is not None and device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generators.append(torch.cuda.default_generators[index])
+    before = random.getstate(), np.random.get_state(), [generator.get_state() for generator in generators]
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    for generator in generators:
+        generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        for generator, state in zip(generators, before[2], strict=True):
+            generator.set_state(state)
+
+
+class SeededSampler(Sampler):
+    """Yields (index, seed) for each index of ``sampler``, from position ``start`` of the epoch on."""
+
+    def __init__(self, sampler, seed, rank):
+        self.sampler, self.seed, self.rank = sampler, seed, rank
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch, start=0):
+        self.epoch, self.start = epoch, start
+        self.sampler.set_epoch(self.seed + epoch)  # RepeatAugSampler takes no seed of its own
+
+    def __iter__(self):
+        for position, index in islice(enumerate(self.sampler), self.start, None):
+            yield index, derive_seed(self.seed, self.epoch, self.rank, position)
+
+    def __len__(self):
+        return len(self.sampler)
+
+
+# Images
+
+def load_image(file):
+    """Read the image in ``file`` (a path or a binary file), whatever its mode, as PIL RGB.
+
+    Alpha is dropped, as in timm and torchvision; 16-bit grey is scaled to 8 bits. Raises UserError naming the file
+    when it is not a whole image.
+    """
+    try:
+        with Image.open(file) as image:
+            image.load()
+            return _to_rgb(image)
+    except Exception as error:  # on damaged bytes PIL's decoders raise nearly anything
+        name = getattr(file, "name", file)
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else _one_line(error)
+        raise UserError(f"cannot read {name}: {reason}; remove it, or pass --skip_bad_images") from None
+
+
+def _to_rgb(image):
+    if image.mode.startswith("I"):  # I, I;16 and its byte orders
+        # convert("RGB") clips at 255, which turns all but the darkest pixels white
+        values = np.asarray(image).clip(0, 65535).astype(np.uint32)
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # straight to RGB, PIL warns
+    return image.convert("RGB")
+
+
+def _posterize(image, bits_to_keep, **_):
+    # At its strongest timm keeps 0 bits, which is black; Pillow refuses that from version 13 on.
+    return image.point(lambda value: value & ~(2 ** (8 - bits_to_keep) - 1))
+
+
+# timm looks its operations up here.
+for name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
+    assert name in auto_augment.NAME_TO_OP
+    auto_augment.NAME_TO_OP[name] = _posterize
+
+
+def build_transform(
+    *, train, input_size, mean, std, interpolation="bicubic", crop_pct=None, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3),
+    hflip=0.5, color_jitter=0.4, auto_augment=None, **more,
+):
+    """PIL RGB image -> uint8 tensor (3, H, W), by timm's ``create_transform``, which also takes ``more``.
+
+    Args:
+        train: Random crop and augmentation if true, else resize and centre crop.
+        input_size: H and W in pixels, as one int or as (H, W).
+        mean: Fills what geometric augmentation uncovers; normalisation itself happens in the loader.
+        crop_pct: Share of the resized image that evaluation's crop keeps; None is timm's 0.875.
+    """
+    return create_transform(
+        input_size, is_training=train, mean=mean, std=std, interpolation=interpolation, crop_pct=crop_pct, scale=scale,
+        ratio=ratio, hflip=hflip, color_jitter=color_jitter, auto_augment=auto_augment, use_prefetcher=True, **more,
+    )
+
+
+# Data sets
+
+class SkipsBadImages:
+    """Counts the images that could not be read, in all worker processes, or refuses to go on."""
+
+    def __init__(self, skip_bad_images):
+        # a Value of the fork context cannot be passed to spawned workers; this one reaches forked ones too
+        self._bad = get_context("spawn").Value("q", 0) if skip_bad_images else None
+
+    @property
+    def bad_images(self):
+        return self._bad.value if self._bad else 0
+
+    def _skip(self, number, error):
+        if self._bad is None:
+            raise error
+        with self._bad.get_lock():
+            self._bad.value += number
+
+
+class ImageDataset(SkipsBadImages, Dataset):
+    """(image, target) by index, or by (index, seed) for augmentation that is a function of the seed.
+
+    With ``skip_bad_images`` an image that cannot be read is counted in ``bad_images``, each time that it is tried; in
+    training the next good one takes its place, in evaluation a black one with target -1.
+
+    Args:
+        source: Sequence of (PIL RGB image, class index) that raises UserError for an image that it cannot read.
+    """
+
+    def __init__(self, source, classes, transform, *, train, skip_bad_images):
+        super().__init__(skip_bad_images)
+        self.source, self.classes, self.transform, self.train = source, list(classes), transform, train
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, item):
+        index, seed = item if isinstance(item, tuple) else (item, None)
+        image, target = self._read(index)
+        if self.transform is None:
+            return image, target
+        with nullcontext() if seed is None else seeded(seed):
+            return self.transform(image), target
+
+    def _read(self, index):
+        for offset in range(len(self)):
+            try:
+                return self.source[(index + offset) % len(self)]
+            except UserError as error:
+                self._skip(1, error)
+                if not self.train:
+                    return Image.new("RGB", (256, 256)), -1
+        raise UserError(f"none of the {len(self)} images can be read")
+
+
+class ShardDataset(SkipsBadImages, IterableDataset):
+    """(image, target) from WebDataset tar shards, by timm's reader.
+
+    The reader leaves out a sample that it cannot read, with a warning. In evaluation, where each sample counts once,
+    those left out are an error, or with ``skip_bad_images`` counted in ``bad_images``.
+    """
+    classes = None
+
+    def __init__(self, name, root, transform, *, train, skip_bad_images):
+        super().__init__(skip_bad_images)
+        self.root, self.transform, self.train = root, transform, train
+        self.reader = _shard_reader(name, root, train)
+        self.split_info = self.reader.split_info
+
+    def configure(self, *, batch_size, num_workers, seed, rank, world_size):
+        """Divide the shards among processes and their workers; build_loader calls this."""
+        self.seed, self.rank = seed, rank
+        reader, info = self.reader, self.split_info
+        if self.train:
+            readers = world_size * max(1, num_workers)
+            if len(info.filenames) < readers:
+                raise UserError(f"{len(info.filenames)} training shards cannot feed {readers} readers (processes x "
+                                "workers); use fewer workers, or more and smaller shards")
+            reader.dist_rank, reader.dist_num_replicas = rank, world_size
+        else:
+            # For several processes the reader repeats or cuts off samples until all have the same number. Told of one
+            # process, with this one's shards, it reads each sample once.
+            reader.split_info = replace(info, filenames=info.filenames[rank::world_size],
+                                        shard_lengths=info.shard_lengths[rank::world_size])
+            reader.dist_rank, reader.dist_num_replicas = 0, 1
+        reader.ds, reader.batch_size, reader.common_seed = None, batch_size, seed
+        reader.set_loader_cfg(num_workers)
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+        self.reader.set_epoch(epoch)
+        # The reader shuffles samples with one generator for all epochs: make it start again, from this epoch's seed.
+        self.reader.ds, self.reader.worker_seed = None, derive_seed(self.seed, epoch, self.rank)
+
+    def num_batches(self):
+        """Batches in an epoch of this process: each worker makes its own, of which the last may be small."""
+        reader = self.reader
+        if self.train:
+            return len(reader) // reader.batch_size
+        listed = [self._num_listed(worker, reader.num_workers) for worker in range(reader.num_workers)]
+        return sum(math.ceil(number / reader.batch_size) for number in listed)
+
+    def _num_listed(self, worker, num_workers):
+        return sum(self.reader.split_info.shard_lengths[worker::num_workers])
+
+    def __iter__(self):
+        if not self.reader.split_info.filenames:
+            return  # evaluation with more processes than shards; the reader would fail
+        info = get_worker_info()
+        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        read = 0
+        for read, (image, target) in enumerate(self.reader, start=1):
+            image = _to_rgb(image)
+            if self.transform is not None:
+                with seeded(derive_seed(self.seed, self.epoch, self.rank, worker, read)):
+                    image = self.transform(image)
+            yield image, target
+        listed = self._num_listed(worker, num_workers)
+        if self.train and not read:  # the other processes would wait for this one's batches
+            raise UserError(f"none of the images in the shards of {self.root} for one reader can be read")
+        if not self.train and read < listed:
+            self._skip(listed - read, UserError(
+                f"{listed - read} of {listed} images in the shards of {self.root} cannot be read; mend the shards or "
+                "the lengths in their info file, or pass --skip_bad_images"))
+
+
+def build_dataset(name, root, split, transform=None, *, skip_bad_images=False, download=False):
+    """The ``split`` ("train" or "val") of the data set called ``name``, one of ``DATASETS``.
+
+    Yields (``transform`` of a PIL RGB image, class index). ``classes`` is the list of class names, None for shards;
+    ``bad_images`` is how many unreadable images ``skip_bad_images`` has passed over so far. ``download`` is for CIFAR.
+    Raises UserError where the data is not there or not as it should be.
+    """
+    assert split in ("train", "val"), split
+    train = split == "train"
+    if name.startswith("wds/"):
+        return ShardDataset(name, _folder(root), transform, train=train, skip_bad_images=skip_bad_images)
+    if name in ("IMNET", "image_folder"):
+        source, classes = _image_folder(root, split)
+    elif name in ("CIFAR10", "CIFAR100"):
+        source, classes = _cifar(name, root, train, download)
+    elif name == "digits":
+        source, classes = _digits(train)
+    else:
+        near = difflib.get_close_matches(name.lower(), [known.lower() for known in DATASETS], n=1)
+        hint = "".join(f" (did you mean {known}?)" for known in DATASETS if known.lower() in near)
+        raise UserError(f"unknown data set {name!r}{hint}; there are {', '.join(DATASETS)}")
+    return ImageDataset(source, classes, transform, train=train, skip_bad_images=skip_bad_images)
+
+
+def check_same_classes(train_classes, val_classes):
+    """Raise UserError unless both lists of class names are the same; None, for unknown, is the same as any."""
+    if train_classes is None or val_classes is None or train_classes == val_classes:
+        return
+    missing = [name for name in train_classes if name not in val_classes]
+    extra = [name for name in val_classes if name not in train_classes]
+    differences = [f"{what} {_some(names)}" for what, names in (("lacks", missing), ("adds", extra)) if names]
+    raise UserError("the validation set must have the training set's classes, but "
+                    + (" and ".join(differences) or "has them in another order"))
+
+
+def _some(names, most=5):
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _one_line(error):
+    return " ".join(str(error).split())
+
+
+def _folder(root):
+    if root is None:
+        raise UserError("this data set needs a data folder, and none was given")
+    folder = Path(root).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"data folder {folder} {'is not a folder' if folder.exists() else 'does not exist'}")
+    return folder
+
+
+def _image_folder(root, split):
+    root = _folder(root)
+    if not (root / split).is_dir():
+        found = _some(sorted(entry.name for entry in root.iterdir())) or "nothing"
+        raise UserError(f"{root} has no folder {split}: expected {split}/CLASS/IMAGE, found {found}")
+    try:
+        source = ImageFolder(root / split, loader=load_image)
+    except FileNotFoundError as error:
+        raise UserError(f"{root / split} needs class folders, with images in each: {_one_line(error)}") from None
+    return source, source.classes
+
+
+def _cifar(name, root, train, download):
+    if root is None:
+        raise UserError(f"{name} needs a data folder, and none was given")
+    kind = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}[name]
+    try:
+        source = kind(Path(root).expanduser(), train=train, download=download)
+    except (OSError, RuntimeError) as error:
+        advice = _one_line(error) if download else f"pass --download, or unpack {kind.url} there"
+        raise UserError(f"{name} is not in {root}, or not whole: {advice}") from None
+    return source, source.classes
+
+
+def _digits(train):
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError:
+        raise UserError("the digits come with scikit-learn: pip install scikit-learn") from None
+    digits = load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    parts = train_test_split(range(len(images)), test_size=0.2, stratify=digits.target, random_state=0)
+    source = [(Image.fromarray(images[i]).convert("RGB"), int(digits.target[i])) for i in parts[0 if train else 1]]
+    return source, [str(name) for name in digits.target_names]
+
+
+def _shard_reader(name, root, train):
+    try:
+        import webdataset  # noqa: F401
+    except ImportError:
+        raise UserError("reading shards needs the webdataset package: pip install webdataset") from None
+    info = next((file for file in (root / "_info.json", root / "info.json") if file.is_file()), None)
+    if info is None:
+        raise UserError(f"{root} has no _info.json, which lists the shards of each split")
+    names = ("train",) if train else ("val", "validation")
+    try:
+        splits = json.loads(info.read_text())["splits"]
+        split = next(split for split in names if split in splits)
+        # no input_img_mode: _to_rgb converts better
+        reader = create_dataset(name, root=str(root), split=split, is_training=train, input_img_mode="").reader
+    except (ValueError, KeyError, TypeError, StopIteration):
+        raise UserError(f"{info} should list, for a split {' or '.join(names)}, its name, num_samples, filenames and "
+                        "shard_lengths") from None
+    missing = [file for file in reader.split_info.filenames if not (root / file).is_file()]
+    if missing:
+        raise UserError(f"{root} lacks shards that {info.name} lists: {_some(missing)}")
+    return reader
+
+
+# Loaders
+
+class SeededErasing:
+    """timm's random erasing of batch number ``batch``, as a function of ``key`` and that number."""
+
+    def __init__(self, erasing, device):
+        self.erasing, self.device = erasing, device
+
+    def start(self, key, batch):
+        self.key, self.batch = key, batch
+
+    def __call__(self, images):
+        # the 1 keeps this apart from the seed of the sample at the same position
+        with seeded(derive_seed(*self.key, self.batch, 1), self.device):
+            images = self.erasing(images)
+        self.batch += 1
+        return images
+
+
+class EpochLoader(PrefetchLoader):
+    """timm's PrefetchLoader, each epoch of which (random erasing too) follows from seed, epoch and rank alone.
+
+    Yields (images, targets) on ``device``: images float32 (B, 3, H, W), normalised; targets int64 (B,).
+    """
+
+    def __init__(self, loader, *, seed, rank, **settings):
+        super().__init__(loader, **settings)
+        self.seed, self.rank = seed, rank
+        self.set_epoch(0)
+        if self.random_erasing is not None:
+            self.random_erasing = SeededErasing(self.random_erasing, self.device)
+
+    def set_epoch(self, epoch, start_batch=0):
+        """Make the next pass that of ``epoch``, from batch ``start_batch`` on; len() stays that of a whole epoch."""
+        self.epoch, self.start_batch = epoch, start_batch
+
+    def __len__(self):
+        return self.dataset.num_batches() if isinstance(self.dataset, ShardDataset) else len(self.loader)
+
+    def __iter__(self):
+        try:
+            yield from self._batches()
+            return
+        except UserError as error:
+            # From a worker its text is a traceback that ends in the line we want, and its frames hold the iterator in
+            # a cycle. Left to the garbage collector, the iterator would wait five seconds for each of its workers.
+            line = str(error).rsplit("UserError: ", 1)[-1].strip()
+            error.__traceback__ = None
+        raise UserError(line)
+
+    def _batches(self):
+        key = self.seed, self.epoch, self.rank
+        self.loader.generator.manual_seed(derive_seed(*key))  # from it workers are seeded
+        sharded = isinstance(self.dataset, ShardDataset)
+        if self.random_erasing is not None:
+            self.random_erasing.start(key, 0 if sharded else self.start_batch)
+        if sharded:  # can only be read from the start
+            self.dataset.set_epoch(self.epoch)
+            return islice(super().__iter__(), self.start_batch, None)
+        if isinstance(self.sampler, SeededSampler):
+            self.sampler.set_epoch(self.epoch, self.start_batch * self.loader.batch_size)
+        return super().__iter__()
+
+
+def build_loader(
+    dataset, *, train, batch_size, num_workers, device, mean, std, seed=0, rank=0, world_size=1, repeated_aug=False,
+    reprob=0.0, remode="pixel", recount=1, pin_memory=True,
+):
+    """Batches of ``dataset``, whose transform is build_transform's, for process ``rank`` of ``world_size``.
+
+    In training every process gets the same number of full batches, shuffled. In evaluation each image comes once over
+    all processes, in order; the last batch may be small, and one process may get fewer batches than another, or none.
+
+    Args:
+        batch_size: Images in a batch of one process.
+        repeated_aug: Three augmentations of an image on different processes, or side by side on one.
+        reprob, remode, recount: timm's random erasing, in training only.
+
+    Raises:
+        UserError: The training set is smaller than one batch over all processes, or too few shards for the readers.
+    """
+    device = torch.device(device)
+    sharded = isinstance(dataset, ShardDataset)
+    num_images = dataset.split_info.num_samples if sharded else len(dataset)
+    if train and num_images < batch_size * world_size:
+        raise UserError(f"the training set has {num_images} images, fewer than one batch of {batch_size * world_size} "
+                        f"({batch_size} on each of {world_size} process(es)); use a smaller batch size")
+    if sharded:
+        dataset.configure(batch_size=batch_size, num_workers=num_workers, seed=seed, rank=rank, world_size=world_size)
+        sampler = None
+    elif not train:
+        sampler = range(rank, len(dataset), world_size)
+    elif repeated_aug:
+        # By default the sampler rounds down to a multiple of 256 images, most of a small data set
+        sampler = RepeatAugSampler(dataset, num_replicas=world_size, rank=rank, selected_round=0)
+        sampler = SeededSampler(sampler, seed, rank)
+    else:
+        # drop_last here: rather leave out a few images than see some of them twice
+        sampler = DistributedSampler(dataset, num_replicas=world_size, rank=rank, drop_last=True)
+        sampler = SeededSampler(sampler, seed, rank)
+    loader = DataLoader(
+        dataset, batch_size=batch_size, sampler=sampler, num_workers=num_workers, collate_fn=fast_collate,
+        pin_memory=pin_memory and device.type == "cuda", drop_last=train,
+        # the reader of shards takes its seed when a worker starts
+        persistent_workers=num_workers > 0 and not sharded,
+        generator=torch.Generator(),  # the global one would otherwise be drawn from each epoch
+    )
+    return EpochLoader(
+        loader, seed=seed, rank=rank, mean=mean, std=std, channels=len(mean), device=device,
+        re_prob=reprob if train else 0.0, re_mode=remode, re_count=recount,
+    )
