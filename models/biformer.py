@@ -216,7 +216,7 @@ class BiFormer(nn.Module):
         self.stages = nn.Sequential(*stages)
         self.norm = nn.BatchNorm2d(self.num_features, **dd)
         self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate, **dd)
-        self.head_hidden_size = self.head.num_features
+        self.head_hidden_size = self._pooled_features()
         self.apply(self._init_weights)
 
     @staticmethod
@@ -225,6 +225,9 @@ class BiFormer(nn.Module):
             trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+    def _pooled_features(self) -> int:
+        return self.num_features * self.head.global_pool.feat_mult()
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -254,7 +257,7 @@ class BiFormer(nn.Module):
         """Replace the classifier by one of `num_classes` classes (0: none), and the pooling if one is given."""
         self.num_classes = num_classes
         self.head.reset(num_classes, pool_type=global_pool)
-        self.head_hidden_size = self.head.num_features
+        self.head_hidden_size = self._pooled_features()
 
     def forward_intermediates(
         self,
