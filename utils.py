@@ -162,18 +162,24 @@ def read_checkpoint(source: str) -> dict[str, Any]:
         # Published checkpoints store their command line as a Namespace, which is inert.
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
+    except Exception as error:  # on damaged bytes the unpickler raises nearly anything
+        if isinstance(error, pickle.UnpicklingError) and "unsupported global" in str(error).lower():
             raise UserError(
-                f"{path}: refused, since it holds Python objects that would run code when loaded; "
+                f"{path}: refused, since loading it would run code ({', '.join(_foreign_objects(path))}); "
                 "ask its author for a file of tensors alone"
             ) from error
-        raise UserError(f"{path}: not a PyTorch checkpoint, or a damaged one") from error
-    except (EOFError, OSError, RuntimeError, ValueError, KeyError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: not a PyTorch checkpoint, or a truncated one; fetch it again") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
     return checkpoint
+
+
+def _foreign_objects(path: Path) -> list[str]:
+    """Python objects that a checkpoint would have called, where its format lets us look."""
+    try:
+        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # an old format, or a damaged file
+        return ["it holds Python objects"]
 
 
 def model_weights(checkpoint: dict[str, Any], key: str | None = None) -> dict[str, torch.Tensor]:

@@ -8,9 +8,9 @@ def tokens_of_regions(grid: RegionGrid) -> list[list[tuple[int, int]]]:
     """The (y, x) of each region's tokens."""
     h, w = grid.region_height, grid.region_width
     return [
-        [(y, x) for y in range(i * h, min((i + 1) * h, grid.height)) for x in range(j * w, min((j + 1) * w, grid.width))]
-        for i in range(grid.rows)
-        for j in range(grid.cols)
+        [(y, x) for y in range(top, min(top + h, grid.height)) for x in range(left, min(left + w, grid.width))]
+        for top in range(0, grid.rows * h, h)
+        for left in range(0, grid.cols * w, w)
     ]
 
 

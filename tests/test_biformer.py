@@ -97,9 +97,8 @@ def test_pretrained_from_a_published_file(published_file):
     model = timm.create_model("biformer_tiny", pretrained=True, pretrained_cfg_overlay=dict(file=str(published_file)))
     expected = published_state_dict("biformer_tiny")
     torch.testing.assert_close(model.head.fc.weight.double(), expected["head.weight"], rtol=0, atol=1e-6)
-    torch.testing.assert_close(
-        model.stages[1].blocks[0].attn.qkv.weight.double(), expected["stages.1.0.attn.qkv.qkv.weight"], rtol=0, atol=1e-6
-    )
+    qkv = model.stages[1].blocks[0].attn.qkv.weight.double()
+    torch.testing.assert_close(qkv, expected["stages.1.0.attn.qkv.qkv.weight"], rtol=0, atol=1e-6)
 
 
 def test_pretrained_with_other_classes_and_channels(published_file):

@@ -2,7 +2,8 @@ import itertools
 
 import pytest
 import torch
-from routed_reference import eager_attention, routed_attention as reference
+from routed_reference import eager_attention
+from routed_reference import routed_attention as reference
 
 from ops import IMPLS, RegionGrid, choose_impl, route_regions, routed_attention
 

@@ -1,0 +1,142 @@
+import pytest
+import yaml
+
+import options
+from utils import UsageError
+
+REQUIRED = ["--data_path", "data"]
+
+
+def parse(*tokens):
+    return options.parse([*REQUIRED, *tokens])
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "--model convnext_base --eval true --resume URL --input_size 224 --drop_path 0.2 --data_path /in1k",
+        "--data_path ./in1k --input_size 224 --batch_size 128 --dist_eval --eval --load_release --model biformer_small",
+        "--model biformer_small --drop_path 0.15 --lr 5e-4 --batch-size 256 --data-path ./data/in1k --output_dir out",
+        "--local-rank=3 --config configs/train/biformer_small.yaml --data_path ./data/in1k",
+    ],
+)
+def test_documented_commands(command):
+    assert options.parse(command.split()).data_path
+
+
+def test_underscores_and_hyphens_are_one():
+    assert parse("--drop-path", "0.3", "--warmup-epochs=2") == parse("--drop_path=0.3", "--warmup_epochs", "2")
+
+
+def test_every_flag_in_both_forms():
+    for name in options.build_parser().names():
+        assert options._underscored(f"--{name.replace('_', '-')}=x-y") == f"--{name}=x-y"
+
+
+@pytest.mark.parametrize("tokens,value", [(["--compile"], True), (["--compile", "true"], True), ([], False),
+                                          (["--compile=no"], False), (["--compile", "--seed", "1"], True)])
+def test_booleans_bare_or_with_a_value(tokens, value):
+    assert parse(*tokens).compile is value
+
+
+def test_local_rank_as_old_launchers_pass_it():
+    assert parse("--local-rank=1").local_rank == 1
+
+
+def test_input_size_may_be_a_pair():
+    assert parse("--input_size", "224x320").input_size == (224, 320)
+    assert parse("--input_size", "96").input_size == 96
+
+
+def test_model_kwargs():
+    assert parse("--model_kwargs", "num_regions=8", "topk=(1,4,9)", "layout=stl").model_kwargs == {
+        "num_regions": 8, "topk": (1, 4, 9), "layout": "stl"
+    }
+
+
+def test_command_line_over_yaml_over_defaults(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "lr: 1e-3\nwarmup-epochs: 7\nscale: [0.5, 1.0]\nmodel_ema: false\nmodel_kwargs: {topk: [1, 2, 3]}\n"
+    )
+    args = parse("--config", str(recipe), "--lr", "2e-3")
+    assert (args.lr, args.warmup_epochs, args.scale, args.model_ema) == (2e-3, 7, [0.5, 1.0], False)
+    assert args.weight_decay == 0.05
+    assert args.model_kwargs == {"topk": [1, 2, 3]}
+
+
+def test_what_runs_can_be_run_again(tmp_path):
+    args = parse("--lr=1e-3", "--input_size=64x96", "--model_kwargs", "topk=(1, 2, 3)", "--opt_betas", "0.9", "0.99")
+    options.save(args, tmp_path / "args.yaml")
+    again = options.parse(["--config", str(tmp_path / "args.yaml")])
+    again.config = None
+    again.model_kwargs = {key: tuple(value) for key, value in again.model_kwargs.items()}
+    assert again == args
+
+
+@pytest.mark.parametrize("path", ["biformer_tiny", "biformer_small", "biformer_base", "biformer_stl", "quickstart"])
+def test_recipes(path):
+    args = parse("--config", f"configs/train/{path}.yaml")
+    assert args.model == ("biformer_nano" if path == "quickstart" else path)
+
+
+@pytest.mark.parametrize(
+    "tokens,message",
+    [
+        (["--modle", "x"], "unknown flag --modle; did you mean --model?"),
+        (["--drop-pth=0.1"], "unknown flag --drop_pth; did you mean --drop_path?"),
+        (["stray"], "'stray' is the value of no flag"),
+        (["--batch_size", "0"], "--batch_size must be at least 1, got 0"),
+        (["--epochs", "0"], "--epochs must be at least 1, got 0"),
+        (["--epochs", "many"], "--epochs: invalid int value: 'many'"),
+        (["--lr", "-1"], "--lr must be above 0"),
+        (["--smoothing", "1.5"], "--smoothing must be 0 to 1"),
+        (["--eval"], "--eval needs weights"),
+        (["--eval", "perhaps"], "takes true or false, not 'perhaps'"),
+        (["--epochs", "3"], "--warmup_epochs 5 leaves nothing of --epochs 3"),
+        (["--batch_size", "3"], "must be even"),
+        (["--distillation_type", "soft"], "needs a --teacher_model"),
+        (["--teacher_model", "x"], "needs --distillation_type"),
+        (["--finetune", "a", "--load_release"], "three sources of weights"),
+        (["--auto_resume"], "needs the --output_dir"),
+        (["--data_set", "cifar"], "'cifar' is no data set; choose from IMNET"),
+        (["--input_size", "224x"], "takes a side or HEIGHTxWIDTH"),
+        (["--model_kwargs", "topk"], "takes KEY=VALUE"),
+        (["--config", "missing.yaml"], "--config missing.yaml: No such file"),
+    ],
+)
+def test_mistakes_are_explained_in_one_line(tokens, message):
+    with pytest.raises(UsageError) as error:
+        parse(*tokens)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value) and error.value.exit_code == 2
+
+
+def test_missing_data_path():
+    with pytest.raises(UsageError, match="--data_path is missing"):
+        options.parse([])
+    assert options.parse(["--data_set", "digits"]).data_path is None
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("lrr: 1", "unknown key 'lrr'; did you mean lr?"),
+        ("drop_pth: 1", "did you mean drop_path?"),
+        ("- a\n- b", "must be lines of `flag: value`"),
+        ("a: [", "not YAML"),
+        ("epochs: many", "invalid int value"),
+        ("!!python/object/apply:os.system ['true']", "not YAML"),
+    ],
+)
+def test_bad_recipes(tmp_path, text, message):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(text)
+    with pytest.raises(UsageError) as error:
+        parse("--config", str(recipe))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_saved_recipe_is_plain_yaml(tmp_path):
+    options.save(parse(), tmp_path / "args.yaml")
+    assert yaml.safe_load((tmp_path / "args.yaml").read_text())["batch_size"] == 128
