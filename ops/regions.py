@@ -84,7 +84,7 @@ class RegionGrid:
         return self.padding != (0, 0)
 
     def pad(self, x_BHW: torch.Tensor) -> torch.Tensor:
-        """(B, H, W, ...) -> (B, Y * h, X * w, ...), zeros at the bottom and the right; `x_BHW` itself where none are."""
+        """(B, H, W, ...) -> (B, Y * h, X * w, ...), zeros at the bottom and right; `x_BHW` itself where none are."""
         pad_bottom, pad_right = self.padding
         if not self.is_padded:
             return x_BHW
