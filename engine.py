@@ -194,7 +194,7 @@ def train_one_epoch(
 
         if update:
             if ema is not None:
-                ema.update(ema_source, step=first_step + step)
+                ema.update(ema_source)
             bar.update()
             done = step + 1
             if done % log_every == 0 or done == steps:

@@ -199,7 +199,14 @@ def evaluate_and_report(args, model, dataset, loader, process: Process, what: st
 def run_evaluation(args: argparse.Namespace, process: Process):
     """`--eval`: print the accuracy of a checkpoint."""
     dataset = build_dataset(args, "val")
-    model = create_model(args, args.nb_classes or class_count(dataset))
+    classes = args.nb_classes or class_count(dataset)
+    released = timm.get_pretrained_cfg(args.model).num_classes
+    if args.load_release and classes not in (None, released):
+        raise UserError(
+            f"the published weights of {args.model} are of {released} classes, the data has {classes}; fine-tune them "
+            f"first, or give --nb_classes {released} if the data's first classes are theirs"
+        )
+    model = create_model(args, classes)
     source = args.resume or args.finetune
     if source:
         load_from(model, source, args.model_key)

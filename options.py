@@ -4,6 +4,7 @@ Order of precedence: the command line, then `--config`, then the defaults here, 
 """
 import argparse
 import ast
+import os
 import sys
 from difflib import get_close_matches
 from pathlib import Path
@@ -101,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("data_set", "IMNET", type=_data_set, help=f"{', '.join(DATA_SETS)} or wds/NAME (WebDataset shards)")
     flag("data_path", metavar="FOLDER", help="where the data set lies: for image folders, train/ and val/")
     flag("download", False, help="fetch CIFAR where it is missing")
-    flag("num_workers", 8, type=int, help="processes that read images, for each GPU")
+    flag("num_workers", min(8, os.cpu_count() or 1), type=int, help="processes that read images, for each GPU")
     flag("pin_mem", True, help="read images into page-locked memory")
     flag("skip_bad_images", False, help="go on after an image that cannot be read, and count them")
     flag("crop_pct", type=float, help="part of the image that evaluation crops (default: the model's own)")

@@ -1,0 +1,324 @@
+"""Whole runs of main.py on small photographs-to-be: what a user types, and what comes out."""
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import main as program
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--model", "biformer_nano", "--input_size", "32", "--batch_size", "4", "--num_workers", "0", "--device", "cpu"]
+SHORT = ["--epochs", "2", "--warmup_epochs", "1", "--lr", "1e-2", "--log_every", "2"]
+RESULT = re.compile(r"\* Acc@1 (\d+\.\d{3}) Acc@5 (\d+\.\d{3}) loss (\d+\.\d{3})\n"
+                    r"Accuracy of the network on the (\d+) test images: (\d+\.\d)%")
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """13 training and 7 validation images of three classes, each of a colour."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 13), ("val", 7)):
+        for i in range(count):
+            folder = root / split / f"class{i % 3}"
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 90, (40, 48, 3), np.uint8)
+            pixels[..., i % 3] += 120
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+def run(capfd, *arguments):
+    """Exit code, standard output, standard error of a command line."""
+    code = program.main([str(argument) for argument in arguments])
+    return code, *capfd.readouterr()
+
+
+def train(photos, folder, *arguments):
+    arguments = [*SMALL, *SHORT, "--data_path", photos, "--output_dir", folder, *arguments]
+    assert program.main([str(argument) for argument in arguments]) == 0
+
+
+def launch(processes, *arguments, launcher="torch.distributed.run"):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-W", "ignore", "-m", launcher, f"--nproc_per_node={processes}", f"--master_port={port}"]
+    return subprocess.run(
+        [*command, "main.py", *map(str, arguments)],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
+    )
+
+
+def weights(path, key="model"):
+    return torch.load(path, weights_only=True)[key]
+
+
+@pytest.fixture(scope="session")
+def trained(photos, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    train(photos, folder / "run")
+    return folder / "run"
+
+
+def test_a_run_leaves_its_checkpoints_and_logs(trained):
+    assert {p.name for p in trained.iterdir()} == {"args.yaml", "best.pth", "last.pth", "log.txt", "tensorboard"}
+    records = [json.loads(line) for line in (trained / "log.txt").read_text().splitlines()]
+    assert [r["epoch"] for r in records] == [0, 1] and [r["step"] for r in records] == [3, 6]
+    assert {"train_loss", "train_lr", "train_images_per_second", "val_acc1", "val_loss"} <= set(records[0])
+    best = torch.load(trained / "best.pth", weights_only=True)
+    assert best["metrics"]["acc1"] == max(r["val_acc1"] for r in records)
+
+
+def test_evaluation_prints_the_two_lines(photos, trained, capfd):
+    code, out, _ = run(capfd, *SMALL, "--data_path", photos, "--eval", "true", "--resume", trained / "last.pth")
+    acc1, _, loss, images, rounded = RESULT.search(out).groups()
+    last = json.loads((trained / "log.txt").read_text().splitlines()[-1])
+    assert code == 0 and images == "7"
+    assert float(acc1) == pytest.approx(last["val_acc1"], abs=1e-3) and float(rounded) == round(last["val_acc1"], 1)
+    assert float(loss) == pytest.approx(last["val_loss"], abs=2e-3)
+
+
+def test_two_processes_on_seven_images_give_what_one_gives(photos, trained, capfd):
+    arguments = [*SMALL, "--data_path", photos, "--eval", "--resume", trained / "last.pth"]
+    _, alone, _ = run(capfd, *arguments)
+    shared = launch(2, *arguments, launcher="torch.distributed.launch")
+    assert shared.returncode == 0, shared.stderr
+    assert RESULT.search(shared.stdout).group() == RESULT.search(alone).group()
+    assert len(RESULT.findall(shared.stdout)) == 1
+    whole = launch(2, *arguments, "--dist_eval", "false")
+    assert RESULT.search(whole.stdout).group() == RESULT.search(alone).group()
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(photos, tmp_path, capfd):
+    """Without batch norm statistics to differ in, and without random augmentation, the weights agree."""
+    plain = ["--model", "vit_tiny_patch16_224", "--input_size", "32", "--num_workers", "0", "--device", "cpu",
+             "--data_path", photos, *SHORT, "--opt", "sgd", "--lr", "1e-3", "--mixup", "0", "--cutmix", "0",
+             "--reprob", "0", "--hflip", "0", "--scale", "1", "1", "--aa", "none", "--color_jitter", "0",
+             "--repeated_aug", "false", "--drop_path", "0", "--epochs", "1", "--warmup_epochs", "0"]
+    together = launch(2, *plain, "--batch_size", "4", "--output_dir", tmp_path / "two")
+    assert together.returncode == 0, together.stderr
+    assert re.search(
+        r"global batch 8 = 4 images x 2 processes x 1 accumulated; learning rate 1.56\de-05 = 0.001 x 8 / 512",
+        together.stdout,
+    )
+    code, out, _ = run(capfd, *plain, "--batch_size", "8", "--output_dir", tmp_path / "one")
+    assert code == 0 and "global batch 8 = 8 images x 1 processes" in out
+    torch.testing.assert_close(weights(tmp_path / "two" / "last.pth"), weights(tmp_path / "one" / "last.pth"))
+
+
+def test_a_resumed_run_ends_as_an_uninterrupted_one(photos, trained, tmp_path):
+    """With EMA, mixup, random erasing and repeated augmentation on, as by default: bit for bit on the CPU."""
+    train(photos, tmp_path, "--epochs", "2")
+    whole = torch.load(tmp_path / "last.pth", weights_only=True)
+    for key in ("model", "model_ema"):
+        torch.testing.assert_close(whole[key], weights(trained / "last.pth", key), rtol=0, atol=0)
+
+    def stop_after_the_first(*arguments, **kwargs):
+        if kwargs["epoch"] == 1:
+            raise KeyboardInterrupt
+        return original(*arguments, **kwargs)
+
+    original = program.train_one_epoch
+    program.train_one_epoch = stop_after_the_first
+    try:
+        arguments = [*SMALL, *SHORT, "--data_path", photos, "--output_dir", tmp_path / "again", "--auto_resume"]
+        assert program.main([str(argument) for argument in arguments]) == 130
+    finally:
+        program.train_one_epoch = original
+    assert weights(tmp_path / "again" / "last.pth", "epoch") == 1
+    train(photos, tmp_path / "again", "--auto_resume")
+    resumed = torch.load(tmp_path / "again" / "last.pth", weights_only=True)
+    for key in ("model", "model_ema"):
+        torch.testing.assert_close(resumed[key], whole[key], rtol=0, atol=0)
+    for index, state in whole["optimizer"]["state"].items():
+        torch.testing.assert_close(resumed["optimizer"]["state"][index], state, rtol=0, atol=0)
+    records = [json.loads(line) for line in (tmp_path / "again" / "log.txt").read_text().splitlines()]
+    assert [r["epoch"] for r in records] == [0, 1]
+
+
+def test_resume_by_name(photos, trained, tmp_path, capfd):
+    code, out, _ = run(capfd, *SMALL, *SHORT, "--data_path", photos, "--epochs", "3", "--resume",
+                       trained / "last.pth", "--output_dir", tmp_path)
+    assert code == 0 and "with epoch 2" in out
+    assert weights(tmp_path / "last.pth", "epoch") == 3
+
+
+def test_average_is_evaluated_too(photos, tmp_path, capfd):
+    train(photos, tmp_path, "--model_ema_eval", "--model_ema_decay", "0.5")
+    out = capfd.readouterr().out
+    assert out.count("Accuracy of the network") == out.count("Accuracy of the model EMA") == 2
+    code, out, _ = run(capfd, *SMALL, "--data_path", photos, "--eval", "--resume", tmp_path / "last.pth",
+                       "--model_key", "model_ema")
+    last = json.loads((tmp_path / "log.txt").read_text().splitlines()[-1])
+    assert code == 0 and float(RESULT.search(out).group(1)) == pytest.approx(last["ema_acc1"], abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_distillation(photos, trained, tmp_path, kind):
+    train(photos, tmp_path, "--model", "resnet10t", "--distillation_type", kind, "--teacher_model", "biformer_nano",
+          "--teacher_path", trained / "last.pth", "--distillation_tau", "2")
+    assert (tmp_path / "last.pth").exists()
+
+
+def test_fine_tuning_with_other_classes_and_size(photos, trained, tmp_path, capfd):
+    code, out, _ = run(capfd, *SMALL, *SHORT, "--data_set", "digits", "--finetune", trained / "last.pth",
+                       "--input_size", "32x64", "--batch_size", "512", "--lr", "1e-9", "--min_lr", "0",
+                       "--warmup_lr", "0", "--output_dir", tmp_path, "--model_ema", "false")
+    assert code == 0 and "another number of classes: the classifier starts anew" in out
+    before, after = weights(trained / "last.pth"), weights(tmp_path / "last.pth")
+    assert after["head.fc.weight"].shape == (10, 256)
+    name = "stages.0.blocks.0.mlp.fc1.weight"
+    torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-6)
+
+
+def test_every_option_of_the_recipe_at_once(photos, tmp_path):
+    train(photos, tmp_path, "--layer_decay", "0.7", "--update_freq", "2", "--clip_grad", "1", "--opt", "lamb",
+          "--batch_size", "2", "--amp", "bf16", "--grad_checkpointing", "--channels_last", "false", "--drop", "0.1",
+          "--opt_betas", "0.9", "0.95", "--sched", "poly", "--model_kwargs", "num_regions=4", "--num_workers", "1",
+          "--save_every", "2", "--skip_bad_images", "--seed", "3", "--train_interpolation", "random")
+    assert weights(tmp_path / "last.pth", "args")["model_kwargs"] == {"num_regions": 4}
+
+
+def test_disable_eval(photos, tmp_path, capfd):
+    train(photos, tmp_path, "--disable_eval")
+    assert "Acc@1" not in capfd.readouterr().out and not (tmp_path / "best.pth").exists()
+
+
+def test_models_of_one_size_get_theirs(photos, tmp_path):
+    train(photos, tmp_path, "--model", "vit_tiny_patch16_224", "--input_size", "48")
+    assert weights(tmp_path / "last.pth")["pos_embed"].shape == (1, 10, 192)
+
+
+def original_names(state_dict):
+    """timm's ConvNeXt weights under the names of the original release."""
+    renames = [(r"^stem\.", "downsample_layers.0."), (r"^stages\.(\d)\.downsample\.", r"downsample_layers.\1."),
+               (r"^stages\.(\d)\.blocks\.", r"stages.\1."), ("conv_dw", "dwconv"), (r"mlp\.fc1", "pwconv1"),
+               (r"mlp\.fc2", "pwconv2"), (r"head\.norm", "norm"), (r"head\.fc", "head")]
+    out = {}
+    for name, value in state_dict.items():
+        for pattern, replacement in renames:
+            name = re.sub(pattern, replacement, name)
+        out[name] = value
+    return out
+
+
+def test_original_convnext_checkpoint(photos, tmp_path, capfd):
+    model = timm.create_model("convnext_tiny", num_classes=3)
+    names = original_names(model.state_dict())
+    assert "stages.0.0.pwconv1.weight" in names
+    torch.save({"model": names}, tmp_path / "convnext.pth")
+    arguments = ["--model", "convnext_tiny", "--eval", "true", "--input_size", "64", "--drop_path", "0.2",
+                 "--num_workers", "0", "--device", "cpu", "--data_path", photos]
+    code, out, _ = run(capfd, *arguments, "--resume", tmp_path / "convnext.pth")
+    assert code == 0
+    torch.save(model.state_dict(), tmp_path / "ours.pth")
+    _, ours, _ = run(capfd, *arguments, "--resume", tmp_path / "ours.pth")
+    assert RESULT.search(ours).group() == RESULT.search(out).group()
+
+
+def test_load_release_is_for_the_released_classes(photos, capfd):
+    code, _, err = run(capfd, *SMALL, "--model", "biformer_small", "--data_path", photos, "--eval", "--load_release")
+    assert code == 1 and "of 1000 classes, the data has 3" in err
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+
+def refuses(capfd, code, message, *arguments):
+    """One line on standard error, the exit code, no traceback."""
+    actual, _, err = run(capfd, *SMALL, *arguments)
+    assert message in err and actual == code
+    assert len([line for line in err.splitlines() if "error:" in line]) == 1 and "Traceback" not in err
+
+
+def test_wrong_command_lines(photos, capfd):
+    refuses(capfd, 2, "unknown flag --modle; did you mean --model?", "--modle", "x")
+    refuses(capfd, 2, "unknown model 'biformer_smal'; did you mean biformer_small", "--model", "biformer_smal",
+            "--data_path", photos)
+    refuses(capfd, 2, "--batch_size must be at least 1", "--batch_size", "0", "--data_path", photos)
+    refuses(capfd, 2, "unknown optimizer 'adamww'; did you mean adamw", "--opt", "adamww", "--data_path", photos)
+    refuses(capfd, 2, "--aa", "--aa", "nonsense", "--data_path", photos)
+    refuses(capfd, 2, "cannot be built", "--model_kwargs", "regions=3", "--data_path", photos)
+
+
+def test_bad_data(photos, tmp_path, capfd):
+    refuses(capfd, 1, "does not exist", "--data_path", tmp_path / "nowhere")
+    refuses(capfd, 1, "has no folder train", "--data_path", tmp_path)
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    refuses(capfd, 1, "needs class folders, with images in each", "--data_path", tmp_path)
+
+
+def test_classes_of_val_that_are_not_train(photos, tmp_path, capfd):
+    os.symlink(photos / "train", tmp_path / "train")
+    (tmp_path / "val").mkdir()
+    for name in ("class0", "class1", "other"):
+        os.symlink(photos / "val" / "class0", tmp_path / "val" / name)
+    refuses(capfd, 1, "lacks class2 and adds other", "--data_path", tmp_path)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_cannot_be_read(photos, tmp_path, capfd, workers):
+    for split in ("train", "val"):
+        for i in range(3):
+            (tmp_path / split / f"class{i}").mkdir(parents=True)
+            for j, image in enumerate((photos / split / f"class{i}").iterdir()):
+                (tmp_path / split / f"class{i}" / f"{j}.png").write_bytes(image.read_bytes())
+    (tmp_path / "val" / "class1" / "0.png").write_bytes(b"")
+    common = ["--data_path", tmp_path, *SHORT, "--epochs", "1", "--warmup_epochs", "0", "--num_workers", workers]
+    refuses(capfd, 1, "val/class1/0.png: not an image", *common, "--output_dir", tmp_path / "out")
+    assert (tmp_path / "out" / "last.pth").exists()  # the epoch before the evaluation is not lost
+    code, out, _ = run(capfd, *SMALL, *common, "--skip_bad_images", "--output_dir", tmp_path / "skipping")
+    assert code == 0 and "skipped 1 images" in out and "on the 6 test images" in out
+
+
+def test_bad_checkpoints(photos, trained, tmp_path, capfd):
+    (tmp_path / "cut.pth").write_bytes((trained / "last.pth").read_bytes()[:5000])
+    (tmp_path / "page.pth").write_text("<html>")
+    torch.save(timm.create_model("resnet10t", num_classes=3).state_dict(), tmp_path / "resnet.pth")
+    common = ["--data_path", photos, "--eval", "--resume"]
+    refuses(capfd, 1, "truncated", *common, tmp_path / "cut.pth")
+    refuses(capfd, 1, "not a PyTorch checkpoint", *common, tmp_path / "page.pth")
+    refuses(capfd, 1, "no such checkpoint file", *common, tmp_path / "none.pth")
+    refuses(capfd, 1, "does not fit BiFormer with 3 classes: stem.conv1.weight is missing; stem", *common,
+            tmp_path / "resnet.pth")
+    common = ["--data_path", photos, *SHORT, "--output_dir", tmp_path / "out", "--resume"]
+    torch.save(weights(trained / "last.pth"), tmp_path / "bare.pth")
+    refuses(capfd, 1, "holds weights alone", *common, tmp_path / "bare.pth")
+    refuses(capfd, 1, "with another --opt", *common, trained / "last.pth", "--opt", "sgd", "--layer_decay", "0.9")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_run_is_not_overwritten(photos, trained, capfd):
+    before = (trained / "last.pth").read_bytes()
+    refuses(capfd, 1, "holds a run already", *SHORT, "--data_path", photos, "--output_dir", trained)
+    assert (trained / "last.pth").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite(photos, trained, tmp_path, capfd):
+    checkpoint = torch.load(trained / "last.pth", weights_only=True)
+    checkpoint["model"]["head.fc.bias"][0] = float("inf")
+    torch.save(checkpoint, tmp_path / "last.pth")
+    before = (tmp_path / "last.pth").read_bytes()
+    refuses(capfd, 1, "the loss became nan in epoch 2 at step 6, learning rate", "--data_path", photos, *SHORT,
+            "--epochs", "3", "--output_dir", tmp_path, "--auto_resume")
+    assert (tmp_path / "last.pth").read_bytes() == before
+
+
+def test_a_batch_larger_than_the_training_set(photos, capfd):
+    refuses(capfd, 1, "has 13 images, fewer than one batch of 64", "--data_path", photos, "--batch_size", "64")
+    refuses(capfd, 1, "--update_freq 9 is more than the", "--data_path", photos, "--update_freq", "9")
+
+
+def test_exit_code_reaches_the_shell():
+    done = subprocess.run([sys.executable, "main.py", "--epochs", "0"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "error: --epochs must be at least 1, got 0\n"
