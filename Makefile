@@ -11,7 +11,10 @@ help:
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed"; exit 1; }
-	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "python -m venv failed; on Debian: apt install python3-venv"; exit 1; }
+	@# Debian packs ensurepip apart; where it is missing, a pip outside can still put one into the environment.
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 \
+	|| { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; } \
+	|| { rm -rf $(VENV); echo "cannot make $(VENV): python -m venv needs pip; on Debian: apt install python3-venv"; exit 1; }
 
 $(VENV)/.requirements: requirements.txt | $(BIN)/python
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt

@@ -14,6 +14,7 @@ from timm.data.mixup import Mixup
 from timm.optim import list_optimizers
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
 
 import datasets
 import models  # noqa: F401, registers our models with timm
@@ -178,8 +179,14 @@ def to_device(model: torch.nn.Module, args: argparse.Namespace, process: Process
     return model.to(process.device, memory_format=memory_format)
 
 
+def report_unreadable(count: int):
+    if count:
+        print(f"skipped {count} images that could not be read")
+
+
 def evaluate_and_report(args, model, dataset, loader, process: Process, what: str = "network") -> dict[str, float]:
     """Evaluate `model`, and print the two lines of its accuracy."""
+    unreadable = dataset.bad_images
     result = evaluate(
         model,
         loader,
@@ -189,8 +196,7 @@ def evaluate_and_report(args, model, dataset, loader, process: Process, what: st
         distributed=args.dist_eval,
     )
     if process.is_main:
-        if dataset.bad_images:
-            print(f"skipped {dataset.bad_images} images that could not be read")
+        report_unreadable(dataset.bad_images - unreadable)
         print(f"* Acc@1 {result['acc1']:.3f} Acc@5 {result['acc5']:.3f} loss {result['loss']:.3f}")
         print(f"Accuracy of the {what} on the {result['images']} test images: {result['acc1']:.1f}%")
     return result
@@ -355,36 +361,65 @@ class Keeper:
                 save_checkpoint(self.folder / BEST, state)
 
 
-def run_training(args: argparse.Namespace, process: Process):
-    """Train, evaluate after every epoch, and leave checkpoints and logs in the output folder."""
-    check_name("optimizer", args.opt, list_optimizers())
-    folder = output_folder(args)
+@dataclass
+class Data:
+    """Both splits; no val where --disable_eval says so."""
+
+    train_set: Dataset
+    train_loader: datasets.EpochLoader
+    val_set: Dataset | None = None
+    val_loader: datasets.EpochLoader | None = None
+
+
+def create_data(args: argparse.Namespace, process: Process) -> Data:
     train_set = build_dataset(args, "train")
     val_set = None if args.disable_eval else build_dataset(args, "val")
     if val_set is not None:
         datasets.check_same_classes(train_set.classes, val_set.classes)
-    train_loader = build_loader(args, train_set, process, train=True)
-    val_loader = build_loader(args, val_set, process, train=False) if val_set is not None else None
-    steps = len(train_loader) // args.update_freq
-    if steps == 0:
-        raise UserError(f"--update_freq {args.update_freq} is more than the {len(train_loader)} batches of an epoch")
+    data = Data(train_set, build_loader(args, train_set, process, train=True), val_set)
+    if len(data.train_loader) < args.update_freq:
+        batches = len(data.train_loader)
+        raise UserError(f"--update_freq {args.update_freq} is more than the {batches} batches of an epoch")
+    if val_set is not None:
+        data.val_loader = build_loader(args, val_set, process, train=False)
+    return data
 
+
+def evaluate_run(args, run: Run, data: Data, process: Process) -> dict[str, dict[str, float]]:
+    """Results of the model, and of its average where --model_ema_eval asks for it."""
+    evaluated = dict(val=(run.model, "network"))
+    if run.ema is not None and args.model_ema_eval:
+        evaluated["ema"] = (run.ema.module, "model EMA")
+    return {
+        name: evaluate_and_report(args, model, data.val_set, data.val_loader, process, what)
+        for name, (model, what) in evaluated.items()
+    }
+
+
+def run_training(args: argparse.Namespace, process: Process):
+    """Train, evaluate after every epoch, and leave checkpoints and logs in the output folder."""
+    check_name("optimizer", args.opt, list_optimizers())
+    folder = output_folder(args)
+    data = create_data(args, process)
+    steps = len(data.train_loader) // args.update_freq
     global_batch = args.batch_size * args.update_freq * process.world_size
     lr = scaled_lr(args.lr, global_batch)
-    run = create_run(args, process, args.nb_classes or class_count(train_set), lr)
+
+    run = create_run(args, process, args.nb_classes or class_count(data.train_set), lr)
     source = str(folder / LAST) if args.auto_resume and (folder / LAST).exists() else args.resume
     if source:
         run.load(source)
-    schedule = create_schedule(
-        run.optimizer, args.sched, args.epochs, steps, args.warmup_epochs, args.warmup_lr, args.min_lr
-    )
     network = wrap(run.model, args, process)
     mixup = create_mixup(args, run.model.num_classes)
     loss_fn = training_loss(args, run.model.num_classes, mixup is not None, process)
+    schedule = create_schedule(
+        run.optimizer, args.sched, args.epochs, steps, args.warmup_epochs, args.warmup_lr, args.min_lr
+    )
+
     if process.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         options.save(args, folder / "args.yaml")
-        print_plan(args, process, run.model, folder, train_set, steps, lr, global_batch)
+        print_plan(args, process, run.model, folder, data.train_set, steps, lr, global_batch)
         if source:
             print(f"going on from {source} with epoch {run.epoch}")
     log = RunLog(folder if process.is_main else None)
@@ -392,12 +427,13 @@ def run_training(args: argparse.Namespace, process: Process):
 
     for epoch in range(run.epoch, args.epochs):
         seed_everything(args.seed, epoch, process.rank)
-        train_loader.set_epoch(epoch)
+        data.train_loader.set_epoch(epoch)
+        unreadable = data.train_set.bad_images
         try:
             stats = train_one_epoch(
                 network,
                 loss_fn,
-                train_loader,
+                data.train_loader,
                 run.optimizer,
                 schedule,
                 run.scaler,
@@ -416,16 +452,14 @@ def run_training(args: argparse.Namespace, process: Process):
             )
         except NonFiniteLossError as error:
             raise with_kept_checkpoint(error, folder / LAST) from error
+        if process.is_main:
+            report_unreadable(data.train_set.bad_images - unreadable)
         run.epoch = epoch + 1
         # Before the evaluation, so that nothing which happens there costs the epoch.
         keeper.save_last(run)
         record = dict(epoch=epoch, step=run.epoch * steps, **{f"train_{k}": v for k, v in stats.items()})
-        if val_loader is not None:
-            networks = {"val": (run.model, "network")}
-            if run.ema is not None and args.model_ema_eval:
-                networks["ema"] = (run.ema.module, "model EMA")
-            for name, (evaluated, what) in networks.items():
-                result = evaluate_and_report(args, evaluated, val_set, val_loader, process, what)
+        if data.val_loader is not None:
+            for name, result in evaluate_run(args, run, data, process).items():
                 record.update({f"{name}_{k}": v for k, v in result.items()})
                 log.scalars(name, result, run.epoch * steps)
                 keeper.save_if_best(run, result)
