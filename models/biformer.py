@@ -55,7 +55,7 @@ class LePEAttention(nn.Module):
         query, key, value = qkv.flatten(1, 2).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(x.shape)
         lepe = _depthwise(self.lepe, qkv.chunk(3, dim=-1)[2] if self.lepe_on_value else x)
-        return self.proj(lepe.add_(attended))
+        return self.proj(attended + lepe)
 
 
 class BiFormerBlock(nn.Module):
@@ -84,10 +84,9 @@ class BiFormerBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
         if self.pos_embed is not None:
-            x = _depthwise(self.pos_embed, x).add_(x)
-        # Into the branch's fresh output, which nothing else reads: a new map for each sum costs more than the sum.
-        x = self.drop_path1(self.attn(self.norm1(x))).add_(x)
-        return self.drop_path2(self.mlp(self.norm2(x))).add_(x)
+            x = x + _depthwise(self.pos_embed, x)
+        x = x + self.drop_path1(self.attn(self.norm1(x)))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
 
 
 class Stem(nn.Sequential):

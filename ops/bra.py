@@ -70,4 +70,4 @@ class BiLevelRoutingAttention(nn.Module):
         routes = route_regions(query, key, grid, grid, self.topk)
         attended = routed_attention(query, key, value, routes, grid, grid, self.scale, self.attn_impl).flatten(3)
         lepe = self.lepe(value.flatten(3).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.proj(lepe.add_(attended))
+        return self.proj(attended + lepe)
