@@ -27,9 +27,9 @@ $(VENV)/.requirements-dev: requirements-dev.txt $(VENV)/.requirements
 quickstart: $(VENV)/.requirements  ## train biformer_nano on handwritten digits, on the CPU or a GPU, in minutes
 	@rm -rf $(QUICKSTART_OUTPUT)
 	$(BIN)/python main.py --config configs/train/quickstart.yaml --output_dir $(QUICKSTART_OUTPUT)
-	$(BIN)/python main.py --config configs/train/quickstart.yaml --eval --resume $(QUICKSTART_OUTPUT)/best.pth
+	$(BIN)/python main.py --config configs/train/quickstart.yaml --eval --resume $(QUICKSTART_OUTPUT)/last.pth
 	@echo "log:        $(QUICKSTART_OUTPUT)/log.txt"
-	@echo "checkpoint: $(QUICKSTART_OUTPUT)/best.pth"
+	@echo "checkpoint: $(QUICKSTART_OUTPUT)/last.pth"
 
 test: $(VENV)/.requirements-dev  ## run the tests on the CPU
 	$(BIN)/python -m pytest -m "not gpu"

@@ -122,6 +122,19 @@ def _backward(
     optimizer.zero_grad()
 
 
+def check_finite(model: torch.nn.Module, epoch: int):
+    """A finite loss may still have had a gradient that was not; such weights must not reach a checkpoint.
+
+    Raises:
+        NonFiniteLossError: A weight or a running statistic is NaN or infinite.
+    """
+    finite = [value.isfinite().all() for value in model.state_dict().values() if value.is_floating_point()]
+    if not torch.stack(finite).all():
+        raise NonFiniteLossError(
+            f"weights became NaN or infinite in epoch {epoch}; try a lower --lr, --clip_grad 5 or --amp off"
+        )
+
+
 def train_one_epoch(
     model: torch.nn.Module,
     loss_fn: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
@@ -165,7 +178,7 @@ def train_one_epoch(
         "loss" (mean over the epoch and the processes), "images_per_second", "seconds", and the last "lr".
 
     Raises:
-        NonFiniteLossError: At the next log line after it happened; weights on disk are not touched.
+        NonFiniteLossError: At the next log line after the loss was lost, or at the end of the epoch if the weights were.
     """
     model.train()
     steps = len(loader) // update_freq
@@ -188,7 +201,7 @@ def train_one_epoch(
             images, targets = mixup(images, targets)
         with model.no_sync() if process.is_distributed and not update else nullcontext():
             with autocast:
-                loss = loss_fn(model(images), targets, images)
+                loss = loss_fn(model(images).float(), targets, images)
             _backward(loss / update_freq, model, optimizer, scaler, clip_grad, update)
         meter.add(loss.detach(), len(images), data_seconds, first_step + step, optimizer.param_groups[0]["lr"])
 
@@ -205,6 +218,7 @@ def train_one_epoch(
                     tqdm.write(_log_line(values, epoch, done, steps, seconds_left))
         batch_end = time.perf_counter()
     bar.close()
+    check_finite(model, epoch)
     return dict(lr=values["lr"], **meter.epoch_means())
 
 

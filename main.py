@@ -12,7 +12,7 @@ import torch
 from timm.data import resolve_data_config
 from timm.data.mixup import Mixup
 from timm.optim import list_optimizers
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, distribute_bn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
@@ -37,6 +37,7 @@ from utils import (
 )
 
 LAST, BEST = "last.pth", "best.pth"
+HYPERPARAMETERS = ("lr", "lr_scale", "weight_decay", "momentum", "betas", "eps")
 
 
 # --- models ---------------------------------------------------------------------------------------------------------
@@ -50,7 +51,10 @@ def check_name(kind: str, name: str, known: list[str]):
 
 
 def check_model(name: str):
-    check_name("model", name.partition(".")[0], timm.list_models())
+    architecture, _, tag = name.partition(".")
+    check_name("model", architecture, timm.list_models())
+    if tag:
+        check_name("weights", name, timm.list_models(f"{architecture}.*", include_tags=True))
 
 
 def size_kwargs(name: str, input_size: int | tuple[int, int]) -> dict:
@@ -60,16 +64,25 @@ def size_kwargs(name: str, input_size: int | tuple[int, int]) -> dict:
 
 def create_model(args: argparse.Namespace, num_classes: int | None) -> torch.nn.Module:
     """The model that the flags describe, with the weights that it starts from."""
-    kwargs = dict(drop_rate=args.drop, drop_path_rate=args.drop_path, **size_kwargs(args.model, args.input_size))
+    kwargs = size_kwargs(args.model, args.input_size)
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
+    if not args.eval:
+        kwargs.update(drop_rate=args.drop, drop_path_rate=args.drop_path)
     kwargs.update(args.model_kwargs)
     try:
-        model = timm.create_model(args.model, pretrained=args.load_release, **kwargs)
+        try:
+            model = timm.create_model(args.model, pretrained=args.load_release, **kwargs)
+        except TypeError as error:
+            if "drop_path_rate" not in str(error):
+                raise
+            print(f"{args.model} has no stochastic depth: --drop_path is left out")
+            del kwargs["drop_path_rate"]
+            model = timm.create_model(args.model, pretrained=args.load_release, **kwargs)
     except (TypeError, ValueError) as error:
         raise UsageError(f"{args.model} cannot be built: {error}") from error
     except (RuntimeError, OSError) as error:
-        raise UserError(f"--load_release: {error}") from error
+        raise UserError(f"{args.model} cannot be built: {error}") from error
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     return model
@@ -82,7 +95,8 @@ def family_filter(model: torch.nn.Module) -> Callable | None:
 
 def load_from(model: torch.nn.Module, source: str, key: str | None, new_classifier: bool = False):
     """Load the weights of a checkpoint of ours, of a published one, or of a bare state dict."""
-    classifier = model.default_cfg.get("classifier") if new_classifier else None
+    classifier = model.default_cfg.get("classifier") or () if new_classifier else ()
+    classifier = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     kept = load_weights(model, model_weights(read_checkpoint(source), key), family_filter(model), classifier)
     if kept:
         print(f"{source} is of another number of classes: the classifier starts anew")
@@ -92,6 +106,12 @@ def create_teacher(args: argparse.Namespace, num_classes: int) -> torch.nn.Modul
     """The distillation teacher, with its weights."""
     size = size_kwargs(args.teacher_model, args.input_size)
     published = args.teacher_path is None
+    released = timm.get_pretrained_cfg(args.teacher_model).num_classes
+    if published and released != num_classes:
+        raise UserError(
+            f"the published weights of {args.teacher_model} are of {released} classes, the data has {num_classes}; "
+            "fine-tune the teacher first, and give its weights by --teacher_path"
+        )
     try:
         teacher = timm.create_model(args.teacher_model, pretrained=published, num_classes=num_classes, **size)
     except (RuntimeError, OSError) as error:
@@ -137,9 +157,12 @@ def build_dataset(args: argparse.Namespace, split: str):
     )
 
 
-def class_count(dataset) -> int | None:
-    """None where the data set does not know."""
-    return len(dataset.classes) if dataset.classes is not None else None
+def class_count(args: argparse.Namespace, dataset: Dataset) -> int | None:
+    """Classes of the model; None, for the model's own number, where neither the flags nor the data set know."""
+    held = len(dataset.classes) if dataset.classes is not None else None
+    if args.nb_classes is not None and held is not None and args.nb_classes < held:
+        raise UsageError(f"--nb_classes {args.nb_classes} is fewer than the {held} classes that the data holds")
+    return args.nb_classes or held
 
 
 def build_loader(args: argparse.Namespace, dataset, process: Process, train: bool):
@@ -170,13 +193,19 @@ def build_loader(args: argparse.Namespace, dataset, process: Process, train: boo
 def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     """The low precision that `--amp` means on this device; None for float32 throughout."""
     if amp == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else None
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
 
 
 def to_device(model: torch.nn.Module, args: argparse.Namespace, process: Process) -> torch.nn.Module:
     memory_format = torch.channels_last if args.channels_last else torch.preserve_format
     return model.to(process.device, memory_format=memory_format)
+
+
+def count_unreadable(dataset, before: int, process: Process, shared: bool = True) -> int:
+    """Images passed over since `before`, on all processes."""
+    count = torch.tensor(dataset.bad_images - before, device=process.device)
+    return int(process.sum(count) if shared else count)
 
 
 def report_unreadable(count: int):
@@ -195,8 +224,9 @@ def evaluate_and_report(args, model, dataset, loader, process: Process, what: st
         channels_last=args.channels_last,
         distributed=args.dist_eval,
     )
+    unreadable = count_unreadable(dataset, unreadable, process, shared=args.dist_eval)
     if process.is_main:
-        report_unreadable(dataset.bad_images - unreadable)
+        report_unreadable(unreadable)
         print(f"* Acc@1 {result['acc1']:.3f} Acc@5 {result['acc5']:.3f} loss {result['loss']:.3f}")
         print(f"Accuracy of the {what} on the {result['images']} test images: {result['acc1']:.1f}%")
     return result
@@ -205,7 +235,7 @@ def evaluate_and_report(args, model, dataset, loader, process: Process, what: st
 def run_evaluation(args: argparse.Namespace, process: Process):
     """`--eval`: print the accuracy of a checkpoint."""
     dataset = build_dataset(args, "val")
-    classes = args.nb_classes or class_count(dataset)
+    classes = class_count(args, dataset)
     released = timm.get_pretrained_cfg(args.model).num_classes
     if args.load_release and classes not in (None, released):
         raise UserError(
@@ -228,15 +258,15 @@ def output_folder(args: argparse.Namespace) -> Path:
         return Path("outputs") / args.model / time.strftime("%Y%m%d-%H%M%S")
     folder = Path(args.output_dir)
     goes_on = args.auto_resume or (args.resume and Path(args.resume).parent == folder)
-    if (folder / LAST).exists() and not goes_on:
+    if any((folder / name).exists() for name in (LAST, BEST, "log.txt")) and not goes_on:
         raise UserError(f"{folder} holds a run already; go on with it by --auto_resume, or take another --output_dir")
     return folder
 
 
-def print_plan(args, process: Process, model, folder: Path, train_set, steps: int, lr: float, global_batch: int):
+def print_plan(args, process: Process, model, folder: Path, steps: int, lr: float, global_batch: int):
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{args.model}: {parameters / 1e6:.2f} M parameters, {model.num_classes} classes, on {process.device}")
-    print(f"{len(train_set)} training images, {steps} steps an epoch, {args.epochs} epochs; writes to {folder}")
+    print(f"{args.epochs} epochs of {steps} steps of {global_batch} images; writes to {folder}")
     print(
         f"global batch {global_batch} = {args.batch_size} images x {process.world_size} processes "
         f"x {args.update_freq} accumulated; learning rate {lr:.3e} = {args.lr:g} x {global_batch} / 512"
@@ -281,22 +311,29 @@ class Run:
             epoch=self.epoch,
         )
 
-    def load(self, source: str):
+    def load(self, source: str, opt: str):
         """Go on where the checkpoint `source` was written."""
         checkpoint = read_checkpoint(source)
-        if "optimizer" not in checkpoint:
+        recipe = checkpoint.get("args")
+        if "optimizer" not in checkpoint or not isinstance(recipe, dict):
             raise UserError(f"{source} holds weights alone, not a run to go on with; start from it by --finetune")
         load_weights(self.model, model_weights(checkpoint))
         if self.ema is not None:
             if checkpoint.get("model_ema") is None:
                 raise UserError(f"{source} holds no average of the weights; go on with --model_ema false")
             load_weights(self.ema.module, model_weights(checkpoint, "model_ema"))
-        try:
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.scaler.load_state_dict(checkpoint["scaler"])
-            self.epoch = checkpoint["epoch"]
-        except (KeyError, ValueError) as error:
-            raise UserError(f"{source} is of a run with another --opt, --layer_decay or code ({error})") from error
+        saved, own = checkpoint["optimizer"], self.optimizer.state_dict()
+        if recipe["opt"] != opt:
+            raise UserError(f"{source} is of a run with --opt {recipe['opt']}, not {opt}")
+        if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in own["param_groups"]]:
+            raise UserError(f"{source} groups the parameters otherwise: --layer_decay and --weight_decay must be as then")
+        # What the flags say now wins over what they said then; the schedule starts from its own learning rate.
+        for then, now in zip(saved["param_groups"], own["param_groups"], strict=True):
+            then.update({name: now[name] for name in HYPERPARAMETERS if name in now})
+            then.pop("initial_lr", None)
+        self.optimizer.load_state_dict(saved)
+        self.scaler.load_state_dict(checkpoint["scaler"])
+        self.epoch = checkpoint["epoch"]
 
 
 def create_run(args: argparse.Namespace, process: Process, num_classes: int | None, lr: float) -> Run:
@@ -308,9 +345,12 @@ def create_run(args: argparse.Namespace, process: Process, num_classes: int | No
         load_from(model, args.finetune, args.model_key, new_classifier=True)
     model = to_device(model, args, process)
     own_betas = dict(betas=tuple(args.opt_betas)) if args.opt_betas else {}
-    optimizer = create_optimizer(
-        model, args.opt, lr, args.weight_decay, args.momentum, args.layer_decay, eps=args.opt_eps, **own_betas
-    )
+    try:
+        optimizer = create_optimizer(
+            model, args.opt, lr, args.weight_decay, args.momentum, args.layer_decay, eps=args.opt_eps, **own_betas
+        )
+    except (AssertionError, ValueError, RuntimeError, ImportError) as error:
+        raise UsageError(f"--opt {args.opt} cannot be used so: {error}") from error
     ema = ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None
     fp16 = amp_dtype(args.amp, process.device) == torch.float16
     return Run(model, ema, optimizer, torch.amp.GradScaler(process.device.type, enabled=fp16))
@@ -347,7 +387,8 @@ class Keeper:
     def __init__(self, args: argparse.Namespace, folder: Path, writes: bool):
         self.args, self.folder, self.writes = args, folder, writes
         best = folder / BEST
-        self.best_acc1 = read_checkpoint(str(best))["metrics"]["acc1"] if best.exists() else float("-inf")
+        metrics = read_checkpoint(str(best)).get("metrics", {}) if best.exists() else {}
+        self.best_acc1 = metrics.get("acc1", float("-inf"))
 
     def save_last(self, run: Run):
         if self.writes and (run.epoch % self.args.save_every == 0 or run.epoch == self.args.epochs):
@@ -405,10 +446,10 @@ def run_training(args: argparse.Namespace, process: Process):
     global_batch = args.batch_size * args.update_freq * process.world_size
     lr = scaled_lr(args.lr, global_batch)
 
-    run = create_run(args, process, args.nb_classes or class_count(data.train_set), lr)
+    run = create_run(args, process, class_count(args, data.train_set), lr)
     source = str(folder / LAST) if args.auto_resume and (folder / LAST).exists() else args.resume
     if source:
-        run.load(source)
+        run.load(source, args.opt)
     network = wrap(run.model, args, process)
     mixup = create_mixup(args, run.model.num_classes)
     loss_fn = training_loss(args, run.model.num_classes, mixup is not None, process)
@@ -419,7 +460,7 @@ def run_training(args: argparse.Namespace, process: Process):
     if process.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         options.save(args, folder / "args.yaml")
-        print_plan(args, process, run.model, folder, data.train_set, steps, lr, global_batch)
+        print_plan(args, process, run.model, folder, steps, lr, global_batch)
         if source:
             print(f"going on from {source} with epoch {run.epoch}")
     log = RunLog(folder if process.is_main else None)
@@ -452,8 +493,13 @@ def run_training(args: argparse.Namespace, process: Process):
             )
         except NonFiniteLossError as error:
             raise with_kept_checkpoint(error, folder / LAST) from error
+        unreadable = count_unreadable(data.train_set, unreadable, process)
         if process.is_main:
-            report_unreadable(data.train_set.bad_images - unreadable)
+            report_unreadable(unreadable)
+        if process.is_distributed:
+            # Batch norm's running statistics are each process's own until the next forward pass in training.
+            for module in (run.model, *([run.ema.module] if run.ema is not None else [])):
+                distribute_bn(module, process.world_size, reduce=True)
         run.epoch = epoch + 1
         # Before the evaluation, so that nothing which happens there costs the epoch.
         keeper.save_last(run)
@@ -462,7 +508,7 @@ def run_training(args: argparse.Namespace, process: Process):
             for name, result in evaluate_run(args, run, data, process).items():
                 record.update({f"{name}_{k}": v for k, v in result.items()})
                 log.scalars(name, result, run.epoch * steps)
-                keeper.save_if_best(run, result)
+            keeper.save_if_best(run, {k: record[f"val_{k}"] for k in ("acc1", "acc5", "loss")})
         log.epoch(record)
     if process.is_main:
         print(f"log: {folder / 'log.txt'}")
@@ -480,7 +526,8 @@ def main(argv: list[str] | None = None) -> int:
         run_evaluation(args, process) if args.eval else run_training(args, process)
         end_process()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # In one write, so that the lines of several processes do not run together.
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -4,6 +4,7 @@ Order of precedence: the command line, then `--config`, then the defaults here, 
 """
 import argparse
 import ast
+import math
 import os
 import sys
 from difflib import get_close_matches
@@ -113,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("color_jitter", 0.4, type=float, help="strength of colour jitter, where --aa is none")
     flag("aa", "rand-m9-mstd0.5-inc1", help="timm's AutoAugment or RandAugment policy, or none")
     flag("train_interpolation", "bicubic", choices=["bicubic", "bilinear", "random"], help="of the random crop")
-    flag("repeated_aug", True, help="show each image three times an epoch, augmented differently")
+    flag("repeated_aug", True, help="a third of the images an epoch, each augmented three ways")
     flag("reprob", 0.25, type=float, help="probability of random erasing")
     flag("remode", "pixel", choices=["const", "rand", "pixel"], help="what random erasing fills in")
     flag("mixup", 0.8, type=float, help="alpha of mixup, 0 for none")
@@ -131,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("momentum", 0.9, type=float, help="of optimizers that have one")
     flag("weight_decay", 0.05, type=float)
     flag("lr", 5e-4, type=float, help="learning rate for a global batch of 512 images; scaled with it")
-    flag("sched", "cosine", choices=["cosine", "poly", "step", "tanh"], help="timm's schedule of the learning rate")
+    flag("sched", "cosine", choices=["cosine", "poly", "tanh"], help="timm's schedule of the learning rate")
     flag("warmup_epochs", 5, type=int)
     flag("warmup_lr", 1e-6, type=float, help="where the warm-up starts; not scaled")
     flag("min_lr", 1e-5, type=float, help="where the schedule ends; not scaled")
@@ -155,7 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("save_every", 1, type=int, metavar="EPOCHS", help="epochs between two checkpoints")
     flag("log_every", 50, type=int, metavar="STEPS", help="steps between two log lines")
     flag("seed", 0, type=int)
-    flag("device", "auto", help="auto, cuda, cuda:1, cpu, mps")
+    flag("device", "auto", help="auto, cuda, cuda:1 or cpu")
     flag("amp", "auto", choices=["auto", "bf16", "fp16", "off"], help="auto: bf16 where the GPU has it")
     flag("channels_last", True, help="hold images channels last in memory")
     flag("compile", False, help="torch.compile the model")
@@ -204,10 +205,23 @@ def _check(args: argparse.Namespace):
                  "distillation_alpha", "model_ema_decay"):
         if not 0 <= getattr(args, name) <= 1:
             raise UsageError(f"--{name} must be 0 to 1, got {getattr(args, name)}")
-    for name in ("lr", "clip_grad", "layer_decay", "distillation_tau", "nb_classes", "crop_pct"):
+    for name in ("lr", "clip_grad", "layer_decay", "distillation_tau", "nb_classes", "crop_pct", "opt_eps"):
         value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise UsageError(f"--{name} must be above 0, got {value}")
+        if value is not None and not 0 < value < math.inf:
+            raise UsageError(f"--{name} must be above 0 and finite, got {value}")
+    for name in ("mixup", "cutmix", "weight_decay", "color_jitter", "warmup_lr", "min_lr"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise UsageError(f"--{name} must not be negative, got {getattr(args, name)}")
+    if not all(0 <= beta < 1 for beta in [args.momentum, *(args.opt_betas or [])]):
+        raise UsageError("--momentum and --opt_betas must be at least 0 and below 1")
+    for name in ("scale", "ratio"):
+        low, high = getattr(args, name)
+        if not 0 < low <= high < math.inf:
+            raise UsageError(f"--{name} takes a range above 0, got {low} {high}")
+    if args.scale[1] > 1:
+        raise UsageError(f"--scale is the cropped part of the image, at most 1, got {args.scale[1]}")
+    if args.seed >= 2**32:
+        raise UsageError(f"--seed must be below 2 ** 32, got {args.seed}")
     if args.warmup_epochs >= args.epochs and not args.eval:
         raise UsageError(f"--warmup_epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}; lower it")
     if (args.mixup or args.cutmix) and args.batch_size % 2 and not args.eval:

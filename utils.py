@@ -7,6 +7,7 @@ import pickle
 import random
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -66,7 +67,7 @@ def start_process(device: str = "auto") -> Process:
     """Join the run that torchrun or torch.distributed.launch started, or start one of a single process.
 
     Args:
-        device: "auto" (a GPU where there is one), "cuda", "cuda:1", "cpu", "mps".
+        device: "auto" (a GPU where there is one), "cuda", "cuda:1" or "cpu".
 
     Raises:
         UserError: The device is not there.
@@ -126,13 +127,17 @@ def save_checkpoint(path: Path, state: dict[str, Any]):
         raise
 
 
+def _is_url(source: str) -> bool:
+    return urlparse(source).scheme in ("http", "https")
+
+
 def fetch(source: str) -> Path:
     """The local file of a path or URL; URLs are downloaded once, into torch.hub's folder.
 
     Raises:
         UserError: There is no such file, or the download failed.
     """
-    if urlparse(source).scheme not in ("http", "https"):
+    if not _is_url(source):
         path = Path(source)
         if not path.is_file():
             raise UserError(f"{source}: no such checkpoint file")
@@ -156,6 +161,16 @@ def read_checkpoint(source: str) -> dict[str, Any]:
         UserError: It is missing, truncated, no checkpoint, or holds Python objects that would have to be run.
     """
     path = fetch(source)
+    try:
+        return _read_file(path)
+    except UserError:
+        if _is_url(source):
+            # A page that says no, or half a file: the next try must not find it in the cache.
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _read_file(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -193,7 +208,8 @@ def model_weights(checkpoint: dict[str, Any], key: str | None = None) -> dict[st
         raise UserError(f"the checkpoint holds no {key!r}; it holds {found or 'bare weights'}")
     keys = [key] if key is not None else ["model", "state_dict"]
     weights = next((checkpoint[k] for k in keys if isinstance(checkpoint.get(k), dict)), checkpoint)
-    weights = {name: value for name, value in clean_state_dict(weights).items() if isinstance(value, torch.Tensor)}
+    weights = {k: v for k, v in weights.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+    weights = clean_state_dict(weights)
     if not weights:
         raise UserError("the checkpoint holds no weights")
     return weights
@@ -203,7 +219,7 @@ def load_weights(
     model: torch.nn.Module,
     weights: dict[str, torch.Tensor],
     filter_fn: Callable | None = None,
-    new_classifier: str | None = None,
+    new_classifier: tuple[str, ...] = (),
 ) -> bool:
     """Load `weights` in full, after the model family's own renaming of published names.
 
@@ -211,7 +227,7 @@ def load_weights(
         model: The model, not wrapped.
         weights: Name to tensor.
         filter_fn: timm's `checkpoint_filter_fn` of the family.
-        new_classifier: Name of the classifier layer, to keep the model's own where the class count differs.
+        new_classifier: Names of the classifier layers, to keep the model's own where the class count differs.
 
     Returns:
         Whether the classifier was kept.
@@ -221,11 +237,13 @@ def load_weights(
     """
     expected = model.state_dict()
     if filter_fn is not None:
-        weights = filter_fn(weights, model)
+        # What is not of the family can trip its filter; the list of mismatches below then says what it is.
+        with suppress(Exception):
+            weights = filter_fn(weights, model)
     kept = False
-    if new_classifier is not None:
+    for classifier in new_classifier:
         for leaf in ("weight", "bias"):
-            name = f"{new_classifier}.{leaf}"
+            name = f"{classifier}.{leaf}"
             if name in weights and name in expected and weights[name].shape != expected[name].shape:
                 weights = {**weights, name: expected[name]}
                 kept = True

@@ -16,7 +16,7 @@ from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import nn
 
-from ops import BiLevelRoutingAttention
+from ops import BiLevelRoutingAttention, conv_channels_last
 
 from ._released import build_with_released_weights
 
@@ -24,11 +24,6 @@ __all__ = ["BiFormer"]
 
 # Its regions follow from the map's size, which torch.fx does not know while it traces.
 register_notrace_module(BiLevelRoutingAttention)
-
-
-def _depthwise(conv: nn.Conv2d, x_BHWC: torch.Tensor) -> torch.Tensor:
-    """Apply a convolution to a channels-last map, without a copy on either side."""
-    return conv(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class LePEAttention(nn.Module):
@@ -54,7 +49,7 @@ class LePEAttention(nn.Module):
         qkv = self.qkv(x)
         query, key, value = qkv.flatten(1, 2).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(x.shape)
-        lepe = _depthwise(self.lepe, qkv.chunk(3, dim=-1)[2] if self.lepe_on_value else x)
+        lepe = conv_channels_last(self.lepe, qkv.chunk(3, dim=-1)[2] if self.lepe_on_value else x)
         return self.proj(attended + lepe)
 
 
@@ -84,7 +79,7 @@ class BiFormerBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
         if self.pos_embed is not None:
-            x = x + _depthwise(self.pos_embed, x)
+            x = x + conv_channels_last(self.pos_embed, x)
         x = x + self.drop_path1(self.attn(self.norm1(x)))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
@@ -357,7 +352,8 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
         if downsample:
             # The conv layout has the convolution first, the stl layout the norm.
             i, j, leaf = downsample.groups()
-            is_conv = state_dict[f"downsample_layers.{i}.{j}.weight"].ndim == 4
+            weight = state_dict.get(f"downsample_layers.{i}.{j}.weight")
+            is_conv = weight is not None and weight.ndim == 4
             name = f"stages.{i}.downsample.{'conv' if is_conv else 'norm'}.{leaf}"
         for pattern, replacement in _RENAMES:
             name = re.sub(pattern, replacement, name)

@@ -6,7 +6,7 @@
     BiLevelRoutingAttention(...)        all of it as a module, (B, H, W, C) in and out
 """
 from .attention import IMPLS, choose_impl, routed_attention, unsupported
-from .bra import BiLevelRoutingAttention
+from .bra import BiLevelRoutingAttention, conv_channels_last
 from .regions import RegionGrid
 from .routing import region_means, route_regions
 
@@ -15,6 +15,7 @@ __all__ = [
     "BiLevelRoutingAttention",
     "RegionGrid",
     "choose_impl",
+    "conv_channels_last",
     "region_means",
     "route_regions",
     "routed_attention",

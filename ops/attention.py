@@ -7,21 +7,13 @@ from .regions import RegionGrid
 _BACKENDS = {"gather": gather.routed_attention, "masked": masked.routed_attention}
 IMPLS = tuple(_BACKENDS)
 
-# Copying one gathered key costs the CPU as much as attending to it from this many queries; fitted on BiFormer's
-# stages at 224, 320 and 384 with `scripts/benchmark.py op`, see benchmarks/.
+# Copying one gathered key costs as much as attending to it from this many queries. Fitted on the CPU in float32, on
+# BiFormer's stages at 224; `scripts/benchmark.py op` measures it. GPUs have no constant of their own yet.
 GATHER_COPY_COST = 20
 
 
-def unsupported(
-    impl: str,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    routes: torch.Tensor,
-    query_grid: RegionGrid,
-    key_grid: RegionGrid,
-) -> str | None:
-    """Why `impl` cannot compute `routed_attention` on these inputs, or None where it can."""
+def unsupported(impl: str) -> str | None:
+    """Why `impl` cannot compute `routed_attention` here, or None where it can."""
     if impl not in IMPLS:
         return f"there is no such implementation; choose from {', '.join(IMPLS)} or auto"
     return None
@@ -84,7 +76,8 @@ def routed_attention(
         query: (B, Hq, Wq, heads, head_dim).
         key: (B, Hk, Wk, heads, head_dim).
         value: (B, Hk, Wk, heads, head_dim).
-        routes: (B, Rq, K) int64, for each query region K different key regions, as `route_regions` gives them.
+        routes: (B, Rq, K) int64, for each query region K different key regions, as `route_regions` gives them. The
+            indices are not checked, which would wait for the device.
         query_grid: Regions of the query map.
         key_grid: Regions of the key map; both maps may differ in size and in regions.
         scale: Factor of the logits, head_dim ** -0.5 unless given.
@@ -100,7 +93,7 @@ def routed_attention(
     _check(query, key, value, routes, query_grid, key_grid)
     if impl == "auto":
         impl = choose_impl(routes, query_grid, key_grid)
-    reason = unsupported(impl, query, key, value, routes, query_grid, key_grid)
+    reason = unsupported(impl)
     if reason is not None:
         raise ValueError(f"impl={impl!r} cannot run: {reason}")
     if scale is None:

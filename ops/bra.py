@@ -2,9 +2,14 @@
 import torch
 from torch import nn
 
-from .attention import routed_attention
+from .attention import routed_attention, unsupported
 from .regions import RegionGrid
 from .routing import route_regions
+
+
+def conv_channels_last(conv: nn.Module, x_BHWC: torch.Tensor) -> torch.Tensor:
+    """Apply a convolution to a (B, H, W, C) map, without a copy on either side."""
+    return conv(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class BiLevelRoutingAttention(nn.Module):
@@ -30,7 +35,8 @@ class BiLevelRoutingAttention(nn.Module):
         attn_impl: The implementation of `ops.routed_attention`.
 
     Raises:
-        ValueError: `dim` is not a multiple of `num_heads`, or `num_regions` or `topk` is out of range.
+        ValueError: `dim` is not a multiple of `num_heads`, `num_regions` or `topk` is out of range, or there is no such
+            implementation.
     """
 
     def __init__(
@@ -52,6 +58,8 @@ class BiLevelRoutingAttention(nn.Module):
             raise ValueError(f"num_regions must be at least 1, got {num_regions}")
         if not 1 <= topk <= num_regions**2:
             raise ValueError(f"topk must be 1 to num_regions ** 2 = {num_regions**2}, got {topk}")
+        if attn_impl != "auto" and unsupported(attn_impl):
+            raise ValueError(f"attn_impl={attn_impl!r}: {unsupported(attn_impl)}")
         dd = dict(device=device, dtype=dtype)
         self.num_heads = num_heads
         self.num_regions = num_regions
@@ -69,5 +77,5 @@ class BiLevelRoutingAttention(nn.Module):
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
         routes = route_regions(query, key, grid, grid, self.topk)
         attended = routed_attention(query, key, value, routes, grid, grid, self.scale, self.attn_impl).flatten(3)
-        lepe = self.lepe(value.flatten(3).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        lepe = conv_channels_last(self.lepe, value.flatten(3))
         return self.proj(attended + lepe)

@@ -1,4 +1,6 @@
 """Region-to-region routing: which key regions each query region attends to (BiFormer, section 3.2)."""
+from contextlib import nullcontext
+
 import torch
 from einops import rearrange
 
@@ -53,6 +55,7 @@ def route_regions(
                 f"{name} must be (batch, {grid.height}, {grid.width}, heads, head_dim) for its grid, "
                 f"got {tuple(x.shape)}"
             )
-    with torch.autocast(query.device.type, enabled=False):
+    has_autocast = query.device.type != "meta"
+    with torch.autocast(query.device.type, enabled=False) if has_autocast else nullcontext():
         scores_BRR = region_means(query, query_grid) @ region_means(key, key_grid).transpose(1, 2)
     return scores_BRR.topk(min(topk, key_grid.num_regions), dim=-1).indices

@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
+from datetime import datetime
 from pathlib import Path
 
 import timm
@@ -45,7 +45,7 @@ def machine(device: torch.device) -> dict:
         python=platform.python_version(),
         torch=torch.__version__,
         timm=timm.__version__,
-        date=date.today().isoformat(),
+        date=datetime.now().strftime("%Y-%m-%d %H:%M"),
     )
 
 
@@ -108,8 +108,14 @@ def model_run(name: str, mode: str, args: argparse.Namespace) -> tuple[Callable,
     torch.manual_seed(0)
     device = torch.device(args.device)
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-    model = timm.create_model(name).to(device, memory_format=memory_format).train(mode == "train")
     size = args.input_size
+    fixed = timm.models.get_pretrained_cfg_value(name, "fixed_input_size")
+    model = timm.create_model(name, **(dict(img_size=size) if fixed else {}))
+    for module in model.modules():
+        # Some factories turn it on and some do not; here all train without.
+        if isinstance(module, timm.layers.DropPath):
+            module.drop_prob = 0.0
+    model = model.to(device, memory_format=memory_format).train(mode == "train")
     images = torch.randn(args.batch_size, 3, size, size, device=device).to(memory_format=memory_format)
     targets = torch.randint(1000, (args.batch_size,), device=device)
     network = torch.compile(model) if args.compile else model

@@ -100,15 +100,25 @@ def test_a_loss_that_is_not_finite_is_named_by_its_step(bad, log_every):
         train(small_model(), batches(7), loss_fn=loss_fn, epoch=2, epochs=3, log_every=log_every)
 
 
-def test_low_precision():
-    types = []
+def test_low_precision_is_the_models_and_not_the_losses():
+    model, types = small_model(), []
+    model[1].register_forward_hook(lambda module, args, out: types.append(out.dtype))
 
     def loss_fn(logits, targets, images):
         types.append(logits.dtype)
-        return F.cross_entropy(logits.float(), targets)
+        return F.cross_entropy(logits, targets)
 
-    train(small_model(), batches(1), loss_fn=loss_fn, amp_dtype=torch.bfloat16)
-    assert types == [torch.bfloat16]
+    train(model, batches(1), loss_fn=loss_fn, amp_dtype=torch.bfloat16)
+    assert types == [torch.bfloat16, torch.float32]
+
+
+def test_weights_that_are_not_finite_after_a_finite_loss():
+    def loss_fn(logits, targets, images):
+        logits.register_hook(lambda grad: grad * float("inf"))
+        return F.cross_entropy(logits, targets)
+
+    with pytest.raises(NonFiniteLossError, match="weights became NaN or infinite in epoch 0"):
+        train(small_model(), batches(1), loss_fn=loss_fn)
 
 
 def test_log_lines(capsys):

@@ -1,10 +1,12 @@
 """Whole runs of main.py on small photographs-to-be: what a user types, and what comes out."""
+import io
 import json
 import os
 import re
 import socket
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +155,27 @@ def test_resume_by_name(photos, trained, tmp_path, capfd):
     assert weights(tmp_path / "last.pth", "epoch") == 3
 
 
+def test_what_the_flags_say_wins_over_the_checkpoint(photos, trained, tmp_path):
+    train(photos, tmp_path, "--epochs", "3", "--resume", trained / "last.pth", "--lr", "1e-4", "--weight_decay", "0.3")
+    groups = weights(tmp_path / "last.pth", "optimizer")["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.3}
+    assert all(group["initial_lr"] == pytest.approx(1e-4 * 4 / 512) for group in groups)
+
+
+def test_two_processes_evaluate_what_they_save(photos, tmp_path, capfd):
+    """Batch norm statistics differ between processes while they train."""
+    arguments = [*SMALL, *SHORT, "--data_path", photos, "--output_dir", tmp_path, "--batch_size", "2"]
+    done = launch(2, *arguments, "--model_ema_eval", "--model_ema_decay", "0.5")
+    assert done.returncode == 0, done.stderr
+    last = json.loads((tmp_path / "log.txt").read_text().splitlines()[-1])
+    for key, name in (("model", "val"), ("model_ema", "ema")):
+        _, out, _ = run(capfd, *SMALL, "--data_path", photos, "--eval", "--resume", tmp_path / "last.pth",
+                        "--model_key", key)
+        acc1, _, loss, *_ = RESULT.search(out).groups()
+        assert float(acc1) == pytest.approx(last[f"{name}_acc1"], abs=1e-3)
+        assert float(loss) == pytest.approx(last[f"{name}_loss"], abs=1e-3)
+
+
 def test_average_is_evaluated_too(photos, tmp_path, capfd):
     train(photos, tmp_path, "--model_ema_eval", "--model_ema_decay", "0.5")
     out = capfd.readouterr().out
@@ -194,9 +217,38 @@ def test_disable_eval(photos, tmp_path, capfd):
     assert "Acc@1" not in capfd.readouterr().out and not (tmp_path / "best.pth").exists()
 
 
+def test_models_without_stochastic_depth(photos, tmp_path, capfd):
+    train(photos, tmp_path, "--model", "repvit_m0_9", "--epochs", "2")
+    assert "repvit_m0_9 has no stochastic depth: --drop_path is left out" in capfd.readouterr().out
+
+
 def test_models_of_one_size_get_theirs(photos, tmp_path):
     train(photos, tmp_path, "--model", "vit_tiny_patch16_224", "--input_size", "48")
     assert weights(tmp_path / "last.pth")["pos_embed"].shape == (1, 10, 192)
+
+
+def test_shards_are_the_folder_again(photos, trained, tmp_path, capfd):
+    pytest.importorskip("webdataset")
+    splits = {}
+    for split in ("train", "val"):
+        files = sorted((photos / split).rglob("*.png"))
+        splits[split] = dict(name=split, num_samples=len(files), filenames=[f"{split}-0.tar", f"{split}-1.tar"],
+                             shard_lengths=[len(files[::2]), len(files[1::2])])
+        for shard in range(2):
+            with tarfile.open(tmp_path / f"{split}-{shard}.tar", "w") as tar:
+                for i, file in enumerate(files[shard::2]):
+                    tar.add(file, f"{i:03d}.png")
+                    label = tarfile.TarInfo(f"{i:03d}.cls")
+                    label.size = 1
+                    tar.addfile(label, io.BytesIO(file.parent.name[-1].encode()))
+    (tmp_path / "_info.json").write_text(json.dumps(dict(splits=splits)))
+    shards = ["--data_set", "wds/photos", "--data_path", tmp_path, "--nb_classes", "3"]
+    train(photos, tmp_path / "run", *shards, "--epochs", "2")
+    capfd.readouterr()
+    weights_of = ["--eval", "--resume", trained / "last.pth"]
+    _, from_shards, _ = run(capfd, *SMALL, *shards, *weights_of)
+    _, from_folder, _ = run(capfd, *SMALL, "--data_path", photos, *weights_of)
+    assert RESULT.search(from_shards).group() == RESULT.search(from_folder).group()
 
 
 def original_names(state_dict):
@@ -249,6 +301,11 @@ def test_wrong_command_lines(photos, capfd):
     refuses(capfd, 2, "unknown optimizer 'adamww'; did you mean adamw", "--opt", "adamww", "--data_path", photos)
     refuses(capfd, 2, "--aa", "--aa", "nonsense", "--data_path", photos)
     refuses(capfd, 2, "cannot be built", "--model_kwargs", "regions=3", "--data_path", photos)
+    refuses(capfd, 2, "cannot be built", "--model_kwargs", "attn_impl=fused", "--data_path", photos)
+    refuses(capfd, 2, "unknown weights 'biformer_nano.in22k'", "--model", "biformer_nano.in22k", "--data_path", photos)
+    refuses(capfd, 2, "--nb_classes 2 is fewer than the 3 classes", "--nb_classes", "2", "--data_path", photos)
+    refuses(capfd, 1, "published weights of resnet10t are of 1000 classes, the data has 3", "--data_path", photos,
+            "--distillation_type", "soft", "--teacher_model", "resnet10t", *SHORT)
 
 
 def test_bad_data(photos, tmp_path, capfd):
@@ -285,6 +342,8 @@ def test_bad_checkpoints(photos, trained, tmp_path, capfd):
     (tmp_path / "cut.pth").write_bytes((trained / "last.pth").read_bytes()[:5000])
     (tmp_path / "page.pth").write_text("<html>")
     torch.save(timm.create_model("resnet10t", num_classes=3).state_dict(), tmp_path / "resnet.pth")
+    refuses(capfd, 1, "does not fit ConvNeXt", "--model", "convnext_atto", "--data_path", photos, "--eval", "--resume",
+            tmp_path / "resnet.pth")
     common = ["--data_path", photos, "--eval", "--resume"]
     refuses(capfd, 1, "truncated", *common, tmp_path / "cut.pth")
     refuses(capfd, 1, "not a PyTorch checkpoint", *common, tmp_path / "page.pth")
@@ -294,7 +353,9 @@ def test_bad_checkpoints(photos, trained, tmp_path, capfd):
     common = ["--data_path", photos, *SHORT, "--output_dir", tmp_path / "out", "--resume"]
     torch.save(weights(trained / "last.pth"), tmp_path / "bare.pth")
     refuses(capfd, 1, "holds weights alone", *common, tmp_path / "bare.pth")
-    refuses(capfd, 1, "with another --opt", *common, trained / "last.pth", "--opt", "sgd", "--layer_decay", "0.9")
+    refuses(capfd, 1, "with --opt adamw, not sgd", *common, trained / "last.pth", "--opt", "sgd")
+    refuses(capfd, 1, "--layer_decay and --weight_decay must be as then", *common, trained / "last.pth",
+            "--layer_decay", "0.9")
     assert not (tmp_path / "out").exists()
 
 

@@ -2,6 +2,7 @@ import argparse
 import json
 import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,8 +71,9 @@ def test_hostile_pickle_is_refused_and_not_run(tmp_path, legacy):
 def test_what_is_no_checkpoint(tmp_path, content):
     (tmp_path / "c.pth").write_bytes(content)
     with pytest.raises(UserError, match="not a PyTorch checkpoint") as error:
-        read_checkpoint(str(tmp_path / "c.pth"))
+        read_checkpoint(f"{tmp_path}/../{tmp_path.name}/c.pth")
     assert "\n" not in str(error.value)
+    assert (tmp_path / "c.pth").read_bytes() == content  # what is the user's stays
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -113,6 +115,24 @@ def test_download(tmp_path, monkeypatch):
         read_checkpoint("https://c.org/x.pth")
 
 
+def test_a_bad_download_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path: Path(path).write_text("<html>no</html>"))
+    with pytest.raises(UserError, match="not a PyTorch checkpoint"):
+        read_checkpoint("https://a.org/c.pth")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path: torch.save({"epoch": 1}, path))
+    assert read_checkpoint("https://a.org/c.pth")["epoch"] == 1
+
+
+def test_a_filter_that_trips_over_foreign_weights():
+    def filter_fn(weights, model):
+        return {"weight": weights["stem.weight"]}
+
+    weights = {"x": torch.ones(1), "weight": torch.ones(1, 1), "bias": torch.ones(1)}
+    with pytest.raises(UserError, match="x is unknown"):
+        load_weights(nn.Linear(1, 1), weights, filter_fn)
+
+
 def test_model_weights_layouts():
     w = torch.ones(1)
     for checkpoint in ({"model": {"w": w}, "epoch": 1}, {"state_dict": {"module.w": w}}, {"w": w}):
@@ -123,6 +143,8 @@ def test_model_weights_layouts():
         model_weights(both, "ema")
     with pytest.raises(UserError, match="no weights"):
         model_weights({"epoch": 3})
+    with pytest.raises(UserError, match="no weights"):
+        model_weights({1: w})
 
 
 def test_load_weights_names_the_first_mismatches():
@@ -141,7 +163,7 @@ def test_load_weights_with_a_new_classifier():
     before = model[1].weight.clone()
     weights = {"0.weight": torch.zeros(3, 2), "0.bias": torch.zeros(3), "1.weight": torch.zeros(9, 3),
                "1.bias": torch.zeros(9)}
-    assert load_weights(model, weights, new_classifier="1")
+    assert load_weights(model, weights, new_classifier=("1",))
     assert model[1].weight.equal(before) and (model[0].weight == 0).all()
     with pytest.raises(UserError):
         load_weights(model, weights)

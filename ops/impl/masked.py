@@ -44,5 +44,8 @@ def routed_attention(
     everything_routed = routes.shape[-1] == key_grid.num_regions
     mask = None if everything_routed else _route_mask(routes, query_grid, key_grid, query.dtype)
     query_BNLD, key_BNLD, value_BNLD = (x.flatten(1, 2).transpose(1, 2) for x in (query, key, value))
+    if query.device.type == "cpu":
+        # The CPU kernel reads all keys for every block of queries: worth one copy into rows side by side.
+        key_BNLD = key_BNLD.contiguous()
     out_BNLD = F.scaled_dot_product_attention(query_BNLD, key_BNLD, value_BNLD, attn_mask=mask, scale=scale)
     return out_BNLD.transpose(1, 2).unflatten(1, (query_grid.height, query_grid.width))
