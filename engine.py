@@ -178,7 +178,7 @@ def train_one_epoch(
         "loss" (mean over the epoch and the processes), "images_per_second", "seconds", and the last "lr".
 
     Raises:
-        NonFiniteLossError: At the next log line after the loss was lost, or at the end of the epoch if the weights were.
+        NonFiniteLossError: At the next log line after the loss was lost; at the end of the epoch if the weights were.
     """
     model.train()
     steps = len(loader) // update_freq

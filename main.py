@@ -193,7 +193,8 @@ def build_loader(args: argparse.Namespace, dataset, process: Process, train: boo
 def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     """The low precision that `--amp` means on this device; None for float32 throughout."""
     if amp == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else None
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bf16 else None
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
 
 
@@ -326,7 +327,7 @@ class Run:
         if recipe["opt"] != opt:
             raise UserError(f"{source} is of a run with --opt {recipe['opt']}, not {opt}")
         if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in own["param_groups"]]:
-            raise UserError(f"{source} groups the parameters otherwise: --layer_decay and --weight_decay must be as then")
+            raise UserError(f"{source} groups parameters otherwise: --layer_decay and --weight_decay must be as then")
         # What the flags say now wins over what they said then; the schedule starts from its own learning rate.
         for then, now in zip(saved["param_groups"], own["param_groups"], strict=True):
             then.update({name: now[name] for name in HYPERPARAMETERS if name in now})
