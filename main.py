@@ -62,6 +62,16 @@ def size_kwargs(name: str, input_size: int | tuple[int, int]) -> dict:
     return dict(img_size=input_size) if timm.models.get_pretrained_cfg_value(name, "fixed_input_size") else {}
 
 
+def build_model(name: str, pretrained: bool, kwargs: dict) -> torch.nn.Module:
+    """`timm.create_model`, with its errors as ours."""
+    try:
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{name} cannot be built: {error}") from error
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{name} cannot be built: {error}") from error
+
+
 def create_model(args: argparse.Namespace, num_classes: int | None) -> torch.nn.Module:
     """The model that the flags describe, with the weights that it starts from."""
     kwargs = size_kwargs(args.model, args.input_size)
@@ -71,18 +81,13 @@ def create_model(args: argparse.Namespace, num_classes: int | None) -> torch.nn.
         kwargs.update(drop_rate=args.drop, drop_path_rate=args.drop_path)
     kwargs.update(args.model_kwargs)
     try:
-        try:
-            model = timm.create_model(args.model, pretrained=args.load_release, **kwargs)
-        except TypeError as error:
-            if "drop_path_rate" not in str(error):
-                raise
-            print(f"{args.model} has no stochastic depth: --drop_path is left out")
-            del kwargs["drop_path_rate"]
-            model = timm.create_model(args.model, pretrained=args.load_release, **kwargs)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{args.model} cannot be built: {error}") from error
-    except (RuntimeError, OSError) as error:
-        raise UserError(f"{args.model} cannot be built: {error}") from error
+        model = build_model(args.model, args.load_release, kwargs)
+    except UsageError as error:
+        if "'drop_path_rate'" not in str(error):
+            raise
+        print(f"{args.model} has no stochastic depth: --drop_path is left out")
+        del kwargs["drop_path_rate"]
+        model = build_model(args.model, args.load_release, kwargs)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     return model
@@ -104,7 +109,7 @@ def load_from(model: torch.nn.Module, source: str, key: str | None, new_classifi
 
 def create_teacher(args: argparse.Namespace, num_classes: int) -> torch.nn.Module:
     """The distillation teacher, with its weights."""
-    size = size_kwargs(args.teacher_model, args.input_size)
+    kwargs = dict(num_classes=num_classes, **size_kwargs(args.teacher_model, args.input_size))
     published = args.teacher_path is None
     released = timm.get_pretrained_cfg(args.teacher_model).num_classes
     if published and released != num_classes:
@@ -112,10 +117,7 @@ def create_teacher(args: argparse.Namespace, num_classes: int) -> torch.nn.Modul
             f"the published weights of {args.teacher_model} are of {released} classes, the data has {num_classes}; "
             "fine-tune the teacher first, and give its weights by --teacher_path"
         )
-    try:
-        teacher = timm.create_model(args.teacher_model, pretrained=published, num_classes=num_classes, **size)
-    except (RuntimeError, OSError) as error:
-        raise UserError(f"--teacher_model {args.teacher_model}: {error}; give its weights by --teacher_path") from error
+    teacher = build_model(args.teacher_model, published, kwargs)
     if not published:
         load_from(teacher, args.teacher_path, key=None)
     return teacher
