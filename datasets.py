@@ -3,43 +3,44 @@
 Every random choice about an image follows from (seed, epoch, rank, position in the epoch), never from what was read
 before or by which worker: a run that is resumed sees the very images that it would have seen.
 """
-import difflib
 import json
 import math
 import random
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from timm.data import auto_augment, create_dataset, create_transform
+from timm.data import create_dataset, create_transform
+from timm.data.auto_augment import NAME_TO_OP
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.loader import PrefetchLoader, fast_collate
+from timm.data.random_erasing import RandomErasing
+from timm.data.readers.reader import Reader
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler, get_worker_info
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
 from utils import UserError
 
-__all__ = ["build_dataset", "build_loader", "build_transform", "check_same_classes", "load_image"]
-
-DATASETS = ("IMNET", "image_folder", "CIFAR10", "CIFAR100", "digits", "wds/NAME")
+Transform = Callable[[Image.Image], Any]
 
 
-# Randomness
+# --- randomness -------------------------------------------------------------------------------------------------------
 
-def derive_seed(*key):
+
+def derive_seed(*key: int) -> int:
     """Mix integers >= 0 into one 64-bit seed."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
 
 
 @contextmanager
-def seeded(seed, device=None):
-    """Start the generators of Python, NumPy and torch (CPU, and ``device`` if it is CUDA) from ``seed``; afterwards
-    put back what they were."""
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Start the generators of Python, NumPy and torch (CPU, and `device` if it is CUDA) from `seed`; restores them."""
     # torch.manual_seed would also reseed every CUDA device, for good
     generators = [torch.default_generator]
     if device is not None and device.type == "cuda":
@@ -60,31 +61,34 @@ def seeded(seed, device=None):
 
 
 class SeededSampler(Sampler):
-    """Yields (index, seed) for each index of ``sampler``, from position ``start`` of the epoch on."""
+    """Yields (index, seed) for each index of `sampler`, which is one with `set_epoch`."""
 
-    def __init__(self, sampler, seed, rank):
+    def __init__(self, sampler: Sampler, seed: int, rank: int):
         self.sampler, self.seed, self.rank = sampler, seed, rank
         self.set_epoch(0)
 
-    def set_epoch(self, epoch, start=0):
-        self.epoch, self.start = epoch, start
+    def set_epoch(self, epoch: int):
+        self.epoch = epoch
         self.sampler.set_epoch(self.seed + epoch)  # RepeatAugSampler takes no seed of its own
 
-    def __iter__(self):
-        for position, index in islice(enumerate(self.sampler), self.start, None):
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for position, index in enumerate(self.sampler):
             yield index, derive_seed(self.seed, self.epoch, self.rank, position)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.sampler)
 
 
-# Images
+# --- images -----------------------------------------------------------------------------------------------------------
 
-def load_image(file):
-    """Read the image in ``file`` (a path or a binary file), whatever its mode, as PIL RGB.
 
-    Alpha is dropped, as in timm and torchvision; 16-bit grey is scaled to 8 bits. Raises UserError naming the file
-    when it is not a whole image.
+def load_image(file: str | Path | BinaryIO) -> Image.Image:
+    """Read the image in `file`, whatever its mode, as PIL RGB.
+
+    Alpha is dropped, as in timm and torchvision; 16-bit grey is scaled to 8 bits.
+
+    Raises:
+        UserError: It is not a whole image; names the file.
     """
     try:
         with Image.open(file) as image:
@@ -96,7 +100,7 @@ def load_image(file):
         raise UserError(f"cannot read {name}: {reason}; remove it, or pass --skip_bad_images") from None
 
 
-def _to_rgb(image):
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # I, I;16 and its byte orders
         # convert("RGB") clips at 255, which turns all but the darkest pixels white
         values = np.asarray(image).clip(0, 65535).astype(np.uint32)
@@ -106,49 +110,64 @@ def _to_rgb(image):
     return image.convert("RGB")
 
 
-def _posterize(image, bits_to_keep, **_):
+def _posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
     # At its strongest timm keeps 0 bits, which is black; Pillow refuses that from version 13 on.
     return image.point(lambda value: value & ~(2 ** (8 - bits_to_keep) - 1))
 
 
 # timm looks its operations up here.
 for name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
-    assert name in auto_augment.NAME_TO_OP
-    auto_augment.NAME_TO_OP[name] = _posterize
+    assert name in NAME_TO_OP
+    NAME_TO_OP[name] = _posterize
 
 
 def build_transform(
-    *, train, input_size, mean, std, interpolation="bicubic", crop_pct=None, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3),
-    hflip=0.5, color_jitter=0.4, auto_augment=None, **more,
-):
-    """PIL RGB image -> uint8 tensor (3, H, W), by timm's ``create_transform``, which also takes ``more``.
+    *,
+    train: bool,
+    input_size: int | tuple[int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    interpolation: str = "bicubic",
+    crop_pct: float | None = None,
+    **augmentation: Any,
+) -> Callable[[Image.Image], torch.Tensor]:
+    """PIL RGB image -> uint8 tensor (3, H, W), by timm.
 
     Args:
         train: Random crop and augmentation if true, else resize and centre crop.
         input_size: H and W in pixels, as one int or as (H, W).
-        mean: Fills what geometric augmentation uncovers; normalisation itself happens in the loader.
+        mean, std: What the loader normalises with; here the mean only fills what geometric augmentation uncovers.
+        interpolation: Name of PIL's filter for resizing, or "random".
         crop_pct: Share of the resized image that evaluation's crop keeps; None is timm's 0.875.
+        augmentation: `scale`, `ratio`, `hflip`, `color_jitter`, `auto_augment`... of timm's `create_transform`.
     """
     return create_transform(
-        input_size, is_training=train, mean=mean, std=std, interpolation=interpolation, crop_pct=crop_pct, scale=scale,
-        ratio=ratio, hflip=hflip, color_jitter=color_jitter, auto_augment=auto_augment, use_prefetcher=True, **more,
+        input_size,
+        is_training=train,
+        mean=mean,
+        std=std,
+        interpolation=interpolation,
+        crop_pct=crop_pct,
+        use_prefetcher=True,
+        **augmentation,
     )
 
 
-# Data sets
+# --- data sets --------------------------------------------------------------------------------------------------------
+
 
 class SkipsBadImages:
     """Counts the images that could not be read, in all worker processes, or refuses to go on."""
 
-    def __init__(self, skip_bad_images):
+    def __init__(self, skip_bad_images: bool):
         # a Value of the fork context cannot be passed to spawned workers; this one reaches forked ones too
         self._bad = get_context("spawn").Value("q", 0) if skip_bad_images else None
 
     @property
-    def bad_images(self):
+    def bad_images(self) -> int:
         return self._bad.value if self._bad else 0
 
-    def _skip(self, number, error):
+    def _skip(self, number: int, error: UserError):
         if self._bad is None:
             raise error
         with self._bad.get_lock():
@@ -158,21 +177,30 @@ class SkipsBadImages:
 class ImageDataset(SkipsBadImages, Dataset):
     """(image, target) by index, or by (index, seed) for augmentation that is a function of the seed.
 
-    With ``skip_bad_images`` an image that cannot be read is counted in ``bad_images``, each time that it is tried; in
-    training the next good one takes its place, in evaluation a black one with target -1.
-
     Args:
-        source: Sequence of (PIL RGB image, class index) that raises UserError for an image that it cannot read.
+        source: (PIL RGB image, class index) by index; raises UserError for an image that it cannot read.
+        classes: Names of the classes.
+        transform: Takes a PIL RGB image; None returns it as it is.
+        train: Whether the next good image takes the place of one that is skipped, or a black one with target -1.
+        skip_bad_images: Count an image that cannot be read in `bad_images`, each time that it is tried, and go on.
     """
 
-    def __init__(self, source, classes, transform, *, train, skip_bad_images):
+    def __init__(
+        self,
+        source: Sequence[tuple[Image.Image, int]],
+        classes: Sequence[str],
+        transform: Transform | None,
+        *,
+        train: bool,
+        skip_bad_images: bool,
+    ):
         super().__init__(skip_bad_images)
         self.source, self.classes, self.transform, self.train = source, list(classes), transform, train
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, item):
+    def __getitem__(self, item: int | tuple[int, int]) -> tuple[Any, int]:
         index, seed = item if isinstance(item, tuple) else (item, None)
         image, target = self._read(index)
         if self.transform is None:
@@ -180,7 +208,7 @@ class ImageDataset(SkipsBadImages, Dataset):
         with nullcontext() if seed is None else seeded(seed):
             return self.transform(image), target
 
-    def _read(self, index):
+    def _read(self, index: int) -> tuple[Image.Image, int]:
         for offset in range(len(self)):
             try:
                 return self.source[(index + offset) % len(self)]
@@ -195,42 +223,49 @@ class ShardDataset(SkipsBadImages, IterableDataset):
     """(image, target) from WebDataset tar shards, by timm's reader.
 
     The reader leaves out a sample that it cannot read, with a warning. In evaluation, where each sample counts once,
-    those left out are an error, or with ``skip_bad_images`` counted in ``bad_images``.
+    those left out are an error, or with `skip_bad_images` counted in `bad_images`.
     """
+
     classes = None
 
-    def __init__(self, name, root, transform, *, train, skip_bad_images):
+    def __init__(self, name: str, root: Path, transform: Transform | None, *, train: bool, skip_bad_images: bool):
         super().__init__(skip_bad_images)
         self.root, self.transform, self.train = root, transform, train
         self.reader = _shard_reader(name, root, train)
         self.split_info = self.reader.split_info
 
-    def configure(self, *, batch_size, num_workers, seed, rank, world_size):
-        """Divide the shards among processes and their workers; build_loader calls this."""
+    def configure(self, *, batch_size: int, num_workers: int, seed: int, rank: int, world_size: int):
+        """Divide the shards among processes and their workers, as `build_loader` was told.
+
+        Raises:
+            UserError: There are fewer training shards than readers.
+        """
         self.seed, self.rank = seed, rank
         reader, info = self.reader, self.split_info
         if self.train:
             readers = world_size * max(1, num_workers)
             if len(info.filenames) < readers:
-                raise UserError(f"{len(info.filenames)} training shards cannot feed {readers} readers (processes x "
-                                "workers); use fewer workers, or more and smaller shards")
+                raise UserError(
+                    f"{len(info.filenames)} training shards cannot feed {readers} readers (processes x workers); "
+                    "use fewer workers, or more and smaller shards"
+                )
             reader.dist_rank, reader.dist_num_replicas = rank, world_size
         else:
             # For several processes the reader repeats or cuts off samples until all have the same number. Told of one
             # process, with this one's shards, it reads each sample once.
-            reader.split_info = replace(info, filenames=info.filenames[rank::world_size],
-                                        shard_lengths=info.shard_lengths[rank::world_size])
+            shard_lengths = info.shard_lengths[rank::world_size]
+            reader.split_info = replace(info, filenames=info.filenames[rank::world_size], shard_lengths=shard_lengths)
             reader.dist_rank, reader.dist_num_replicas = 0, 1
         reader.ds, reader.batch_size, reader.common_seed = None, batch_size, seed
         reader.set_loader_cfg(num_workers)
 
-    def set_epoch(self, epoch):
+    def set_epoch(self, epoch: int):
         self.epoch = epoch
         self.reader.set_epoch(epoch)
         # The reader shuffles samples with one generator for all epochs: make it start again, from this epoch's seed.
         self.reader.ds, self.reader.worker_seed = None, derive_seed(self.seed, epoch, self.rank)
 
-    def num_batches(self):
+    def num_batches(self) -> int:
         """Batches in an epoch of this process: each worker makes its own, of which the last may be small."""
         reader = self.reader
         if self.train:
@@ -238,10 +273,10 @@ class ShardDataset(SkipsBadImages, IterableDataset):
         listed = [self._num_listed(worker, reader.num_workers) for worker in range(reader.num_workers)]
         return sum(math.ceil(number / reader.batch_size) for number in listed)
 
-    def _num_listed(self, worker, num_workers):
+    def _num_listed(self, worker: int, num_workers: int) -> int:
         return sum(self.reader.split_info.shard_lengths[worker::num_workers])
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
         if not self.reader.split_info.filenames:
             return  # evaluation with more processes than shards; the reader would fail
         info = get_worker_info()
@@ -257,17 +292,38 @@ class ShardDataset(SkipsBadImages, IterableDataset):
         if self.train and not read:  # the other processes would wait for this one's batches
             raise UserError(f"none of the images in the shards of {self.root} for one reader can be read")
         if not self.train and read < listed:
-            self._skip(listed - read, UserError(
+            error = UserError(
                 f"{listed - read} of {listed} images in the shards of {self.root} cannot be read; mend the shards or "
-                "the lengths in their info file, or pass --skip_bad_images"))
+                "the lengths in their info file, or pass --skip_bad_images"
+            )
+            self._skip(listed - read, error)
 
 
-def build_dataset(name, root, split, transform=None, *, skip_bad_images=False, download=False):
-    """The ``split`` ("train" or "val") of the data set called ``name``, one of ``DATASETS``.
+def build_dataset(
+    name: str,
+    root: str | Path | None,
+    split: str,
+    transform: Transform | None = None,
+    *,
+    skip_bad_images: bool = False,
+    download: bool = False,
+) -> ImageDataset | ShardDataset:
+    """A split of a data set, of (transformed image, class index).
 
-    Yields (``transform`` of a PIL RGB image, class index). ``classes`` is the list of class names, None for shards;
-    ``bad_images`` is how many unreadable images ``skip_bad_images`` has passed over so far. ``download`` is for CIFAR.
-    Raises UserError where the data is not there or not as it should be.
+    Its `classes` is the list of class names, None for shards; its `bad_images` is how many unreadable images have been
+    skipped so far.
+
+    Args:
+        name: "IMNET" or "image_folder" (root/SPLIT/CLASS/IMAGE), "CIFAR10", "CIFAR100", "digits" (scikit-learn's) or
+            "wds/NAME" (WebDataset shards).
+        root: Folder of the data; the digits need none.
+        split: "train" or "val".
+        transform: Takes a PIL RGB image; None returns it as it is.
+        skip_bad_images: Go on where an image cannot be read.
+        download: Fetch CIFAR if it is not there.
+
+    Raises:
+        UserError: There is no such data set, or its files are not there or not as they should be.
     """
     assert split in ("train", "val"), split
     train = split == "train"
@@ -280,32 +336,34 @@ def build_dataset(name, root, split, transform=None, *, skip_bad_images=False, d
     elif name == "digits":
         source, classes = _digits(train)
     else:
-        near = difflib.get_close_matches(name.lower(), [known.lower() for known in DATASETS], n=1)
-        hint = "".join(f" (did you mean {known}?)" for known in DATASETS if known.lower() in near)
-        raise UserError(f"unknown data set {name!r}{hint}; there are {', '.join(DATASETS)}")
+        raise UserError(f"no data set {name!r}; there are IMNET, image_folder, CIFAR10, CIFAR100, digits, wds/NAME")
     return ImageDataset(source, classes, transform, train=train, skip_bad_images=skip_bad_images)
 
 
-def check_same_classes(train_classes, val_classes):
-    """Raise UserError unless both lists of class names are the same; None, for unknown, is the same as any."""
+def check_same_classes(train_classes: list[str] | None, val_classes: list[str] | None):
+    """Compare the class names of two splits; None, for unknown, goes with any.
+
+    Raises:
+        UserError: They are not the same, or not in the same order.
+    """
     if train_classes is None or val_classes is None or train_classes == val_classes:
         return
     missing = [name for name in train_classes if name not in val_classes]
     extra = [name for name in val_classes if name not in train_classes]
     differences = [f"{what} {_some(names)}" for what, names in (("lacks", missing), ("adds", extra)) if names]
-    raise UserError("the validation set must have the training set's classes, but "
-                    + (" and ".join(differences) or "has them in another order"))
+    difference = " and ".join(differences) or "has them in another order"
+    raise UserError(f"the validation set must have the training set's classes, but {difference}")
 
 
-def _some(names, most=5):
+def _some(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _one_line(error):
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _folder(root):
+def _folder(root: str | Path | None) -> Path:
     if root is None:
         raise UserError("this data set needs a data folder, and none was given")
     folder = Path(root).expanduser()
@@ -314,7 +372,7 @@ def _folder(root):
     return folder
 
 
-def _image_folder(root, split):
+def _image_folder(root: str | Path | None, split: str) -> tuple[ImageFolder, list[str]]:
     root = _folder(root)
     if not (root / split).is_dir():
         found = _some(sorted(entry.name for entry in root.iterdir())) or "nothing"
@@ -326,7 +384,7 @@ def _image_folder(root, split):
     return source, source.classes
 
 
-def _cifar(name, root, train, download):
+def _cifar(name: str, root: str | Path | None, train: bool, download: bool) -> tuple[CIFAR10, list[str]]:
     if root is None:
         raise UserError(f"{name} needs a data folder, and none was given")
     kind = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}[name]
@@ -338,7 +396,7 @@ def _cifar(name, root, train, download):
     return source, source.classes
 
 
-def _digits(train):
+def _digits(train: bool) -> tuple[list[tuple[Image.Image, int]], list[str]]:
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
@@ -351,7 +409,7 @@ def _digits(train):
     return source, [str(name) for name in digits.target_names]
 
 
-def _shard_reader(name, root, train):
+def _shard_reader(name: str, root: Path, train: bool) -> Reader:
     try:
         import webdataset  # noqa: F401
     except ImportError:
@@ -366,26 +424,29 @@ def _shard_reader(name, root, train):
         # no input_img_mode: _to_rgb converts better
         reader = create_dataset(name, root=str(root), split=split, is_training=train, input_img_mode="").reader
     except (ValueError, KeyError, TypeError, StopIteration):
-        raise UserError(f"{info} should list, for a split {' or '.join(names)}, its name, num_samples, filenames and "
-                        "shard_lengths") from None
+        raise UserError(
+            f"{info} should list, for a split {' or '.join(names)}, its name, num_samples, filenames and shard_lengths"
+        ) from None
     missing = [file for file in reader.split_info.filenames if not (root / file).is_file()]
     if missing:
         raise UserError(f"{root} lacks shards that {info.name} lists: {_some(missing)}")
     return reader
 
 
-# Loaders
+# --- loaders ----------------------------------------------------------------------------------------------------------
+
 
 class SeededErasing:
-    """timm's random erasing of batch number ``batch``, as a function of ``key`` and that number."""
+    """timm's random erasing, as a function of the epoch's key and the number of the batch in it."""
 
-    def __init__(self, erasing, device):
+    def __init__(self, erasing: RandomErasing, device: torch.device):
         self.erasing, self.device = erasing, device
 
-    def start(self, key, batch):
-        self.key, self.batch = key, batch
+    def start(self, *key: int):
+        """Begin the epoch of `key`: seed, epoch, rank."""
+        self.key, self.batch = key, 0
 
-    def __call__(self, images):
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
         # the 1 keeps this apart from the seed of the sample at the same position
         with seeded(derive_seed(*self.key, self.batch, 1), self.device):
             images = self.erasing(images)
@@ -396,26 +457,27 @@ class SeededErasing:
 class EpochLoader(PrefetchLoader):
     """timm's PrefetchLoader, each epoch of which (random erasing too) follows from seed, epoch and rank alone.
 
-    Yields (images, targets) on ``device``: images float32 (B, 3, H, W), normalised; targets int64 (B,).
+    Yields (images, targets) on the device: images float32 (B, 3, H, W), normalised; targets int64 (B,).
     """
 
-    def __init__(self, loader, *, seed, rank, **settings):
+    def __init__(self, loader: DataLoader, *, seed: int, rank: int, **settings: Any):
         super().__init__(loader, **settings)
         self.seed, self.rank = seed, rank
         self.set_epoch(0)
         if self.random_erasing is not None:
             self.random_erasing = SeededErasing(self.random_erasing, self.device)
 
-    def set_epoch(self, epoch, start_batch=0):
-        """Make the next pass that of ``epoch``, from batch ``start_batch`` on; len() stays that of a whole epoch."""
-        self.epoch, self.start_batch = epoch, start_batch
+    def set_epoch(self, epoch: int):
+        """Make the next pass that of `epoch`."""
+        self.epoch = epoch
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.dataset.num_batches() if isinstance(self.dataset, ShardDataset) else len(self.loader)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        self._start_epoch()
         try:
-            yield from self._batches()
+            yield from super().__iter__()
             return
         except UserError as error:
             # From a worker its text is a traceback that ends in the line we want, and its frames hold the iterator in
@@ -424,33 +486,51 @@ class EpochLoader(PrefetchLoader):
             error.__traceback__ = None
         raise UserError(line)
 
-    def _batches(self):
+    def _start_epoch(self):
         key = self.seed, self.epoch, self.rank
         self.loader.generator.manual_seed(derive_seed(*key))  # from it workers are seeded
-        sharded = isinstance(self.dataset, ShardDataset)
         if self.random_erasing is not None:
-            self.random_erasing.start(key, 0 if sharded else self.start_batch)
-        if sharded:  # can only be read from the start
+            self.random_erasing.start(*key)
+        if isinstance(self.dataset, ShardDataset):
             self.dataset.set_epoch(self.epoch)
-            return islice(super().__iter__(), self.start_batch, None)
-        if isinstance(self.sampler, SeededSampler):
-            self.sampler.set_epoch(self.epoch, self.start_batch * self.loader.batch_size)
-        return super().__iter__()
+        elif isinstance(self.sampler, SeededSampler):
+            self.sampler.set_epoch(self.epoch)
 
 
 def build_loader(
-    dataset, *, train, batch_size, num_workers, device, mean, std, seed=0, rank=0, world_size=1, repeated_aug=False,
-    reprob=0.0, remode="pixel", recount=1, pin_memory=True,
-):
-    """Batches of ``dataset``, whose transform is build_transform's, for process ``rank`` of ``world_size``.
+    dataset: ImageDataset | ShardDataset,
+    *,
+    train: bool,
+    batch_size: int,
+    num_workers: int,
+    device: torch.device | str,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    repeated_aug: bool = False,
+    reprob: float = 0.0,
+    remode: str = "pixel",
+    pin_memory: bool = True,
+) -> EpochLoader:
+    """Batches of a data set for one process.
 
     In training every process gets the same number of full batches, shuffled. In evaluation each image comes once over
     all processes, in order; the last batch may be small, and one process may get fewer batches than another, or none.
 
     Args:
+        dataset: One whose transform is `build_transform`'s.
+        train: Which of the two.
         batch_size: Images in a batch of one process.
+        num_workers: Processes that read for this one; 0 reads in this one.
+        device: Where the batches go.
+        mean, std: Of each channel, for values from 0 to 1.
+        seed: The run's.
+        rank, world_size: This process, and the number of those that share the data.
         repeated_aug: Three augmentations of an image on different processes, or side by side on one.
-        reprob, remode, recount: timm's random erasing, in training only.
+        reprob, remode: timm's random erasing, in training only: share of the images, and "const", "rand" or "pixel".
+        pin_memory: Whether batches for a GPU pass through page-locked memory.
 
     Raises:
         UserError: The training set is smaller than one batch over all processes, or too few shards for the readers.
@@ -459,8 +539,10 @@ def build_loader(
     sharded = isinstance(dataset, ShardDataset)
     num_images = dataset.split_info.num_samples if sharded else len(dataset)
     if train and num_images < batch_size * world_size:
-        raise UserError(f"the training set has {num_images} images, fewer than one batch of {batch_size * world_size} "
-                        f"({batch_size} on each of {world_size} process(es)); use a smaller batch size")
+        raise UserError(
+            f"the training set has {num_images} images, fewer than one batch of {batch_size * world_size} "
+            f"({batch_size} on each of {world_size} process(es)); use a smaller batch size"
+        )
     if sharded:
         dataset.configure(batch_size=batch_size, num_workers=num_workers, seed=seed, rank=rank, world_size=world_size)
         sampler = None
@@ -475,13 +557,25 @@ def build_loader(
         sampler = DistributedSampler(dataset, num_replicas=world_size, rank=rank, drop_last=True)
         sampler = SeededSampler(sampler, seed, rank)
     loader = DataLoader(
-        dataset, batch_size=batch_size, sampler=sampler, num_workers=num_workers, collate_fn=fast_collate,
-        pin_memory=pin_memory and device.type == "cuda", drop_last=train,
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=fast_collate,
+        pin_memory=pin_memory and device.type == "cuda",
+        drop_last=train,
         # the reader of shards takes its seed when a worker starts
         persistent_workers=num_workers > 0 and not sharded,
         generator=torch.Generator(),  # the global one would otherwise be drawn from each epoch
     )
     return EpochLoader(
-        loader, seed=seed, rank=rank, mean=mean, std=std, channels=len(mean), device=device,
-        re_prob=reprob if train else 0.0, re_mode=remode, re_count=recount,
+        loader,
+        seed=seed,
+        rank=rank,
+        mean=mean,
+        std=std,
+        channels=len(mean),
+        device=device,
+        re_prob=reprob if train else 0.0,
+        re_mode=remode,
     )

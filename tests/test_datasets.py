@@ -59,7 +59,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-# Transforms
+# --- transforms -------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("size, shape", [(64, (3, 64, 64)), ((32, 48), (3, 32, 48)), ([32, 48], (3, 32, 48))])
 @pytest.mark.parametrize("train", [True, False])
@@ -88,7 +89,8 @@ def test_training_options_reach_timm():
     assert torch.equal(transform(True, 32, **plain, vflip=1.0)(image), same.flip(1))
 
 
-# Images of every mode
+# --- images of every mode ---------------------------------------------------------------------------------------------
+
 
 def rgb(image, format="PNG", **settings):
     file = io.BytesIO()
@@ -147,7 +149,8 @@ def test_16_bit_rounding_and_range():
     assert rgb(image, "TIFF")[0, :, 0].tolist() == [0, 0, 1, 254, 255, 255, 255, 0]
 
 
-# Data sets
+# --- data sets --------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("name", ["IMNET", "image_folder"])
 def test_image_folder(folder, name):
@@ -231,18 +234,12 @@ def test_check_same_classes():
         check_same_classes(["a", "b"], ["b", "a"])
 
 
-# Bad input
-
-@pytest.mark.parametrize("name, suggestion", [
-    ("imnet", "IMNET"), ("ImageFolder", "image_folder"), ("cifar-100", "CIFAR100"), ("digit", "digits")])
-def test_unknown_name_is_answered_with_the_nearest(name, suggestion):
-    with pytest.raises(UserError, match=rf"unknown data set '{name}' \(did you mean {suggestion}\?\)"):
-        build_dataset(name, None, "train")
+# --- bad input --------------------------------------------------------------------------------------------------------
 
 
-def test_unknown_name_near_to_nothing():
-    with pytest.raises(UserError, match="unknown data set 'zzz'; there are IMNET, "):
-        build_dataset("zzz", None, "train")
+def test_unknown_name():
+    with pytest.raises(UserError, match="no data set 'imnet'; there are IMNET, image_folder, "):
+        build_dataset("imnet", None, "train")
 
 
 def test_missing_root(tmp_path):
@@ -370,7 +367,8 @@ def test_training_set_smaller_than_a_batch(folder, repeated_aug):
         loader_of(dataset, world_size=3, **settings)
 
 
-# Loaders: randomness
+# --- loaders: randomness ----------------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def train_set(folder):
@@ -395,17 +393,6 @@ def test_an_epoch_does_not_depend_on_workers_or_on_what_came_before(train_set):
     assert same(first, read_all(here))
     next(iter(workers))  # leave an epoch early
     assert same(second, read_all(workers))
-
-
-def test_going_on_in_the_middle_of_an_epoch(train_set):
-    for num_workers in (0, 2):
-        loader = loader_of(train_set, batch_size=2, num_workers=num_workers, reprob=0.5)
-        loader.set_epoch(3)
-        whole = list(loader)
-        loader.set_epoch(3, start_batch=2)
-        rest = list(loader)
-        assert len(loader) == len(whole) == 5 and len(rest) == 3
-        assert all(same(one, other) for one, other in zip(whole[2:], rest, strict=True))
 
 
 def test_seeds_and_ranks_differ(train_set):
@@ -535,7 +522,8 @@ def test_random_erasing_is_for_training(folder, train_set):
     assert same(read_all(loader_of(dataset, train=False)), read_all(loader_of(dataset, train=False, reprob=1.0)))
 
 
-# Loaders: evaluation
+# --- loaders: evaluation ----------------------------------------------------------------------------------------------
+
 
 def test_evaluation_normalises_and_keeps_the_last_batch(folder):
     dataset = build_dataset("IMNET", folder, "val", transform())
@@ -559,7 +547,8 @@ def test_evaluation_reads_each_image_once(folder, world_size):
     assert sorted(target for _, part in read for target in part.tolist()) == [0] * 3 + [1] * 4
 
 
-# Shards
+# --- shards -----------------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def shards(tmp_path):
@@ -620,8 +609,6 @@ def test_shards_training_is_a_function_of_the_epoch(shards, world_size, num_work
         loader.set_epoch(1)
         second = read_all(loader)
         assert not same(first, second)
-        loader.set_epoch(0, start_batch=1)
-        assert same([part[4:] for part in first], read_all(loader))
         read.append(first[1].tolist())
     assert len({len(targets) for targets in read}) == 1, "ranks must agree on the number of batches"
     if world_size == num_workers + 1 == 1:
