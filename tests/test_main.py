@@ -162,18 +162,19 @@ def test_what_the_flags_say_wins_over_the_checkpoint(photos, trained, tmp_path):
     assert all(group["initial_lr"] == pytest.approx(1e-4 * 4 / 512) for group in groups)
 
 
-def test_two_processes_evaluate_what_they_save(photos, tmp_path, capfd):
+def test_two_processes_evaluate_what_they_save(photos, tmp_path, monkeypatch):
     """Batch norm statistics differ between processes while they train."""
     arguments = [*SMALL, *SHORT, "--data_path", photos, "--output_dir", tmp_path, "--batch_size", "2"]
     done = launch(2, *arguments, "--model_ema_eval", "--model_ema_decay", "0.5")
     assert done.returncode == 0, done.stderr
     last = json.loads((tmp_path / "log.txt").read_text().splitlines()[-1])
+    results = []
+    evaluate = program.evaluate
+    monkeypatch.setattr(program, "evaluate", lambda *a, **k: results.append(evaluate(*a, **k)) or results[-1])
     for key, name in (("model", "val"), ("model_ema", "ema")):
-        _, out, _ = run(capfd, *SMALL, "--data_path", photos, "--eval", "--resume", tmp_path / "last.pth",
-                        "--model_key", key)
-        acc1, _, loss, *_ = RESULT.search(out).groups()
-        assert float(acc1) == pytest.approx(last[f"{name}_acc1"], abs=1e-3)
-        assert float(loss) == pytest.approx(last[f"{name}_loss"], abs=1e-3)
+        arguments = [*SMALL, "--data_path", photos, "--eval", "--resume", tmp_path / "last.pth", "--model_key", key]
+        assert program.main([str(argument) for argument in arguments]) == 0
+        assert results[-1]["loss"] == pytest.approx(last[f"{name}_loss"], rel=1e-6)
 
 
 def test_average_is_evaluated_too(photos, tmp_path, capfd):
@@ -188,9 +189,16 @@ def test_average_is_evaluated_too(photos, tmp_path, capfd):
 
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 def test_distillation(photos, trained, tmp_path, kind):
-    train(photos, tmp_path, "--model", "resnet10t", "--distillation_type", kind, "--teacher_model", "biformer_nano",
-          "--teacher_path", trained / "last.pth", "--distillation_tau", "2")
-    assert (tmp_path / "last.pth").exists()
+    student = ["--model", "resnet10t", "--epochs", "1", "--warmup_epochs", "0"]
+    teacher = ["--distillation_type", kind, "--teacher_model", "biformer_nano", "--teacher_path", trained / "last.pth"]
+
+    def loss(name, *arguments):
+        train(photos, tmp_path / name, *student, *arguments)
+        return json.loads((tmp_path / name / "log.txt").read_text())["train_loss"]
+
+    alone = loss("alone")
+    assert loss("ignored", *teacher, "--distillation_alpha", "0") == pytest.approx(alone)
+    assert loss("taught", *teacher, "--distillation_tau", "2") != pytest.approx(alone, rel=1e-3)
 
 
 def test_fine_tuning_with_other_classes_and_size(photos, trained, tmp_path, capfd):
@@ -209,7 +217,12 @@ def test_every_option_of_the_recipe_at_once(photos, tmp_path):
           "--batch_size", "2", "--amp", "bf16", "--grad_checkpointing", "--channels_last", "false", "--drop", "0.1",
           "--opt_betas", "0.9", "0.95", "--sched", "poly", "--model_kwargs", "num_regions=4", "--num_workers", "1",
           "--save_every", "2", "--skip_bad_images", "--seed", "3", "--train_interpolation", "random")
-    assert weights(tmp_path / "last.pth", "args")["model_kwargs"] == {"num_regions": 4}
+    checkpoint = torch.load(tmp_path / "last.pth", weights_only=True)
+    groups = checkpoint["optimizer"]["param_groups"]
+    assert checkpoint["args"]["model_kwargs"] == {"num_regions": 4}
+    assert len({group["lr_scale"] for group in groups}) > 3
+    assert all(tuple(group["betas"]) == (0.9, 0.95) for group in groups)
+    assert [r["step"] for r in map(json.loads, (tmp_path / "log.txt").read_text().splitlines())] == [3, 6]
 
 
 def test_disable_eval(photos, tmp_path, capfd):

@@ -75,6 +75,24 @@ def test_error_is_at_most_twice_that_of_eager_in_low_precision(case, dtype, impl
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", ["even", "ragged", "small queries on a large map"])
+def test_gradients_in_low_precision_are_as_good_as_eagers(case, dtype, impl):
+    inputs = make_inputs(case, dtype, head_dim=32, requires_grad=True)
+    upstream = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def gradients(attention, dtype):
+        return torch.autograd.grad(attention, inputs[:3], upstream.to(dtype))
+
+    exact = gradients(reference(*inputs, scale=32**-0.5), torch.float64)
+    eager = gradients(eager_attention(*inputs, scale=32**-0.5), dtype)
+    for ours, theirs, true in zip(gradients(routed_attention(*inputs, impl=impl), dtype), eager, exact, strict=True):
+        # autograd returns the exact gradient in the inputs' precision: half a unit of it is nobody's error
+        rounding = torch.finfo(dtype).eps * true.double().abs().max() / 2
+        assert (ours.double() - true).abs().max() <= 2 * (theirs.double() - true).abs().max() + rounding
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_what_surrounds_the_map_in_memory_does_not_matter(impl):
     grid = RegionGrid.fit(50, 61, 7)
     assert grid.is_padded
