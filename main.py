@@ -69,7 +69,8 @@ def build_model(name: str, pretrained: bool, kwargs: dict) -> torch.nn.Module:
     except (TypeError, ValueError) as error:
         raise UsageError(f"{name} cannot be built: {error}") from error
     except (RuntimeError, OSError) as error:
-        raise UserError(f"{name} cannot be built: {error}") from error
+        here = "; main.py takes such a file by --finetune, or by --eval --resume" if pretrained else ""
+        raise UserError(f"{name} cannot be built: {error}{here}") from error
 
 
 def create_model(args: argparse.Namespace, num_classes: int | None) -> torch.nn.Module:
