@@ -108,16 +108,21 @@ def load_from(model: torch.nn.Module, source: str, key: str | None, new_classifi
         print(f"{source} is of another number of classes: the classifier starts anew")
 
 
+def check_released_classes(name: str, num_classes: int, advice: str):
+    """Raises UserError where the published classifier is of other classes: timm would put a random one in its place."""
+    released = timm.get_pretrained_cfg(name).num_classes
+    if released != num_classes:
+        raise UserError(
+            f"the published weights of {name} are of {released} classes, the data has {num_classes}; {advice}"
+        )
+
+
 def create_teacher(args: argparse.Namespace, num_classes: int) -> torch.nn.Module:
     """The distillation teacher, with its weights."""
     kwargs = dict(num_classes=num_classes, **size_kwargs(args.teacher_model, args.input_size))
     published = args.teacher_path is None
-    released = timm.get_pretrained_cfg(args.teacher_model).num_classes
-    if published and released != num_classes:
-        raise UserError(
-            f"the published weights of {args.teacher_model} are of {released} classes, the data has {num_classes}; "
-            "fine-tune the teacher first, and give its weights by --teacher_path"
-        )
+    if published:
+        check_released_classes(args.teacher_model, num_classes, "fine-tune the teacher, and give it by --teacher_path")
     teacher = build_model(args.teacher_model, published, kwargs)
     if not published:
         load_from(teacher, args.teacher_path, key=None)
@@ -240,12 +245,9 @@ def run_evaluation(args: argparse.Namespace, process: Process):
     """`--eval`: print the accuracy of a checkpoint."""
     dataset = build_dataset(args, "val")
     classes = class_count(args, dataset)
-    released = timm.get_pretrained_cfg(args.model).num_classes
-    if args.load_release and classes not in (None, released):
-        raise UserError(
-            f"the published weights of {args.model} are of {released} classes, the data has {classes}; fine-tune them "
-            f"first, or give --nb_classes {released} if the data's first classes are theirs"
-        )
+    if args.load_release and classes is not None:
+        advice = "fine-tune them first, or give theirs by --nb_classes if the data's first classes are the same"
+        check_released_classes(args.model, classes, advice)
     model = create_model(args, classes)
     source = args.resume or args.finetune
     if source:
