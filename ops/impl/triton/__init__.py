@@ -1,0 +1,31 @@
+"""Attention and its gradients fused into kernels that read queries, keys and values in place.
+
+Nothing is gathered: beside its inputs and outputs a call holds one float for each query and head, and in the backward
+pass one more and the routes' inverse. Imported when it is first called, since it imports Triton.
+"""
+import torch
+
+from ...regions import RegionGrid
+from .op import forward
+from .tuning import is_dense
+
+
+def routed_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    routes: torch.Tensor,
+    query_grid: RegionGrid,
+    key_grid: RegionGrid,
+    scale: float,
+    dense: bool | None = None,
+) -> torch.Tensor:
+    """See `ops.routed_attention`. `dense` overrules `tuning.is_dense`, for measurements."""
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if dense is None:
+        dense = is_dense(query_grid, key_grid, routes.shape[2])
+    grids = [query_grid.rows, query_grid.cols], [key_grid.rows, key_grid.cols]
+    return forward(query, key, value, routes, *grids, scale, dense)[0]

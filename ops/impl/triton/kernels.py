@@ -1,0 +1,267 @@
+"""The kernels of fused routed attention: forward, gradient of the queries, gradients of the keys and values.
+
+One program computes one tile of BLOCK_M tokens of one head and streams tiles of BLOCK_N tokens past it, with the
+online softmax of FlashAttention (Dao et al., https://arxiv.org/abs/2205.14135). Tokens are read in place, by stride.
+No program writes what another one writes: there are no atomics, and repeated runs agree to the bit.
+
+There are two ways to say which tokens meet:
+
+- by list: a tile holds tokens of one region, and streamed past it are the tokens of the regions routed to it, laid end
+  to end. `routes_ptr` is (B, Rq, K), the chosen key regions. The gradients of the keys need the inverse: `members_ptr`
+  (B, Rq * K) holds the query regions sorted by the key region that they chose, and those of key region r are entries
+  `bounds_ptr[b, r]` to `bounds_ptr[b, r + 1]`, of (B, Rk + 1).
+- DENSE: a tile holds consecutive tokens of the map, whatever their regions, and all tokens of the other map are
+  streamed past it; pairs that are not routed get no weight. `routes_ptr` is (B, Rq) int64, the routes as bits.
+
+Logits are in base 2: `scale` comes multiplied by log2(e). So is `lse`, the log-sum-exp of each query's logits,
+(B, heads, Hq, Wq) float32; `delta`, of the same shape, is the sum of output times its gradient.
+"""
+import triton
+import triton.language as tl
+
+from .tiles import (
+    divide,
+    head_of_map,
+    is_routed,
+    load_tokens,
+    region_at,
+    store_tokens,
+    tokens_of_list,
+    tokens_of_map,
+    tokens_of_region,
+)
+
+LN_2 = tl.constexpr(0.6931471805599453)
+
+# Triton compiles a kernel anew for integers that are 1 or multiples of 16; these take too many values for that.
+_VARYING = [
+    *("num_heads", "num_query_regions", "num_key_regions", "topk"),
+    *(f"{side}_{name}" for side in "qk" for name in ("height", "width", "cols", "region_height", "region_width")),
+]
+
+
+@triton.jit
+def _place(num_heads, num_regions, grid, BLOCK: tl.constexpr, DENSE: tl.constexpr):
+    """The (image, region, first token, head) of this program. Heads side by side share lines of memory."""
+    height, width, cols, region_height, region_width = grid
+    tile, head = divide(tl.program_id(0), num_heads)
+    if DENSE:
+        image, block = divide(tile, tl.cdiv(height * width, BLOCK))
+        region = 0
+    else:
+        image_region, block = divide(tile, tl.cdiv(region_height * region_width, BLOCK))
+        image, region = divide(image_region, num_regions)
+    return image, region, block * BLOCK, head
+
+
+@triton.jit
+def _own_tokens(region, first, grid, BLOCK: tl.constexpr, DENSE: tl.constexpr):
+    """(row, column, is real) of the tokens that a program computes."""
+    index = first + tl.arange(0, BLOCK)
+    if DENSE:
+        return tokens_of_map(index, grid)
+    else:
+        return tokens_of_region(region, index, grid)
+
+
+@triton.jit
+def _routes_of_tile(routes_ptr, image, region, num_regions, topk, row, col, real, grid, DENSE: tl.constexpr):
+    """DENSE: the route bits of each query. Otherwise: where the list of the region's routes begins."""
+    if DENSE:
+        return tl.load(routes_ptr + image * num_regions + region_at(row, col, grid), mask=real, other=0)
+    else:
+        return routes_ptr + (image * num_regions + region).to(tl.int64) * topk
+
+
+@triton.jit
+def _streamed_keys(routes, topk, start, grid, BLOCK: tl.constexpr, DENSE: tl.constexpr):
+    """(row, column, is real) of a tile of keys, and which (query, key) pairs of it meet."""
+    index = start + tl.arange(0, BLOCK)
+    if DENSE:
+        row, col, real = tokens_of_map(index, grid)
+        region = tl.where(real, region_at(row, col, grid), 0)
+        return row, col, real, is_routed(routes[:, None], region[None, :]) & real[None, :]
+    else:
+        row, col, real = tokens_of_list(routes, topk, index, grid)
+        return row, col, real, real[None, :]
+
+
+@triton.jit
+def _rows_of_map(ptr, image, head, num_heads, grid, row, col):
+    """Pointers into a (B, heads, H, W) map of one number per token and head."""
+    height, width, cols, region_height, region_width = grid
+    return ptr + (image * num_heads + head).to(tl.int64) * height * width + row * width + col
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def forward_kernel(
+    query_ptr, key_ptr, value_ptr, routes_ptr, out_ptr, lse_ptr,
+    query_strides, key_strides, value_strides, out_strides,
+    scale, num_heads, num_query_regions, topk,
+    q_height, q_width, q_cols, q_region_height, q_region_width,
+    k_height, k_width, k_cols, k_region_height, k_region_width,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DENSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries: out = softmax(scale * q k^T) v over the keys that it is routed to, and lse."""
+    q_grid = (q_height, q_width, q_cols, q_region_height, q_region_width)
+    k_grid = (k_height, k_width, k_cols, k_region_height, k_region_width)
+    image, region, first, head = _place(num_heads, num_query_regions, q_grid, BLOCK_M, DENSE)
+    q_row, q_col, q_real = _own_tokens(region, first, q_grid, BLOCK_M, DENSE)
+    routes = _routes_of_tile(
+        routes_ptr, image, region, num_query_regions, topk, q_row, q_col, q_real, q_grid, DENSE
+    )
+    query_head = head_of_map(query_ptr, query_strides, image, head)
+    key_head = head_of_map(key_ptr, key_strides, image, head)
+    value_head = head_of_map(value_ptr, value_strides, image, head)
+    out_head = head_of_map(out_ptr, out_strides, image, head)
+    query = load_tokens(query_head, query_strides, q_row, q_col, q_real, HEAD_DIM, BLOCK_D)
+
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    out = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    num_keys = k_height * k_width if DENSE else topk * k_region_height * k_region_width
+    for start in range(0, num_keys, BLOCK_N):
+        k_row, k_col, k_real, meet = _streamed_keys(routes, topk, start, k_grid, BLOCK_N, DENSE)
+        key = load_tokens(key_head, key_strides, k_row, k_col, k_real, HEAD_DIM, BLOCK_D)
+        logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+        logits = tl.where(meet, logits, float("-inf"))
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        # A tile may hold no key of a query at all; minus infinity less minus infinity would be no number.
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weight = tl.exp2(logits - shift[:, None])
+        decay = tl.exp2(top - shift)
+        total = total * decay + tl.sum(weight, 1)
+        value = load_tokens(value_head, value_strides, k_row, k_col, k_real, HEAD_DIM, BLOCK_D)
+        out = out * decay[:, None]
+        out = tl.dot(weight.to(value.dtype), value, out, input_precision=PRECISION)
+        top = new_top
+
+    total = tl.where(q_real, total, 1.0)
+    store_tokens(out_head, out_strides, q_row, q_col, q_real, out / total[:, None], HEAD_DIM, BLOCK_D)
+    lse = _rows_of_map(lse_ptr, image, head, num_heads, q_grid, q_row, q_col)
+    tl.store(lse, top + tl.log2(total), mask=q_real)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def query_gradient_kernel(
+    query_ptr, key_ptr, value_ptr, routes_ptr, out_ptr, grad_out_ptr, lse_ptr, delta_ptr, grad_query_ptr,
+    query_strides, key_strides, value_strides, out_strides, grad_out_strides, grad_query_strides,
+    scale, num_heads, num_query_regions, topk,
+    q_height, q_width, q_cols, q_region_height, q_region_width,
+    k_height, k_width, k_cols, k_region_height, k_region_width,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DENSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries: its gradient, and delta for the kernel of the keys and values."""
+    q_grid = (q_height, q_width, q_cols, q_region_height, q_region_width)
+    k_grid = (k_height, k_width, k_cols, k_region_height, k_region_width)
+    image, region, first, head = _place(num_heads, num_query_regions, q_grid, BLOCK_M, DENSE)
+    q_row, q_col, q_real = _own_tokens(region, first, q_grid, BLOCK_M, DENSE)
+    routes = _routes_of_tile(
+        routes_ptr, image, region, num_query_regions, topk, q_row, q_col, q_real, q_grid, DENSE
+    )
+    query_head = head_of_map(query_ptr, query_strides, image, head)
+    key_head = head_of_map(key_ptr, key_strides, image, head)
+    value_head = head_of_map(value_ptr, value_strides, image, head)
+    out_head = head_of_map(out_ptr, out_strides, image, head)
+    grad_out_head = head_of_map(grad_out_ptr, grad_out_strides, image, head)
+    grad_query_head = head_of_map(grad_query_ptr, grad_query_strides, image, head)
+
+    out = load_tokens(out_head, out_strides, q_row, q_col, q_real, HEAD_DIM, BLOCK_D)
+    grad_out = load_tokens(grad_out_head, grad_out_strides, q_row, q_col, q_real, HEAD_DIM, BLOCK_D)
+    delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
+    tl.store(_rows_of_map(delta_ptr, image, head, num_heads, q_grid, q_row, q_col), delta, mask=q_real)
+    lse = tl.load(_rows_of_map(lse_ptr, image, head, num_heads, q_grid, q_row, q_col), mask=q_real, other=0.0)
+    query = load_tokens(query_head, query_strides, q_row, q_col, q_real, HEAD_DIM, BLOCK_D)
+
+    grad_query = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    num_keys = k_height * k_width if DENSE else topk * k_region_height * k_region_width
+    for start in range(0, num_keys, BLOCK_N):
+        k_row, k_col, k_real, meet = _streamed_keys(routes, topk, start, k_grid, BLOCK_N, DENSE)
+        key = load_tokens(key_head, key_strides, k_row, k_col, k_real, HEAD_DIM, BLOCK_D)
+        value = load_tokens(value_head, value_strides, k_row, k_col, k_real, HEAD_DIM, BLOCK_D)
+        logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+        weight = tl.exp2(tl.where(meet, logits, float("-inf")) - lse[:, None])
+        grad_weight = tl.dot(grad_out, tl.trans(value), input_precision=PRECISION)
+        grad_logits = (weight * (grad_weight - delta[:, None])).to(key.dtype)
+        grad_query = tl.dot(grad_logits, key, grad_query, input_precision=PRECISION)
+
+    grad_query *= scale * LN_2
+    store_tokens(grad_query_head, grad_query_strides, q_row, q_col, q_real, grad_query, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _streamed_queries(
+    list_ptr, count, routes_ptr, image, num_query_regions, k_region, start, grid,
+    BLOCK: tl.constexpr, DENSE: tl.constexpr,
+):  # fmt: skip
+    """(row, column, is real) of a tile of queries, and which (key, query) pairs of it meet."""
+    index = start + tl.arange(0, BLOCK)
+    if DENSE:
+        row, col, real = tokens_of_map(index, grid)
+        region = tl.where(real, region_at(row, col, grid), 0)
+        bits = tl.load(routes_ptr + image * num_query_regions + region, mask=real, other=0)
+        return row, col, real, is_routed(bits[None, :], k_region[:, None])
+    else:
+        row, col, real = tokens_of_list(list_ptr, count, index, grid)
+        return row, col, real, real[None, :]
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def key_value_gradient_kernel(
+    query_ptr, key_ptr, value_ptr, routes_ptr, members_ptr, bounds_ptr, grad_out_ptr, lse_ptr, delta_ptr,
+    grad_key_ptr, grad_value_ptr,
+    query_strides, key_strides, value_strides, grad_out_strides, grad_key_strides, grad_value_strides,
+    scale, num_heads, num_query_regions, num_key_regions, topk,
+    q_height, q_width, q_cols, q_region_height, q_region_width,
+    k_height, k_width, k_cols, k_region_height, k_region_width,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DENSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of keys and values: their gradients from the queries that are routed to them."""
+    q_grid = (q_height, q_width, q_cols, q_region_height, q_region_width)
+    k_grid = (k_height, k_width, k_cols, k_region_height, k_region_width)
+    image, region, first, head = _place(num_heads, num_key_regions, k_grid, BLOCK_M, DENSE)
+    k_row, k_col, k_real = _own_tokens(region, first, k_grid, BLOCK_M, DENSE)
+    k_region = tl.where(k_real, region_at(k_row, k_col, k_grid), 0)
+    query_head = head_of_map(query_ptr, query_strides, image, head)
+    key_head = head_of_map(key_ptr, key_strides, image, head)
+    value_head = head_of_map(value_ptr, value_strides, image, head)
+    grad_out_head = head_of_map(grad_out_ptr, grad_out_strides, image, head)
+    grad_key_head = head_of_map(grad_key_ptr, grad_key_strides, image, head)
+    grad_value_head = head_of_map(grad_value_ptr, grad_value_strides, image, head)
+    key = load_tokens(key_head, key_strides, k_row, k_col, k_real, HEAD_DIM, BLOCK_D)
+    value = load_tokens(value_head, value_strides, k_row, k_col, k_real, HEAD_DIM, BLOCK_D)
+
+    if DENSE:
+        list_ptr = members_ptr
+        count = 0
+        num_queries = q_height * q_width
+    else:
+        bound = bounds_ptr + image * (num_key_regions + 1) + region
+        begin = tl.load(bound)
+        count = tl.load(bound + 1) - begin
+        list_ptr = members_ptr + image.to(tl.int64) * num_query_regions * topk + begin
+        num_queries = count * q_region_height * q_region_width
+
+    grad_key = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    grad_value = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for start in range(0, num_queries, BLOCK_N):
+        q_row, q_col, q_real, meet = _streamed_queries(
+            list_ptr, count, routes_ptr, image, num_query_regions, k_region, start, q_grid, BLOCK_N, DENSE
+        )
+        query = load_tokens(query_head, query_strides, q_row, q_col, q_real, HEAD_DIM, BLOCK_D)
+        grad_out = load_tokens(grad_out_head, grad_out_strides, q_row, q_col, q_real, HEAD_DIM, BLOCK_D)
+        lse = tl.load(_rows_of_map(lse_ptr, image, head, num_heads, q_grid, q_row, q_col), mask=q_real, other=0.0)
+        delta = tl.load(_rows_of_map(delta_ptr, image, head, num_heads, q_grid, q_row, q_col), mask=q_real, other=0.0)
+        logits = tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale
+        weight = tl.exp2(tl.where(meet, logits, float("-inf")) - lse[None, :])
+        grad_value = tl.dot(weight.to(grad_out.dtype), grad_out, grad_value, input_precision=PRECISION)
+        grad_weight = tl.dot(value, tl.trans(grad_out), input_precision=PRECISION)
+        grad_logits = (weight * (grad_weight - delta[None, :])).to(query.dtype)
+        grad_key = tl.dot(grad_logits, query, grad_key, input_precision=PRECISION)
+
+    grad_key *= scale * LN_2
+    store_tokens(grad_key_head, grad_key_strides, k_row, k_col, k_real, grad_key, HEAD_DIM, BLOCK_D)
+    store_tokens(grad_value_head, grad_value_strides, k_row, k_col, k_real, grad_value, HEAD_DIM, BLOCK_D)
