@@ -1,30 +1,76 @@
 """The public call of routed attention: check the inputs, choose an implementation, dispatch."""
+import importlib.util
+import os
+
 import torch
 
 from .impl import gather, masked
 from .regions import RegionGrid
 
-_BACKENDS = {"gather": gather.routed_attention, "masked": masked.routed_attention}
+
+def _triton(*args):
+    from .impl import triton  # imports Triton, which only its users need
+
+    return triton.routed_attention(*args)
+
+
+_BACKENDS = {"triton": _triton, "gather": gather.routed_attention, "masked": masked.routed_attention}
 IMPLS = tuple(_BACKENDS)
 
 # Copying one gathered key costs as much as attending to it from this many queries. Fitted on the CPU in float32, on
-# BiFormer's stages at 224; `scripts/benchmark.py op` measures it. GPUs have no constant of their own yet.
+# BiFormer's stages at 224; `scripts/benchmark.py op` measures it.
 GATHER_COPY_COST = 20
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_TRITON_HEAD_DIM = 128
+# Triton reads the variable once, when it is imported, and then runs its kernels on the CPU, for tests.
+_TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-def unsupported(impl: str) -> str | None:
-    """Why `impl` cannot compute `routed_attention` here, or None where it can."""
-    if impl not in IMPLS:
-        return f"there is no such implementation; choose from {', '.join(IMPLS)} or auto"
+
+def _triton_unsupported(query: torch.Tensor | None) -> str | None:
+    if not _HAS_TRITON:
+        return "the package triton is not installed"
+    if query is None:
+        return None
+    if query.dtype not in _TRITON_DTYPES:
+        return f"its kernels compute in bfloat16, float16 and float32, not in {query.dtype}"
+    if query.shape[-1] > _TRITON_HEAD_DIM:
+        return f"its kernels take heads of up to {_TRITON_HEAD_DIM} numbers, got {query.shape[-1]}"
+    if query.device.type != "cuda":
+        interpreted = _TRITON_INTERPRETED and query.device.type == "cpu"
+        return None if interpreted else f"its kernels run on CUDA GPUs, the tensors are on {query.device.type}"
+    if torch.cuda.get_device_properties(query.device).major < 8:
+        return "its kernels need a GPU of compute capability 8.0 or newer"
     return None
 
 
-def choose_impl(routes: torch.Tensor, query_grid: RegionGrid, key_grid: RegionGrid) -> str:
-    """The implementation that `impl="auto"` takes: the one that touches fewer keys per query.
+def unsupported(impl: str, query: torch.Tensor | None = None) -> str | None:
+    """Why `impl` cannot compute `routed_attention`, or None where it can.
 
-    `masked` attends to all Hk * Wk keys. `gather` attends to K * Tk keys, and copies each of them once for the Tq
-    queries of a region, so that small query regions make it dear.
+    Args:
+        impl: A name of `IMPLS`.
+        query: (B, H, W, heads, head_dim) that it would be called with. Without one, only what holds for every input is
+            looked at.
     """
+    if impl not in IMPLS:
+        return f"there is no such implementation; choose from {', '.join(IMPLS)} or auto"
+    if impl == "triton":
+        return _triton_unsupported(query)
+    return None
+
+
+def choose_impl(query: torch.Tensor, routes: torch.Tensor, query_grid: RegionGrid, key_grid: RegionGrid) -> str:
+    """The implementation that `impl="auto"` takes for (B, Hq, Wq, heads, head_dim) queries and (B, Rq, K) routes.
+
+    On a GPU `triton`, except where every region is routed to every other: that is dense attention, for which `masked`
+    calls PyTorch's own kernel without a mask. Elsewhere the one that touches fewer keys for each query: `masked`
+    attends to all Hk * Wk keys; `gather` attends to K * Tk keys, and copies each of them once for the Tq queries of a
+    region, so that small query regions make it dear.
+    """
+    everything_routed = routes.shape[-1] == key_grid.num_regions
+    if query.device.type == "cuda" and not everything_routed and not unsupported("triton", query):
+        return "triton"
     gathered_keys = routes.shape[-1] * key_grid.tokens_per_region
     gather_cost = gathered_keys * (1 + GATHER_COPY_COST / query_grid.tokens_per_region)
     masked_cost = key_grid.height * key_grid.width
@@ -81,8 +127,8 @@ def routed_attention(
         query_grid: Regions of the query map.
         key_grid: Regions of the key map; both maps may differ in size and in regions.
         scale: Factor of the logits, head_dim ** -0.5 unless given.
-        impl: "gather" (the paper's formulation, plain products), "masked" (dense attention under a mask), or "auto"
-            (see `choose_impl`).
+        impl: "triton" (fused, for GPUs), "gather" (the paper's formulation, plain products), "masked" (dense attention
+            under a mask), or "auto" (see `choose_impl`).
 
     Returns:
         (B, Hq, Wq, heads, head_dim), of the query's dtype.
@@ -92,8 +138,8 @@ def routed_attention(
     """
     _check(query, key, value, routes, query_grid, key_grid)
     if impl == "auto":
-        impl = choose_impl(routes, query_grid, key_grid)
-    reason = unsupported(impl)
+        impl = choose_impl(query, routes, query_grid, key_grid)
+    reason = unsupported(impl, query)
     if reason is not None:
         raise ValueError(f"impl={impl!r} cannot run: {reason}")
     if scale is None:

@@ -1,9 +1,9 @@
 """Compile the fused kernels ahead of time, without a GPU, and report what they use of one.
 
-    python scripts/compile_kernels.py --arch 80 90 --head_dim 32 64 --dtype bf16
+    python scripts/compile_kernels.py --arch 90 --head_dim 32 --dtype bf16
 
 Prints a Markdown table of registers per thread, shared memory per program and bytes spilled to local memory, for the
-tile that `ops` chooses where regions are small and where they are large. Exits with 1 if anything is spilled.
+plans that `ops` makes of BiFormer's maps. Exits with 1 if anything is spilled.
 """
 import argparse
 import itertools
@@ -22,7 +22,8 @@ from triton.compiler import ASTSource
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ops.impl.triton import kernels  # noqa: E402
-from ops.impl.triton.tuning import Tile, choose_tile  # noqa: E402
+from ops import RegionGrid  # noqa: E402
+from ops.impl.triton.tuning import Plan, is_dense, make_plan  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KERNELS = {
@@ -30,8 +31,14 @@ KERNELS = {
     "query_gradient": kernels.query_gradient_kernel,
     "key_value_gradient": kernels.key_value_gradient_kernel,
 }
-# (tokens of a tile's region, tokens streamed past it): BiFormer's last routed stage at 224, and its first
-TOKENS = {"small": (4, 64), "large": (64, 64)}
+# Map and top-k of BiFormer's routed stages at 224, and of the first and the last at 800 x 1333
+MAPS = {
+    "56 x 56, top-1": (RegionGrid.fit(56, 56), 1),
+    "28 x 28, top-4": (RegionGrid.fit(28, 28), 4),
+    "14 x 14, top-16": (RegionGrid.fit(14, 14), 16),
+    "200 x 334, top-1": (RegionGrid.fit(200, 334, 16), 1),
+    "50 x 84, top-16": (RegionGrid.fit(50, 84, 16), 16),
+}
 POINTERS = {"routes_ptr": "*i64", "members_ptr": "*i32", "bounds_ptr": "*i32", "lse_ptr": "*fp32", "delta_ptr": "*fp32"}
 
 
@@ -42,16 +49,10 @@ class Usage(NamedTuple):
     spilled: int
 
 
-def _source(kernel, dtype: str, head_dim: int, dense: bool, tile: Tile) -> ASTSource:
+def _source(kernel, dtype: str, head_dim: int, plan: Plan) -> ASTSource:
     """The kernel as it is launched on aligned tensors, such as the views of one packed projection."""
-    constants = dict(
-        HEAD_DIM=head_dim,
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        DENSE=dense,
-        PRECISION="ieee",
-    )
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    constants = dict(HEAD_DIM=head_dim, BLOCK_D=block_d, PRECISION="ieee", **plan.constants())
     signature, aligned = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -64,7 +65,7 @@ def _source(kernel, dtype: str, head_dim: int, dense: bool, tile: Tile) -> ASTSo
             aligned |= {(i, j): [["tt.divisibility", 16]] for j in range(4)}
         else:
             signature[name] = "fp32" if name == "scale" else "i32"
-    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    places = {(i,): constants[name] for i, name in enumerate(kernel.arg_names) if name in constants}
     return ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=aligned)
 
 
@@ -79,16 +80,21 @@ def _usage(cubin: bytes) -> Usage:
     return Usage(registers, 0, stack + local)
 
 
-def compile_kernel(kernel: str, arch: int, dtype: str, head_dim: int, dense: bool, tile: Tile) -> Usage:
+def compile_kernel(kernel: str, arch: int, dtype: str, head_dim: int, plan: Plan) -> Usage:
     """Compile one kernel for compute capability `arch` / 10.
 
     Raises:
-        triton.CompilationError, RuntimeError: It does not compile, or needs more shared memory than a program has.
+        RuntimeError: The compiler gives up.
     """
-    source = _source(KERNELS[kernel], dtype, head_dim, dense, tile)
-    options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
+    source = _source(KERNELS[kernel], dtype, head_dim, plan)
+    options = dict(num_warps=plan.num_warps, num_stages=plan.num_stages)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     return _usage(compiled.asm["cubin"])._replace(shared=compiled.metadata.shared)
+
+
+def plan_of(kernel: str, grid: RegionGrid, topk: int, head_dim: int, dtype: str, dense: bool) -> Plan:
+    """The plan of a kernel where queries and keys are one map."""
+    return make_plan(grid, grid, topk, kernel == "key_value_gradient", dense, head_dim, DTYPES[dtype])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -97,21 +103,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--head_dim", type=int, nargs="+", default=[16, 32, 64, 128])
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
+    parser.add_argument("--map", nargs="+", choices=MAPS, default=list(MAPS))
     args = parser.parse_args(argv)
 
-    print("| kernel | way | regions | dtype | head_dim | sm | tile | warps | registers | shared, KiB | spilled, bytes |")
+    print("| kernel | map | way | dtype | head_dim | sm | tile | warps | registers | shared, KiB | spilled, bytes |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     spilled = 0
-    cases = itertools.product(args.kernel, (False, True), TOKENS.items(), args.dtype, args.head_dim, args.arch)
-    for kernel, dense, (size, (own, streamed)), dtype, head_dim, arch in cases:
-        if dense and size == "small":
-            continue  # tiles of the whole map are large whatever the regions are
-        tile = choose_tile(own, streamed, head_dim, DTYPES[dtype])
-        usage = compile_kernel(kernel, arch, dtype, head_dim, dense, tile)
+    for kernel, name, dtype, head_dim, arch in itertools.product(
+        args.kernel, args.map, args.dtype, args.head_dim, args.arch
+    ):
+        grid, topk = MAPS[name]
+        dense = is_dense(grid, grid, topk)
+        plan = plan_of(kernel, grid, topk, head_dim, dtype, dense)
+        usage = compile_kernel(kernel, arch, dtype, head_dim, plan)
         spilled += usage.spilled > 0
+        way = "dense" if dense else "packed" if plan.packed else "by list"
         print(
-            f"| {kernel} | {'dense' if dense else 'by list'} | {size} | {dtype} | {head_dim} | {arch} | {tile.block_m} x "
-            f"{tile.block_n} | {tile.num_warps} | {usage.registers} | {usage.shared / 1024:.1f} | {usage.spilled} |",
+            f"| {kernel} | {name} | {way} | {dtype} | {head_dim} | {arch} | {plan.block_m} x {plan.block_n} | "
+            f"{plan.num_warps} | {usage.registers} | {usage.shared / 1024:.1f} | {usage.spilled} |",
             flush=True,
         )
     print(f"\n{spilled} kernels spill" if spilled else "\nno kernel spills")

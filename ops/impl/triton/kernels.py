@@ -23,6 +23,7 @@ from .tiles import (
     divide,
     head_of_map,
     is_routed,
+    list_length,
     load_tokens,
     region_at,
     store_tokens,
@@ -55,13 +56,13 @@ def _place(num_heads, num_regions, grid, BLOCK: tl.constexpr, DENSE: tl.constexp
 
 
 @triton.jit
-def _own_tokens(region, first, grid, BLOCK: tl.constexpr, DENSE: tl.constexpr):
+def _own_tokens(region, first, grid, BLOCK: tl.constexpr, DENSE: tl.constexpr, EVEN: tl.constexpr):
     """(row, column, is real) of the tokens that a program computes."""
     index = first + tl.arange(0, BLOCK)
     if DENSE:
-        return tokens_of_map(index, grid)
+        return tokens_of_map(index, grid, EVEN)
     else:
-        return tokens_of_region(region, index, grid)
+        return tokens_of_region(region, index, grid, EVEN)
 
 
 @triton.jit
@@ -74,15 +75,26 @@ def _routes_of_tile(routes_ptr, image, region, num_regions, topk, row, col, real
 
 
 @triton.jit
-def _streamed_keys(routes, topk, start, grid, BLOCK: tl.constexpr, DENSE: tl.constexpr):
-    """(row, column, is real) of a tile of keys, and which (query, key) pairs of it meet."""
-    index = start + tl.arange(0, BLOCK)
+def _streamed_length(count, grid, BLOCK: tl.constexpr, DENSE: tl.constexpr, PACKED: tl.constexpr):
+    """How many tokens are streamed past a tile that `count` regions are routed to."""
+    height, width, cols, region_height, region_width = grid
     if DENSE:
-        row, col, real = tokens_of_map(index, grid)
+        return height * width
+    else:
+        return list_length(count, grid, BLOCK, PACKED)
+
+
+@triton.jit
+def _streamed_keys(
+    routes, topk, start, grid, BLOCK: tl.constexpr, DENSE: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr
+):
+    """(row, column, is real) of a tile of keys, and which (query, key) pairs of it meet."""
+    if DENSE:
+        row, col, real = tokens_of_map(start + tl.arange(0, BLOCK), grid, EVEN)
         region = tl.where(real, region_at(row, col, grid), 0)
         return row, col, real, is_routed(routes[:, None], region[None, :]) & real[None, :]
     else:
-        row, col, real = tokens_of_list(routes, topk, index, grid)
+        row, col, real = tokens_of_list(routes, topk, start, grid, BLOCK, PACKED, EVEN)
         return row, col, real, real[None, :]
 
 
@@ -101,13 +113,13 @@ def forward_kernel(
     q_height, q_width, q_cols, q_region_height, q_region_width,
     k_height, k_width, k_cols, k_region_height, k_region_width,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DENSE: tl.constexpr, PRECISION: tl.constexpr,
+    DENSE: tl.constexpr, PACKED: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries: out = softmax(scale * q k^T) v over the keys that it is routed to, and lse."""
     q_grid = (q_height, q_width, q_cols, q_region_height, q_region_width)
     k_grid = (k_height, k_width, k_cols, k_region_height, k_region_width)
     image, region, first, head = _place(num_heads, num_query_regions, q_grid, BLOCK_M, DENSE)
-    q_row, q_col, q_real = _own_tokens(region, first, q_grid, BLOCK_M, DENSE)
+    q_row, q_col, q_real = _own_tokens(region, first, q_grid, BLOCK_M, DENSE, EVEN_M)
     routes = _routes_of_tile(
         routes_ptr, image, region, num_query_regions, topk, q_row, q_col, q_real, q_grid, DENSE
     )
@@ -120,9 +132,11 @@ def forward_kernel(
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     out = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    num_keys = k_height * k_width if DENSE else topk * k_region_height * k_region_width
+    num_keys = _streamed_length(topk, k_grid, BLOCK_N, DENSE, PACKED)
     for start in range(0, num_keys, BLOCK_N):
-        k_row, k_col, k_real, meet = _streamed_keys(routes, topk, start, k_grid, BLOCK_N, DENSE)
+        k_row, k_col, k_real, meet = _streamed_keys(
+            routes, topk, start, k_grid, BLOCK_N, DENSE, PACKED, EVEN_N
+        )
         key = load_tokens(key_head, key_strides, k_row, k_col, k_real, HEAD_DIM, BLOCK_D)
         logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
         logits = tl.where(meet, logits, float("-inf"))
@@ -151,13 +165,13 @@ def query_gradient_kernel(
     q_height, q_width, q_cols, q_region_height, q_region_width,
     k_height, k_width, k_cols, k_region_height, k_region_width,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DENSE: tl.constexpr, PRECISION: tl.constexpr,
+    DENSE: tl.constexpr, PACKED: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries: its gradient, and delta for the kernel of the keys and values."""
     q_grid = (q_height, q_width, q_cols, q_region_height, q_region_width)
     k_grid = (k_height, k_width, k_cols, k_region_height, k_region_width)
     image, region, first, head = _place(num_heads, num_query_regions, q_grid, BLOCK_M, DENSE)
-    q_row, q_col, q_real = _own_tokens(region, first, q_grid, BLOCK_M, DENSE)
+    q_row, q_col, q_real = _own_tokens(region, first, q_grid, BLOCK_M, DENSE, EVEN_M)
     routes = _routes_of_tile(
         routes_ptr, image, region, num_query_regions, topk, q_row, q_col, q_real, q_grid, DENSE
     )
@@ -176,9 +190,11 @@ def query_gradient_kernel(
     query = load_tokens(query_head, query_strides, q_row, q_col, q_real, HEAD_DIM, BLOCK_D)
 
     grad_query = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    num_keys = k_height * k_width if DENSE else topk * k_region_height * k_region_width
+    num_keys = _streamed_length(topk, k_grid, BLOCK_N, DENSE, PACKED)
     for start in range(0, num_keys, BLOCK_N):
-        k_row, k_col, k_real, meet = _streamed_keys(routes, topk, start, k_grid, BLOCK_N, DENSE)
+        k_row, k_col, k_real, meet = _streamed_keys(
+            routes, topk, start, k_grid, BLOCK_N, DENSE, PACKED, EVEN_N
+        )
         key = load_tokens(key_head, key_strides, k_row, k_col, k_real, HEAD_DIM, BLOCK_D)
         value = load_tokens(value_head, value_strides, k_row, k_col, k_real, HEAD_DIM, BLOCK_D)
         logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
@@ -193,19 +209,17 @@ def query_gradient_kernel(
 
 @triton.jit
 def _streamed_queries(
-    list_ptr, count, routes_ptr, image, num_query_regions, k_region, start, grid,
-    BLOCK: tl.constexpr, DENSE: tl.constexpr,
+    list_ptr, count, routes_ptr, image, num_query_regions, start, grid,
+    BLOCK: tl.constexpr, DENSE: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """(row, column, is real) of a tile of queries, and which (key, query) pairs of it meet."""
-    index = start + tl.arange(0, BLOCK)
+    """(row, column, is real) of a tile of queries, and the route bits of each in the dense way."""
     if DENSE:
-        row, col, real = tokens_of_map(index, grid)
+        row, col, real = tokens_of_map(start + tl.arange(0, BLOCK), grid, EVEN)
         region = tl.where(real, region_at(row, col, grid), 0)
-        bits = tl.load(routes_ptr + image * num_query_regions + region, mask=real, other=0)
-        return row, col, real, is_routed(bits[None, :], k_region[:, None])
+        return row, col, real, tl.load(routes_ptr + image * num_query_regions + region, mask=real, other=0)
     else:
-        row, col, real = tokens_of_list(list_ptr, count, index, grid)
-        return row, col, real, real[None, :]
+        row, col, real = tokens_of_list(list_ptr, count, start, grid, BLOCK, PACKED, EVEN)
+        return row, col, real, 0
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -217,13 +231,13 @@ def key_value_gradient_kernel(
     q_height, q_width, q_cols, q_region_height, q_region_width,
     k_height, k_width, k_cols, k_region_height, k_region_width,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DENSE: tl.constexpr, PRECISION: tl.constexpr,
+    DENSE: tl.constexpr, PACKED: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of keys and values: their gradients from the queries that are routed to them."""
     q_grid = (q_height, q_width, q_cols, q_region_height, q_region_width)
     k_grid = (k_height, k_width, k_cols, k_region_height, k_region_width)
     image, region, first, head = _place(num_heads, num_key_regions, k_grid, BLOCK_M, DENSE)
-    k_row, k_col, k_real = _own_tokens(region, first, k_grid, BLOCK_M, DENSE)
+    k_row, k_col, k_real = _own_tokens(region, first, k_grid, BLOCK_M, DENSE, EVEN_M)
     k_region = tl.where(k_real, region_at(k_row, k_col, k_grid), 0)
     query_head = head_of_map(query_ptr, query_strides, image, head)
     key_head = head_of_map(key_ptr, key_strides, image, head)
@@ -237,26 +251,30 @@ def key_value_gradient_kernel(
     if DENSE:
         list_ptr = members_ptr
         count = 0
-        num_queries = q_height * q_width
     else:
         bound = bounds_ptr + image * (num_key_regions + 1) + region
         begin = tl.load(bound)
         count = tl.load(bound + 1) - begin
         list_ptr = members_ptr + image.to(tl.int64) * num_query_regions * topk + begin
-        num_queries = count * q_region_height * q_region_width
 
     grad_key = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     grad_value = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    num_queries = _streamed_length(count, q_grid, BLOCK_N, DENSE, PACKED)
     for start in range(0, num_queries, BLOCK_N):
-        q_row, q_col, q_real, meet = _streamed_queries(
-            list_ptr, count, routes_ptr, image, num_query_regions, k_region, start, q_grid, BLOCK_N, DENSE
+        q_row, q_col, q_real, route_bits = _streamed_queries(
+            list_ptr, count, routes_ptr, image, num_query_regions, start, q_grid, BLOCK_N, DENSE, PACKED, EVEN_N
         )
         query = load_tokens(query_head, query_strides, q_row, q_col, q_real, HEAD_DIM, BLOCK_D)
         grad_out = load_tokens(grad_out_head, grad_out_strides, q_row, q_col, q_real, HEAD_DIM, BLOCK_D)
-        lse = tl.load(_rows_of_map(lse_ptr, image, head, num_heads, q_grid, q_row, q_col), mask=q_real, other=0.0)
+        # What is no query gets no weight by an infinite log-sum-exp.
+        lse = tl.load(
+            _rows_of_map(lse_ptr, image, head, num_heads, q_grid, q_row, q_col), mask=q_real, other=float("inf")
+        )
         delta = tl.load(_rows_of_map(delta_ptr, image, head, num_heads, q_grid, q_row, q_col), mask=q_real, other=0.0)
         logits = tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale
-        weight = tl.exp2(tl.where(meet, logits, float("-inf")) - lse[None, :])
+        weight = tl.exp2(logits - lse[None, :])
+        if DENSE:
+            weight = tl.where(is_routed(route_bits[None, :], k_region[:, None]), weight, 0.0)
         grad_value = tl.dot(weight.to(grad_out.dtype), grad_out, grad_value, input_precision=PRECISION)
         grad_weight = tl.dot(value, tl.trans(grad_out), input_precision=PRECISION)
         grad_logits = (weight * (grad_weight - delta[None, :])).to(query.dtype)

@@ -13,7 +13,7 @@ import triton
 
 from ...regions import RegionGrid
 from . import kernels
-from .tuning import Tile, choose_tile
+from .tuning import Plan, make_plan
 
 
 def _grid_of(x_BHWND: torch.Tensor, rows_cols: Sequence[int]) -> RegionGrid:
@@ -27,33 +27,26 @@ def _grid_args(query_grid: RegionGrid, key_grid: RegionGrid) -> dict[str, int]:
 
 def _precision(dtype: torch.dtype) -> str:
     """tf32 products of float32 only where PyTorch's own matrix products use them."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    matmul = torch.backends.cuda.matmul
+    # PyTorch 2.9 has a new setting beside the old one, which cannot be read any more once the new one is written.
+    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if dtype == torch.float32 and allowed else "ieee"
 
 
-def _tokens(grid: RegionGrid, dense: bool) -> tuple[int, int]:
-    """How many sets of tokens are cut into tiles, and the tokens of each."""
-    return (1, grid.height * grid.width) if dense else (grid.num_regions, grid.tokens_per_region)
-
-
-def _launch(kernel, tile: Tile, sets: int, tokens: int, like: torch.Tensor, dense: bool, scale: float, *args, **sizes):
-    """One program for each tile of each set of tokens, image and head."""
+def _launch(kernel, plan: Plan, like: torch.Tensor, scale: float, *args, **sizes):
+    """One program for each tile, image and head."""
     batch, _, _, num_heads, head_dim = like.shape
-    programs = batch * num_heads * sets * triton.cdiv(tokens, tile.block_m)
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(like):
-        kernel[(programs,)](
+        kernel[(batch * num_heads * plan.tiles,)](
             *args,
             scale=scale / math.log(2),
             num_heads=num_heads,
             HEAD_DIM=head_dim,
             BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            DENSE=dense,
             PRECISION=_precision(like.dtype),
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
             **sizes,
+            **plan.constants(),
         )
 
 
@@ -95,12 +88,10 @@ def forward(
     query_grid, key_grid = _grid_of(query, query_regions), _grid_of(key, key_regions)
     query, key, value = (_rows_side_by_side(x) for x in (query, key, value))
     topk = routes.shape[2]
-    sets, tokens = _tokens(query_grid, dense)
-    keys = key_grid.height * key_grid.width if dense else topk * key_grid.tokens_per_region
     _launch(
         kernels.forward_kernel,
-        choose_tile(tokens, keys, query.shape[-1], query.dtype),
-        *(sets, tokens, query, dense, scale),
+        make_plan(query_grid, key_grid, topk, False, dense, query.shape[-1], query.dtype),
+        *(query, scale),
         *(query, key, value, _kernel_routes(routes, dense), out, lse),
         *_strides(query, key, value, out),
         num_query_regions=query_grid.num_regions,
@@ -146,13 +137,11 @@ def backward(
     kernel_routes = _kernel_routes(routes, dense)
     delta = torch.empty_like(lse)
     grids = _grid_args(query_grid, key_grid)
-    query_sets, queries = _tokens(query_grid, dense)
-    key_sets, keys = _tokens(key_grid, dense)
 
     _launch(
         kernels.query_gradient_kernel,
-        choose_tile(queries, keys if dense else topk * keys, head_dim, dtype),
-        *(query_sets, queries, query, dense, scale),
+        make_plan(query_grid, key_grid, topk, False, dense, head_dim, dtype),
+        *(query, scale),
         *(query, key, value, kernel_routes, out, grad_out, lse, delta, grad_query),
         *_strides(query, key, value, out, grad_out, grad_query),
         num_query_regions=query_grid.num_regions,
@@ -163,8 +152,8 @@ def backward(
     chosen_by = max(1, topk * query_grid.num_regions // key_grid.num_regions)
     _launch(
         kernels.key_value_gradient_kernel,
-        choose_tile(keys, queries if dense else chosen_by * queries, head_dim, dtype),
-        *(key_sets, keys, query, dense, scale),
+        make_plan(key_grid, query_grid, chosen_by, True, dense, head_dim, dtype),
+        *(query, scale),
         *(query, key, value, kernel_routes, members, bounds, grad_out, lse, delta, grad_key, grad_value),
         *_strides(query, key, value, grad_out, grad_key, grad_value),
         num_query_regions=query_grid.num_regions,

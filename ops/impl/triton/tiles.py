@@ -14,41 +14,64 @@ def divide(numerator, divisor):
     A multiplication by the reciprocal rounded down is at most one short for numerators below 2 ** 31.
     """
     reciprocal = tl.full((), 0xFFFFFFFF, tl.uint32) // tl.cast(divisor, tl.uint32)
-    quotient = tl.umulhi(numerator.to(tl.uint32), reciprocal).to(tl.int32)
+    quotient = tl.umulhi(tl.cast(numerator, tl.uint32), reciprocal).to(tl.int32)
     remainder = numerator - quotient * divisor
     short = (remainder >= divisor).to(tl.int32)
     return quotient + short, remainder - short * divisor
 
 
 @triton.jit
-def tokens_of_map(index, grid):
-    """(row, column, is real) of the tokens of a whole map in row-major order."""
+def tokens_of_map(index, grid, EVEN: tl.constexpr):
+    """(row, column, is real) of the tokens of a whole map in row-major order. EVEN: none lies beyond its end."""
     height, width, cols, region_height, region_width = grid
     row, col = divide(index, width)
-    return row, col, index < height * width
+    real = tl.full(index.shape, True, tl.int1) if EVEN else index < height * width
+    return row, col, real
 
 
 @triton.jit
-def tokens_of_region(region, token, grid):
-    """(row, column, is real) of tokens 0 .. T - 1 of a region; what lies in the padding or from T on is not real."""
+def tokens_of_region(region, token, grid, EVEN: tl.constexpr):
+    """(row, column, is real) of tokens of a region. EVEN: none lies in the padding, nor beyond the region's last."""
     height, width, cols, region_height, region_width = grid
     region_row, region_col = divide(region, cols)
     row, col = divide(token, region_width)
-    real = row < region_height
+    real = tl.full(token.shape, True, tl.int1) if EVEN else row < region_height
     row += region_row * region_height
     col += region_col * region_width
-    return row, col, real & (row < height) & (col < width)
+    if not EVEN:
+        real = real & (row < height) & (col < width)
+    return row, col, real
 
 
 @triton.jit
-def tokens_of_list(regions_ptr, count, index, grid):
-    """(row, column, is real) of the tokens of `count` listed regions laid end to end, so that small ones share a tile."""
+def list_length(count, grid, BLOCK: tl.constexpr, PACKED: tl.constexpr):
+    """Where the tokens of `count` listed regions end, for `tokens_of_list`."""
     height, width, cols, region_height, region_width = grid
-    slot, token = divide(index, region_height * region_width)
-    listed = slot < count
-    region = tl.load(regions_ptr + slot, mask=listed, other=0).to(tl.int32)
-    row, col, real = tokens_of_region(region, token, grid)
-    return row, col, real & listed
+    tokens = region_height * region_width
+    return count * tokens if PACKED else count * tl.cdiv(tokens, BLOCK) * BLOCK
+
+
+@triton.jit
+def tokens_of_list(regions_ptr, count, start, grid, BLOCK: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr):
+    """(row, column, is real) of the BLOCK tokens from `start` on of the listed regions.
+
+    PACKED: regions are laid end to end, so that small ones share a tile. Otherwise each begins a tile of its own, which
+    leaves fewer numbers to compute for each token.
+    """
+    height, width, cols, region_height, region_width = grid
+    tokens = region_height * region_width
+    if PACKED:
+        slot, token = divide(start + tl.arange(0, BLOCK), tokens)
+        listed = slot < count
+        region = tl.load(regions_ptr + slot, mask=listed, other=0).to(tl.int32)
+        row, col, real = tokens_of_region(region, token, grid, EVEN)
+        if not EVEN:
+            real = real & listed
+    else:
+        slot, first = divide(start, tl.cdiv(tokens, BLOCK) * BLOCK)
+        region = tl.load(regions_ptr + slot).to(tl.int32)
+        row, col, real = tokens_of_region(region, first + tl.arange(0, BLOCK), grid, EVEN)
+    return row, col, real
 
 
 @triton.jit

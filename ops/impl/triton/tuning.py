@@ -1,4 +1,9 @@
-"""Which way and in which tiles the kernels go through a map."""
+"""Which way and in which tiles a kernel goes through its maps.
+
+Read off what the compiler reports (`scripts/compile_kernels.py`) and off counts of what a tile computes; no GPU has
+been measured yet.
+"""
+import math
 from typing import NamedTuple
 
 import torch
@@ -8,12 +13,21 @@ from ...regions import RegionGrid
 MAX_BITS = 64  # routes of one query as the bits of an int64
 
 
-class Tile(NamedTuple):
-    """Tokens that a program computes and tokens that it streams past them at a time, warps, and pipeline stages."""
+class Plan(NamedTuple):
+    """How one kernel is launched: tiles for each image and head, and the constants that it is compiled for."""
+    tiles: int
     block_m: int
     block_n: int
+    dense: bool
+    packed: bool
+    even_m: bool
+    even_n: bool
     num_warps: int
     num_stages: int
+
+    def constants(self) -> dict[str, int | bool]:
+        own = {n.upper(): getattr(self, n) for n in ("block_m", "block_n", "dense", "packed", "even_m", "even_n")}
+        return own | dict(num_warps=self.num_warps, num_stages=self.num_stages)
 
 
 def _power_of_2(n: int, low: int, high: int) -> int:
@@ -21,26 +35,61 @@ def _power_of_2(n: int, low: int, high: int) -> int:
     return min(max(1 << (n - 1).bit_length(), low), high)
 
 
-def choose_tile(own: int, streamed: int, head_dim: int, dtype: torch.dtype) -> Tile:
-    """The tile of a kernel whose program has `own` tokens to compute and `streamed` tokens to stream past them.
+def _tile(own: int, streamed: int, head_dim: int, dtype: torch.dtype, inverse: bool) -> tuple[int, int, int]:
+    """Tokens that a program computes, tokens that it streams past them at a time, and warps.
 
     16 tokens are the fewest that the matrix units take. 64 x 64 logits in float32 are 32 registers a thread of 4 warps,
-    which leaves room for the accumulators of heads up to 64; wider ones, and float32 inputs, are spread over 8 warps or
-    take fewer tokens, so that no kernel spills (`scripts/compile_kernels.py` reports it).
+    which leaves room for the accumulators of heads of 32. Wider heads get more warps; so does float32, whose products
+    run on the plain units from registers, and gets smaller tiles. The kernel of two gradients streams fewer tokens.
     """
-    wide = head_dim > 64
-    most = 32 if dtype == torch.float32 and wide else 64
-    block_m, block_n = _power_of_2(own, 16, most), _power_of_2(streamed, 16, most)
-    warps = max(1, block_m * block_n // 1024)
-    return Tile(block_m, block_n, min(8, 2 * warps) if wide or dtype == torch.float32 else warps, 2)
+    if dtype == torch.float32:
+        block_m = _power_of_2(own, 16, 32 if head_dim <= 64 else 16)
+        return block_m, 16, 8 if block_m == 32 or head_dim > 64 else 4
+    block_m = _power_of_2(own, 16, 64)
+    block_n = _power_of_2(streamed, 16, 32 if inverse and (block_m < 64 or head_dim > 64) else 64)
+    warps = block_m // 16 if head_dim <= 32 else max(4, block_m // 8)
+    return block_m, block_n, max(2, warps) if inverse else warps
+
+
+def make_plan(
+    own: RegionGrid, other: RegionGrid, listed: int, inverse: bool, dense: bool, head_dim: int, dtype: torch.dtype
+) -> Plan:
+    """The plan of a kernel that computes tokens of `own` and streams tokens of `other` past them.
+
+    Args:
+        own: Grid of the map whose tokens are computed.
+        other: Grid of the map whose tokens are streamed.
+        listed: Regions of `other` that a region of `own` is routed to.
+        inverse: The keys' side: it computes two gradients, and `listed` is only the mean.
+        dense: Go through whole maps under a mask instead of lists of regions.
+        head_dim: Numbers of a head.
+        dtype: Type of the tokens.
+    """
+    own_tokens, other_tokens = (g.height * g.width if dense else g.tokens_per_region for g in (own, other))
+    streamed = other_tokens if dense else listed * other_tokens
+    block_m, block_n, num_warps = _tile(own_tokens, streamed, head_dim, dtype, inverse)
+    whole_tiles = math.ceil(other_tokens / block_n) * block_n
+    # To begin each region in a tile of its own costs empty places, to pack regions costs arithmetic for each token.
+    packed = not dense and whole_tiles > 1.25 * other_tokens
+    length = streamed if packed and not inverse else other_tokens
+    return Plan(
+        tiles=math.ceil(own_tokens / block_m) * (1 if dense else own.num_regions),
+        block_m=block_m,
+        block_n=block_n,
+        dense=dense,
+        packed=packed,
+        even_m=own_tokens % block_m == 0 and (dense or not own.is_padded),
+        even_n=length % block_n == 0 and (dense or not other.is_padded),
+        num_warps=num_warps,
+        num_stages=2,
+    )
 
 
 def is_dense(query_grid: RegionGrid, key_grid: RegionGrid, topk: int) -> bool:
-    """Whether to go through the whole map under a mask of the routes, instead of region by region.
+    """Whether to go through whole maps under a mask of the routes, instead of region by region.
 
-    A tile of one query region computes at least 16 rows, though the region may hold one token; a tile of the whole map
-    has no such waste, but attends to every key. The cheaper in logits computed is taken. The same count holds for the
-    gradients of the keys, with the roles of queries and keys exchanged.
+    A tile of one region computes at least 16 rows, though the region may hold one token. A tile of the whole map has no
+    such waste, but meets every token of the other map. The fewer logits, forward and backward, are taken.
     """
     if key_grid.num_regions > MAX_BITS:
         return False
@@ -48,8 +97,7 @@ def is_dense(query_grid: RegionGrid, key_grid: RegionGrid, topk: int) -> bool:
     def rows(grid: RegionGrid) -> int:
         return grid.num_regions * max(16, grid.tokens_per_region)
 
-    tokens = query_grid.height * query_grid.width * key_grid.height * key_grid.width
-    forward = rows(query_grid) * topk * key_grid.tokens_per_region
-    chosen_by = topk * query_grid.num_regions / key_grid.num_regions
-    backward = rows(key_grid) * chosen_by * query_grid.tokens_per_region
-    return 2 * tokens < forward + backward
+    pairs = query_grid.height * query_grid.width * key_grid.height * key_grid.width
+    by_query = rows(query_grid) * topk * key_grid.tokens_per_region
+    by_key = rows(key_grid) * topk * query_grid.num_regions * query_grid.tokens_per_region / key_grid.num_regions
+    return 2 * pairs < by_query + by_key

@@ -1,0 +1,417 @@
+"""The fused implementation. Without a GPU its kernels run, slowly, in Triton's interpreter: small maps then."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from ops import BiLevelRoutingAttention, RegionGrid, choose_impl, route_regions, routed_attention, unsupported
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+from ops.impl.triton import op as fused_op  # noqa: E402
+from ops.impl.triton import routed_attention as fused  # noqa: E402
+from ops.impl.triton.tiles import divide  # noqa: E402
+from ops.impl.triton.tuning import MAX_BITS, is_dense, make_plan  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ROOT = Path(__file__).resolve().parent.parent
+
+# (query map, query regions, key map, key regions, top-k)
+SMALL = {
+    "even": ((16, 16), 2, (16, 16), 2, 2),
+    "packed": ((12, 12), 3, (12, 12), 3, 3),
+    "ragged": ((5, 7), 2, (5, 7), 2, 2),
+    "several tiles of a ragged region": ((19, 21), 2, (19, 21), 2, 1),
+    "small queries on a large map": ((3, 3), 3, (12, 10), 2, 2),
+    "large queries on a small map": ((9, 8), 2, (3, 4), 2, 1),
+    "all regions": ((6, 7), 2, (6, 7), 2, 4),
+    "one region": ((5, 7), 1, (5, 7), 1, 1),
+    "one token": ((1, 1), 7, (1, 1), 7, 1),
+    "one row": ((1, 17), 7, (1, 17), 7, 3),
+    "more regions than bits": ((9, 8), 9, (9, 8), 9, 2),
+}
+LARGE = {
+    **{
+        f"{side}, top-{topk}": ((side, side), 7, (side, side), 7, topk)
+        for sides in ((56, 28, 14), (96, 48, 24))
+        for side, topk in zip(sides, (1, 4, 16), strict=True)
+    },
+    **{
+        f"{height} x {width}, {regions} x {regions} regions, top-{topk}": (
+            (height, width), regions, (height, width), regions, topk
+        )
+        for regions in (7, 16)
+        for (height, width), topk in zip(((200, 334), (100, 167), (50, 84)), (1, 4, 16), strict=True)
+    },
+    "agents": ((7, 7), 7, (56, 56), 7, 4),
+    "agents on all": ((7, 7), 7, (56, 56), 7, 49),
+}  # fmt: skip
+
+
+@triton.jit
+def _count_kernel(count_ptr, stop):
+    count = 0
+    for _ in range(0, stop):
+        count += 1
+    tl.store(count_ptr, count)
+
+
+def has_working_device():
+    """Interpreters up to Triton 3.6 end a loop by what NumPy from 2.4 on refuses to convert to an integer."""
+    count = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    try:
+        _count_kernel[(1,)](count, 3)
+    except triton.runtime.errors.InterpreterError:
+        return False
+    return count.item() == 3
+
+
+pytestmark = pytest.mark.skipif(
+    not has_working_device(), reason="this interpreter of Triton does not work with this NumPy"
+)
+
+
+@pytest.fixture(autouse=DEVICE == "cpu")
+def bfloat16_products_in_the_interpreter(monkeypatch):
+    """The interpreter holds bfloat16 as the integers of its bits, and would multiply those."""
+    builder = type(triton.runtime.interpreter.interpreter_builder)
+    create_dot = builder.create_dot
+
+    def wide(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        data = (handle.data.astype(np.uint32) << 16).view(np.float32)
+        return triton.runtime.interpreter.TensorHandle(data, tl.float32)
+
+    monkeypatch.setattr(builder, "create_dot", lambda self, a, b, *rest: create_dot(self, wide(a), wide(b), *rest))
+
+
+def make_inputs(case, dtype, heads=2, head_dim=32, batch=1):
+    """Views of packed projections where the maps are one, routes, and both grids."""
+    query_size, query_regions, key_size, key_regions, topk = case
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, heads, head_dim, generator=generator).to(DEVICE, dtype)
+
+    query_grid, key_grid = RegionGrid.fit(*query_size, query_regions), RegionGrid.fit(*key_size, key_regions)
+    if query_size == key_size:
+        query, key, value = random(batch, *query_size, 3).unbind(3)
+    else:
+        query, (key, value) = random(batch, *query_size), random(batch, *key_size, 2).unbind(3)
+    return query, key, value, route_regions(query, key, query_grid, key_grid, topk), query_grid, key_grid
+
+
+def run(attention, inputs, dtype, **kwargs):
+    """Output and gradients of the queries, keys and values, computed in `dtype`."""
+    query, key, value = (x.detach().to(dtype).requires_grad_() for x in inputs[:3])
+    out = attention(query, key, value, *inputs[3:], **kwargs)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, inputs[0].dtype)
+    return [out, *torch.autograd.grad(out, (query, key, value), upstream.to(dtype))]
+
+
+def check_errors(case, dtype, dense, **kwargs):
+    inputs = make_inputs(case, dtype, **kwargs)
+    scale = inputs[0].shape[-1] ** -0.5
+    exact = run(routed_attention, inputs, torch.float64, impl="gather")
+    eager = run(routed_attention, inputs, dtype, impl="gather")
+    ours = run(fused, inputs, dtype, scale=scale, dense=dense)
+    largest = max(x.abs().max().item() for x in inputs[:3])
+    # The gradient of a logit is a difference of two sums over a head, alike where a query has few keys: in float32 they
+    # differ by rounding, which is no error of `eager` where it happens to add in the same order.
+    cancelled = torch.finfo(torch.float32).eps * scale * inputs[0].shape[-1] * largest**3
+    for ours_, eager_, exact_ in zip(ours, eager, exact, strict=True):
+        assert ours_.dtype == dtype and ours_.shape == exact_.shape
+        rounding = torch.finfo(dtype).eps * exact_.abs().max().item() / 2 + cancelled
+        allowed = 2 * (eager_.double() - exact_).abs().max().item() + rounding
+        assert (ours_.double() - exact_).abs().max().item() <= allowed
+
+
+def ways(case):
+    key_size, key_regions = case[2:4]
+    return [False] if RegionGrid.fit(*key_size, key_regions).num_regions > MAX_BITS else [False, True]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name,dense", [(name, dense) for name, case in SMALL.items() for dense in ways(case)])
+def test_error_is_at_most_twice_that_of_eager(name, dense, dtype):
+    check_errors(SMALL[name], dtype, dense, heads=1, head_dim=16)
+
+
+@pytest.mark.parametrize("head_dim", [8, 24, 32, 48, 80, 128])
+def test_any_head_dim(head_dim):
+    check_errors(SMALL["ragged"], torch.float32, False, heads=2, head_dim=head_dim)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 128])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name,dense", [(name, dense) for name, case in LARGE.items() for dense in ways(case)])
+def test_error_is_at_most_twice_that_of_eager_on_the_networks_maps(name, dense, dtype, head_dim):
+    check_errors(LARGE[name], dtype, dense, batch=2, head_dim=head_dim)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_heads_and_images_do_not_mix(dense):
+    inputs = make_inputs(SMALL["ragged"], torch.float32, heads=3, head_dim=16, batch=2)
+    for ours, one_by_one in zip(
+        run(fused, inputs, torch.float32, scale=0.3, dense=dense),
+        run(routed_attention, inputs, torch.float32, scale=0.3, impl="gather"),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, one_by_one, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_repeated_runs_agree_to_the_bit(dense):
+    inputs = make_inputs(SMALL["packed"], torch.float32, heads=1, head_dim=16)
+    first, second = (run(fused, inputs, torch.float32, scale=0.3, dense=dense) for _ in range(2))
+    assert all(a.equal(b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name,dense", [(name, dense) for name, case in LARGE.items() for dense in ways(case)])
+def test_repeated_runs_agree_to_the_bit_on_the_networks_maps(name, dense, dtype):
+    inputs = make_inputs(LARGE[name], dtype, batch=8)
+    first = run(fused, inputs, dtype, scale=0.3, dense=dense)
+    for _ in range(3):
+        assert all(a.equal(b) for a, b in zip(first, run(fused, inputs, dtype, scale=0.3, dense=dense), strict=True))
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_what_surrounds_the_map_in_memory_is_not_read(dense):
+    inputs = make_inputs(SMALL["ragged"], torch.float32, heads=1, head_dim=16)
+    embedded = []
+    for x in inputs[:3]:
+        larger = torch.full((3, 9, 11, 4, 20), float("nan"), device=DEVICE)
+        embedded.append(larger[1:2, 2:7, 3:10, 2:3, 3:19].copy_(x))
+    out = fused(*inputs, scale=0.3, dense=dense)
+    assert fused(*embedded, *inputs[3:], scale=0.3, dense=dense).equal(out)
+
+
+def test_heads_that_lie_apart_in_memory():
+    inputs = make_inputs(SMALL["ragged"], torch.float32, heads=1, head_dim=16)
+    apart = [x.transpose(-1, -2).contiguous().transpose(-1, -2).requires_grad_() for x in inputs[:3]]
+    assert all(x.stride(-1) != 1 or x.shape[-2] == 1 for x in apart)
+    out = fused(*apart, *inputs[3:], scale=0.3)
+    assert out.equal(fused(*inputs, scale=0.3))
+    # the gradient of a sum is one number seen from everywhere: all strides are zero
+    assert all(g is not None for g in torch.autograd.grad(out.sum(), apart))
+
+
+def test_extreme_logits():
+    """Weights that underflow, and a first tile without a single routed key, must not make numbers that are none."""
+    grid = RegionGrid.fit(16, 16, 2)
+    query, key, value = (torch.randn(1, 16, 16, 1, 16, device=DEVICE) for _ in range(3))
+    routes = torch.tensor([[[3], [3], [3], [0]]], device=DEVICE)
+    for dense in (False, True):
+        out = fused(query * 100, key * 100, value, routes, grid, grid, 1.0, dense=dense)
+        expected = routed_attention(query * 100, key * 100, value, routes, grid, grid, 1.0, impl="gather")
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_keys_that_no_query_chose_have_no_gradient():
+    grid = RegionGrid.fit(8, 8, 2)
+    query, key, value = (torch.randn(1, 8, 8, 1, 16, device=DEVICE, requires_grad=True) for _ in range(3))
+    routes = torch.ones(1, 4, 1, dtype=torch.int64, device=DEVICE)
+    for dense in (False, True):
+        out = fused(query, key, value, routes, grid, grid, 0.3, dense=dense)
+        for grad in torch.autograd.grad(out.square().sum(), (key, value)):
+            assert grad[:, :4, 4:].abs().min() > 0
+            grad[:, :4, 4:] = 0
+            assert grad.abs().max() == 0
+
+
+def test_empty_batch():
+    query, key, value, routes, *grids = make_inputs(SMALL["ragged"], torch.float32, batch=0)
+    query.requires_grad_()
+    out = fused(query, key, value, routes, *grids, 0.3)
+    assert out.shape == query.shape and torch.autograd.grad(out.sum(), query)[0].shape == query.shape
+
+
+def op_arguments(dense, requires_grad=True):
+    *maps, routes, query_grid, key_grid = make_inputs(SMALL["ragged"], torch.float32, heads=1, head_dim=16)
+    maps = [x.detach().clone().requires_grad_(requires_grad) for x in maps]
+    return *maps, routes, [query_grid.rows, query_grid.cols], [key_grid.rows, key_grid.cols], 0.3, dense
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_operators_pass_opcheck(dense):
+    arguments = op_arguments(dense)
+    torch.library.opcheck(torch.ops.routed_attention.forward.default, arguments)
+    query, key, value, routes, *settings = op_arguments(dense, requires_grad=False)
+    out, lse = torch.ops.routed_attention.forward(query, key, value, routes, *settings)
+    gradient = (query, key, value, routes, out, torch.randn_like(out), lse, *settings)
+    torch.library.opcheck(torch.ops.routed_attention.backward.default, gradient)
+
+
+@pytest.mark.parametrize("size", [(6, 6), (5, 7)])
+def test_compiles_into_one_graph(size):
+    attention = BiLevelRoutingAttention(dim=16, num_heads=1, num_regions=2, topk=2, attn_impl="triton").to(DEVICE)
+    x = torch.randn(1, *size, 16, device=DEVICE)
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), attention(x))
+    expected = torch.autograd.grad(attention(x).square().sum(), attention.qkv.weight)[0]
+    torch.testing.assert_close(torch.autograd.grad(compiled(x).square().sum(), attention.qkv.weight)[0], expected)
+
+
+def test_exports():
+    attention = BiLevelRoutingAttention(dim=16, num_heads=1, num_regions=2, topk=2, attn_impl="triton").to(DEVICE).eval()
+    x = torch.randn(2, 5, 7, 16, device=DEVICE)
+    program = torch.export.export(attention, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    assert any("routed_attention.forward" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(x[:1]), attention(x[:1]))
+
+
+def test_activation_checkpointing():
+    attention = BiLevelRoutingAttention(dim=16, num_heads=1, num_regions=2, topk=2, attn_impl="triton").to(DEVICE)
+    x = torch.randn(1, 5, 7, 16, device=DEVICE, requires_grad=True)
+    (expected,) = torch.autograd.grad(attention(x).square().sum(), x)
+    (again,) = torch.autograd.grad(checkpoint(attention, x, use_reentrant=False).square().sum(), x)
+    assert again.equal(expected)
+
+
+@pytest.mark.gpu
+def test_cuda_graphs():
+    attention = BiLevelRoutingAttention(dim=64, num_heads=2, topk=4, attn_impl="triton").cuda()
+    x = torch.randn(2, 28, 28, 64, device="cuda", requires_grad=True)
+    captured = torch.cuda.make_graphed_callables(attention, (x,))
+    y = torch.randn_like(x, requires_grad=True)
+    torch.testing.assert_close(captured(y), attention(y))
+    graphed, eager = (torch.autograd.grad(f(y).square().sum(), y)[0] for f in (captured, attention))
+    torch.testing.assert_close(graphed, eager)
+
+
+@pytest.mark.parametrize("impl", ["triton", "gather"])
+def test_autocast_runs_in_low_precision(impl):
+    inputs = make_inputs(SMALL["ragged"], torch.float32, heads=1, head_dim=16)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        out = routed_attention(*inputs, impl=impl)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), routed_attention(*inputs, impl="gather"), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["56, top-1", "28, top-4", "200 x 334, 16 x 16 regions, top-1"])
+def test_memory(name):
+    """One float for each query and head, and in the backward pass another, beside inputs, outputs and routes."""
+    inputs = make_inputs(LARGE[name], torch.bfloat16, batch=4)
+    query, key, value = (x.detach().requires_grad_() for x in inputs[:3])
+    routes = inputs[3]
+    floats = 4 * query[..., 0].numel()
+    inverse = 6 * 8 * routes.numel() + 2**20
+    fused(query, key, value, *inputs[3:], scale=0.3)
+
+    def extra(compute):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        outputs = compute()
+        return outputs, torch.cuda.max_memory_allocated() - before
+
+    out, forward = extra(lambda: fused(query, key, value, *inputs[3:], scale=0.3))
+    assert forward <= out.nbytes + floats + inverse
+    upstream = torch.randn_like(out)
+    grads, backward = extra(lambda: torch.autograd.grad(out, (query, key, value), upstream))
+    assert backward <= sum(g.nbytes for g in grads) + floats + inverse
+
+
+def test_inverse_routes():
+    routes = torch.tensor([[[0, 2], [2, 1], [2, 0]], [[3, 1], [3, 0], [3, 2]]])
+    members, bounds = fused_op._inverse(routes, 4)
+    lists = [[m[a:b].tolist() for a, b in zip(c[:-1], c[1:], strict=True)] for m, c in zip(members, bounds, strict=True)]
+    assert lists == [[[0, 2], [1], [0, 1, 2], []], [[1], [0], [2], [0, 1, 2]]]
+
+
+@triton.jit
+def _divide_kernel(numerator_ptr, quotient_ptr, remainder_ptr, divisor, BLOCK: tl.constexpr):
+    index = tl.arange(0, BLOCK)
+    quotient, remainder = divide(tl.load(numerator_ptr + index), divisor)
+    tl.store(quotient_ptr + index, quotient)
+    tl.store(remainder_ptr + index, remainder)
+
+
+@pytest.mark.parametrize("divisor", [1, 2, 3, 7, 64, 273, 641, 65535, 65536, 112896, 2**24 + 1, 2**31 - 1])
+def test_division_is_exact(divisor):
+    multiples = divisor * torch.tensor([0, 1, 2, 3, 1000, 2**31 // divisor])
+    numerators = torch.cat([multiples - 1, multiples, multiples + 1, torch.randint(2**31, (46,)), torch.arange(0)])
+    numerators = numerators.clamp(0, 2**31 - 1).int().to(DEVICE)
+    quotient, remainder = torch.empty_like(numerators), torch.empty_like(numerators)
+    _divide_kernel[(1,)](numerators, quotient, remainder, divisor, BLOCK=64)
+    assert quotient.equal(numerators // divisor) and remainder.equal(numerators % divisor)
+
+
+def test_tf32_follows_pytorchs_setting():
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        for allowed, precision in ((False, "ieee"), (True, "tf32")):
+            torch.backends.cuda.matmul.allow_tf32 = allowed
+            assert fused_op._precision(torch.float32) == precision
+            assert fused_op._precision(torch.bfloat16) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_small_regions_go_through_the_whole_map_and_large_ones_by_list():
+    def dense(side, topk, regions=7):
+        grid = RegionGrid.fit(side, side, regions)
+        return is_dense(grid, grid, topk)
+
+    assert [dense(56, 1), dense(28, 4), dense(14, 16)] == [False, False, True]
+    assert not dense(84, 16, regions=42), "1764 regions are more than the bits of an integer"
+
+
+@pytest.mark.parametrize("name", ["even", "packed", "ragged", "several tiles of a ragged region", "one token"])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_plans_are_even_only_where_no_place_is_empty(name, inverse):
+    query_size, query_regions, key_size, key_regions, topk = SMALL[name]
+    own, other = RegionGrid.fit(*query_size, query_regions), RegionGrid.fit(*key_size, key_regions)
+    plan = make_plan(own, other, topk, inverse, False, 32, torch.bfloat16)
+    assert plan.even_m == (own.padding == (0, 0) and own.tokens_per_region % plan.block_m == 0)
+    assert plan.tiles * plan.block_m >= own.num_regions * own.tokens_per_region
+    if plan.even_n:
+        assert other.padding == (0, 0)
+        listed = 1 if inverse or not plan.packed else topk  # any number of regions may have chosen a key region
+        assert listed * other.tokens_per_region % plan.block_n == 0
+
+
+def test_auto_takes_it_on_a_gpu_unless_attention_is_dense():
+    grid = RegionGrid.fit(14, 14)
+    query, routes = torch.empty(1, 14, 14, 2, 32), torch.empty(1, 49, 16)
+    assert choose_impl(query, routes, grid, grid) == "masked"
+    if DEVICE == "cuda":
+        assert choose_impl(query.cuda(), routes, grid, grid) == "triton"
+        assert choose_impl(query.cuda(), torch.empty(1, 49, 49), grid, grid) == "masked"
+        assert choose_impl(query.cuda().double(), routes, grid, grid) == "masked"
+
+
+def test_what_it_cannot_do_is_explained(monkeypatch):
+    inputs = make_inputs(SMALL["ragged"], torch.float64)
+    with pytest.raises(ValueError, match=r"impl='triton' cannot run: .*not in torch.float64"):
+        routed_attention(*inputs, impl="triton")
+    assert "up to 128 numbers, got 129" in unsupported("triton", torch.empty(1, 1, 1, 1, 129))
+    assert "on CUDA GPUs, the tensors are on meta" in unsupported("triton", torch.empty(1, 1, 1, 1, 8, device="meta"))
+    assert unsupported("triton") is None
+    monkeypatch.setattr("ops.attention._TRITON_INTERPRETED", False)
+    assert "on CUDA GPUs, the tensors are on cpu" in unsupported("triton", torch.empty(1, 1, 1, 1, 8))
+    monkeypatch.setattr("ops.attention._HAS_TRITON", False)
+    assert unsupported("triton") == "the package triton is not installed"
+
+
+def test_kernels_compile_for_gpus_without_spilling():
+    """Ahead of time, for compute capability 8.0 and 9.0; not in the interpreter, so in a process of its own."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "scripts/compile_kernels.py", "--dtype", "bf16", "--head_dim", "32"]
+    maps = ["--map", "56 x 56, top-1", "14 x 14, top-16"]
+    result = subprocess.run([*command, *maps], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = [line for line in result.stdout.splitlines() if line.startswith(("| forward", "| query", "| key"))]
+    assert len(rows) == 3 * 2 * 2 and all(row.endswith("| 0 |") for row in rows)
