@@ -21,9 +21,9 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ops.impl.triton import kernels  # noqa: E402
-from ops import RegionGrid  # noqa: E402
-from ops.impl.triton.tuning import Plan, is_dense, make_plan  # noqa: E402
+from ops import RegionGrid
+from ops.impl.triton import kernels
+from ops.impl.triton.tuning import Plan, is_dense, make_plan
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KERNELS = {

@@ -1,4 +1,4 @@
-"""Where there is no GPU, Triton's kernels run in its interpreter: the variable must be set before Triton is imported."""
+"""Without a GPU, Triton's kernels run in its interpreter, which must be chosen before Triton is imported."""
 import os
 
 import torch

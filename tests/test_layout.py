@@ -20,7 +20,7 @@ ALLOWED = {
     "main": {"datasets", "engine", "losses", "models", "optim_factory", "options", "utils"},
 }
 FORBIDDEN = {
-    "ops": {"timm", "triton"},
+    "ops": {"timm"},
     "engine": {"argparse", "hydra"},
     "main": {"hydra", "submitit"},
 }
@@ -56,9 +56,18 @@ def test_models_use_the_public_face_of_ops():
 
 
 def test_implementations_do_not_import_one_another():
-    for path in (ROOT / "ops" / "impl").glob("*.py"):
-        siblings = {f".{other.stem}" for other in (ROOT / "ops" / "impl").glob("*.py")}
-        assert not imports_of(path) & siblings, path
+    folder = ROOT / "ops" / "impl"
+    names = {path.stem for path in folder.glob("*.py")} | {path.name for path in folder.iterdir() if path.is_dir()}
+    for path in folder.glob("*.py"):
+        assert not imports_of(path) & {f".{name}" for name in names}, path
+    for path in folder.glob("*/*.py"):
+        assert not imports_of(path) & {f"..{name}" for name in names}, path
+
+
+def test_only_the_fused_implementation_imports_triton():
+    for path in files_of("ops"):
+        if path.relative_to(ROOT / "ops" / "impl" if "impl" in path.parts else ROOT).parts[0] != "triton":
+            assert not any(name.partition(".")[0] == "triton" for name in imports_of(path)), path
 
 
 def test_nothing_imports_scripts():

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ops import IMPLS, BiLevelRoutingAttention, RegionGrid
+from ops import BiLevelRoutingAttention, RegionGrid
 
 
 @pytest.mark.parametrize("size", [(14, 14), (50, 61), (3, 9), (1, 1), (32, 7)])
@@ -29,7 +29,7 @@ def test_is_the_published_formula():
     torch.testing.assert_close(attention(x), attention.proj(dense + local), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("impl", [*IMPLS, "auto"])
+@pytest.mark.parametrize("impl", ["gather", "masked", "auto"])
 @pytest.mark.parametrize("size", [(14, 14), (9, 13)])
 def test_compiles_into_one_graph(size, impl):
     attention = BiLevelRoutingAttention(dim=16, num_heads=2, topk=4, attn_impl=impl)

@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -253,9 +254,13 @@ def test_operators_pass_opcheck(dense):
     torch.library.opcheck(torch.ops.routed_attention.backward.default, gradient)
 
 
+def small_module():
+    return BiLevelRoutingAttention(dim=16, num_heads=1, num_regions=2, topk=2, attn_impl="triton", device=DEVICE)
+
+
 @pytest.mark.parametrize("size", [(6, 6), (5, 7)])
 def test_compiles_into_one_graph(size):
-    attention = BiLevelRoutingAttention(dim=16, num_heads=1, num_regions=2, topk=2, attn_impl="triton").to(DEVICE)
+    attention = small_module()
     x = torch.randn(1, *size, 16, device=DEVICE)
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), attention(x))
@@ -264,7 +269,7 @@ def test_compiles_into_one_graph(size):
 
 
 def test_exports():
-    attention = BiLevelRoutingAttention(dim=16, num_heads=1, num_regions=2, topk=2, attn_impl="triton").to(DEVICE).eval()
+    attention = small_module()
     x = torch.randn(2, 5, 7, 16, device=DEVICE)
     program = torch.export.export(attention, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     assert any("routed_attention.forward" in str(node.target) for node in program.graph.nodes)
@@ -272,7 +277,7 @@ def test_exports():
 
 
 def test_activation_checkpointing():
-    attention = BiLevelRoutingAttention(dim=16, num_heads=1, num_regions=2, topk=2, attn_impl="triton").to(DEVICE)
+    attention = small_module()
     x = torch.randn(1, 5, 7, 16, device=DEVICE, requires_grad=True)
     (expected,) = torch.autograd.grad(attention(x).square().sum(), x)
     (again,) = torch.autograd.grad(checkpoint(attention, x, use_reentrant=False).square().sum(), x)
@@ -327,7 +332,7 @@ def test_memory(name):
 def test_inverse_routes():
     routes = torch.tensor([[[0, 2], [2, 1], [2, 0]], [[3, 1], [3, 0], [3, 2]]])
     members, bounds = fused_op._inverse(routes, 4)
-    lists = [[m[a:b].tolist() for a, b in zip(c[:-1], c[1:], strict=True)] for m, c in zip(members, bounds, strict=True)]
+    lists = [[m[a:b].tolist() for a, b in pairwise(c.tolist())] for m, c in zip(members, bounds, strict=True)]
     assert lists == [[[0, 2], [1], [0, 1, 2], []], [[1], [0], [2], [0, 1, 2]]]
 
 

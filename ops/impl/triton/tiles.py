@@ -1,7 +1,7 @@
 """Which tokens a tile holds and where they lie: device functions that the kernels share.
 
-A kernel knows a map by `grid = (height, width, cols, region_height, region_width)`, int32 each. They are runtime values,
-not constants: a network that sees images of many sizes compiles each kernel once.
+A kernel knows a map by `grid = (height, width, cols, region_height, region_width)`, int32 each. They are values of the
+run and not constants, so that a network that sees images of many sizes does not compile its kernels for each.
 """
 import triton
 import triton.language as tl

@@ -46,7 +46,7 @@ def _tile(own: int, streamed: int, head_dim: int, dtype: torch.dtype, inverse: b
         block_m = _power_of_2(own, 16, 32 if head_dim <= 64 else 16)
         return block_m, 16, 8 if block_m == 32 or head_dim > 64 else 4
     block_m = _power_of_2(own, 16, 64)
-    block_n = _power_of_2(streamed, 16, 32 if inverse and (block_m < 64 or head_dim > 64) else 64)
+    block_n = _power_of_2(streamed, 16, 32 if inverse and (block_m < 64 or head_dim > 32) else 64)
     warps = block_m // 16 if head_dim <= 32 else max(4, block_m // 8)
     return block_m, block_n, max(2, warps) if inverse else warps
 
@@ -81,7 +81,7 @@ def make_plan(
         even_m=own_tokens % block_m == 0 and (dense or not own.is_padded),
         even_n=length % block_n == 0 and (dense or not other.is_padded),
         num_warps=num_warps,
-        num_stages=2,
+        num_stages=3 if dtype == torch.float32 else 2,
     )
 
 
