@@ -87,7 +87,7 @@ def compile_kernel(kernel: str, arch: int, dtype: str, head_dim: int, plan: Plan
         RuntimeError: The compiler gives up.
     """
     source = _source(KERNELS[kernel], dtype, head_dim, plan)
-    options = dict(num_warps=plan.num_warps, num_stages=plan.num_stages)
+    options = dict(num_warps=plan.tile.num_warps, num_stages=plan.tile.num_stages)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     return _usage(compiled.asm["cubin"])._replace(shared=compiled.metadata.shared)
 
@@ -118,11 +118,9 @@ def main(argv: list[str] | None = None) -> int:
         usage = compile_kernel(kernel, arch, dtype, head_dim, plan)
         spilled += usage.spilled > 0
         way = "dense" if dense else "packed" if plan.packed else "by list"
-        print(
-            f"| {kernel} | {name} | {way} | {dtype} | {head_dim} | {arch} | {plan.block_m} x {plan.block_n} | "
-            f"{plan.num_warps} | {usage.registers} | {usage.shared / 1024:.1f} | {usage.spilled} |",
-            flush=True,
-        )
+        tile = f"{plan.tile.block_m} x {plan.tile.block_n} | {plan.tile.num_warps}"
+        used = f"{usage.registers} | {usage.shared / 1024:.1f} | {usage.spilled}"
+        print(f"| {kernel} | {name} | {way} | {dtype} | {head_dim} | {arch} | {tile} | {used} |", flush=True)
     print(f"\n{spilled} kernels spill" if spilled else "\nno kernel spills")
     return int(spilled > 0)
 

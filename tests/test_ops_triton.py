@@ -380,12 +380,12 @@ def test_plans_are_even_only_where_no_place_is_empty(name, inverse):
     query_size, query_regions, key_size, key_regions, topk = SMALL[name]
     own, other = RegionGrid.fit(*query_size, query_regions), RegionGrid.fit(*key_size, key_regions)
     plan = make_plan(own, other, topk, inverse, False, 32, torch.bfloat16)
-    assert plan.even_m == (own.padding == (0, 0) and own.tokens_per_region % plan.block_m == 0)
-    assert plan.tiles * plan.block_m >= own.num_regions * own.tokens_per_region
+    assert plan.even_m == (own.padding == (0, 0) and own.tokens_per_region % plan.tile.block_m == 0)
+    assert plan.tiles * plan.tile.block_m >= own.num_regions * own.tokens_per_region
     if plan.even_n:
         assert other.padding == (0, 0)
         listed = 1 if inverse or not plan.packed else topk  # any number of regions may have chosen a key region
-        assert listed * other.tokens_per_region % plan.block_n == 0
+        assert listed * other.tokens_per_region % plan.tile.block_n == 0
 
 
 def test_auto_takes_it_on_a_gpu_unless_attention_is_dense():

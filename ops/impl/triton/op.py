@@ -71,7 +71,13 @@ def _strides(*maps_BHWND: torch.Tensor) -> list[tuple[int, ...]]:
     return [x.stride()[:4] for x in maps_BHWND]
 
 
-@torch.library.custom_op("routed_attention::forward", mutates_args=())
+_MAPS = "Tensor query, Tensor key, Tensor value, Tensor routes"
+_SETTINGS = "int[] query_regions, int[] key_regions, float scale, bool dense"
+
+
+@torch.library.custom_op(
+    "routed_attention::forward", mutates_args=(), schema=f"({_MAPS}, {_SETTINGS}) -> (Tensor out, Tensor lse)"
+)
 def forward(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -113,7 +119,11 @@ def _(query, key, value, routes, query_regions, key_regions, scale, dense):
     return _allocate(query)
 
 
-@torch.library.custom_op("routed_attention::backward", mutates_args=())
+@torch.library.custom_op(
+    "routed_attention::backward",
+    mutates_args=(),
+    schema=f"({_MAPS}, Tensor out, Tensor grad_out, Tensor lse, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
+)
 def backward(
     query: torch.Tensor,
     key: torch.Tensor,

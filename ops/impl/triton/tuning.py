@@ -13,21 +13,34 @@ from ...regions import RegionGrid
 MAX_BITS = 64  # routes of one query as the bits of an int64
 
 
+class Tile(NamedTuple):
+    """Tokens that a program computes, tokens that it streams past them at a time, warps, and stages of the pipeline."""
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
 class Plan(NamedTuple):
     """How one kernel is launched: tiles for each image and head, and the constants that it is compiled for."""
     tiles: int
-    block_m: int
-    block_n: int
+    tile: Tile
     dense: bool
     packed: bool
     even_m: bool
     even_n: bool
-    num_warps: int
-    num_stages: int
 
     def constants(self) -> dict[str, int | bool]:
-        own = {n.upper(): getattr(self, n) for n in ("block_m", "block_n", "dense", "packed", "even_m", "even_n")}
-        return own | dict(num_warps=self.num_warps, num_stages=self.num_stages)
+        return dict(
+            BLOCK_M=self.tile.block_m,
+            BLOCK_N=self.tile.block_n,
+            DENSE=self.dense,
+            PACKED=self.packed,
+            EVEN_M=self.even_m,
+            EVEN_N=self.even_n,
+            num_warps=self.tile.num_warps,
+            num_stages=self.tile.num_stages,
+        )
 
 
 def _power_of_2(n: int, low: int, high: int) -> int:
@@ -35,8 +48,8 @@ def _power_of_2(n: int, low: int, high: int) -> int:
     return min(max(1 << (n - 1).bit_length(), low), high)
 
 
-def _tile(own: int, streamed: int, head_dim: int, dtype: torch.dtype, inverse: bool) -> tuple[int, int, int]:
-    """Tokens that a program computes, tokens that it streams past them at a time, and warps.
+def choose_tile(own: int, streamed: int, head_dim: int, dtype: torch.dtype, inverse: bool) -> Tile:
+    """The tile for programs that have `own` tokens to compute and `streamed` tokens to stream past them.
 
     16 tokens are the fewest that the matrix units take. 64 x 64 logits in float32 are 32 registers a thread of 4 warps,
     which leaves room for the accumulators of heads of 32. Wider heads get more warps; so does float32, whose products
@@ -44,15 +57,23 @@ def _tile(own: int, streamed: int, head_dim: int, dtype: torch.dtype, inverse: b
     """
     if dtype == torch.float32:
         block_m = _power_of_2(own, 16, 32 if head_dim <= 64 else 16)
-        return block_m, 16, 8 if block_m == 32 or head_dim > 64 else 4
+        warps = 8 if block_m == 32 or head_dim > 64 else 4
+        return Tile(block_m, 16, warps, num_stages=2 if inverse and head_dim > 64 else 3)
     block_m = _power_of_2(own, 16, 64)
     block_n = _power_of_2(streamed, 16, 32 if inverse and (block_m < 64 or head_dim > 32) else 64)
     warps = block_m // 16 if head_dim <= 32 else max(4, block_m // 8)
-    return block_m, block_n, max(2, warps) if inverse else warps
+    return Tile(block_m, block_n, max(2, warps) if inverse else warps, num_stages=2)
 
 
 def make_plan(
-    own: RegionGrid, other: RegionGrid, listed: int, inverse: bool, dense: bool, head_dim: int, dtype: torch.dtype
+    own: RegionGrid,
+    other: RegionGrid,
+    listed: int,
+    inverse: bool,
+    dense: bool,
+    head_dim: int,
+    dtype: torch.dtype,
+    tile: Tile | None = None,
 ) -> Plan:
     """The plan of a kernel that computes tokens of `own` and streams tokens of `other` past them.
 
@@ -64,24 +85,22 @@ def make_plan(
         dense: Go through whole maps under a mask instead of lists of regions.
         head_dim: Numbers of a head.
         dtype: Type of the tokens.
+        tile: The tile to take, for measurements; `choose_tile` chooses it otherwise.
     """
     own_tokens, other_tokens = (g.height * g.width if dense else g.tokens_per_region for g in (own, other))
     streamed = other_tokens if dense else listed * other_tokens
-    block_m, block_n, num_warps = _tile(own_tokens, streamed, head_dim, dtype, inverse)
-    whole_tiles = math.ceil(other_tokens / block_n) * block_n
+    tile = tile or choose_tile(own_tokens, streamed, head_dim, dtype, inverse)
+    whole_tiles = math.ceil(other_tokens / tile.block_n) * tile.block_n
     # To begin each region in a tile of its own costs empty places, to pack regions costs arithmetic for each token.
     packed = not dense and whole_tiles > 1.25 * other_tokens
     length = streamed if packed and not inverse else other_tokens
     return Plan(
-        tiles=math.ceil(own_tokens / block_m) * (1 if dense else own.num_regions),
-        block_m=block_m,
-        block_n=block_n,
+        tiles=math.ceil(own_tokens / tile.block_m) * (1 if dense else own.num_regions),
+        tile=tile,
         dense=dense,
         packed=packed,
-        even_m=own_tokens % block_m == 0 and (dense or not own.is_padded),
-        even_n=length % block_n == 0 and (dense or not other.is_padded),
-        num_warps=num_warps,
-        num_stages=3 if dtype == torch.float32 else 2,
+        even_m=own_tokens % tile.block_m == 0 and (dense or not own.is_padded),
+        even_n=length % tile.block_n == 0 and (dense or not other.is_padded),
     )
 
 
