@@ -1,6 +1,6 @@
 """The public call of routed attention: check the inputs, choose an implementation, dispatch."""
-import importlib.util
 import os
+from importlib import metadata
 
 import torch
 
@@ -21,7 +21,17 @@ IMPLS = tuple(_BACKENDS)
 # BiFormer's stages at 224; `scripts/benchmark.py op` measures it.
 GATHER_COPY_COST = 20
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+def _installed_triton() -> str | None:
+    """The version of Triton that is installed, without importing it."""
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+_TRITON_VERSION = _installed_triton()
+_TRITON_LEAST = (3, 3)  # earlier ones do not compile kernels that take tuples
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _TRITON_HEAD_DIM = 128
 # Triton reads the variable once, when it is imported, and then runs its kernels on the CPU, for tests.
@@ -29,7 +39,7 @@ _TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _triton_unsupported(query: torch.Tensor | None) -> str | None:
-    if not _HAS_TRITON:
+    if _TRITON_VERSION is None:
         return "the package triton is not installed"
     if query is None:
         return None
@@ -40,6 +50,8 @@ def _triton_unsupported(query: torch.Tensor | None) -> str | None:
     if query.device.type != "cuda":
         interpreted = _TRITON_INTERPRETED and query.device.type == "cpu"
         return None if interpreted else f"its kernels run on CUDA GPUs, the tensors are on {query.device.type}"
+    if tuple(int(part) for part in _TRITON_VERSION.split(".")[:2]) < _TRITON_LEAST:
+        return f"its kernels need Triton 3.3 or newer, {_TRITON_VERSION} is installed"
     if torch.cuda.get_device_properties(query.device).major < 8:
         return "its kernels need a GPU of compute capability 8.0 or newer"
     return None
