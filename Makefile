@@ -50,7 +50,7 @@ benchmark-gpu:  ## measure the op, the models and their growth on this GPU: a re
 	$(MEASURE) --device cuda
 
 benchmark-cpu:  ## the same at smaller sizes on the CPU
-	$(MEASURE) --device cpu
+	$(MEASURE) --device cpu --budget 900
 
 benchmark: $(VENV)/.requirements  ## measure the models side by side on this machine
 	$(BIN)/python scripts/benchmark.py models --output $(BENCHMARKS)

@@ -179,7 +179,7 @@ def test_a_contender_that_kills_or_hangs_the_process_is_one_that_failed():
 def test_the_budget_ends_everything(monkeypatch):
     worker = session.Worker(CPU)
     monkeypatch.setattr(worker, "_start", lambda end: None)
-    monkeypatch.setattr(worker, "stop", lambda: None)
+    monkeypatch.setattr(worker, "stop", lambda patience=0: None)
     worker.process, worker.connection = object(), SimpleNamespace(send=lambda x: None, poll=lambda seconds: False)
     now = session.time.time()
     assert worker.measure(Task("t", faulty, (), patience=60), now, now, end=now + 1) == dict(failed=NO_TIME)
@@ -197,7 +197,7 @@ class FakeWorker:
         self.clock[0] += task.case
         return dict(rows=[dict(task=task.name)])
 
-    def stop(self):
+    def stop(self, patience):
         pass
 
 

@@ -18,6 +18,7 @@ def growth_figure(record: dict):
         raise ValueError("the record holds no results of growing images")
     # Here, so that everything else runs where it is not installed.
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     figure = Figure(figsize=(9, 4.4), dpi=150, layout="constrained")
     sides = sorted({row["side"] for row in rows})
@@ -30,7 +31,10 @@ def growth_figure(record: dict):
                               label=f"{model.replace('_patch4_window7_224', '').replace('_patch16_224', '')}, {mode}")
         axes.set(xscale="log", yscale="log", xlabel="Side of the image (pixels)", ylabel=label)
         axes.set_xticks(sides, [str(side) for side in sides])
-        axes.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_minor_locator(NullLocator())
         axes.grid(True, which="major", color="0.88")
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)

@@ -42,7 +42,6 @@ def allot(seconds: float, shares: list[float]) -> float:
 
 def serve(connection: Connection, device: torch.device):
     """In the process: measure the tasks that arrive, until the other side hangs up or the device is lost."""
-    torch.backends.cudnn.benchmark = True
     connection.send(("ready",))
     while True:
         try:
@@ -85,10 +84,11 @@ class Worker:
             raise EOFError
         self.connection.recv()
 
-    def stop(self):
-        """End the process, whatever it is doing."""
+    def stop(self, patience: float = 0.0):
+        """End the process, whatever it is doing; one that is idle goes by itself within `patience` seconds."""
         if self.process is not None:
             self.connection.close()
+            self.process.join(patience)
             self.process.kill()
             self.process.join()
         self.process = None
@@ -188,7 +188,7 @@ def run(
                   f"{'  ' + outcome['failed'] if 'failed' in outcome else ''}", flush=True)
             save(record)
     save(record)
-    worker.stop()
+    worker.stop(patience=10)
 
 
 def write_json(path: Path, record: dict):

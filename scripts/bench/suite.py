@@ -105,8 +105,8 @@ def _models_section(name: str, share: float, scale: Scale, order: tuple, compile
 
 def _growth_section(scale: Scale) -> Section:
     tasks = []
-    for mode in (TRAIN, INFER):
-        for side in scale.sides:
+    for side in scale.sides:
+        for mode in (TRAIN, INFER):
             batch = max(1, scale.growth_batch * 224**2 // side**2)
             setting = Setting(mode, batch, side, scale.amp)
             size = growth.Size(growth.contenders_at(side), "swin_tiny_patch4_window7_224", setting)

@@ -39,8 +39,9 @@ def attention_table(rows: list[dict]) -> str:
     head = ["stage", "map, heads, regions", "contender"]
     for mode in (FORWARD, BACKWARD):
         head += [f"{mode}, ms", f"x {REFERENCE}", "x floor", "MiB"]
+    cases = list(dict.fromkeys(key[:2] for key in by_line))
     lines = []
-    for (stage, case, impl), modes in by_line.items():
+    for (stage, case, impl), modes in sorted(by_line.items(), key=lambda item: cases.index(item[0][:2])):
         line = [stage, case, impl + (" (auto)" if any(row["auto"] for row in modes.values()) else "")]
         for mode in (FORWARD, BACKWARD):
             line += _attention_cells(modes.get(mode))
@@ -137,7 +138,7 @@ def document(record: dict) -> str:
     if ceilings:
         parts.append(
             f"Copies {ceilings['bytes_per_second'] / 1e9:.0f} GB/s read and written ({ceilings['copy_mib']:.0f} MiB), "
-            f"multiplies {ceilings['operations_per_second'] / 1e12:.3g} TFLOP/s ({ceilings['product']})."
+            f"multiplies {number(ceilings['operations_per_second'] / 1e12)} TFLOP/s ({ceilings['product']})."
         )
     for name, (title, make) in TABLES.items():
         found = record["sections"].get(name)
