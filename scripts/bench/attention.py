@@ -127,7 +127,7 @@ def build(name: str, case: AttentionCase, sets: list[Inputs], routes: torch.Tens
         return _flex_call(case, sets, routes)
     if name == DENSE:
         return Call(dense_attention, sets, case.mode), 0.0
-    reason = unsupported(name)
+    reason = unsupported(name, sets[0].query)
     if reason is not None:
         raise ValueError(reason)
     attend = partial(routed_attention, routes=routes, query_grid=case.grid, key_grid=case.grid, impl=name)
@@ -190,7 +190,7 @@ def measure(case: AttentionCase, trial: Trial) -> list[dict]:
     sets = [Inputs.random(case, trial.device, seed) for seed in range(input_sets(bytes_per_set, trial.device))]
     routes = route_regions(sets[0].query, sets[0].key, grid, grid, case.topk)
     least = work(case, routes)
-    chosen = choose_impl(routes, grid, grid)
+    chosen = choose_impl(sets[0].query, routes, grid, grid)
     calls, details = {}, {}
     try:
         reference = reference_of_first_image(case, sets[0], routes)
