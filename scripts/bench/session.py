@@ -90,7 +90,8 @@ class Worker:
             self.connection.close()
             self.process.join(patience)
             self.process.kill()
-            self.process.join()
+            # A process that waits for a hung kernel may outlive its end; nothing here waits for it.
+            self.process.join(10)
         self.process = None
 
     def measure(self, task: Task, deadline: float, section_deadline: float, end: float) -> dict:
