@@ -11,7 +11,7 @@ from ops import IMPLS, RegionGrid, choose_impl, route_regions, routed_attention,
 
 from . import flex
 from .timing import input_sets, interleave_queued, peak_memory, quartiles, summarize, timed, warm
-from .trial import Trial, describe
+from .trial import Trial, Unsupported, describe
 
 FORWARD, BACKWARD = "forward", "forward + backward"
 REFERENCE = "gather"
@@ -121,7 +121,7 @@ def build(name: str, case: AttentionCase, sets: list[Inputs], routes: torch.Tens
     """A contender, and the seconds of what it has made beforehand.
 
     Raises:
-        ValueError: The implementation cannot run here.
+        Unsupported: The implementation cannot run here.
     """
     if name == FLEX:
         return _flex_call(case, sets, routes)
@@ -129,7 +129,7 @@ def build(name: str, case: AttentionCase, sets: list[Inputs], routes: torch.Tens
         return Call(dense_attention, sets, case.mode), 0.0
     reason = unsupported(name, sets[0].query)
     if reason is not None:
-        raise ValueError(reason)
+        raise Unsupported(reason)
     attend = partial(routed_attention, routes=routes, query_grid=case.grid, key_grid=case.grid, impl=name)
     return Call(attend, sets, case.mode), 0.0
 

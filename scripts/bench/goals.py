@@ -9,7 +9,8 @@ FUSED = "triton"
 # Relative error of a bfloat16 result above which it is wrong, not rounded.
 LARGEST_ERROR = 0.02
 STAGES = (1, 2, 3)
-AT_224, AT_800 = "224, stage", "800 x 1333, finer regions, stage"
+FINER = "finer regions, stage"
+AT_224, AT_800 = "224, stage", f"800 x 1333, {FINER}"
 
 
 def find(rows: list[dict], **wanted) -> dict:

@@ -7,7 +7,7 @@ from ops import IMPLS
 
 from . import attention, breakdown, ceilings, growth, networks
 from .attention import BACKWARD, DENSE, FLEX, FORWARD, REFERENCE, AttentionCase
-from .goals import AT_224, AT_800
+from .goals import AT_224, FINER
 from .networks import INFER, TRAIN, Contender, Group, Setting
 from .session import Section, Task
 
@@ -70,7 +70,8 @@ def attention_cases(scale: Scale) -> list[AttentionCase]:
     shapes = []
     for i, (side, heads, topk) in enumerate(STAGES_AT_224):
         shapes.append((f"{AT_224} {i + 1}", scale.op_batch, side, side, heads, 7, topk))
-    for of, regions in ((AT_800, 16), ("800 x 1333, stage", 7)):
+    photo = f"{height} x {width}"
+    for of, regions in ((f"{photo}, {FINER}", 16), (f"{photo}, stage", 7)):
         for i, (_, heads, topk) in enumerate(STAGES_AT_224):
             shapes.append((f"{of} {i + 1}", scale.photo_batch, *maps[i], heads, regions, topk))
     for i, (side, _, topk) in enumerate(STAGES_AT_224):

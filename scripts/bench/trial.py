@@ -11,6 +11,10 @@ NO_TIME = "left out for lack of time"
 LONGEST_REASON = 160
 
 
+class Unsupported(Exception):
+    """A contender cannot do what is asked of it; the message says why."""
+
+
 class DeviceLost(Exception):
     """The device no longer answers: this process cannot measure anything more."""
 
@@ -29,7 +33,8 @@ def describe(error: BaseException) -> str:
     """An error as one short line for a table."""
     if is_out_of_memory(error):
         return "out of memory"
-    text = " ".join(f"{type(error).__name__}: {error}".split())
+    kind = "" if isinstance(error, Unsupported) else f"{type(error).__name__}: "
+    text = " ".join(f"{kind}{error}".split())
     return text if len(text) <= LONGEST_REASON else text[: LONGEST_REASON - 3] + "..."
 
 
