@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 QUICKSTART_OUTPUT := outputs/quickstart
+BENCHMARKS ?= benchmarks
 
-.PHONY: help quickstart test test-gpu lint benchmark clean
+.PHONY: help quickstart test test-gpu lint benchmark benchmark-gpu benchmark-cpu clean
 
 help:
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed"; exit 1; }
@@ -42,8 +43,17 @@ test-gpu: $(VENV)/.requirements-dev  ## run the tests that need a CUDA GPU
 lint: $(VENV)/.requirements-dev  ## check the style
 	$(BIN)/ruff check .
 
+# These two never install anything: they also run where there is no network, with the Python that is there.
+MEASURE = $(or $(wildcard $(BIN)/python),$(PYTHON)) scripts/benchmark.py all --output $(BENCHMARKS)
+
+benchmark-gpu:  ## measure the op, the models and their growth on this GPU: a record, tables and a plot, within 9 minutes
+	$(MEASURE) --device cuda
+
+benchmark-cpu:  ## the same at smaller sizes on the CPU
+	$(MEASURE) --device cpu --budget 900
+
 benchmark: $(VENV)/.requirements  ## measure the models side by side on this machine
-	$(BIN)/python scripts/benchmark.py models --output benchmarks
+	$(BIN)/python scripts/benchmark.py models --output $(BENCHMARKS)
 
 clean:  ## remove the virtual environment and all outputs
 	rm -rf $(VENV) outputs

@@ -2,227 +2,118 @@
 
     python scripts/benchmark.py models biformer_tiny swin_tiny_patch4_window7_224 --batch_size 8
     python scripts/benchmark.py op --batch_size 8
+    python scripts/benchmark.py all                         # everything there is to say about a machine, in minutes
+    python scripts/benchmark.py plot benchmarks/RECORD.json # draw what `all` found once more
 
 Every round runs each contender once, so that a slow moment of the machine hits all alike; ratios are taken within a
-round. Results go to a JSON file in `benchmarks/`, and to the terminal as a Markdown table.
+round. Results go to a JSON file in `benchmarks/`, and to the terminal as Markdown tables. A contender that fails is
+reported with the reason, and the others go on.
 """
 import argparse
 import json
-import os
-import platform
-import statistics
 import sys
 import time
-from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 
 import timm
 import torch
-import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import models  # noqa: E402, F401, registers our models with timm
-from ops import IMPLS, RegionGrid, choose_impl, route_regions, routed_attention  # noqa: E402
+from ops import IMPLS  # noqa: E402
+from scripts.bench import attention, goals, networks, plot, session, suite, tables  # noqa: E402
+from scripts.bench.ceilings import floor_milliseconds  # noqa: E402
+from scripts.bench.timing import machine  # noqa: E402
+from scripts.bench.trial import Trial  # noqa: E402
 
 DEFAULT_MODELS = ["biformer_tiny", "swin_tiny_patch4_window7_224", "convnext_tiny", "biformer_stl"]
-# (side of the map, heads, head_dim, top-k) of the routed stages of BiFormer-T and S for a 224 image
-STAGES_AT_224 = [(56, 2, 32, 1), (28, 4, 32, 4), (14, 8, 32, 16)]
 
 
-def machine(device: torch.device) -> dict:
-    """What the numbers depend on."""
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
-    return dict(
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        threads=torch.get_num_threads(),
-        python=platform.python_version(),
-        torch=torch.__version__,
-        timm=timm.__version__,
-        date=datetime.now().strftime("%Y-%m-%d %H:%M"),
-    )
+def slug(*words: str) -> str:
+    """Words as the name of a file."""
+    return "".join(c if c.isalnum() else "-" for c in "-".join(words).lower())
 
 
-def synchronize(device: torch.device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def interleave(contenders: dict[str, Callable], device: torch.device, rounds: int, warmup: int) -> dict[str, list]:
-    """Seconds of each contender in each round."""
-    seconds = {name: [] for name in contenders}
-    for i in range(warmup + rounds):
-        for name, run in contenders.items():
-            synchronize(device)
-            start = time.perf_counter()
-            run()
-            synchronize(device)
-            if i >= warmup:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def peak_memory(run: Callable, device: torch.device) -> float:
-    """Largest MiB of tensors that `run` holds at once beyond what was there before."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    held = peak = 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak / 2**20
-
-
-def summarize(seconds: list[float], reference: list[float], images: int) -> dict:
-    """Median and quartiles of the rate, and of the ratio to the reference within a round."""
-    rates = [images / s for s in seconds]
-    ratios = [r / s for r, s in zip(reference, seconds, strict=True)]
-    low, _, high = statistics.quantiles(rates, n=4)
-    ratio_low, _, ratio_high = statistics.quantiles(ratios, n=4)
-    return dict(
-        images_per_second=statistics.median(rates),
-        quartiles=[low, high],
-        ratio=statistics.median(ratios),
-        ratio_quartiles=[ratio_low, ratio_high],
-        milliseconds=1e3 * statistics.median(seconds),
-    )
-
-
-# --- models ---------------------------------------------------------------------------------------------------------
-
-
-def model_run(name: str, mode: str, args: argparse.Namespace) -> tuple[Callable, torch.nn.Module]:
-    """One inference batch or one training step of a model, to be called again and again."""
-    torch.manual_seed(0)
-    device = torch.device(args.device)
-    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-    size = args.input_size
-    fixed = timm.models.get_pretrained_cfg_value(name, "fixed_input_size")
-    model = timm.create_model(name, **(dict(img_size=size) if fixed else {}))
-    for module in model.modules():
-        # Some factories turn it on and some do not; here all train without.
-        if isinstance(module, timm.layers.DropPath):
-            module.drop_prob = 0.0
-    model = model.to(device, memory_format=memory_format).train(mode == "train")
-    images = torch.randn(args.batch_size, 3, size, size, device=device).to(memory_format=memory_format)
-    targets = torch.randint(1000, (args.batch_size,), device=device)
-    network = torch.compile(model) if args.compile else model
-    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4) if mode == "train" else None
-
-    def infer():
-        with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            network(images)
-
-    def train():
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            loss = F.cross_entropy(network(images), targets)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return (train if mode == "train" else infer), model
+def trial_of(args: argparse.Namespace) -> Trial:
+    return Trial(torch.device(args.device), least_rounds=args.rounds, most_rounds=args.rounds)
 
 
 def benchmark_models(args: argparse.Namespace) -> list[dict]:
-    device = torch.device(args.device)
+    """Rows of networks.measure, for each mode."""
     results = []
+    contenders = tuple(networks.Contender(name) for name in args.models)
     for mode in args.modes:
-        runs = {name: model_run(name, mode, args) for name in args.models}
-        seconds = interleave({name: run for name, (run, _) in runs.items()}, device, args.rounds, args.warmup)
-        reference = seconds[args.reference]
-        for name, (run, model) in runs.items():
-            results.append(
-                dict(
-                    model=name,
-                    mode=mode,
-                    parameters=sum(p.numel() for p in model.parameters()),
-                    peak_memory_mb=peak_memory(run, device),
-                    **summarize(seconds[name], reference, args.batch_size),
-                )
-            )
+        setting = networks.Setting(mode, args.batch_size, args.input_size, args.amp, args.channels_last, args.compile)
+        results += networks.measure(networks.Group(contenders, args.reference, setting), trial_of(args))
     return results
-
-
-# --- the op ---------------------------------------------------------------------------------------------------------
-
-
-def op_run(impl: str, side: int, heads: int, head_dim: int, topk: int, mode: str, args) -> tuple[Callable, str]:
-    """One call of routed attention at a stage's shape, with its backward in "train"."""
-    device = torch.device(args.device)
-    generator = torch.Generator(device).manual_seed(0)
-    dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
-    qkv = torch.randn(args.batch_size, side, side, 3, heads, head_dim, generator=generator, device=device).to(dtype)
-    qkv.requires_grad_(mode == "train")
-    grid = RegionGrid.fit(side, side)
-    with torch.no_grad():
-        query, key, _ = qkv.unbind(3)
-        routes = route_regions(query, key, grid, grid, topk)
-    upstream = torch.randn_like(query)
-
-    def infer():
-        with torch.inference_mode():
-            routed_attention(*qkv.unbind(3), routes, grid, grid, impl=impl)
-
-    def train():
-        torch.autograd.grad(routed_attention(*qkv.unbind(3), routes, grid, grid, impl=impl), qkv, upstream)
-
-    return (train if mode == "train" else infer), choose_impl(routes, grid, grid)
 
 
 def benchmark_op(args: argparse.Namespace) -> list[dict]:
-    device = torch.device(args.device)
+    """Rows of attention.measure, for each scale, stage and mode."""
     results = []
     for scale in args.scales:
-        for side, heads, head_dim, topk in STAGES_AT_224:
+        for i, (side, heads, topk) in enumerate(suite.STAGES_AT_224):
             side = round(side * scale)
             for mode in args.modes:
-                runs = {impl: op_run(impl, side, heads, head_dim, topk, mode, args) for impl in IMPLS}
-                seconds = interleave({impl: run for impl, (run, _) in runs.items()}, device, args.rounds, args.warmup)
-                for impl, (run, chosen) in runs.items():
-                    results.append(
-                        dict(
-                            map=f"{side} x {side}, {heads} heads, top-{topk}",
-                            impl=impl,
-                            mode=mode,
-                            auto=impl == chosen,
-                            peak_memory_mb=peak_memory(run, device),
-                            **summarize(seconds[impl], seconds["gather"], args.batch_size),
-                        )
-                    )
+                mode = attention.BACKWARD if mode == networks.TRAIN else attention.FORWARD
+                case = attention.AttentionCase(
+                    f"{round(224 * scale)}, stage {i + 1}", args.batch_size, side, side, heads, 7, topk, mode,
+                    tuple(args.contenders), dtype=suite.DTYPES[args.amp],
+                )
+                results += attention.measure(case, trial_of(args))
     return results
 
 
-# --- results --------------------------------------------------------------------------------------------------------
+def judge(record: dict):
+    """Add to a record what follows from it: the ceilings apart, floors, and goals."""
+    rows = {name: found["rows"] for name, found in record["sections"].items()}
+    if rows.get("ceilings"):
+        record["ceilings"] = rows["ceilings"][0]
+        for row in rows.get("attention", []):
+            if "failed" not in row:
+                row["floor_milliseconds"] = floor_milliseconds(row, record["ceilings"])
+                row["times_floor"] = row["milliseconds"] / row["floor_milliseconds"]
+    record["goals"] = goals.attention_goals(rows.get("attention", []))
+    record["goals"] += goals.model_goals(rows.get("models", []) + rows.get("compiled", []))
 
 
-def markdown(results: list[dict], reference: str) -> str:
-    """Results as a Markdown table."""
-    what = "model" if "model" in results[0] else "impl"
-    lines = [
-        f"| {what} | mode | images/s (quartiles) | x {reference} (quartiles) | ms | peak memory, MiB |",
-        "|---|---|---|---|---|---|",
-    ]
-    for r in results:
-        name = r[what] if what == "model" else f"{r['map']}: {r['impl']}{' (auto)' if r['auto'] else ''}"
-        lines.append(
-            f"| {name} | {r['mode']} | {r['images_per_second']:.1f} ({r['quartiles'][0]:.1f} to "
-            f"{r['quartiles'][1]:.1f}) | {r['ratio']:.2f} ({r['ratio_quartiles'][0]:.2f} to "
-            f"{r['ratio_quartiles'][1]:.2f}) | {r['milliseconds']:.1f} | {r['peak_memory_mb']:.0f} |"
-        )
-    return "\n".join(lines)
+def draw(record: dict, path: Path):
+    """Draw what can be drawn; say why if nothing can."""
+    try:
+        plot.growth_figure(record).savefig(path)
+        print(path)
+    except (ImportError, ValueError) as error:
+        print(f"no plot: {error}" + (" (requirements-dev.txt has it)" if isinstance(error, ImportError) else ""))
+
+
+def benchmark_all(args: argparse.Namespace):
+    """Everything in suite.py, into <device>.json, .md and .png; what is done is on the disk at any moment."""
+    start = time.time()
+    device = torch.device(args.device)
+    about = machine(device)
+    words = [about["device"]] if device.type == "cuda" else [about["device"], str(about["cores"]), "cores"]
+    path = args.output / (slug(*words) + ".json")
+    settings = dict(device=args.device, budget=args.budget, threads=args.threads)
+    record = dict(machine=about, benchmark="all", settings=settings, sections={})
+
+    def save(record: dict):
+        judge(record)
+        session.write_json(path, record)
+
+    scale = suite.SCALES[device.type]
+    worker = session.Worker(device, args.threads, scale.least_rounds)
+    try:
+        session.run(suite.sections(scale), worker, start, args.budget, record, save)
+    finally:
+        worker.stop()
+    record["seconds"] = time.time() - start
+    save(record)
+    text = tables.document(record)
+    path.with_suffix(".md").write_text(text)
+    print(text)
+    draw(record, path.with_suffix(".png"))
+    print(f"{path}\n{time.time() - start:.0f} s")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -236,40 +127,60 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     of_models.add_argument("--compile", action="store_true", help="torch.compile each model")
     of_op = commands.add_parser("op", help="the implementations of routed attention at BiFormer's stages")
     of_op.add_argument("--scales", type=float, nargs="+", default=[1.0], help="image sides in multiples of 224")
+    of_op.add_argument("--contenders", nargs="+", default=list(IMPLS),
+                       choices=[*IMPLS, attention.DENSE, attention.FLEX])
+    of_all = commands.add_parser("all", help="op, models, growing images and a profile, within a budget of seconds")
+    of_all.add_argument("--budget", type=float, default=480, help="seconds; what does not fit is left out")
+    of_plot = commands.add_parser("plot", help="draw a record of `all` once more, beside it")
+    of_plot.add_argument("record", type=Path)
     for command in (of_models, of_op):
         command.add_argument("--modes", nargs="+", choices=["infer", "train"], default=["infer", "train"])
         command.add_argument("--batch_size", type=int, default=8)
         command.add_argument("--rounds", type=int, default=15)
-        command.add_argument("--warmup", type=int, default=3)
+        command.add_argument("--amp", choices=list(networks.AMP), default="off")
+    for command in (of_models, of_op, of_all):
         command.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-        command.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off")
-        command.add_argument("--output", type=Path, default=ROOT / "benchmarks", help="folder of the JSON file")
+        command.add_argument("--output", type=Path, default=ROOT / "benchmarks", help="folder of the results")
     args = parser.parse_args(argv)
-    if args.rounds < 2:
+    _check(parser, args)
+    return args
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace):
+    if args.command in ("models", "op") and args.rounds < 2:
         parser.error("--rounds must be at least 2, for there to be a spread")
+    kind = getattr(args, "device", "cpu").partition(":")[0]
+    if kind not in suite.SCALES:
+        parser.error(f"--device must be one of {', '.join(suite.SCALES)}, got {args.device}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: PyTorch sees no CUDA GPU here")
+    if args.command == "all" and args.budget <= 0:
+        parser.error("--budget must be positive")
+    if args.command == "plot" and not args.record.is_file():
+        parser.error(f"no record at {args.record}")
     if args.command == "models":
         unknown = [name for name in [*args.models, args.reference] if not timm.is_model(name)]
         if unknown:
             parser.error(f"unknown model {', '.join(unknown)}")
         if args.reference not in args.models:
             args.models = [*args.models, args.reference]
-    return args
 
 
 def main(argv: list[str] | None = None):
     args = parse(argv)
+    if args.command == "all":
+        return benchmark_all(args)
+    if args.command == "plot":
+        return draw(json.loads(args.record.read_text()), args.record.with_suffix(".png"))
     if args.threads:
         torch.set_num_threads(args.threads)
     results = benchmark_models(args) if args.command == "models" else benchmark_op(args)
     about = machine(torch.device(args.device))
     settings = {name: value for name, value in vars(args).items() if name not in ("command", "models", "output")}
-    name = "-".join([about["device"], str(about["cores"]), "cores", args.command, about["date"]])
-    path = args.output / ("".join(c if c.isalnum() else "-" for c in name.lower()) + ".json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    record = dict(machine=about, benchmark=args.command, settings=settings, results=results)
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(markdown(results, args.reference if args.command == "models" else "gather"))
+    path = args.output / (slug(about["device"], str(about["cores"]), "cores", args.command, about["date"]) + ".json")
+    session.write_json(path, dict(machine=about, benchmark=args.command, settings=settings, results=results))
+    print((tables.models_table if args.command == "models" else tables.attention_table)(results))
     print(f"\n{path}")
 
 
