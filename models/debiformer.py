@@ -401,3 +401,21 @@ def debiformer_base(pretrained: bool = False, **kwargs) -> DeBiFormer:
     """DeBiFormer-B, 84.4 % published."""
     model_args = dict(depths=(2, 2, 9, 2), dims=(96, 192, 384, 768), num_groups=(1, 2, 3, 6))
     return _create_debiformer("debiformer_base", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def debi_tiny(pretrained: bool = False, **kwargs) -> DeBiFormer:
+    """The published name of `debiformer_tiny`."""
+    return debiformer_tiny(pretrained, **kwargs)
+
+
+@register_model
+def debi_small(pretrained: bool = False, **kwargs) -> DeBiFormer:
+    """The published name of `debiformer_small`."""
+    return debiformer_small(pretrained, **kwargs)
+
+
+@register_model
+def debi_base(pretrained: bool = False, **kwargs) -> DeBiFormer:
+    """The published name of `debiformer_base`."""
+    return debiformer_base(pretrained, **kwargs)

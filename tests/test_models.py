@@ -10,7 +10,9 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay
 
 import models
 
-NAMES = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("models.")]
+ALIASES = {"debi_tiny", "debi_small", "debi_base"}
+OURS = {name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("models.")}
+NAMES = sorted(OURS - ALIASES)
 SMALLEST = "biformer_nano"
 
 
@@ -21,6 +23,7 @@ def create(name, **kwargs):
 
 def test_names():
     assert {"biformer_nano", "biformer_tiny", "biformer_small", "biformer_base", "biformer_stl"} <= set(NAMES)
+    assert ALIASES < OURS
     assert models.BiFormer is type(create(SMALLEST))
 
 
@@ -147,9 +150,9 @@ def test_entry_point_merges_keywords(name):
     assert list(signature.parameters) == ["pretrained", "kwargs"]
 
 
-@pytest.mark.parametrize("name", [SMALLEST, "biformer_stl"])
+@pytest.mark.parametrize("name", [SMALLEST, "biformer_stl", "debiformer_tiny"])
 def test_compiles_into_one_graph(name):
-    """One model of each layout; the others differ in depth and width alone."""
+    """One model of each family and layout; the others differ in depth and width alone."""
     model = create(name, num_classes=4).eval()
     x = torch.randn(2, 3, 96, 64)
     expected = model(x)
@@ -158,16 +161,18 @@ def test_compiles_into_one_graph(name):
     torch.compile(model, fullgraph=True, backend="aot_eager")(x).sum().backward()
 
 
-def test_export_with_a_dynamic_batch():
-    model = create(SMALLEST, num_classes=4).eval()
+@pytest.mark.parametrize("name", [SMALLEST, "debiformer_tiny"])
+def test_export_with_a_dynamic_batch(name):
+    model = create(name, num_classes=4).eval()
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(model, (torch.randn(2, 3, 64, 96),), dynamic_shapes=({0: batch},))
     x = torch.randn(5, 3, 64, 96)
     torch.testing.assert_close(program.module()(x), model(x))
 
 
-def test_fx_feature_extraction():
-    model = create(SMALLEST).eval()
+@pytest.mark.parametrize("name", [SMALLEST, "debiformer_tiny"])
+def test_fx_feature_extraction(name):
+    model = create(name).eval()
     extractor = create_feature_extractor(model, ["stages.1", "head.fc"])
     x = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(extractor(x)["head.fc"], model(x))
