@@ -9,3 +9,4 @@ from models.biformer import (  # noqa: E402, F401
     biformer_stl_nchw,
     biformer_tiny,
 )
+from models.vitaev2 import vitaev2_48m, vitaev2_b, vitaev2_s  # noqa: E402, F401

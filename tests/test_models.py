@@ -37,7 +37,8 @@ def test_forward_backward(name):
 def test_default_cfg(name):
     model = create(name).eval()
     cfg, names = model.default_cfg, set(model.state_dict())
-    assert f"{cfg['classifier']}.weight" in names and f"{cfg['first_conv']}.weight" in names
+    first_convs = [cfg["first_conv"]] if isinstance(cfg["first_conv"], str) else cfg["first_conv"]
+    assert {f"{name}.weight" for name in (cfg["classifier"], *first_convs)} <= names
     x = torch.randn(1, *cfg["input_size"])
     features = model.forward_features(x)
     assert features.shape == (1, model.num_features, *cfg["pool_size"])
@@ -147,7 +148,7 @@ def test_entry_point_merges_keywords(name):
     assert list(signature.parameters) == ["pretrained", "kwargs"]
 
 
-@pytest.mark.parametrize("name", [SMALLEST, "biformer_stl"])
+@pytest.mark.parametrize("name", [SMALLEST, "biformer_stl", "vitaev2_s"])
 def test_compiles_into_one_graph(name):
     """One model of each layout; the others differ in depth and width alone."""
     model = create(name, num_classes=4).eval()
@@ -158,16 +159,18 @@ def test_compiles_into_one_graph(name):
     torch.compile(model, fullgraph=True, backend="aot_eager")(x).sum().backward()
 
 
-def test_export_with_a_dynamic_batch():
-    model = create(SMALLEST, num_classes=4).eval()
+@pytest.mark.parametrize("name", [SMALLEST, "vitaev2_s"])
+def test_export_with_a_dynamic_batch(name):
+    model = create(name, num_classes=4).eval()
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(model, (torch.randn(2, 3, 64, 96),), dynamic_shapes=({0: batch},))
     x = torch.randn(5, 3, 64, 96)
     torch.testing.assert_close(program.module()(x), model(x))
 
 
-def test_fx_feature_extraction():
-    model = create(SMALLEST).eval()
+@pytest.mark.parametrize("name", [SMALLEST, "vitaev2_s"])
+def test_fx_feature_extraction(name):
+    model = create(name).eval()
     extractor = create_feature_extractor(model, ["stages.1", "head.fc"])
     x = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(extractor(x)["head.fc"], model(x))
