@@ -2,5 +2,6 @@
 from ._routing import collect_routing
 from .biformer import BiFormer
 from .debiformer import DeBiFormer
+from .vitaev2 import ViTAEv2
 
-__all__ = ["BiFormer", "DeBiFormer", "collect_routing"]
+__all__ = ["BiFormer", "DeBiFormer", "ViTAEv2", "collect_routing"]

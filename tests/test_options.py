@@ -1,9 +1,12 @@
+from pathlib import Path
+
 import pytest
 import yaml
 
 import options
 from utils import UsageError
 
+RECIPES = Path(__file__).resolve().parent.parent / "configs" / "train"
 REQUIRED = ["--data_path", "data"]
 
 
@@ -74,9 +77,9 @@ def test_what_runs_can_be_run_again(tmp_path):
     assert again == args
 
 
-@pytest.mark.parametrize("path", ["biformer_tiny", "biformer_small", "biformer_base", "biformer_stl", "quickstart"])
+@pytest.mark.parametrize("path", sorted(path.stem for path in RECIPES.glob("*.yaml")))
 def test_recipes(path):
-    args = parse("--config", f"configs/train/{path}.yaml")
+    args = parse("--config", str(RECIPES / f"{path}.yaml"))
     assert args.model == ("biformer_nano" if path == "quickstart" else path)
 
 
