@@ -7,11 +7,11 @@ from published import assert_agrees, gmacs, published_state_dict
 import models
 from models.debiformer import DeformableAgentAttention, checkpoint_filter_fn
 
-# parameters, GMACs at 224
+# parameters, GMACs at 224, of which the paper's table says 2.6, 5.4 and 11.8
 COSTS = {
-    "debiformer_tiny": (21_495_598, 2.6),
-    "debiformer_small": (44_008_028, 5.4),
-    "debiformer_base": (95_501_926, 11.7),
+    "debiformer_tiny": (21_495_598, 2.65),
+    "debiformer_small": (44_008_028, 5.44),
+    "debiformer_base": (95_501_926, 11.74),
 }
 
 
@@ -31,7 +31,7 @@ def test_parameters(name):
 
 @pytest.mark.parametrize("name", COSTS)
 def test_flops(name):
-    assert gmacs(timm.create_model(name, attn_impl="gather")) == pytest.approx(COSTS[name][1], rel=0.02)
+    assert gmacs(timm.create_model(name, attn_impl="gather")) == pytest.approx(COSTS[name][1], rel=0.01)
 
 
 @pytest.mark.parametrize("wrap", [dict, lambda sd: {"model": sd}, lambda sd: {"state_dict": sd}])
