@@ -9,3 +9,4 @@ from models.biformer import (  # noqa: E402, F401
     biformer_stl_nchw,
     biformer_tiny,
 )
+from models.bvit import bvit_5m, bvit_22m  # noqa: E402, F401

@@ -1,4 +1,5 @@
-"""Routed vision transformers, registered with timm: `import models`, then `timm.create_model("biformer_small")`."""
+"""Vision transformers, registered with timm: `import models`, then `timm.create_model("biformer_small")`."""
 from .biformer import BiFormer
+from .bvit import BViT
 
-__all__ = ["BiFormer"]
+__all__ = ["BViT", "BiFormer"]

@@ -18,6 +18,7 @@ from torch import nn
 
 from ops import BiLevelRoutingAttention, conv_channels_last
 
+from ._layers import split_qkv
 from ._released import build_with_released_weights
 
 __all__ = ["BiFormer"]
@@ -47,7 +48,7 @@ class LePEAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
         qkv = self.qkv(x)
-        query, key, value = qkv.flatten(1, 2).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        query, key, value = split_qkv(qkv.flatten(1, 2), self.num_heads)
         attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(x.shape)
         lepe = conv_channels_last(self.lepe, qkv.chunk(3, dim=-1)[2] if self.lepe_on_value else x)
         return self.proj(attended + lepe)
