@@ -1,3 +1,4 @@
+import argparse
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from golden import image
 from published import gmacs, golden_tensors, published_state_dict, relative_error, save_published
 from timm.layers import resample_abs_pos_embed
 
+import main
 import models  # noqa: F401
 from models.bvit import broad_attention, checkpoint_filter_fn
 
@@ -189,6 +191,19 @@ def test_pretrained_from_a_published_file(key, tmp_path):
     model = timm.create_model("bvit_5m", **overlay, num_classes=5, in_chans=1, img_size=96)
     assert model.pos_embed.shape == (1, 37, 192)
     assert model(torch.randn(1, 1, 64, 64)).shape == (1, 5)
+
+
+def test_published_file_under_its_published_name(tmp_path):
+    """As main.py reads it: the name, the file with its command line, the family's filter."""
+    path = save_published("bvit_5m_conv_stem", tmp_path / "bvit.pth")
+    assert isinstance(torch.load(path, weights_only=False)["args"], argparse.Namespace)
+    args = main.options.parse(["--arch", "BViT-5", "--data_path", "x", "--model_kwargs", "stem_stride=2"])
+    main.check_model(args.model)
+    model = main.create_model(args, num_classes=None)
+    main.load_from(model, str(path), key=None)
+    expected = published_state_dict("bvit_5m_conv_stem")
+    torch.testing.assert_close(model.stem.weight.double(), expected["conv.weight"], rtol=0, atol=1e-6)
+    assert model.pos_embed.equal(expected["pos_embedding"][:, :50].float())
 
 
 def test_no_weight_decay_of_the_class_token_and_the_positions():
