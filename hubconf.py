@@ -9,6 +9,7 @@ from models.biformer import (  # noqa: E402, F401
     biformer_stl_nchw,
     biformer_tiny,
 )
+from models.bvit import bvit_5m, bvit_22m  # noqa: E402, F401
 from models.debiformer import (  # noqa: E402, F401
     debi_base,
     debi_small,

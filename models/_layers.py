@@ -1,4 +1,4 @@
-"""What the hierarchical families share: stem, transitions, stages, and timm's contract for a network made of them.
+"""What families share: for the hierarchical ones, blocks, stages, and timm's contract for a network made of them.
 
 Maps are held channels last, so that linear layers, layer norms, routing and depthwise convolutions all read the same
 memory and nothing is transposed between them.
@@ -114,7 +114,7 @@ class HierarchicalNetwork(nn.Module):
     Takes (B, in_chans, H, W) images from 32 x 32 up.
 
     Args:
-        stem: (B, in_chans, H, W) -> (B, C, H / 4, W / 4), a module with its first convolution at `conv1`.
+        stem: What comes before the stages, NCHW in and out.
         stages: Each (B, C, H, W) -> (B, C', H', W').
         dims: Channels after each stage.
         norm: Applied to the last stage's map.

@@ -1,8 +1,10 @@
 from pathlib import Path
 
 import pytest
+import timm
 import yaml
 
+import models  # noqa: F401
 import options
 from utils import UsageError
 
@@ -44,6 +46,16 @@ def test_booleans_bare_or_with_a_value(tokens, value):
 
 def test_local_rank_as_old_launchers_pass_it():
     assert parse("--local-rank=1").local_rank == 1
+
+
+@pytest.mark.parametrize("published,ours", [("BViT-5", "bvit_5m"), ("BViT-22", "bvit_22m")])
+def test_published_names_of_models(published, ours, tmp_path):
+    assert parse("--arch", published).model == parse(f"--model={published}").model == ours
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"model: {published}\n")
+    assert parse("--config", str(recipe)).model == ours
+    assert parse("--config", str(recipe), "--arch", "biformer_tiny").model == "biformer_tiny"
+    assert set(options.PUBLISHED_NAMES.values()) <= set(timm.list_models())
 
 
 def test_input_size_may_be_a_pair():
