@@ -13,6 +13,8 @@ from torch import nn
 
 from ops import conv_channels_last
 
+from ._released import rename, unwrap
+
 
 def split_qkv(qkv: torch.Tensor, num_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(B, N, 3 * heads * head_dim) packed projection -> query, key and value, views of (B, heads, N, head_dim)."""
@@ -282,8 +284,7 @@ def rename_published(
         model: The network to load; 1 x 1 convolutions of the checkpoint that are linear layers in it are reshaped.
         renames: (pattern, replacement) of the family's own names, tried in this order after the common ones.
     """
-    for key in ("model", "state_dict"):
-        state_dict = state_dict.get(key, state_dict)
+    state_dict = unwrap(state_dict)
     if "stem.conv1.weight" in state_dict:
         return state_dict
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -296,7 +297,6 @@ def rename_published(
             weight = state_dict.get(f"downsample_layers.{i}.{j}.weight")
             is_conv = weight is not None and weight.ndim == 4
             name = f"stages.{i}.downsample.{'conv' if is_conv else 'norm'}.{leaf}"
-        for pattern, replacement in [*_COMMON_RENAMES, *renames]:
-            name = re.sub(pattern, replacement, name)
+        name = rename(name, [*_COMMON_RENAMES, *renames])
         out[name] = value.flatten(1) if name in linear and value.ndim == 4 else value
     return out

@@ -5,7 +5,6 @@ Published code and weights: https://github.com/rayleizhu/BiFormer
 """
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Mlp, calculate_drop_path_rates, register_notrace_module
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
@@ -13,7 +12,7 @@ from torch import nn
 from ops import BiLevelRoutingAttention, conv_channels_last
 
 from ._layers import Block, Downsample, HierarchicalNetwork, Stage, Stem, rename_published, split_qkv
-from ._released import build_with_released_weights
+from ._released import build_with_released_weights, imagenet_cfg
 
 __all__ = ["BiFormer"]
 
@@ -157,25 +156,15 @@ def _create_biformer(variant: str, pretrained: bool = False, **kwargs) -> BiForm
     )
 
 
-def _cfg(url: str = "", **kwargs) -> dict:
-    return {
-        "url": url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "min_input_size": (3, 32, 32),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv1",
-        "classifier": "head.fc",
-        "license": "mit",
-        "paper_ids": "arXiv:2303.08810",
-        "paper_name": "BiFormer: Vision Transformer with Bi-Level Routing Attention",
-        "origin_url": "https://github.com/rayleizhu/BiFormer",
+def _cfg(**kwargs) -> dict:
+    return imagenet_cfg(
+        first_conv="stem.conv1",
+        license="mit",
+        paper_ids="arXiv:2303.08810",
+        paper_name="BiFormer: Vision Transformer with Bi-Level Routing Attention",
+        origin_url="https://github.com/rayleizhu/BiFormer",
         **kwargs,
-    }
+    )
 
 
 def _released(share: str) -> str:

@@ -4,11 +4,9 @@ Paper: `BViT: Broad Attention based Vision Transformer` - https://arxiv.org/abs/
 Published code: https://github.com/DRL-CASIA/Broad_ViT
 """
 import math
-import re
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     ClassifierHead,
     DropPath,
@@ -27,7 +25,7 @@ from timm.models.vision_transformer import init_weights_vit_timm
 from torch import nn
 
 from ._layers import split_qkv
-from ._released import build_with_released_weights
+from ._released import build_with_released_weights, imagenet_cfg, rename, unwrap
 
 __all__ = ["BViT"]
 
@@ -340,8 +338,7 @@ def _square_side(pos_embed: torch.Tensor) -> int:
 def _from_published(state_dict: dict[str, torch.Tensor], stem_stride: int) -> dict[str, torch.Tensor]:
     out = {}
     for name, value in state_dict.items():
-        for pattern, replacement in _RENAMES:
-            name = re.sub(pattern, replacement, name)
+        name = rename(name, _RENAMES)
         if name == "patch_embed.proj.weight":
             # A linear layer over patches that were flattened row by row, the channel fastest.
             value = value.unflatten(1, (PATCH_SIZE, PATCH_SIZE, -1)).permute(0, 3, 1, 2)
@@ -354,8 +351,7 @@ def _from_published(state_dict: dict[str, torch.Tensor], stem_stride: int) -> di
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: BViT) -> dict[str, torch.Tensor]:
     """Rename the entries of a published BViT checkpoint, and resample the positions of one for another image size."""
-    state_dict = state_dict.get("model", state_dict)
-    state_dict = state_dict.get("state_dict", state_dict)
+    state_dict = unwrap(state_dict)
     if "pos_embedding" in state_dict:
         state_dict = _from_published(state_dict, model.stem_stride)
     pos_embed = state_dict.get("pos_embed")
@@ -377,24 +373,15 @@ def _create_bvit(variant: str, pretrained: bool = False, **kwargs) -> BViT:
     )
 
 
-def _cfg(url: str = "", **kwargs) -> dict:
-    return {
-        "url": url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "min_input_size": (3, 32, 32),
-        "pool_size": None,
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem",
-        "classifier": "head.fc",
-        "paper_ids": "arXiv:2202.06268",
-        "paper_name": "BViT: Broad Attention based Vision Transformer",
-        "origin_url": "https://github.com/DRL-CASIA/Broad_ViT",
+def _cfg(**kwargs) -> dict:
+    return imagenet_cfg(
+        pool_size=None,
+        first_conv="stem",
+        paper_ids="arXiv:2202.06268",
+        paper_name="BViT: Broad Attention based Vision Transformer",
+        origin_url="https://github.com/DRL-CASIA/Broad_ViT",
         **kwargs,
-    }
+    )
 
 
 default_cfgs = generate_default_cfgs({

@@ -8,7 +8,6 @@ published configuration has 95.5 M, and is followed.
 """
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import calculate_drop_path_rates, register_notrace_module, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
@@ -16,7 +15,7 @@ from torch import nn
 from ops import BiLevelRoutingAttention, RegionGrid, Routing, conv_channels_last, route_regions, routed_attention
 
 from ._layers import Block, Downsample, HierarchicalNetwork, Stage, Stem, rename_published
-from ._released import build_with_released_weights
+from ._released import build_with_released_weights, imagenet_cfg
 
 __all__ = ["DeBiFormer"]
 
@@ -359,21 +358,11 @@ def _create_debiformer(variant: str, pretrained: bool = False, **kwargs) -> DeBi
 
 
 def _cfg(**kwargs) -> dict:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "min_input_size": (3, 32, 32),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv1",
-        "classifier": "head.fc",
-        "paper_name": "DeBiFormer: Vision Transformer with Deformable Agent Bi-level Routing Attention",
+    return imagenet_cfg(
+        first_conv="stem.conv1",
+        paper_name="DeBiFormer: Vision Transformer with Deformable Agent Bi-level Routing Attention",
         **kwargs,
-    }
+    )
 
 
 default_cfgs = generate_default_cfgs({

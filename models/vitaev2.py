@@ -7,11 +7,9 @@ Published code and weights: https://github.com/ViTAE-Transformer/ViTAE-Transform
 Every map is held channels last, so that linear layers, layer norms, windows and convolutions all read the same memory.
 """
 import math
-import re
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp, calculate_drop_path_rates, register_notrace_module
 from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import window_partition, window_reverse
@@ -20,7 +18,7 @@ from torch import nn
 from ops import conv_channels_last
 
 from ._layers import HierarchicalNetwork, Stage, split_qkv
-from ._released import build_with_released_weights
+from ._released import build_with_released_weights, imagenet_cfg, rename, unwrap
 
 __all__ = ["ViTAEv2"]
 
@@ -381,16 +379,14 @@ _RENAMES = [
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Rename the entries of a published ViTAEv2 checkpoint; entries of our own checkpoints pass unchanged."""
-    for key in ("model", "state_dict"):
-        state_dict = state_dict.get(key, state_dict)
+    state_dict = unwrap(state_dict)
     if "stages.0.downsample.norm1.weight" in state_dict:
         return state_dict
     out = {}
     for name, value in state_dict.items():
         if name.endswith(".relative_position_index"):  # indices into a table of biases that these models do without
             continue
-        for pattern, replacement in _RENAMES:
-            name = re.sub(pattern, replacement, name)
+        name = rename(name, _RENAMES)
         out[name] = value
     return out
 
@@ -406,28 +402,18 @@ def _create_vitaev2(variant: str, pretrained: bool = False, **kwargs) -> ViTAEv2
     )
 
 
-def _cfg(url: str = "", **kwargs) -> dict:
-    return {
-        "url": url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "min_input_size": (3, 32, 32),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": (
+def _cfg(**kwargs) -> dict:
+    return imagenet_cfg(
+        first_conv=(
             *(f"stages.0.downsample.prm.convs.{i}" for i in range(4)),
             "stages.0.downsample.pcm.conv1",
         ),
-        "classifier": "head.fc",
-        "paper_ids": "arXiv:2202.10108",
-        "paper_name": "ViTAEv2: Vision Transformer Advanced by Exploring Inductive Bias for Image Recognition and "
+        paper_ids="arXiv:2202.10108",
+        paper_name="ViTAEv2: Vision Transformer Advanced by Exploring Inductive Bias for Image Recognition and "
         "Beyond",
-        "origin_url": "https://github.com/ViTAE-Transformer/ViTAE-Transformer",
+        origin_url="https://github.com/ViTAE-Transformer/ViTAE-Transformer",
         **kwargs,
-    }
+    )
 
 
 default_cfgs = generate_default_cfgs({
