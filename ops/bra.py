@@ -1,4 +1,6 @@
 """Bi-level routing attention as a ready module."""
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -7,7 +9,7 @@ from .regions import RegionGrid
 from .routing import Routing, route_regions
 
 
-def conv_channels_last(conv: nn.Module, x_BHWC: torch.Tensor) -> torch.Tensor:
+def conv_channels_last(conv: Callable[[torch.Tensor], torch.Tensor], x_BHWC: torch.Tensor) -> torch.Tensor:
     """Apply a convolution to a (B, H, W, C) map, without a copy on either side."""
     return conv(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
