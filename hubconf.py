@@ -9,3 +9,13 @@ from models.biformer import (  # noqa: E402, F401
     biformer_stl_nchw,
     biformer_tiny,
 )
+from models.bvit import bvit_5m, bvit_22m  # noqa: E402, F401
+from models.debiformer import (  # noqa: E402, F401
+    debi_base,
+    debi_small,
+    debi_tiny,
+    debiformer_base,
+    debiformer_small,
+    debiformer_tiny,
+)
+from models.vitaev2 import vitaev2_48m, vitaev2_b, vitaev2_s  # noqa: E402, F401

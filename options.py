@@ -16,6 +16,8 @@ import yaml
 from utils import UsageError
 
 DATA_SETS = ("IMNET", "image_folder", "CIFAR10", "CIFAR100", "digits")
+# Names that models were published under, for those that timm's style writes otherwise.
+PUBLISHED_NAMES = {"BViT-5": "bvit_5m", "BViT-22": "bvit_22m"}
 # Of no meaning for another run: what started this one.
 _NOT_SAVED = ("config", "local_rank")
 
@@ -32,6 +34,10 @@ def _data_set(text: str) -> str:
     if text in DATA_SETS or text.startswith("wds/"):
         return text
     raise argparse.ArgumentTypeError(f"{text!r} is no data set; choose from {', '.join(DATA_SETS)}, wds/NAME")
+
+
+def _model(text: str) -> str:
+    return PUBLISHED_NAMES.get(text, text)
 
 
 def _input_size(text: str) -> int | tuple[int, int]:
@@ -57,10 +63,11 @@ def _key_value(text: str) -> tuple[str, object]:
 class _Parser(argparse.ArgumentParser):
     """Takes every flag with hyphens too, and raises `UsageError`, one line, where argparse would print its usage."""
 
-    def flag(self, name: str, default=None, **kwargs):
+    def flag(self, name: str, default=None, alias: str | None = None, **kwargs):
         if isinstance(default, bool):
             kwargs.update(type=_boolean, nargs="?", const=True, metavar="BOOL")
-        self.add_argument(f"--{name}", default=default, **kwargs)
+        names = [name] if alias is None else [name, alias]
+        self.add_argument(*(f"--{n}" for n in names), default=default, **kwargs)
 
     def names(self) -> list[str]:
         return [action.dest for action in self._actions if action.dest != "help"]
@@ -86,7 +93,8 @@ def build_parser() -> argparse.ArgumentParser:
     flag("config", metavar="YAML", help="recipe to start from; flags given here win over it")
     flag("local_rank", type=int, help=argparse.SUPPRESS)
 
-    flag("model", "biformer_small", help="any model that timm knows, ours included")
+    flag("model", "biformer_small", alias="arch", type=_model, metavar="MODEL",
+         help=f"any model that timm knows, ours included; as published too: {', '.join(PUBLISHED_NAMES)}")
     flag("model_kwargs", [], type=_key_value, nargs="*", metavar="KEY=VALUE", help="arguments of the model")
     flag("input_size", 224, type=_input_size, metavar="PIXELS", help="side of the image, or HEIGHTxWIDTH")
     flag("nb_classes", type=int, help="number of classes (default: what the data holds)")
@@ -143,7 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("model_ema_eval", False, help="evaluate the average too, after every epoch")
 
     flag("distillation_type", "none", choices=["none", "soft", "hard"], help="how to learn from --teacher_model")
-    flag("teacher_model", help="any model that timm knows")
+    flag("teacher_model", type=_model, help="any model that timm knows")
     flag("teacher_path", metavar="CHECKPOINT", help="the teacher's weights (default: its published ones)")
     flag("distillation_alpha", 0.5, type=float, help="weight of the teacher, 0 to 1")
     flag("distillation_tau", 1.0, type=float, help="temperature of soft distillation")

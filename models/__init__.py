@@ -1,4 +1,8 @@
-"""Routed vision transformers, registered with timm: `import models`, then `timm.create_model("biformer_small")`."""
+"""Vision transformers, registered with timm: `import models`, then `timm.create_model("biformer_small")`."""
+from ._routing import collect_routing
 from .biformer import BiFormer
+from .bvit import BViT
+from .debiformer import DeBiFormer
+from .vitaev2 import ViTAEv2
 
-__all__ = ["BiFormer"]
+__all__ = ["BViT", "BiFormer", "DeBiFormer", "ViTAEv2", "collect_routing"]

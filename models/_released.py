@@ -1,12 +1,45 @@
-"""Weights that were released outside of timm's hub."""
+"""What a model's registration says, and weights that were released outside of timm's hub."""
 import argparse
 import pickle
+import re
 import shutil
 from pathlib import Path
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg
 from torch import nn
+
+
+def imagenet_cfg(**kwargs) -> dict:
+    """A default config of timm for ImageNet-1K at 224; `kwargs` add to it or win over it."""
+    common = dict(
+        url="",
+        num_classes=1000,
+        input_size=(3, 224, 224),
+        min_input_size=(3, 32, 32),
+        pool_size=(7, 7),
+        crop_pct=0.875,
+        interpolation="bicubic",
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        classifier="head.fc",
+    )
+    return common | kwargs
+
+
+def unwrap(checkpoint: dict) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint, which may lie bare in it, or as "model" or "state_dict"."""
+    for key in ("model", "state_dict"):
+        checkpoint = checkpoint.get(key, checkpoint)
+    return checkpoint
+
+
+def rename(name: str, renames: list[tuple[str, str]]) -> str:
+    """A published name as ours: every (pattern, replacement) in its turn."""
+    for pattern, replacement in renames:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def build_with_released_weights(model_cls: type[nn.Module], variant: str, pretrained: bool, **kwargs) -> nn.Module:

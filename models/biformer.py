@@ -2,23 +2,17 @@
 
 Paper: `BiFormer: Vision Transformer with Bi-Level Routing Attention` - https://arxiv.org/abs/2303.08810 (CVPR 2023)
 Published code and weights: https://github.com/rayleizhu/BiFormer
-
-Every map is held channels last, so that linear layers, layer norms, routing and depthwise convolutions all read the
-same memory and nothing is transposed between them.
 """
-import re
-
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, DropPath, Mlp, calculate_drop_path_rates, register_notrace_module, trunc_normal_
-from timm.models import checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.layers import Mlp, calculate_drop_path_rates, register_notrace_module
+from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from ops import BiLevelRoutingAttention, conv_channels_last
 
-from ._released import build_with_released_weights
+from ._layers import Block, Downsample, HierarchicalNetwork, Stage, Stem, rename_published, split_qkv
+from ._released import build_with_released_weights, imagenet_cfg
 
 __all__ = ["BiFormer"]
 
@@ -47,94 +41,13 @@ class LePEAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
         qkv = self.qkv(x)
-        query, key, value = qkv.flatten(1, 2).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        query, key, value = split_qkv(qkv.flatten(1, 2), self.num_heads)
         attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(x.shape)
         lepe = conv_channels_last(self.lepe, qkv.chunk(3, dim=-1)[2] if self.lepe_on_value else x)
         return self.proj(attended + lepe)
 
 
-class BiFormerBlock(nn.Module):
-    """Depthwise position encoding, attention and MLP, each on a residual path."""
-
-    def __init__(
-        self,
-        dim: int,
-        attn: nn.Module,
-        mlp_ratio: float = 3.0,
-        pos_conv: bool = True,
-        drop_path: float = 0.0,
-        device=None,
-        dtype=None,
-    ):
-        super().__init__()
-        dd = dict(device=device, dtype=dtype)
-        self.pos_embed = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, **dd) if pos_conv else None
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
-        self.attn = attn
-        self.drop_path1 = DropPath(drop_path)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
-        self.drop_path2 = DropPath(drop_path)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, H, W, dim) -> (B, H, W, dim)."""
-        if self.pos_embed is not None:
-            x = x + conv_channels_last(self.pos_embed, x)
-        x = x + self.drop_path1(self.attn(self.norm1(x)))
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
-
-
-class Stem(nn.Sequential):
-    """Image to a map of a quarter of its size: two overlapping convolutions, or one patch embedding ("stl" layout)."""
-
-    def __init__(self, in_chans: int, dim: int, patchify: bool = False, device=None, dtype=None):
-        dd = dict(device=device, dtype=dtype)
-        super().__init__()
-        if patchify:
-            self.conv1 = nn.Conv2d(in_chans, dim, kernel_size=4, stride=4, **dd)
-            self.norm1 = nn.BatchNorm2d(dim, **dd)
-        else:
-            self.conv1 = nn.Conv2d(in_chans, dim // 2, kernel_size=3, stride=2, padding=1, **dd)
-            self.norm1 = nn.BatchNorm2d(dim // 2, **dd)
-            self.act1 = nn.GELU()
-            self.conv2 = nn.Conv2d(dim // 2, dim, kernel_size=3, stride=2, padding=1, **dd)
-            self.norm2 = nn.BatchNorm2d(dim, **dd)
-
-
-class Downsample(nn.Sequential):
-    """Halve a map between stages: convolution and norm, or norm and convolution ("stl" layout)."""
-
-    def __init__(self, dim: int, out_dim: int, patchify: bool = False, device=None, dtype=None):
-        dd = dict(device=device, dtype=dtype)
-        super().__init__()
-        if patchify:
-            self.norm = nn.BatchNorm2d(dim, **dd)
-            self.conv = nn.Conv2d(dim, out_dim, kernel_size=2, stride=2, **dd)
-        else:
-            self.conv = nn.Conv2d(dim, out_dim, kernel_size=3, stride=2, padding=1, **dd)
-            self.norm = nn.BatchNorm2d(out_dim, **dd)
-
-
-class BiFormerStage(nn.Module):
-    """Optional downsampling, then blocks. NCHW in and out, channels last in memory."""
-
-    def __init__(self, downsample: nn.Module, blocks: list[nn.Module]):
-        super().__init__()
-        self.grad_checkpointing = False
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) -> (B, C', H', W')."""
-        x = self.downsample(x).permute(0, 2, 3, 1)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x)
-        else:
-            x = self.blocks(x)
-        return x.permute(0, 3, 1, 2)
-
-
-class BiFormer(nn.Module):
+class BiFormer(HierarchicalNetwork):
     """BiFormer image classifier and feature extractor. Takes (B, in_chans, H, W) images from 32 x 32 up.
 
     Args:
@@ -177,7 +90,6 @@ class BiFormer(nn.Module):
         device=None,
         dtype=None,
     ):
-        super().__init__()
         num_routed = len(dims) - 1
         topk = (topk,) * num_routed if isinstance(topk, int) else tuple(topk)
         if layout not in ("conv", "stl"):
@@ -186,14 +98,7 @@ class BiFormer(nn.Module):
             raise ValueError(f"topk must be one number or {num_routed}, one for each routed stage, got {topk}")
         dd = dict(device=device, dtype=dtype)
         patchify = layout == "stl"
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.num_features = dims[-1]
-        self.feature_info = [
-            dict(num_chs=dim, reduction=2 ** (i + 2), module=f"stages.{i}") for i, dim in enumerate(dims)
-        ]
-
-        self.stem = Stem(in_chans, dims[0], patchify, **dd)
+        stem = Stem(in_chans, dims[0], patchify, **dd)
         drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         for i, dim in enumerate(dims):
@@ -205,135 +110,29 @@ class BiFormer(nn.Module):
                     )
                 else:
                     attn = LePEAttention(dim, lepe_on_value=lepe_on_value, **dd)
-                blocks.append(BiFormerBlock(dim, attn, mlp_ratio, not patchify, drop_path, **dd))
+                mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
+                blocks.append(Block(dim, attn, mlp, not patchify, drop_path, **dd))
             downsample = Downsample(dims[i - 1], dim, patchify, **dd) if i else nn.Identity()
-            stages.append(BiFormerStage(downsample, blocks))
-        self.stages = nn.Sequential(*stages)
-        self.norm = nn.BatchNorm2d(self.num_features, **dd)
-        self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate, **dd)
-        self.head_hidden_size = self._pooled_features()
-        self.apply(self._init_weights)
-
-    @staticmethod
-    def _init_weights(module: nn.Module):
-        if isinstance(module, nn.Linear):
-            trunc_normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-
-    def _pooled_features(self) -> int:
-        return self.num_features * self.head.global_pool.feat_mult()
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        return set()
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict:
-        return dict(
-            stem=r"^stem",
-            blocks=r"^stages\.(\d+)" if coarse else [
-                (r"^stages\.(\d+)\.downsample", (0,)),
-                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-                (r"^norm", (99999,)),
-            ],
+            stages.append(Stage(downsample, blocks))
+        super().__init__(
+            stem,
+            stages,
+            dims,
+            nn.BatchNorm2d(dims[-1], **dd),
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            **dd,
         )
 
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True):
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
 
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None):
-        """Replace the classifier by one of `num_classes` classes (0: none), and the pooling if one is given."""
-        self.num_classes = num_classes
-        self.head.reset(num_classes, pool_type=global_pool)
-        self.head_hidden_size = self._pooled_features()
-
-    def forward_intermediates(
-        self,
-        x: torch.Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """The maps after the chosen stages, and the final features.
-
-        Args:
-            x: (B, in_chans, H, W) images.
-            indices: The last n stages if a number, all if None, else the stages listed.
-            norm: Apply the final norm to the last stage's map.
-            stop_early: Stop after the last stage asked for; the final features are then that stage's map.
-            output_fmt: "NCHW", the one format there is.
-            intermediates_only: Return the maps alone.
-
-        Returns:
-            [(B, C_i, H_i, W_i), ...], or ((B, C, H / 32, W / 32) features, that list).
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        last_index = len(self.stages) - 1
-        stages = self.stages[: max_index + 1] if stop_early else self.stages
-        intermediates = []
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))
-        for i, stage in enumerate(stages):
-            x = stage(x)
-            if i in take_indices:
-                intermediates.append(self.norm(x) if norm and i == last_index else x)
-        if intermediates_only:
-            return intermediates
-        if i == last_index:
-            x = self.norm(x)
-        return x, intermediates
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop the layers that the stages in `indices` do not need; returns those stages' indices."""
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        truncated = max_index < len(self.stages) - 1
-        self.stages = self.stages[: max_index + 1]
-        if prune_norm or truncated:
-            self.norm = nn.Identity()
-        if truncated:
-            self.num_features = self.head.in_features = self.feature_info[max_index]["num_chs"]
-        if prune_head or truncated:
-            self.reset_classifier(0, "")
-        return take_indices
-
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, in_chans, H, W) -> (B, num_features, H / 32, W / 32), normed and not pooled."""
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))
-        return self.norm(self.stages(x))
-
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """(B, num_features, h, w) -> (B, num_classes) logits, or (B, num_features) before the classifier."""
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, in_chans, H, W) -> (B, num_classes) logits."""
-        return self.forward_head(self.forward_features(x))
-
-
-# Published name -> ours, tried in this order. The names of the third line differ between the published checkpoints.
+# Published name -> ours, tried in this order. The first two differ between the published checkpoints.
 _RENAMES = [
-    (r"^downsample_layers\.0\.0\.", r"stem.conv1."),
-    (r"^downsample_layers\.0\.1\.", r"stem.norm1."),
-    (r"^downsample_layers\.0\.3\.", r"stem.conv2."),
-    (r"^downsample_layers\.0\.4\.", r"stem.norm2."),
-    (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
     (r"\.attn\.(qkv\.qkv|qkv_linear)\.", r".attn.qkv."),
     (r"\.attn\.(wo|output_linear)\.", r".attn.proj."),
     (r"\.mlp\.0\.", r".mlp.fc1."),
     (r"\.mlp\.[23]\.", r".mlp.fc2."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
 ]
 
 
@@ -343,24 +142,7 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     Takes all published layouts: biformer_{tiny,small,base}, biformer_stl, and biformer_stl_nchw, whose linear layers
     are stored as 1 x 1 convolutions.
     """
-    state_dict = state_dict.get("model", state_dict)
-    if "stem.conv1.weight" in state_dict:
-        return state_dict
-    out = {}
-    for name, value in state_dict.items():
-        downsample = re.match(r"downsample_layers\.([1-3])\.([01])\.(.+)", name)
-        if downsample:
-            # The conv layout has the convolution first, the stl layout the norm.
-            i, j, leaf = downsample.groups()
-            weight = state_dict.get(f"downsample_layers.{i}.{j}.weight")
-            is_conv = weight is not None and weight.ndim == 4
-            name = f"stages.{i}.downsample.{'conv' if is_conv else 'norm'}.{leaf}"
-        for pattern, replacement in _RENAMES:
-            name = re.sub(pattern, replacement, name)
-        if re.search(r"\.(qkv|proj|fc1|fc2)\.weight$", name) and value.ndim == 4:
-            value = value.flatten(1)
-        out[name] = value
-    return out
+    return rename_published(state_dict, model, _RENAMES)
 
 
 def _create_biformer(variant: str, pretrained: bool = False, **kwargs) -> BiFormer:
@@ -374,25 +156,15 @@ def _create_biformer(variant: str, pretrained: bool = False, **kwargs) -> BiForm
     )
 
 
-def _cfg(url: str = "", **kwargs) -> dict:
-    return {
-        "url": url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "min_input_size": (3, 32, 32),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv1",
-        "classifier": "head.fc",
-        "license": "mit",
-        "paper_ids": "arXiv:2303.08810",
-        "paper_name": "BiFormer: Vision Transformer with Bi-Level Routing Attention",
-        "origin_url": "https://github.com/rayleizhu/BiFormer",
+def _cfg(**kwargs) -> dict:
+    return imagenet_cfg(
+        first_conv="stem.conv1",
+        license="mit",
+        paper_ids="arXiv:2303.08810",
+        paper_name="BiFormer: Vision Transformer with Bi-Level Routing Attention",
+        origin_url="https://github.com/rayleizhu/BiFormer",
         **kwargs,
-    }
+    )
 
 
 def _released(share: str) -> str:

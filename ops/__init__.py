@@ -8,12 +8,13 @@
 from .attention import IMPLS, choose_impl, routed_attention, unsupported
 from .bra import BiLevelRoutingAttention, conv_channels_last
 from .regions import RegionGrid
-from .routing import region_means, route_regions
+from .routing import Routing, region_means, route_regions
 
 __all__ = [
     "IMPLS",
     "BiLevelRoutingAttention",
     "RegionGrid",
+    "Routing",
     "choose_impl",
     "conv_channels_last",
     "region_means",

@@ -1,13 +1,15 @@
 """Bi-level routing attention as a ready module."""
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from .attention import routed_attention, unsupported
 from .regions import RegionGrid
-from .routing import route_regions
+from .routing import Routing, route_regions
 
 
-def conv_channels_last(conv: nn.Module, x_BHWC: torch.Tensor) -> torch.Tensor:
+def conv_channels_last(conv: Callable[[torch.Tensor], torch.Tensor], x_BHWC: torch.Tensor) -> torch.Tensor:
     """Apply a convolution to a (B, H, W, C) map, without a copy on either side."""
     return conv(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
@@ -70,11 +72,20 @@ class BiLevelRoutingAttention(nn.Module):
         self.lepe = nn.Conv2d(dim, dim, kernel_size=5, padding=2, groups=dim, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
 
+    def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values, (B, H, W, heads, head_dim) each, as views of one projection."""
+        return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+
+    def routing(self, x: torch.Tensor) -> Routing:
+        """The regions that each region of a (B, H, W, dim) map attends to."""
+        grid = RegionGrid.fit(*x.shape[1:3], self.num_regions)
+        query, key, _ = self._project(x)
+        return Routing(route_regions(query, key, grid, grid, self.topk), grid, grid)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
-        height, width = x.shape[1:3]
-        grid = RegionGrid.fit(height, width, self.num_regions)
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        grid = RegionGrid.fit(*x.shape[1:3], self.num_regions)
+        query, key, value = self._project(x)
         routes = route_regions(query, key, grid, grid, self.topk)
         attended = routed_attention(query, key, value, routes, grid, grid, self.scale, self.attn_impl).flatten(3)
         lepe = conv_channels_last(self.lepe, value.flatten(3))

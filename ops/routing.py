@@ -1,10 +1,26 @@
 """Region-to-region routing: which key regions each query region attends to (BiFormer, section 3.2)."""
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
 
 from .regions import RegionGrid
+
+
+class Routing(NamedTuple):
+    """Where an attention looks: for pictures and studies.
+
+    routes: (B, Rq, K) int64, the key regions of each query region, the most similar first.
+    query_grid: Regions of the queries' map.
+    key_grid: Regions of the keys' map.
+    points: Where the queries were read if they are not the map's own tokens, (B, groups, Hq, Wq, 2) as (y, x), from -1
+        (the first row or column) to 1 (the last).
+    """
+    routes: torch.Tensor
+    query_grid: RegionGrid
+    key_grid: RegionGrid
+    points: torch.Tensor | None = None
 
 
 def region_means(x_BHWND: torch.Tensor, grid: RegionGrid) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Measure models or the attention op side by side: interleaved, in one process, medians with their spread.
 
     python scripts/benchmark.py models biformer_tiny swin_tiny_patch4_window7_224 --batch_size 8
+    python scripts/benchmark.py models biformer_tiny biformer_tiny:attn_impl=gather --modes infer
     python scripts/benchmark.py op --batch_size 8
     python scripts/benchmark.py all                         # everything there is to say about a machine, in minutes
     python scripts/benchmark.py plot benchmarks/RECORD.json # draw what `all` found once more
@@ -39,10 +40,17 @@ def trial_of(args: argparse.Namespace) -> Trial:
     return Trial(torch.device(args.device), least_rounds=args.rounds, most_rounds=args.rounds)
 
 
+def contender(text: str) -> networks.Contender:
+    """`NAME`, or `NAME:KEYWORD=VALUE` with words for values, as one to be measured."""
+    name, _, keywords = text.partition(":")
+    kwargs = tuple(tuple(keyword.split("=", 1)) for keyword in keywords.split(",") if keyword)
+    return networks.Contender(name, kwargs, text)
+
+
 def benchmark_models(args: argparse.Namespace) -> list[dict]:
     """Rows of networks.measure, for each mode."""
     results = []
-    contenders = tuple(networks.Contender(name) for name in args.models)
+    contenders = tuple(contender(text) for text in args.models)
     for mode in args.modes:
         setting = networks.Setting(mode, args.batch_size, args.input_size, args.amp, args.channels_last, args.compile)
         results += networks.measure(networks.Group(contenders, args.reference, setting), trial_of(args))
@@ -120,7 +128,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     of_models = commands.add_parser("models", help="images per second and memory of timm models")
-    of_models.add_argument("models", nargs="*", default=DEFAULT_MODELS, help=" ".join(DEFAULT_MODELS))
+    of_models.add_argument("models", nargs="*", default=DEFAULT_MODELS, help="NAME or NAME:KEYWORD=VALUE")
     of_models.add_argument("--reference", default="swin_tiny_patch4_window7_224", help="what ratios are to")
     of_models.add_argument("--input_size", type=int, default=224)
     of_models.add_argument("--channels_last", action="store_true", help="hold images and weights channels last")
@@ -160,7 +168,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace):
     if args.command == "plot" and not args.record.is_file():
         parser.error(f"no record at {args.record}")
     if args.command == "models":
-        unknown = [name for name in [*args.models, args.reference] if not timm.is_model(name)]
+        names = [text.partition(":")[0] for text in [*args.models, args.reference]]
+        unknown = [name for name in names if not timm.is_model(name)]
         if unknown:
             parser.error(f"unknown model {', '.join(unknown)}")
         if args.reference not in args.models:

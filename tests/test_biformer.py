@@ -1,18 +1,11 @@
-import argparse
-import json
-from pathlib import Path
-
-import numpy as np
 import pytest
 import timm
 import torch
-from fvcore.nn import FlopCountAnalysis
-from golden import fill_, image
+from published import assert_agrees, gmacs, published_state_dict, save_published
 
 import models  # noqa: F401
 from models.biformer import checkpoint_filter_fn
 
-DATA = Path(__file__).parent / "data"
 PUBLISHED = ["biformer_tiny", "biformer_small", "biformer_base", "biformer_stl", "biformer_stl_nchw"]
 # parameters, GMACs at 224
 COSTS = {
@@ -23,41 +16,18 @@ COSTS = {
 }
 
 
-def published_state_dict(name):
-    """A checkpoint as it was published, with values made from the names."""
-    layout = json.loads(str(np.load(DATA / f"{name}.npz")["state_dict"]))
-    dtypes = {name: torch.int64 if name.endswith("num_batches_tracked") else torch.float64 for name, _ in layout}
-    return {name: fill_(name, torch.empty(shape, dtype=dtypes[name])) for name, shape in layout}
-
-
 @pytest.fixture
 def published_file(tmp_path):
-    """biformer_tiny's published file: its command line lies beside the weights."""
-    path = tmp_path / "biformer_tiny.pth"
-    weights = {k: v.float() if v.is_floating_point() else v for k, v in published_state_dict("biformer_tiny").items()}
-    torch.save({"model": weights, "args": argparse.Namespace(lr=5e-4, model="biformer_tiny")}, path)
-    return path
+    return save_published("biformer_tiny", tmp_path / "biformer_tiny.pth")
 
 
 @pytest.mark.parametrize(
     "name,impl", [*((name, "auto") for name in PUBLISHED), ("biformer_tiny", "gather"), ("biformer_tiny", "masked")]
 )
 def test_agrees_with_the_published_network(name, impl):
-    golden = np.load(DATA / f"{name}.npz")
     model = timm.create_model(name, attn_impl=impl).double().eval()
     model.load_state_dict(checkpoint_filter_fn({"model": published_state_dict(name)}, model))
-    with torch.inference_mode():
-        features, stages = model.forward_intermediates(image(224, 224))
-        logits = model.forward_head(features)[0]
-
-    def relative_error(ours, expected):
-        return np.abs(ours.numpy() - expected).max() / np.abs(expected).max()
-
-    assert relative_error(logits, golden["logits"]) < 1e-8
-    for i, stage in enumerate(stages):
-        assert list(stage.shape) == list(golden[f"stage{i}_shape"])
-        assert relative_error(stage[0].flatten(1).mean(1), golden[f"stage{i}_mean"]) < 1e-8
-        assert relative_error(stage[0].flatten(1).std(1), golden[f"stage{i}_std"]) < 1e-8
+    assert_agrees(model, name)
 
 
 @pytest.mark.parametrize("name", COSTS)
@@ -71,10 +41,7 @@ def test_nano_is_small():
 
 @pytest.mark.parametrize("name", COSTS)
 def test_flops(name):
-    model = timm.create_model(name, attn_impl="gather").eval()
-    counter = FlopCountAnalysis(model, torch.randn(1, 3, 224, 224))
-    counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    assert counter.total() / 1e9 == pytest.approx(COSTS[name][1], rel=0.01)
+    assert gmacs(timm.create_model(name, attn_impl="gather")) == pytest.approx(COSTS[name][1], rel=0.01)
 
 
 def test_regions_and_topk_are_open_to_the_caller():

@@ -5,13 +5,17 @@ import inspect
 import pytest
 import timm
 import torch
+from timm.layers import get_channel_dim
 from timm.models._features_fx import create_feature_extractor
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 
 import models
 
-NAMES = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("models.")]
+ALIASES = {"debi_tiny", "debi_small", "debi_base"}
+OURS = {name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("models.")}
+NAMES = sorted(OURS - ALIASES)
 SMALLEST = "biformer_nano"
+SMALLEST_OF_EACH_FAMILY = [SMALLEST, "bvit_5m", "debiformer_tiny", "vitaev2_s"]
 
 
 def create(name, **kwargs):
@@ -19,9 +23,24 @@ def create(name, **kwargs):
     return timm.create_model(name, **kwargs)
 
 
+def output_fmt(model):
+    """Most features are maps; those of plain vision transformers are tokens, as in timm."""
+    return getattr(model, "output_fmt", "NCHW")
+
+
+def channels(model, features):
+    return features.shape[get_channel_dim(output_fmt(model))]
+
+
+def of_the_image(model, features):
+    """Features without the class token."""
+    return features[:, model.num_prefix_tokens :] if output_fmt(model) == "NLC" else features
+
+
 def test_names():
     assert {"biformer_nano", "biformer_tiny", "biformer_small", "biformer_base", "biformer_stl"} <= set(NAMES)
-    assert models.BiFormer is type(create(SMALLEST))
+    assert {"bvit_5m", "bvit_22m"} <= set(NAMES) and ALIASES < OURS
+    assert models.BiFormer is type(create(SMALLEST)) and models.BViT is type(create("bvit_5m"))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -37,10 +56,13 @@ def test_forward_backward(name):
 def test_default_cfg(name):
     model = create(name).eval()
     cfg, names = model.default_cfg, set(model.state_dict())
-    assert f"{cfg['classifier']}.weight" in names and f"{cfg['first_conv']}.weight" in names
+    first_convs = [cfg["first_conv"]] if isinstance(cfg["first_conv"], str) else cfg["first_conv"]
+    assert {f"{name}.weight" for name in (cfg["classifier"], *first_convs)} <= names
     x = torch.randn(1, *cfg["input_size"])
     features = model.forward_features(x)
-    assert features.shape == (1, model.num_features, *cfg["pool_size"])
+    assert len(features) == 1 and channels(model, features) == model.num_features
+    if output_fmt(model) == "NCHW":
+        assert features.shape[2:] == cfg["pool_size"]
     assert model.forward_head(features, pre_logits=True).shape == (1, model.head_hidden_size)
     assert model.forward_head(features).shape == (1, 1000)
     model.reset_classifier(0)
@@ -61,13 +83,14 @@ def test_any_input_size(name, size):
 def test_features_only(name):
     model = create(name, features_only=True).eval()
     info = model.feature_info
-    assert info.reduction() == [4, 8, 16, 32]
-    for features, channels, reduction in zip(
+    assert info.reduction() == ([4, 8, 16, 32] if len(info) == 4 else [16, 16, 16])
+    for features, width, reduction in zip(
         model(torch.randn(1, 3, 96, 128)), info.channels(), info.reduction(), strict=True
     ):
-        assert features.shape == (1, channels, 96 // reduction, 128 // reduction)
+        assert features.shape == (1, width, 96 // reduction, 128 // reduction)
     some = create(name, features_only=True, out_indices=(1, 3))
-    assert [f.shape[1] for f in some(torch.randn(1, 3, 64, 64))] == [info.channels()[1], info.channels()[3]]
+    assert [f.shape[1] for f in some(torch.randn(1, 3, 64, 64))] == some.feature_info.channels()
+    assert [m.split(".")[1] for m in some.feature_info.module_name()] == ["1", "3"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -77,11 +100,13 @@ def test_forward_intermediates(name):
     final, maps = model.forward_intermediates(x)
     torch.testing.assert_close(final, model.forward_features(x))
     assert [m.shape[1] for m in maps] == [info["num_chs"] for info in model.feature_info]
-    only = model.forward_intermediates(x, indices=2, intermediates_only=True, norm=True)
+    only = model.forward_intermediates(
+        x, indices=2, intermediates_only=True, norm=True, output_fmt=output_fmt(model)
+    )
     assert len(only) == 2
-    torch.testing.assert_close(only[-1], final)
+    torch.testing.assert_close(only[-1], of_the_image(model, final))
     with pytest.raises(ValueError, match="NCHW"):
-        model.forward_intermediates(x, output_fmt="NLC")
+        model.forward_intermediates(x, output_fmt="NHWC")
 
     pruned = copy.deepcopy(model)
     assert pruned.prune_intermediate_layers([0, 1]) == [0, 1]
@@ -89,7 +114,7 @@ def test_forward_intermediates(name):
     for a, b in zip(early, maps[:2], strict=True):
         torch.testing.assert_close(a, b)
     assert sum(p.numel() for p in pruned.parameters()) < sum(p.numel() for p in model.parameters()) / 2
-    assert pruned(x).shape[1] == pruned.num_features
+    assert channels(pruned, pruned(x)) == pruned.num_features
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -147,9 +172,9 @@ def test_entry_point_merges_keywords(name):
     assert list(signature.parameters) == ["pretrained", "kwargs"]
 
 
-@pytest.mark.parametrize("name", [SMALLEST, "biformer_stl"])
+@pytest.mark.parametrize("name", [*SMALLEST_OF_EACH_FAMILY, "biformer_stl"])
 def test_compiles_into_one_graph(name):
-    """One model of each layout; the others differ in depth and width alone."""
+    """One model of each family and layout; the others differ in depth and width alone."""
     model = create(name, num_classes=4).eval()
     x = torch.randn(2, 3, 96, 64)
     expected = model(x)
@@ -158,17 +183,19 @@ def test_compiles_into_one_graph(name):
     torch.compile(model, fullgraph=True, backend="aot_eager")(x).sum().backward()
 
 
-def test_export_with_a_dynamic_batch():
-    model = create(SMALLEST, num_classes=4).eval()
+@pytest.mark.parametrize("name", SMALLEST_OF_EACH_FAMILY)
+def test_export_with_a_dynamic_batch(name):
+    model = create(name, num_classes=4).eval()
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(model, (torch.randn(2, 3, 64, 96),), dynamic_shapes=({0: batch},))
     x = torch.randn(5, 3, 64, 96)
     torch.testing.assert_close(program.module()(x), model(x))
 
 
-def test_fx_feature_extraction():
-    model = create(SMALLEST).eval()
-    extractor = create_feature_extractor(model, ["stages.1", "head.fc"])
+@pytest.mark.parametrize("name", SMALLEST_OF_EACH_FAMILY)
+def test_fx_feature_extraction(name):
+    model = create(name).eval()
+    extractor = create_feature_extractor(model, [model.feature_info[1]["module"], "head.fc"])
     x = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(extractor(x)["head.fc"], model(x))
 

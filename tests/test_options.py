@@ -1,9 +1,14 @@
+from pathlib import Path
+
 import pytest
+import timm
 import yaml
 
+import models  # noqa: F401
 import options
 from utils import UsageError
 
+RECIPES = Path(__file__).resolve().parent.parent / "configs" / "train"
 REQUIRED = ["--data_path", "data"]
 
 
@@ -43,6 +48,16 @@ def test_local_rank_as_old_launchers_pass_it():
     assert parse("--local-rank=1").local_rank == 1
 
 
+@pytest.mark.parametrize("published,ours", [("BViT-5", "bvit_5m"), ("BViT-22", "bvit_22m")])
+def test_published_names_of_models(published, ours, tmp_path):
+    assert parse("--arch", published).model == parse(f"--model={published}").model == ours
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"model: {published}\n")
+    assert parse("--config", str(recipe)).model == ours
+    assert parse("--config", str(recipe), "--arch", "biformer_tiny").model == "biformer_tiny"
+    assert set(options.PUBLISHED_NAMES.values()) <= set(timm.list_models())
+
+
 def test_input_size_may_be_a_pair():
     assert parse("--input_size", "224x320").input_size == (224, 320)
     assert parse("--input_size", "96").input_size == 96
@@ -74,9 +89,9 @@ def test_what_runs_can_be_run_again(tmp_path):
     assert again == args
 
 
-@pytest.mark.parametrize("path", ["biformer_tiny", "biformer_small", "biformer_base", "biformer_stl", "quickstart"])
+@pytest.mark.parametrize("path", sorted(path.stem for path in RECIPES.glob("*.yaml")))
 def test_recipes(path):
-    args = parse("--config", f"configs/train/{path}.yaml")
+    args = parse("--config", str(RECIPES / f"{path}.yaml"))
     assert args.model == ("biformer_nano" if path == "quickstart" else path)
 
 

@@ -1,0 +1,38 @@
+"""What a network's attentions look at, for pictures and studies."""
+import torch
+from torch import nn
+
+from ops import Routing
+
+
+@torch.inference_mode()
+def collect_routing(model: nn.Module, images: torch.Tensor) -> dict[str, Routing]:
+    """The routes of every routed attention of a network, and the points of deformable ones, for given images.
+
+    >>> routing = collect_routing(timm.create_model("debiformer_tiny").eval(), images)
+    >>> routing["stages.0.blocks.0.second.attn"].points.shape
+    torch.Size([1, 1, 7, 7, 2])
+
+    Args:
+        model: A network of this repository, in the mode that it should run in.
+        images: (B, in_chans, H, W).
+
+    Returns:
+        The `Routing` of each attention by the module's name, in the order of the forward pass.
+    """
+    found = {}
+
+    def hook_of(name: str):
+        return lambda module, inputs: found.__setitem__(name, module.routing(*inputs))
+
+    hooks = [
+        module.register_forward_pre_hook(hook_of(name))
+        for name, module in model.named_modules()
+        if hasattr(module, "routing")
+    ]
+    try:
+        model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found

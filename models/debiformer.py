@@ -1,0 +1,414 @@
+"""DeBiFormer: bi-level routing attention, and attention through agents that are read at deformable points.
+
+Paper: `DeBiFormer: Vision Transformer with Deformable Agent Bi-level Routing Attention` - ACCV 2024
+
+The published factories cannot be run as they are; the networks here are their configurations, held to tensors computed
+from the published code with what stops it mended. The paper's table gives 77 M parameters for the base model, the
+published configuration has 95.5 M, and is followed.
+"""
+import torch
+import torch.nn.functional as F
+from timm.layers import calculate_drop_path_rates, register_notrace_module, trunc_normal_
+from timm.models import generate_default_cfgs, register_model
+from torch import nn
+
+from ops import BiLevelRoutingAttention, RegionGrid, Routing, conv_channels_last, route_regions, routed_attention
+
+from ._layers import Block, Downsample, HierarchicalNetwork, Stage, Stem, rename_published
+from ._released import build_with_released_weights, imagenet_cfg
+
+__all__ = ["DeBiFormer"]
+
+# Side of a 224 image's map in each stage, which the tables of relative positions are made for.
+_TABLE_SIDES = (56, 28, 14, 7)
+
+
+class ConvMlp(nn.Module):
+    """MLP with a 3 x 3 depthwise convolution on a residual path between its linear layers."""
+
+    def __init__(self, dim: int, hidden_dim: int, device=None, dtype=None):
+        super().__init__()
+        dd = dict(device=device, dtype=dtype)
+        self.fc1 = nn.Linear(dim, hidden_dim, **dd)
+        self.conv = nn.Conv2d(hidden_dim, hidden_dim, kernel_size=3, padding=1, groups=hidden_dim, **dd)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dim, dim, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, dim) -> (B, H, W, dim)."""
+        return self.fc2(self.act(conv_channels_last(self._residual_conv, self.fc1(x))))
+
+    def _residual_conv(self, x: torch.Tensor) -> torch.Tensor:
+        """x + conv(x) as one convolution, by 1 in the middle of each kernel: one of the widest maps fewer to write."""
+        identity = F.pad(self.conv.weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
+        return F.conv2d(x, self.conv.weight + identity, self.conv.bias, padding=1, groups=x.shape[1])
+
+
+class Offsets(nn.Module):
+    """How far each agent's point is moved from its cell's centre: one number for each group of channels.
+
+    Args:
+        dim: Channels of all groups.
+        num_groups: Groups, which share the weights; must divide `dim`.
+        kernel_size: Of the depthwise convolution.
+        stride: Tokens of the map for one agent, along each side.
+    """
+
+    def __init__(self, dim: int, num_groups: int, kernel_size: int, stride: int, device=None, dtype=None):
+        super().__init__()
+        dd = dict(device=device, dtype=dtype)
+        group_dim = dim // num_groups
+        self.num_groups = num_groups
+        self.conv = nn.Conv2d(
+            group_dim, group_dim, kernel_size, stride, kernel_size // 2, groups=group_dim, bias=False, **dd
+        )
+        self.norm = nn.LayerNorm(group_dim, eps=1e-5, **dd)
+        self.act = nn.GELU()
+        self.proj = nn.Linear(group_dim, 1, bias=False, **dd)
+
+    def forward(self, query: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, dim) queries -> (B, groups, Ha, Wa) offsets."""
+        # One depthwise convolution over all channels is the shared one over every group.
+        weight = self.conv.weight.repeat(self.num_groups, 1, 1, 1)
+        x = F.conv2d(
+            query.permute(0, 3, 1, 2), weight, None, self.conv.stride, self.conv.padding, groups=weight.shape[0]
+        )
+        x = x.permute(0, 2, 3, 1).unflatten(-1, (self.num_groups, -1))
+        return self.proj(self.act(self.norm(x))).squeeze(-1).permute(0, 3, 1, 2)
+
+
+def _cell_centres(count: int, like: torch.Tensor) -> torch.Tensor:
+    """Centres of `count` equal cells of [-1, 1]."""
+    return (torch.arange(count, device=like.device, dtype=like.dtype) + 0.5) / count * 2 - 1
+
+
+def _token_positions(count: int, like: torch.Tensor) -> torch.Tensor:
+    """`count` positions from -1 to 1; a single one lies at 0."""
+    return _cell_centres(1, like) if count == 1 else torch.linspace(-1, 1, count, device=like.device, dtype=like.dtype)
+
+
+class DeformableAgentAttention(nn.Module):
+    """Attention of every token to a few agents, which have gathered what they know by bi-level routing.
+
+    The agents are read from the map at learnt points, one for each `stride` x `stride` cell. Each attends to the tokens
+    of the `topk` regions that its region is routed to; then every token attends to all agents, with a bias by position.
+
+    Args:
+        dim: Channels, a multiple of the heads' 32.
+        num_groups: Groups of channels with points of their own; must divide the heads.
+        stride: Tokens of the map for one agent, along each side.
+        offset_kernel: Size of the convolution that the offsets come from.
+        table_side: Side of the map that the table of relative positions is made for.
+        mlp_ratio: Hidden width of the agents' MLP in multiples of `dim`.
+        num_regions: Regions along each side, of the map and of the agents.
+        topk: Regions of the map that each region of agents attends to.
+        attn_impl: The implementation of `ops.routed_attention`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_groups: int,
+        stride: int,
+        offset_kernel: int,
+        table_side: int,
+        mlp_ratio: float = 3.0,
+        num_regions: int = 7,
+        topk: int = 4,
+        attn_impl: str = "auto",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = dict(device=device, dtype=dtype)
+        self.num_heads = dim // 32
+        self.num_groups = num_groups
+        self.num_regions = num_regions
+        self.topk = topk
+        self.scale = dim**-0.5
+        self.attn_impl = attn_impl
+        self.qkv = nn.Linear(dim, 3 * dim, **dd)
+        self.lepe = nn.Conv2d(dim, dim, kernel_size=5, stride=stride, padding=2, groups=dim, **dd)
+        self.offsets = Offsets(dim, num_groups, offset_kernel, stride, **dd)
+        self.agent_query = nn.Linear(dim, dim, **dd)
+        self.agent_proj = nn.Linear(dim, dim, **dd)
+        self.agent_norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.agent_mlp = ConvMlp(dim, int(dim * mlp_ratio), **dd)
+        self.agent_norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.agent_key = nn.Linear(dim, dim, **dd)
+        self.agent_value = nn.Linear(dim, dim, **dd)
+        self.bias_table = nn.Parameter(torch.empty(self.num_heads, 2 * table_side - 1, 2 * table_side - 1, **dd))
+        self.proj = nn.Linear(dim, dim, **dd)
+        trunc_normal_(self.bias_table, std=0.01)
+
+    def make_agents(self, x: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read the agents from the map.
+
+        Args:
+            x: (B, H, W, dim) map.
+            query: (B, H, W, dim) its queries, which say where to read.
+
+        Returns:
+            (B, Ha, Wa, dim) agents, and the (B, groups, Ha, Wa, 2) points (y, x) where they were read, from -1 (the
+            first row or column) to 1 (the last), in float32 at least. Ha is H / stride, rounded up.
+        """
+        offsets = self.offsets(query)
+        offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32))
+        rows, cols = (_cell_centres(count, offsets) for count in offsets.shape[2:])
+        points = torch.stack([rows[:, None] + offsets, cols + offsets], dim=-1).clamp(-1, 1)
+        groups = x.to(points.dtype).unflatten(-1, (self.num_groups, -1)).permute(0, 3, 4, 1, 2).flatten(0, 1)
+        agents = F.grid_sample(groups, points.flip(-1).flatten(0, 1), align_corners=True)
+        agents = agents.unflatten(0, (-1, self.num_groups)).permute(0, 3, 4, 1, 2).flatten(3)
+        return agents.to(x.dtype), points
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, dim) -> (B, H, W, heads, 32)."""
+        return x.unflatten(-1, (self.num_heads, -1))
+
+    def _grids(self, agents: torch.Tensor, x: torch.Tensor) -> tuple[RegionGrid, RegionGrid]:
+        return tuple(RegionGrid.fit(*y.shape[1:3], self.num_regions) for y in (agents, x))
+
+    def routing(self, x: torch.Tensor) -> Routing:
+        """Where the agents of a (B, H, W, dim) map are read, and the regions that they attend to."""
+        query, key, _ = self.qkv(x).chunk(3, dim=-1)
+        agents, points = self.make_agents(x, query)
+        grids = self._grids(agents, x)
+        agent_query = self._heads(self.agent_query(agents))
+        return Routing(route_regions(agent_query, self._heads(key), *grids, self.topk), *grids, points)
+
+    def _attend_to_regions(self, agents: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """(B, Ha, Wa, dim): what the agents find in the regions that they are routed to."""
+        agent_query, key = self._heads(self.agent_query(agents)), self._heads(key)
+        grids = self._grids(agents, key)
+        routes = route_regions(agent_query, key, *grids, self.topk)
+        return routed_attention(
+            agent_query, key, self._heads(value), routes, *grids, self.scale, self.attn_impl
+        ).flatten(3)
+
+    def _position_bias(self, points: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """(B, heads, H * W, Ha * Wa): the table, read at half the way from each agent to each token."""
+        agent_rows, agent_cols = points.flatten(2, 3).unbind(-1)
+        rows = (_token_positions(height, points)[:, None] - agent_rows[:, :, None]) / 2
+        cols = (_token_positions(width, points)[:, None] - agent_cols[:, :, None]) / 2
+        grid = torch.stack(torch.broadcast_tensors(cols[:, :, None], rows[:, :, :, None]), dim=-1)
+        table = self.bias_table.to(points.dtype).unflatten(0, (self.num_groups, -1))
+        table = table.expand(points.shape[0], *table.shape).flatten(0, 1)
+        bias = F.grid_sample(table, grid.flatten(2, 3).flatten(0, 1), align_corners=True)
+        return bias.unflatten(0, (-1, self.num_groups)).flatten(1, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, dim) -> (B, H, W, dim)."""
+        query, key, value = self.qkv(x).chunk(3, dim=-1)
+        agents, points = self.make_agents(x, query)
+        attended = self._attend_to_regions(agents, key, value)
+        agents = agents + self.agent_proj(attended + conv_channels_last(self.lepe, value))
+        agents = self.agent_norm2(agents + self.agent_mlp(self.agent_norm1(agents)))
+
+        query, agent_key, agent_value = (
+            self._heads(y).flatten(1, 2).transpose(1, 2)
+            for y in (query, self.agent_key(agents), self.agent_value(agents))
+        )
+        bias = self._position_bias(points, *x.shape[1:3]).to(query.dtype)
+        out = F.scaled_dot_product_attention(query, agent_key, agent_value, attn_mask=bias, scale=self.scale)
+        return self.proj(out.transpose(1, 2).reshape(x.shape))
+
+
+# Regions, points and positions follow from the map's size, which torch.fx does not know while it traces.
+register_notrace_module(DeformableAgentAttention)
+
+
+class DeBiFormerBlock(nn.Sequential):
+    """Two blocks on one place in the order of depth: bi-level routing attention, then deformable agent attention."""
+
+    def __init__(self, first: Block, second: Block):
+        super().__init__()
+        self.first = first
+        self.second = second
+
+
+class DeBiFormer(HierarchicalNetwork):
+    """DeBiFormer image classifier and feature extractor. Takes (B, in_chans, H, W) images from 32 x 32 up.
+
+    Args:
+        in_chans: Image channels.
+        num_classes: Classes; 0 leaves the head out.
+        global_pool: Pooling of the head, "avg", "max", ..., or "" for none.
+        depths: Blocks of each stage, of two attentions each.
+        dims: Channels of each stage, multiples of 32.
+        mlp_ratios: Hidden width of each stage's MLPs in multiples of the stage's width.
+        agent_mlp_ratios: The same of the agents' MLPs.
+        num_groups: Groups of channels in each stage with points of their own.
+        num_regions: Regions along each side of the maps.
+        topk: Regions that each region attends to in bi-level routing attention, for each stage but the last.
+        agent_topk: Regions that each region of agents attends to, for each stage.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth of the last block; grows linearly from 0 over all blocks.
+        attn_impl: The implementation of `ops.routed_attention`.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        depths: tuple[int, ...] = (1, 1, 4, 1),
+        dims: tuple[int, ...] = (64, 128, 256, 512),
+        mlp_ratios: tuple[float, ...] = (3, 3, 3, 3),
+        agent_mlp_ratios: tuple[float, ...] = (3, 3, 3, 3),
+        num_groups: tuple[int, ...] = (1, 2, 4, 8),
+        num_regions: int = 7,
+        topk: tuple[int, ...] = (1, 4, 16),
+        agent_topk: tuple[int, ...] = (4, 8, 16, 49),
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        attn_impl: str = "auto",
+        device=None,
+        dtype=None,
+    ):
+        dd = dict(device=device, dtype=dtype)
+
+        def agent_attention(i: int) -> nn.Module:
+            # 7 x 7 agents of a 224 image in every stage
+            stride = 2 ** (len(dims) - 1 - i)
+            return DeformableAgentAttention(
+                dims[i],
+                num_groups[i],
+                stride,
+                offset_kernel=9 - 2 * i,
+                table_side=_TABLE_SIDES[i],
+                mlp_ratio=agent_mlp_ratios[i],
+                num_regions=num_regions,
+                topk=agent_topk[i],
+                attn_impl=attn_impl,
+                **dd,
+            )
+
+        def half(i: int, attn: nn.Module, drop_path: float) -> Block:
+            mlp = ConvMlp(dims[i], int(dims[i] * mlp_ratios[i]), **dd)
+            return Block(dims[i], attn, mlp, pos_conv=True, drop_path=drop_path, **dd)
+
+        stem = Stem(in_chans, dims[0], **dd)
+        drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        stages = []
+        for i, dim in enumerate(dims):
+            blocks = []
+            for drop_path in drop_path_rates[i]:
+                if i < len(topk):
+                    first = BiLevelRoutingAttention(dim, dim // 32, num_regions, topk[i], attn_impl=attn_impl, **dd)
+                else:
+                    first = agent_attention(i)
+                blocks.append(DeBiFormerBlock(half(i, first, drop_path), half(i, agent_attention(i), drop_path)))
+            downsample = Downsample(dims[i - 1], dim, **dd) if i else nn.Identity()
+            stages.append(Stage(downsample, blocks))
+        super().__init__(
+            stem,
+            stages,
+            dims,
+            nn.BatchNorm2d(dims[-1], **dd),
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            **dd,
+        )
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {name for name, _ in self.named_parameters() if name.endswith("bias_table")}
+
+
+# Published name -> ours, tried in this order.
+_BLOCK = r"^(stages\.\d+\.blocks\.\d+)"
+_RENAMES = [
+    (_BLOCK + r"\.(pos_embed|attn|mlp)1\.", r"\1.first.\2."),
+    (_BLOCK + r"\.(pos_embed|attn|mlp)2\.", r"\1.second.\2."),
+    (_BLOCK + r"\.(norm[12])\.", r"\1.first.\2."),
+    (_BLOCK + r"\.norm3\.", r"\1.second.norm1."),
+    (_BLOCK + r"\.norm4\.", r"\1.second.norm2."),
+    (r"\.attn\.(qkv|qkv_conv)\.qkv\.", r".attn.qkv."),
+    (r"\.attn\.(wo|proj_out)\.", r".attn.proj."),
+    (r"\.attn\.lepe1\.", r".attn.lepe."),
+    (r"\.attn\.rpe_table$", r".attn.bias_table"),
+    (r"\.attn\.conv_offset_q\.0\.", r".attn.offsets.conv."),
+    (r"\.attn\.conv_offset_q\.1\.norm\.", r".attn.offsets.norm."),
+    (r"\.attn\.conv_offset_q\.3\.", r".attn.offsets.proj."),
+    (r"\.attn\.proj_q\.", r".attn.agent_query."),
+    (r"\.attn\.unifyheads1\.", r".attn.agent_proj."),
+    (r"\.attn\.norm2\.", r".attn.agent_norm1."),
+    (r"\.attn\.mlp\.", r".attn.agent_mlp."),
+    (r"\.attn\.norm\.", r".attn.agent_norm2."),
+    (r"\.attn\.proj_k\.", r".attn.agent_key."),
+    (r"\.attn\.proj_v\.", r".attn.agent_value."),
+    (r"mlp\.linear1\.0\.", r"mlp.fc1."),
+    (r"mlp\.linear2\.0\.", r"mlp.fc2."),
+    (r"mlp\.dwc\.", r"mlp.conv."),
+]
+
+
+def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Rename the entries of a published DeBiFormer checkpoint; entries of our own checkpoints pass unchanged."""
+    return rename_published(state_dict, model, _RENAMES)
+
+
+def _create_debiformer(variant: str, pretrained: bool = False, **kwargs) -> DeBiFormer:
+    return build_with_released_weights(
+        DeBiFormer,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
+        **kwargs,
+    )
+
+
+def _cfg(**kwargs) -> dict:
+    return imagenet_cfg(
+        first_conv="stem.conv1",
+        paper_name="DeBiFormer: Vision Transformer with Deformable Agent Bi-level Routing Attention",
+        **kwargs,
+    )
+
+
+default_cfgs = generate_default_cfgs({
+    "debiformer_tiny.in1k": _cfg(),
+    "debiformer_small.in1k": _cfg(),
+    "debiformer_base.in1k": _cfg(),
+})
+
+
+@register_model
+def debiformer_tiny(pretrained: bool = False, **kwargs) -> DeBiFormer:
+    """DeBiFormer-T, 81.9 % published."""
+    return _create_debiformer("debiformer_tiny", pretrained, **kwargs)
+
+
+@register_model
+def debiformer_small(pretrained: bool = False, **kwargs) -> DeBiFormer:
+    """DeBiFormer-S, 83.9 % published."""
+    model_args = dict(depths=(2, 2, 9, 3), mlp_ratios=(3, 3, 3, 2), agent_mlp_ratios=(3, 3, 3, 1))
+    return _create_debiformer("debiformer_small", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def debiformer_base(pretrained: bool = False, **kwargs) -> DeBiFormer:
+    """DeBiFormer-B, 84.4 % published."""
+    model_args = dict(depths=(2, 2, 9, 2), dims=(96, 192, 384, 768), num_groups=(1, 2, 3, 6))
+    return _create_debiformer("debiformer_base", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def debi_tiny(pretrained: bool = False, **kwargs) -> DeBiFormer:
+    """The published name of `debiformer_tiny`."""
+    return debiformer_tiny(pretrained, **kwargs)
+
+
+@register_model
+def debi_small(pretrained: bool = False, **kwargs) -> DeBiFormer:
+    """The published name of `debiformer_small`."""
+    return debiformer_small(pretrained, **kwargs)
+
+
+@register_model
+def debi_base(pretrained: bool = False, **kwargs) -> DeBiFormer:
+    """The published name of `debiformer_base`."""
+    return debiformer_base(pretrained, **kwargs)

@@ -1,0 +1,449 @@
+"""ViTAEv2: a hierarchical vision transformer whose cells hold attention and convolutions side by side.
+
+Paper: `ViTAEv2: Vision Transformer Advanced by Exploring Inductive Bias for Image Recognition and Beyond` -
+https://arxiv.org/abs/2202.10108 (IJCV 2023)
+Published code and weights: https://github.com/ViTAE-Transformer/ViTAE-Transformer
+
+Every map is held channels last, so that linear layers, layer norms, windows and convolutions all read the same memory.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates, register_notrace_module
+from timm.models import generate_default_cfgs, register_model
+from timm.models.swin_transformer import window_partition, window_reverse
+from torch import nn
+
+from ops import conv_channels_last
+
+from ._layers import HierarchicalNetwork, Stage, split_qkv
+from ._released import build_with_released_weights, imagenet_cfg, rename, unwrap
+
+__all__ = ["ViTAEv2"]
+
+
+@register_notrace_module  # its padding follows from the image's size, which torch.fx does not know while it traces
+class PadToMultiple(nn.Module):
+    """Zeros at the bottom and right of an image, up to the next multiple of `multiple`; channels last in memory.
+
+    The branches of a reduction cell round odd sizes differently.
+    """
+
+    def __init__(self, multiple: int):
+        super().__init__()
+        self.multiple = multiple
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, C, H', W')."""
+        height, width = x.shape[-2:]
+        if height % self.multiple or width % self.multiple:
+            x = F.pad(x, (0, -width % self.multiple, 0, -height % self.multiple))
+        return x.contiguous(memory_format=torch.channels_last)
+
+
+@register_notrace_module  # its windows follow from the map's size
+class Attention(nn.Module):
+    """Self-attention in unshifted windows, or over the whole map.
+
+    A map that the windows do not divide is padded with zeros, half on either side with the odd pixel at the bottom and
+    right; the padding is attended to like anything else.
+
+    Args:
+        dim: Channels of the input.
+        out_dim: Channels of the output, queries, keys and values.
+        num_heads: Heads; must divide `out_dim`.
+        window_size: Side of the windows, 0 for the whole map.
+        qkv_bias: Give the query, key and value projection a bias.
+        value_skip: Add the values to the output.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int,
+        num_heads: int,
+        window_size: int = 0,
+        qkv_bias: bool = True,
+        value_skip: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = dict(device=device, dtype=dtype)
+        self.num_heads = num_heads
+        self.window_size = window_size
+        self.value_skip = value_skip
+        self.qkv = nn.Linear(dim, 3 * out_dim, bias=qkv_bias, **dd)
+        self.proj = nn.Linear(out_dim, out_dim, **dd)
+
+    def _attend(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, dim) -> (B, H, W, out_dim), every token to all H * W."""
+        query, key, value = split_qkv(self.qkv(x).flatten(1, 2), self.num_heads)
+        attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+        out = self.proj(attended.flatten(2))
+        if self.value_skip:
+            out = out + value.transpose(1, 2).flatten(2)
+        return out.unflatten(1, x.shape[1:3])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, dim) -> (B, H, W, out_dim)."""
+        if not self.window_size:
+            return self._attend(x)
+        height, width = x.shape[1:3]
+        pad_height, pad_width = -height % self.window_size, -width % self.window_size
+        top, left = pad_height // 2, pad_width // 2
+        if pad_height or pad_width:
+            x = F.pad(x, (0, 0, left, pad_width - left, top, pad_height - top))
+        window = (self.window_size, self.window_size)
+        attended = self._attend(window_partition(x, window))
+        out = window_reverse(attended, window, height + pad_height, width + pad_width)
+        return out[:, top : top + height, left : left + width]
+
+
+class ParallelConv(nn.Sequential):
+    """The convolutions beside the attention ("PCM"): three of 3 x 3 with norm and SiLU between them.
+
+    Args:
+        dims: Channels of the input and of each convolution's output.
+        strides: Stride of each convolution.
+        groups: Groups of each convolution.
+    """
+
+    def __init__(
+        self,
+        dims: tuple[int, int, int, int],
+        strides: tuple[int, int, int] = (1, 1, 1),
+        groups: int = 1,
+        device=None,
+        dtype=None,
+    ):
+        dd = dict(device=device, dtype=dtype)
+        conv = dict(kernel_size=3, padding=1, groups=groups, **dd)
+        super().__init__()
+        self.conv1 = nn.Conv2d(dims[0], dims[1], stride=strides[0], **conv)
+        self.norm1 = nn.BatchNorm2d(dims[1], **dd)
+        self.act1 = nn.SiLU(inplace=True)
+        self.conv2 = nn.Conv2d(dims[1], dims[2], stride=strides[1], **conv)
+        self.norm2 = nn.BatchNorm2d(dims[2], **dd)
+        self.act2 = nn.SiLU(inplace=True)
+        self.conv3 = nn.Conv2d(dims[2], dims[3], stride=strides[2], **conv)
+
+
+class PyramidReduction(nn.Module):
+    """Convolutions of several dilations over the same pixels ("PRM"), their outputs side by side as channels."""
+
+    def __init__(
+        self,
+        dim: int,
+        embed_dim: int,
+        kernel_size: int,
+        stride: int,
+        dilations: tuple[int, ...],
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        self.convs = nn.ModuleList([
+            nn.Conv2d(
+                dim,
+                embed_dim,
+                kernel_size,
+                stride=stride,
+                dilation=dilation,
+                padding=math.ceil(((kernel_size - 1) * dilation + 1 - stride) / 2),
+                device=device,
+                dtype=dtype,
+            )
+            for dilation in dilations
+        ])
+        self.act = nn.GELU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, dilations * embed_dim, H / stride, W / stride)."""
+        return self.act(torch.cat([conv(x) for conv in self.convs], dim=1))
+
+
+class ReductionCell(nn.Module):
+    """Reduce a map and change its width: pyramid reduction and attention, beside convolutions, then an MLP.
+
+    There is no residual path from the input. Sides of the map must be multiples of the stride.
+
+    Args:
+        dim: Channels of the input.
+        embed_dim: Channels of each dilation, and of the inner convolutions.
+        out_dim: Channels of the output.
+        num_heads: Heads; must divide `out_dim`.
+        stride: 4 or 2.
+        kernel_size: Of the pyramid reduction.
+        dilations: Of the pyramid reduction.
+        groups: Of the convolutions beside the attention.
+        window_size: Side of the attention's windows; 0 attends to the whole map, without a bias for query, key and
+            value, and with a skip from the values.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        embed_dim: int,
+        out_dim: int,
+        num_heads: int,
+        stride: int,
+        kernel_size: int,
+        dilations: tuple[int, ...],
+        groups: int,
+        window_size: int = 0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = dict(device=device, dtype=dtype)
+        reduced_dim = embed_dim * len(dilations)
+        self.prm = PyramidReduction(dim, embed_dim, kernel_size, stride, dilations, **dd)
+        strides = (2, 2, 1) if stride == 4 else (2, 1, 1)
+        self.pcm = ParallelConv((dim, embed_dim, embed_dim, out_dim), strides, groups, **dd)
+        self.norm1 = nn.LayerNorm(reduced_dim, **dd)
+        full = not window_size
+        self.attn = Attention(
+            reduced_dim, out_dim, num_heads, window_size, qkv_bias=not full, value_skip=full, **dd
+        )
+        self.norm2 = nn.LayerNorm(out_dim, **dd)
+        self.mlp = Mlp(out_dim, out_dim, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, dim, H, W) -> (B, out_dim, H / stride, W / stride)."""
+        reduced = self.prm(x).permute(0, 2, 3, 1)
+        local = self.pcm(x).permute(0, 2, 3, 1)
+        x = self.attn(self.norm1(reduced)) + local
+        x = x + self.mlp(self.norm2(x))
+        return x.permute(0, 3, 1, 2)
+
+
+class NormalCell(nn.Module):
+    """Attention beside convolutions, then an MLP, on residual paths.
+
+    Args:
+        dim: Channels.
+        num_heads: Heads; must divide `dim`.
+        groups: Of the convolutions.
+        window_size: Side of the attention's windows; 0 attends to the whole map.
+        drop_path: Stochastic depth, drawn for attention, convolutions and MLP apart.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        groups: int,
+        window_size: int = 0,
+        drop_path: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = dict(device=device, dtype=dtype)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.attn = Attention(dim, dim, num_heads, window_size, **dd)
+        self.drop_path1 = DropPath(drop_path)
+        self.pcm = ParallelConv((dim, 4 * dim, dim, dim), groups=groups, **dd)
+        self.drop_path2 = DropPath(drop_path)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.mlp = Mlp(dim, 4 * dim, **dd)
+        self.drop_path3 = DropPath(drop_path)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, dim) -> (B, H, W, dim)."""
+        local = self.drop_path2(conv_channels_last(self.pcm, x))
+        x = x + self.drop_path1(self.attn(self.norm1(x))) + local
+        return x + self.drop_path3(self.mlp(self.norm2(x)))
+
+
+class ViTAEv2(HierarchicalNetwork):
+    """ViTAEv2 image classifier and feature extractor. Takes (B, in_chans, H, W) images from 32 x 32 up.
+
+    Images are padded at the bottom and right to multiples of 32; feature maps are those of the padded image.
+
+    Args:
+        in_chans: Image channels.
+        num_classes: Classes; 0 leaves the head out.
+        global_pool: Pooling of the head, "avg", "max", ..., or "" for none.
+        depths: Normal cells of each stage.
+        dims: Channels of each stage.
+        embed_dims: Channels of each dilation of the stages' reduction cells.
+        num_heads: Heads of each stage's normal cells.
+        reduction_heads: Heads of each stage's reduction cell.
+        groups: Groups of the convolutions beside the attention, of each stage's normal cells.
+        reduction_groups: The same of each stage's reduction cell.
+        window_size: Side of the attention's windows in the first two stages; the last two attend to whole maps.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth of the last normal cell; grows linearly from 0 over all normal cells.
+
+    Raises:
+        ValueError: There is not one entry for each of the four stages, or heads do not divide the channels.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        depths: tuple[int, ...] = (2, 2, 8, 2),
+        dims: tuple[int, ...] = (64, 128, 256, 512),
+        embed_dims: tuple[int, ...] = (64, 64, 128, 256),
+        num_heads: tuple[int, ...] = (1, 2, 4, 8),
+        reduction_heads: tuple[int, ...] = (1, 1, 2, 4),
+        groups: tuple[int, ...] = (1, 32, 64, 128),
+        reduction_groups: tuple[int, ...] = (1, 16, 32, 64),
+        window_size: int = 7,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        per_stage = dict(
+            depths=depths,
+            dims=dims,
+            embed_dims=embed_dims,
+            num_heads=num_heads,
+            reduction_heads=reduction_heads,
+            groups=groups,
+            reduction_groups=reduction_groups,
+        )
+        for name, values in per_stage.items():
+            if len(values) != 4:
+                raise ValueError(f"{name} must have one entry for each of the 4 stages, got {values}")
+        for heads in (num_heads, reduction_heads):
+            if any(dim % n for dim, n in zip(dims, heads, strict=True)):
+                raise ValueError(f"heads {heads} must divide the stages' channels {dims}")
+        if window_size < 1:
+            raise ValueError(f"window_size must be at least 1, got {window_size}")
+        dd = dict(device=device, dtype=dtype)
+        windows = (window_size, window_size, 0, 0)
+        drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        stages = []
+        for i, dim in enumerate(dims):
+            reduction = ReductionCell(
+                dims[i - 1] if i else in_chans,
+                embed_dims[i],
+                dim,
+                reduction_heads[i],
+                stride=2 if i else 4,
+                kernel_size=3 if i else 7,
+                dilations=((1, 2, 3, 4), (1, 2, 3), (1, 2), (1, 2))[i],
+                groups=reduction_groups[i],
+                window_size=windows[i],
+                **dd,
+            )
+            cells = [
+                NormalCell(dim, num_heads[i], groups[i], windows[i], drop_path, **dd)
+                for drop_path in drop_path_rates[i]
+            ]
+            stages.append(Stage(reduction, cells))
+        super().__init__(
+            PadToMultiple(32),
+            stages,
+            dims,
+            nn.Identity(),
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            **dd,
+        )
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        return dict(
+            stem=r"^stages\.0\.downsample",
+            blocks=r"^stages\.(\d+)" if coarse else [
+                (r"^stages\.(\d+)\.downsample", (-1,)),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            ],
+        )
+
+
+# Published name -> ours, tried in this order.
+_RENAMES = [
+    (r"^layers\.(\d+)\.RC\.attn\.", r"layers.\1.RC."),
+    (r"^layers\.(\d+)\.RC\.", r"stages.\1.downsample."),
+    (r"^layers\.(\d+)\.NC\.(\d+)\.", r"stages.\1.blocks.\2."),
+    (r"\.PRM\.convs\.(\d+)\.0\.", r".prm.convs.\1."),
+    (r"\.PCM\.0\.", r".pcm.conv1."),
+    (r"\.PCM\.1\.", r".pcm.norm1."),
+    (r"\.PCM\.3\.", r".pcm.conv2."),
+    (r"\.PCM\.4\.", r".pcm.norm2."),
+    (r"\.PCM\.6\.", r".pcm.conv3."),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+]
+
+
+def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Rename the entries of a published ViTAEv2 checkpoint; entries of our own checkpoints pass unchanged."""
+    state_dict = unwrap(state_dict)
+    if "stages.0.downsample.norm1.weight" in state_dict:
+        return state_dict
+    out = {}
+    for name, value in state_dict.items():
+        if name.endswith(".relative_position_index"):  # indices into a table of biases that these models do without
+            continue
+        name = rename(name, _RENAMES)
+        out[name] = value
+    return out
+
+
+def _create_vitaev2(variant: str, pretrained: bool = False, **kwargs) -> ViTAEv2:
+    return build_with_released_weights(
+        ViTAEv2,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
+        **kwargs,
+    )
+
+
+def _cfg(**kwargs) -> dict:
+    return imagenet_cfg(
+        first_conv=(
+            *(f"stages.0.downsample.prm.convs.{i}" for i in range(4)),
+            "stages.0.downsample.pcm.conv1",
+        ),
+        paper_ids="arXiv:2202.10108",
+        paper_name="ViTAEv2: Vision Transformer Advanced by Exploring Inductive Bias for Image Recognition and "
+        "Beyond",
+        origin_url="https://github.com/ViTAE-Transformer/ViTAE-Transformer",
+        **kwargs,
+    )
+
+
+default_cfgs = generate_default_cfgs({
+    "vitaev2_s.in1k": _cfg(),
+    "vitaev2_48m.in1k": _cfg(),
+    "vitaev2_b.in1k": _cfg(),
+})
+
+
+@register_model
+def vitaev2_s(pretrained: bool = False, **kwargs) -> ViTAEv2:
+    """ViTAEv2-S: 19.4 M parameters, 5.8 GMACs at 224."""
+    return _create_vitaev2("vitaev2_s", pretrained, **kwargs)
+
+
+@register_model
+def vitaev2_48m(pretrained: bool = False, **kwargs) -> ViTAEv2:
+    """ViTAEv2-48M: 48.7 M parameters, 13.4 GMACs at 224."""
+    model_args = dict(depths=(2, 2, 11, 2), dims=(96, 192, 384, 768), embed_dims=(64, 64, 192, 384))
+    return _create_vitaev2("vitaev2_48m", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vitaev2_b(pretrained: bool = False, **kwargs) -> ViTAEv2:
+    """ViTAEv2-B: 89.7 M parameters, 24.4 GMACs at 224."""
+    model_args = dict(
+        depths=(2, 2, 12, 2),
+        dims=(128, 256, 512, 1024),
+        embed_dims=(96, 96, 256, 512),
+        num_heads=(1, 4, 8, 16),
+        reduction_heads=(1, 1, 4, 8),
+    )
+    return _create_vitaev2("vitaev2_b", pretrained, **dict(model_args, **kwargs))

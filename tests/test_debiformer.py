@@ -1,0 +1,136 @@
+import numpy as np
+import pytest
+import timm
+import torch
+from published import assert_agrees, gmacs, published_state_dict
+
+import models
+from models.debiformer import DeformableAgentAttention, checkpoint_filter_fn
+
+# parameters, GMACs at 224, of which the paper's table says 2.6, 5.4 and 11.8
+COSTS = {
+    "debiformer_tiny": (21_495_598, 2.65),
+    "debiformer_small": (44_008_028, 5.44),
+    "debiformer_base": (95_501_926, 11.74),
+}
+
+
+@pytest.mark.parametrize(
+    "name,impl", [*((name, "auto") for name in COSTS), ("debiformer_tiny", "gather"), ("debiformer_tiny", "masked")]
+)
+def test_agrees_with_the_published_network(name, impl):
+    model = timm.create_model(name, attn_impl=impl).double().eval()
+    model.load_state_dict(checkpoint_filter_fn({"model": published_state_dict(name)}, model))
+    assert_agrees(model, name)
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_parameters(name):
+    assert sum(p.numel() for p in timm.create_model(name, device="meta").parameters()) == COSTS[name][0]
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_flops(name):
+    assert gmacs(timm.create_model(name, attn_impl="gather")) == pytest.approx(COSTS[name][1], rel=0.01)
+
+
+@pytest.mark.parametrize("wrap", [dict, lambda sd: {"model": sd}, lambda sd: {"state_dict": sd}])
+def test_loads_every_published_layout(wrap):
+    model = timm.create_model("debiformer_tiny").double()
+    renamed = checkpoint_filter_fn(wrap(published_state_dict("debiformer_tiny")), model)
+    model.load_state_dict(renamed)
+    assert checkpoint_filter_fn(model.state_dict(), model).keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_published_names(size):
+    ours, published = (timm.create_model(f"{prefix}_{size}", device="meta") for prefix in ("debiformer", "debi"))
+    assert {n: p.shape for n, p in ours.named_parameters()} == {n: p.shape for n, p in published.named_parameters()}
+
+
+def attention(**kwargs):
+    torch.manual_seed(0)
+    settings = dict(dim=64, num_groups=2, stride=4, offset_kernel=7, table_side=28, mlp_ratio=2)
+    return DeformableAgentAttention(**dict(settings, **kwargs)).double().eval()
+
+
+@pytest.mark.parametrize("size,agents", [((28, 28), (7, 7)), ((9, 14), (3, 4)), ((1, 1), (1, 1)), ((3, 40), (1, 10))])
+def test_agents_are_read_where_the_points_say(size, agents):
+    """Bilinear interpolation, written out for one agent after the other."""
+    module, (height, width) = attention(), size
+    x = torch.randn(1, *size, 64, dtype=torch.float64)
+    with torch.no_grad():
+        read, points = module.make_agents(x, torch.randn_like(x) * 3)
+    assert points.shape == (1, 2, *agents, 2) and points.abs().max() <= 1 and read.shape == (1, *agents, 64)
+    for group in range(2):
+        for i in range(agents[0]):
+            for j in range(agents[1]):
+                row, col = (points[0, group, i, j] + 1) / 2 * torch.tensor([height - 1, width - 1])
+                expected = torch.zeros(32, dtype=torch.float64)
+                for a in range(height):
+                    for b in range(width):
+                        weight = (1 - (row - a).abs()).clamp(min=0) * (1 - (col - b).abs()).clamp(min=0)
+                        expected += weight * x[0, a, b, 32 * group : 32 * group + 32]
+                torch.testing.assert_close(read[0, i, j, 32 * group : 32 * group + 32], expected)
+
+
+def test_offsets_share_their_weights_over_groups():
+    module = attention()
+    query = torch.randn(1, 8, 12, 64, dtype=torch.float64)
+    swapped = torch.cat([query[..., 32:], query[..., :32]], dim=-1)
+    torch.testing.assert_close(module.offsets(swapped), module.offsets(query).flip(1))
+
+
+def test_bias_depends_on_where_token_and_agent_are():
+    """Where the table has the map's size, moving token and agent by one row each moves nothing."""
+    module = attention()
+    centre = torch.zeros(1, 2, 1, 1, 2, dtype=torch.float64)
+    one_row = torch.tensor([2 / 27, 0.0], dtype=torch.float64)
+    here, there = (module._position_bias(p, 28, 28).unflatten(2, (28, 28)) for p in (centre, centre + one_row))
+    torch.testing.assert_close(there[:, :, 1:], here[:, :, :-1])
+    assert here[0, 0].std() > 0
+    table = module.bias_table[0]
+    corner = module._position_bias(centre - 1, 28, 28).unflatten(2, (28, 28))
+    torch.testing.assert_close(corner[0, 0, :, :, 0], table[27:, 27:])  # an agent in the corner sees a quarter
+
+
+def test_tokens_attend_to_agents_with_the_bias():
+    module = attention()
+    x = torch.randn(2, 12, 8, 64, dtype=torch.float64)
+    found = {}
+    module.agent_key.register_forward_hook(lambda _, inputs, out: found.update(key=out))
+    module.agent_value.register_forward_hook(lambda _, inputs, out: found.update(value=out))
+    with torch.no_grad():
+        out = module(x)
+        query = module.qkv(x)[..., :64]
+        points = module.routing(x).points
+        bias = module._position_bias(points, 12, 8)
+    query, key, value = (t.flatten(1, 2).unflatten(-1, (2, 32)).transpose(1, 2) for t in (query, *found.values()))
+    attended = ((query @ key.transpose(-1, -2)) * 64**-0.5 + bias).softmax(-1) @ value
+    torch.testing.assert_close(out, module.proj(attended.transpose(1, 2).reshape(x.shape)))
+
+
+def test_collect_routing():
+    model = timm.create_model("debiformer_tiny").eval()
+    routing = models.collect_routing(model, torch.randn(2, 3, 96, 64))
+    assert len(routing) == 2 * sum(len(stage.blocks) for stage in model.stages)
+    agents = routing["stages.0.blocks.0.second.attn"]
+    assert agents.points.shape == (2, 1, 3, 2, 2) and agents.routes.shape == (2, 6, 4)
+    assert (agents.query_grid.height, agents.key_grid.height) == (3, 24)
+    assert routing["stages.0.blocks.0.first.attn"].points is None
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_both_halves_of_a_block_share_its_stochastic_depth():
+    model = timm.create_model("debiformer_tiny", drop_path_rate=0.3)
+    rates = [[half.drop_path1.drop_prob for half in block] for stage in model.stages for block in stage.blocks]
+    np.testing.assert_allclose(rates, np.linspace(0, 0.3, 7)[:, None].repeat(2, axis=1))
+
+
+def test_points_are_precise_under_autocast():
+    module = attention().float()
+    x = torch.randn(1, 28, 28, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        agents, points = module.make_agents(x, module.qkv(x)[..., :64])
+    assert points.dtype == torch.float32
+    assert agents.isfinite().all()
