@@ -2,8 +2,8 @@
 
     python scripts/plot_logs.py outputs/biformer_tiny outputs/debiformer_tiny --output curves.png
 
-Each folder is the `--output_dir` of a run; its name labels the curve. Left the training loss of each epoch, right the top-1
-accuracy on the validation images.
+Each folder is the `--output_dir` of a run; its name labels the curve. Left the training loss of each epoch, right the
+top-1 accuracy on the validation images.
 """
 import argparse
 import json
@@ -40,7 +40,8 @@ def draw(folders: list[Path]):
     for folder in folders:
         log = read_log(folder)
         for axes, (key, _) in zip(panels, PANELS, strict=True):
-            axes.plot([entry["epoch"] + 1 for entry in log], [entry[key] for entry in log], marker="o", label=folder.name)
+            epochs, values = zip(*((entry["epoch"] + 1, entry[key]) for entry in log), strict=True)
+            axes.plot(epochs, values, marker="o", label=folder.name)
     for axes, (_, label) in zip(panels, PANELS, strict=True):
         axes.set_xlabel("epochs")
         axes.set_ylabel(label)
