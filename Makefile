@@ -37,8 +37,8 @@ quickstart: $(VENV)/.requirements  ## train biformer_nano on handwritten digits,
 test: $(VENV)/.requirements-dev  ## run the tests on the CPU
 	$(BIN)/python -m pytest -m "not gpu"
 
-test-gpu: $(VENV)/.requirements-dev  ## run the tests that need a CUDA GPU
-	$(BIN)/python -m pytest -m gpu
+test-gpu:  ## run the tests of the kernels, and others that need a CUDA GPU, with the Python that is there
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m pytest tests/test_ops_triton.py tests/test_datasets.py::test_on_cuda
 
 lint: $(VENV)/.requirements-dev  ## check the style
 	$(BIN)/ruff check .

@@ -55,11 +55,11 @@ class Pass:
             self._run = lambda: op.forward(*maps, routes, *settings)
 
     def milliseconds(self, inverse: bool = False, tile: Tile | None = None) -> list[float]:
-        """Quartiles of the time, or infinities where the compiler has no room for the tile."""
+        """Quartiles of the time, or infinities where the tile does not fit or compile."""
         op.make_plan = with_tile(inverse, tile)
         try:
             return triton.testing.do_bench(self._run, warmup=10, rep=50, quantiles=[0.25, 0.5, 0.75])
-        except triton.runtime.errors.OutOfResources:
+        except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError, triton.CompilationError):
             return [float("inf")] * 3
         finally:
             op.make_plan = make_plan

@@ -13,7 +13,7 @@ import triton
 
 from ...regions import RegionGrid
 from . import kernels
-from .tuning import Plan, make_plan
+from .tuning import MAX_BITS, Plan, make_plan
 
 
 def _grid_of(x_BHWND: torch.Tensor, rows_cols: Sequence[int]) -> RegionGrid:
@@ -92,6 +92,8 @@ def forward(
     if out.numel() == 0:
         return out, lse
     query_grid, key_grid = _grid_of(query, query_regions), _grid_of(key, key_regions)
+    if dense and key_grid.num_regions > MAX_BITS:
+        raise ValueError(f"routes as bits have room for {MAX_BITS} key regions, got {key_grid.num_regions}")
     query, key, value = (_rows_side_by_side(x) for x in (query, key, value))
     topk = routes.shape[2]
     _launch(

@@ -93,7 +93,7 @@ def is_routed(route_bits, key_region):
 def head_of_map(ptr, strides, image, head):
     """Where one head of one image begins in a (B, H, W, heads, head_dim) map."""
     image_stride, row_stride, col_stride, head_stride = strides
-    return ptr + image.to(tl.int64) * image_stride + head * head_stride
+    return ptr + image.to(tl.int64) * image_stride + head.to(tl.int64) * head_stride
 
 
 @triton.jit
