@@ -161,7 +161,14 @@ def build_dataset(args: argparse.Namespace, split: str):
     except (AssertionError, KeyError, ValueError) as error:
         raise UsageError(f"--aa {args.aa}: timm does not know this policy ({error})") from error
     return datasets.build_dataset(
-        args.data_set, args.data_path, split, transform, skip_bad_images=args.skip_bad_images, download=args.download
+        args.data_set,
+        args.data_path,
+        split,
+        transform,
+        skip_bad_images=args.skip_bad_images,
+        download=args.download,
+        shard_cache=args.shard_cache,
+        shard_cache_gb=args.shard_cache_gb,
     )
 
 
