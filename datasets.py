@@ -374,7 +374,7 @@ class EpochLoader(PrefetchLoader):
         except UserError as error:
             # From a worker its text is a traceback that ends in the line we want, and its frames hold the iterator in
             # a cycle. Left to the garbage collector, the iterator would wait five seconds for each of its workers.
-            line = re.split(r"\n[\w.]+Error: ", str(error))[-1].strip()
+            line = re.split(r"^[\w.]+Error: ", str(error), flags=re.MULTILINE)[-1].strip()
             error.__traceback__ = None
         raise UserError(line)
 
