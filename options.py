@@ -110,7 +110,10 @@ def build_parser() -> argparse.ArgumentParser:
     flag("model_key", help="which weights of a checkpoint to take, model_ema say (default: model, state_dict or bare)")
 
     flag("data_set", "IMNET", type=_data_set, help=f"{', '.join(DATA_SETS)} or wds/NAME (WebDataset shards)")
-    flag("data_path", metavar="FOLDER", help="where the data set lies: for image folders, train/ and val/")
+    flag("data_path", metavar="FOLDER",
+         help="where the data set lies: for image folders, train/ and val/; for shards, a folder or its URL")
+    flag("shard_cache", metavar="FOLDER", help="copies of shards from a URL (default: shards in torch.hub's folder)")
+    flag("shard_cache_gb", type=float, metavar="GB", help="remove the oldest of them beyond this (default: none)")
     flag("download", False, help="fetch CIFAR where it is missing")
     flag("num_workers", min(8, os.cpu_count() or 1), type=int, help="processes that read images, for each GPU")
     flag("pin_mem", True, help="read images into page-locked memory")
@@ -222,7 +225,7 @@ def _check(args: argparse.Namespace):
         if not 0 <= getattr(args, name) <= 1:
             raise UsageError(f"--{name} must be 0 to 1, got {getattr(args, name)}")
     for name in ("lr", "clip_grad", "layer_decay", "distillation_tau", "nb_classes", "crop_pct", "opt_eps",
-                 "save_every_minutes", "dist_timeout"):
+                 "save_every_minutes", "dist_timeout", "shard_cache_gb"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise UsageError(f"--{name} must be above 0 and finite, got {value}")

@@ -28,6 +28,10 @@ class UserError(ValueError):
     exit_code = 1
 
 
+class LostDataError(UserError):
+    """Data that was there is gone, or is not what it should be: more than one image that could be passed over."""
+
+
 class UsageError(UserError):
     """A wrong command line or recipe: exit code 2."""
 

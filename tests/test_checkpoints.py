@@ -244,10 +244,12 @@ def test_a_damaged_newest_is_set_aside(store, damage, capsys):
         store.newest_whole()
 
 
-def test_what_cannot_be_written_leaves_the_last(store):
+@pytest.mark.parametrize("size", [0, 2000, 4096, 5000])
+def test_what_cannot_be_written_leaves_the_last(store, size):
+    """At whatever byte the writing ends."""
     store.save(3, state(3))
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limit[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
     try:
         with pytest.raises(UserError, match=r"cannot write .*06.pth: File too large; the last checkpoint is .*03.pth"):
             store.save(6, state(6))

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 OURS = {
     "checkpoints", "datasets", "engine", "losses", "main", "models", "ops", "optim_factory", "options", "runs",
-    "scripts", "utils",
+    "scripts", "shards", "utils",
 }
 ALLOWED = {
     "ops": set(),
@@ -17,7 +17,8 @@ ALLOWED = {
     "utils": set(),
     "checkpoints": {"utils"},
     "losses": set(),
-    "datasets": {"utils"},
+    "shards": {"utils"},
+    "datasets": {"shards", "utils"},
     "optim_factory": set(),
     "engine": {"utils"},
     "options": {"utils"},

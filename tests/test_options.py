@@ -122,6 +122,7 @@ def test_recipes(path):
         (["--finetune", "a", "--load_release"], "three sources of weights"),
         (["--auto_resume"], "needs the --output_dir"),
         (["--data_set", "cifar"], "'cifar' is no data set; choose from IMNET"),
+        (["--shard_cache_gb", "0"], "--shard_cache_gb must be above 0"),
         (["--input_size", "224x"], "takes a side or HEIGHTxWIDTH"),
         (["--model_kwargs", "topk"], "takes KEY=VALUE"),
         (["--config", "missing.yaml"], "--config missing.yaml: No such file"),
