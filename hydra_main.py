@@ -16,8 +16,9 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import asdict, dataclass, field, fields
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -143,12 +144,12 @@ def check_overrides(overrides: list[Override]):
 
 def as_recipe(config: DictConfig, overrides: list[Override]) -> dict[str, Any]:
     """The flags among `overrides`, with their values."""
-    recipe = {}
+    recipe, values = {}, OmegaConf.to_container(config, resolve=True)
     for override in overrides:
         flag = override.key_or_group.split(".")[0]
         if flag == "slurm":
             continue
-        recipe[flag] = OmegaConf.to_container(config, resolve=True)[flag]
+        recipe[flag] = values[flag]
         if flag == override.key_or_group and isinstance(override.value(), int | float):
             # As it was typed: a folder named 20230307_1 is no number, and 5e-4 need not become 0.0005.
             recipe[flag] = override.input_line.partition("=")[2].strip()
@@ -365,9 +366,9 @@ def submit(order: Order):
     executor.update_parameters(**sbatch_parameters(order.slurm, options.parse(argv).model))
     try:
         # From within a job, that job's settings would be the new one's.
-        with clean_env() if "SLURM_JOB_ID" in os.environ else nullcontext():
+        with clean_env() if "SLURM_JOB_ID" in os.environ else nullcontext(), redirect_stderr(StringIO()):
             job = executor.submit(Task(argv))
-    except RuntimeError as error:  # of which submitit's are
+    except RuntimeError as error:  # submitit's, with what sbatch wrote
         if new is not None:
             shutil.rmtree(new)
         raise UserError(f"sbatch did not take the job: {error}") from error
