@@ -73,7 +73,7 @@ class Slurm:
     exclude: str | None = None
     job_name: str | None = None
     setup: list[str] = field(default_factory=list)
-    sbatch: dict[str, Any] = field(default_factory=dict)
+    sbatch: Any = None  # a mapping; not typed, since hydra would let no keys be added to one
 
 
 def flag_defaults() -> dict[str, Any]:
@@ -199,7 +199,7 @@ def run_name(recipe: dict[str, Any]) -> str:
     'batch_size.128-lr.5e-4'
     """
     text = "-".join(f"{key}.{value}" for key, value in sorted(recipe.items()) if key not in NOT_IN_NAMES)
-    name = re.sub(r"[^\w.,+-]+", "_", text, flags=re.ASCII).strip("_") or "defaults"
+    name = re.sub(r"[^\w.,+-]+", "_", re.sub(r"[][{}'\" ]", "", text), flags=re.ASCII).strip("_") or "defaults"
     if len(name) > 200:  # file systems take 255 bytes
         name = f"{name[:200]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     return name
@@ -263,6 +263,8 @@ def sbatch_parameters(slurm: Slurm, name: str) -> dict[str, Any]:
         raise UsageError(f"slurm.nodes is at least 1 and slurm.ngpus at least 0, not {slurm.nodes} and {slurm.ngpus}")
     if slurm.ngpus and slurm.tasks_per_node not in (None, slurm.ngpus):
         raise UsageError("every GPU gets a process: slurm.tasks_per_node is for slurm.ngpus=0 alone")
+    if not isinstance(slurm.sbatch or {}, dict):
+        raise UsageError(f"slurm.sbatch maps long options of sbatch to values, {{mail-type: END}}; not {slurm.sbatch}")
     same = ("partition", "account", "qos", "constraint", "exclude", "mem", "cpus_per_task")
     parameters = {key: value for key, value in asdict(slurm).items() if key in same and value is not None}
     if slurm.ngpus:
@@ -278,12 +280,12 @@ def sbatch_parameters(slurm: Slurm, name: str) -> dict[str, Any]:
         additional_parameters={
             "requeue": True,
             "signal": f"{TIME_IS_NEARLY_UP.name.removeprefix('SIG')}@{slurm.signal_delay}",
-            **slurm.sbatch,
+            **(slurm.sbatch or {}),
         },
         stderr_to_stdout=True,
         wckey=None,
     )
-    for key, value in {**parameters, **slurm.sbatch}.items():
+    for key, value in {**parameters, **parameters["additional_parameters"]}.items():
         if isinstance(value, str) and not value.isprintable():
             raise UsageError(f"slurm: {key} is one line of text, not {value!r}")
     # Where submitit finds the code, from whatever folder the user submits; and the signal as it is to expect it.

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = {"datasets", "engine", "hydra_main", "losses", "main", "models", "ops", "optim_factory", "options", "utils", "scripts"}
+OURS = {
+    "datasets", "engine", "hydra_main", "losses", "main", "models", "ops", "optim_factory", "options", "scripts",
+    "utils",
+}  # fmt: skip
 ALLOWED = {
     "ops": set(),
     "models": {"ops"},

@@ -1,4 +1,4 @@
-"""hydra_main.py on a real Slurm, of this machine alone: what users type, and jobs that are told to leave or requeued."""
+"""hydra_main.py on a real Slurm, of this machine alone: jobs that are told to leave, requeued, cancelled, or fail."""
 import os
 import re
 import socket
@@ -12,8 +12,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = [
-    "model=biformer_nano", "data_set=digits", "input_size=32", "batch_size=64", "epochs=2", "warmup_epochs=0", "lr=1e-3",
-    "num_workers=0", "device=cpu", "log_every=1",
+    "model=biformer_nano", "data_set=digits", "input_size=32", "batch_size=64", "epochs=2", "warmup_epochs=0",
+    "lr=1e-3", "num_workers=0", "device=cpu", "log_every=1",
 ]  # fmt: skip
 
 
@@ -28,7 +28,7 @@ def has_slurm_of_its_own():
 
 pytestmark = [
     pytest.mark.slurm,
-    pytest.mark.skipif(not has_slurm_of_its_own(), reason="no Slurm of this machine alone; as root, .ci/slurm starts one"),
+    pytest.mark.skipif(not has_slurm_of_its_own(), reason="no Slurm of this machine alone; .ci/slurm starts one"),
 ]
 
 
@@ -125,5 +125,6 @@ def test_a_cancelled_job_is_not_requeued_and_a_failed_one_says_why(tmp_path):
 
 
 def test_what_sbatch_refuses_is_one_line(tmp_path):
-    said = command(sys.executable, "hydra_main.py", *RUN, f"output_dir={tmp_path}", "+slurm=cpu", "slurm.partition=nowhere")
+    overrides = [*RUN, f"output_dir={tmp_path}", "+slurm=cpu", "slurm.partition=nowhere"]
+    said = command(sys.executable, "hydra_main.py", *overrides)
     assert said.returncode == 1 and said.stderr.count("\n") == 1 and "invalid partition" in said.stderr
