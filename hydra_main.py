@@ -7,6 +7,7 @@ hydra reads the overrides and composes the cluster's settings, submitit submits;
 Its flags are the keys here, from its own parser, and what is not given is not passed on: recipes, given by
 `config=FILE`, and defaults keep their order.
 """
+import argparse
 import hashlib
 import os
 import re
@@ -114,6 +115,20 @@ class Order:
 
     recipe: dict[str, Any]
     slurm: Slurm | None
+
+    @property
+    def argv(self) -> list[str]:
+        """main.py's command line."""
+        return options.as_tokens(self.recipe)
+
+    @property
+    def args(self) -> argparse.Namespace:
+        """What main.py reads in it. Raises UsageError where that is a mistake."""
+        return options.parse(self.argv)
+
+    def within(self, folder: Path, **flags: Any) -> "Order":
+        """The same run, writing to `folder`."""
+        return Order(dict(self.recipe, output_dir=str(folder), **flags), self.slurm)
 
 
 def cluster_names() -> str:
@@ -224,17 +239,16 @@ def make_new_folder(folder: Path) -> Path:
 # --- here -----------------------------------------------------------------------------------------------------------
 
 
-def goes_on(recipe: dict[str, Any]) -> bool:
-    """Whether the run looks for its own checkpoints: to give it a new folder would hide them."""
-    return "auto_resume" in recipe or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
-
 def run_here(order: Order) -> int:
-    """Run in this process, one of torchrun's or the only one; returns main.py's exit code."""
-    recipe = order.recipe
-    if "output_dir" not in recipe and not goes_on(recipe):
-        recipe = dict(recipe, output_dir=str(run_folder(recipe)))
-    return program.main(options.as_tokens(recipe))
+    """Run in this process, one of torchrun's or the only one; returns main.py's exit code.
+
+    Raises:
+        UsageError: The run is described wrong.
+    """
+    # A run that torchrun starts again would not find its checkpoints in a new folder; main.py says so.
+    if order.args.output_dir is None and not program.goes_on(order.args):
+        order = order.within(run_folder(order.recipe))
+    return program.main(order.argv)
 
 
 # --- on a cluster ---------------------------------------------------------------------------------------------------
@@ -340,15 +354,15 @@ def check_submission(order: Order):
     """
     if "LOCAL_RANK" in os.environ:
         raise UsageError("+slurm under torchrun would submit a job from every process; Slurm starts the processes")
-    args = options.parse(options.as_tokens(order.recipe))
+    args = order.args
     program.check_model(args.model)
     if args.teacher_model:
         program.check_model(args.teacher_model)
-    if args.output_dir is not None:
-        if not args.output_dir.isprintable() or set(args.output_dir) & set("%\\'\""):
-            raise UsageError(f"output_dir={args.output_dir}: Slurm reads % and \\ in it, and quotes, in its own way")
-        if not args.eval:
-            program.output_store(args)
+    folder = os.path.abspath(args.output_dir or "")
+    if not folder.isprintable() or set(folder) & set("%\\'\""):
+        raise UsageError(f"Slurm has its own reading of %, \\ and quotes in paths: {folder}; take another output_dir")
+    if args.output_dir is not None and not args.eval:
+        program.output_store(args)
     sbatch_parameters(order.slurm, args.model)
     if shutil.which("sbatch") is None:
         raise UserError("no sbatch here: this is no machine of a Slurm cluster; without +slurm it runs on this machine")
@@ -360,16 +374,15 @@ def submit(order: Order):
     Raises:
         UserError: sbatch did not take it.
     """
-    recipe = order.recipe
-    new = make_new_folder(run_folder(recipe)) if recipe.get("output_dir") is None else None
-    folder = new or Path(recipe["output_dir"])
-    argv = options.as_tokens(dict(recipe, output_dir=str(folder), auto_resume=True))
+    args = order.args
+    new = make_new_folder(run_folder(order.recipe)) if args.output_dir is None else None
+    folder = new or Path(args.output_dir)
     executor = submitit.SlurmExecutor(folder / "slurm", max_num_timeout=MANY)
-    executor.update_parameters(**sbatch_parameters(order.slurm, options.parse(argv).model))
+    executor.update_parameters(**sbatch_parameters(order.slurm, args.model))
     try:
         # From within a job, that job's settings would be the new one's.
         with clean_env() if "SLURM_JOB_ID" in os.environ else nullcontext(), redirect_stderr(StringIO()):
-            job = executor.submit(Task(argv))
+            job = executor.submit(Task(order.within(folder, auto_resume=True).argv))
     except RuntimeError as error:  # submitit's, with what sbatch wrote
         if new is not None:
             shutil.rmtree(new)
@@ -380,12 +393,20 @@ def submit(order: Order):
     print(f"cancel: scancel {job.job_id}")
 
 
+def check_sweep(orders: list[Order]):
+    """Raises UsageError where several runs would be in each other's way."""
+    if len(orders) > 1 and "LOCAL_RANK" in os.environ:
+        raise UsageError("--multirun under torchrun: one run after another needs a torchrun for each")
+    folders = [order.args.output_dir for order in orders if order.args.output_dir is not None]
+    if len(set(folders)) < len(folders):
+        raise UsageError(f"the runs of --multirun would share output_dir={folders[0]}; without it each gets its own")
+
+
 def main() -> int:
     """Run or submit what this process's command line asks for; returns the exit code."""
     try:
         orders = read_orders()
-        if len(orders) > 1 and "LOCAL_RANK" in os.environ:
-            raise UsageError("--multirun under torchrun: one run after another needs a torchrun for each")
+        check_sweep(orders)
         on_cluster = [order for order in orders if order.slurm is not None]
         for order in on_cluster:
             check_submission(order)

@@ -37,7 +37,7 @@ def read(monkeypatch):
 @pytest.fixture
 def argv(read):
     """The command line of main.py that overrides stand for."""
-    return lambda *words: options.as_tokens(read(*words)[0].recipe)
+    return lambda *words: read(*words)[0].argv
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def cluster(monkeypatch, tmp_path):
 def test_the_lines_of_the_published_repository(read, line, flags):
     """With a cluster's name in the place of CLUSTER_ID."""
     (order,) = read(*shlex.split(line)[2:])
-    args = vars(options.parse(options.as_tokens(order.recipe)))
+    args = vars(order.args)
     assert {key: args[key] for key in flags} == flags
     assert (order.slurm.nodes, order.slurm.ngpus) == (1, 8)
 
@@ -136,6 +136,11 @@ def test_a_sweep_is_several_runs(read, tmp_path):
     assert [order.recipe for order in read(*sweep)] == [dict(lr="0.001"), dict(lr="0.0005")]
 
 
+def test_the_runs_of_a_sweep_do_not_share_a_folder(run, passed, tmp_path):
+    code, _, err = run("-m", f"hydra.sweep.dir={tmp_path}", *DIGITS, "lr=1,2", "output_dir=mine")
+    assert code == 2 and "--multirun would share output_dir=mine" in err and not passed
+
+
 @pytest.mark.parametrize(
     "words,message",
     [
@@ -159,8 +164,8 @@ def test_a_sweep_is_several_runs(read, tmp_path):
         ("+slurm=cpu 'slurm.partition=\"a\nb\"'", "partition is one line of text"),
         ("+slurm=cpu model=biformer_nan", "unknown model 'biformer_nan'; did you mean biformer_nano"),
         ("+slurm=cpu batch_size=0", "--batch_size must be at least 1"),
-        ("+slurm=cpu auto_resume=true", "--auto_resume needs the --output_dir"),
-        ("+slurm=cpu output_dir=50%", "Slurm reads % and \\ in it"),
+        ("auto_resume=true", "--auto_resume needs the --output_dir"),
+        ("+slurm=cpu output_dir=50%", "Slurm has its own reading of %"),
     ],
 )
 def test_mistakes_are_one_line_at_once(run, cluster, words, message):
@@ -233,11 +238,19 @@ def test_here_main_runs_with_a_folder_of_that_name(run, passed, monkeypatch, tmp
     assert not list(tmp_path.iterdir())  # hydra leaves nothing behind
 
 
-def test_a_run_that_is_started_again_gets_no_new_folder(run, passed, monkeypatch):
-    run(*DIGITS, "auto_resume=true")
+def test_a_recipe_may_name_the_folder(run, passed, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("data_set: digits\noutput_dir: of/the/recipe\n")
+    run(f"config={recipe}")
+    run(f"config={recipe}", "output_dir=null")
+    first, second = (options.parse(line).output_dir for line in passed)
+    assert first == "of/the/recipe" and second.startswith("outputs/cls/config.")
+
+
+def test_a_run_that_torchrun_starts_again_gets_no_new_folder(run, passed, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     run(*DIGITS)
-    assert not any("output_dir" in word for line in passed for word in line)
+    assert passed and not any("output_dir" in word for line in passed for word in line)
 
 
 def test_torchrun_neither_submits_nor_sweeps(run, passed, cluster, monkeypatch, tmp_path):

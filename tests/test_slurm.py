@@ -113,15 +113,18 @@ def test_an_evaluation_is_submitted(uninterrupted, tmp_path):
     assert len(re.findall(r"on the 360 test images: \d+\.\d%", log(folder, job))) == 1
 
 
-def test_a_cancelled_job_is_not_requeued_and_a_failed_one_says_why(tmp_path):
-    job = submit(tmp_path / "cancelled", *RUN, "epochs=100")
-    wait(lambda: "epoch 0 [1/" in log(tmp_path / "cancelled", job), tmp_path / "cancelled", job)
-    failing = submit(tmp_path / "failing", *RUN, "eval=true", f"resume={tmp_path / 'nothing.pth'}")
+def test_a_cancelled_job_is_not_requeued(tmp_path):
+    job = submit(tmp_path, *RUN, "epochs=100")
+    wait(lambda: "epoch 0 [1/" in log(tmp_path, job), tmp_path, job)
     command("scancel", job)
-    assert wait_for_end(tmp_path / "cancelled", job)["JobState"] == "CANCELLED"
-    assert state(job)["Restarts"] == "0" and "saved as" in log(tmp_path / "cancelled", job)
-    assert wait_for_end(tmp_path / "failing", failing)["JobState"] == "FAILED"
-    assert "nothing.pth: no such checkpoint file" in log(tmp_path / "failing", failing)
+    end = wait_for_end(tmp_path, job)
+    assert (end["JobState"], end["Restarts"]) == ("CANCELLED", "0") and "saved as" in log(tmp_path, job)
+
+
+def test_a_job_that_fails_says_why(tmp_path):
+    job = submit(tmp_path, *RUN, "eval=true", f"resume={tmp_path / 'nothing.pth'}")
+    assert wait_for_end(tmp_path, job)["JobState"] == "FAILED"
+    assert "nothing.pth: no such checkpoint file" in log(tmp_path, job)
 
 
 def test_what_sbatch_refuses_is_one_line(tmp_path):
