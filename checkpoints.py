@@ -170,12 +170,12 @@ class _Output:
     def __init__(self, file: BinaryIO):
         self.file = file
         self.flush = file.flush
-        self.error: OSError | None = None
+        self.error: Exception | None = None
 
     def write(self, data: bytes) -> int:
         try:
             return self.file.write(data)
-        except OSError as error:
+        except Exception as error:  # the system's, or that of a signal: a process that reads images has died
             self.error = error
             raise
 
@@ -262,6 +262,7 @@ class CheckpointStore:
         for step in reversed(steps):
             path = self.path(step)
             if is_whole(path):
+                self._point_last(path)  # the run may have ended before it did
                 return step
             path.rename(path.with_suffix(".pth.damaged"))
             print(f"{path} is damaged, and set aside as {path.name}.damaged")
@@ -277,12 +278,15 @@ class CheckpointStore:
         """
         path = self.path(step)
         self._write(path, state)
+        self._point_last(path)
+        for old in self.steps()[: -self.keep]:
+            self.path(old).unlink()
+
+    def _point_last(self, path: Path):
         temporary = self.folder / f".{self.last.name}.{os.getpid()}"
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(path.name)
         os.replace(temporary, self.last)
-        for old in self.steps()[: -self.keep]:
-            self.path(old).unlink()
 
     def save_best(self, state: dict[str, Any]):
         """Write `best.pth`.

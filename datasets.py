@@ -392,13 +392,6 @@ class EpochLoader(PrefetchLoader):
             # a cycle. Left to the garbage collector, the iterator would wait five seconds for each of its workers.
             line = re.split(r"^[\w.]+Error: ", str(error), flags=re.MULTILINE)[-1].strip()
             error.__traceback__ = None
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            line = (
-                "a process that reads images was killed, as happens where memory runs out; "
-                f"give fewer --num_workers or more memory ({_one_line(error)})"
-            )
         raise UserError(line)
 
     def _start_epoch(self):

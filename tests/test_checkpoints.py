@@ -211,6 +211,12 @@ def test_the_newest_are_kept(store):
     assert store.steps() == [6, 9]
 
 
+def test_killed_between_a_checkpoint_and_the_link_to_it(store):
+    store.save(3, state(3))
+    save_checkpoint(store.path(6), state(6))
+    assert store.newest_whole() == 6 and read_checkpoint(str(store.last))["step"] == 6
+
+
 def damage_tensors(data):
     data[len(data) // 2] ^= 1
 

@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = {
-    "checkpoints", "datasets", "engine", "losses", "main", "models", "ops", "optim_factory", "options", "runs",
-    "scripts", "shards", "utils",
+    "checkpoints", "datasets", "engine", "hydra_main", "losses", "main", "models", "ops", "optim_factory", "options",
+    "runs", "scripts", "shards", "utils",
 }
 ALLOWED = {
     "ops": set(),
@@ -23,12 +23,14 @@ ALLOWED = {
     "engine": {"utils"},
     "options": {"utils"},
     "runs": {"checkpoints", "engine", "utils"},
+    "hydra_main": {"main", "options", "utils"},
     "main": {"checkpoints", "datasets", "engine", "losses", "models", "optim_factory", "options", "runs", "utils"},
 }
 FORBIDDEN = {
     "ops": {"timm"},
     "engine": {"argparse", "hydra"},
     "main": {"hydra", "submitit"},
+    "hydra_main": {"torch", "timm"},
 }
 
 
@@ -76,6 +78,12 @@ def test_only_the_fused_implementation_imports_triton():
             assert not any(name.partition(".")[0] == "triton" for name in imports_of(path)), path
 
 
+def test_only_hydra_main_imports_hydra_and_submitit():
+    for path in (p for p in ROOT.rglob("*.py") if ".venv" not in p.parts and "tests" not in p.parts):
+        uses = {name.partition(".")[0] for name in imports_of(path)} & {"hydra", "omegaconf", "submitit"}
+        assert not uses or path == ROOT / "hydra_main.py", path
+
+
 def test_nothing_imports_scripts():
     for room in ALLOWED:
         for path in files_of(room):
@@ -83,8 +91,8 @@ def test_nothing_imports_scripts():
 
 
 def test_every_import_is_in_a_requirements_file():
-    distributions = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
-    text = (ROOT / "requirements.txt").read_text() + (ROOT / "requirements-dev.txt").read_text()
+    distributions = {"PIL": "pillow", "hydra": "hydra-core", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+    text = "".join(path.read_text() for path in ROOT.glob("requirements*.txt"))
     listed = {line.partition("#")[0].strip().partition(">")[0].lower() for line in text.splitlines()}
     paths = [p for p in ROOT.rglob("*.py") if ".venv" not in p.parts]
     local = OURS | {p.stem for p in paths}
