@@ -3,9 +3,11 @@
 Every random choice about an image follows from (seed, epoch, position in the epoch), never from what was read before
 or by which process: a run that is resumed, at any step, sees the very images that it would have seen.
 """
+import ctypes
 import random
 import re
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from multiprocessing import get_context
@@ -26,6 +28,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from shards import ShardSampler, TarShards, is_url, open_shards
 from utils import LostDataError, UserError
 
+_PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
 Transform = Callable[[Image.Image], Any]
 
 
@@ -403,10 +406,13 @@ class EpochLoader(PrefetchLoader):
             self.sampler.set_epoch(self.epoch, start=self.first_batch * self.loader.batch_size)
 
 
-def _ignore_signals(worker: int):
-    # A terminal and Slurm send theirs to every process; what the run makes of one, its main process decides.
+def _live_and_die_with_main(worker: int):
+    # A terminal and Slurm send signals to every process; what the run makes of one, its main process decides.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        # One that waits for a lock which a dead process held would outlive the main process for ever.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def build_loader(
@@ -475,7 +481,7 @@ def build_loader(
         drop_last=train,
         persistent_workers=num_workers > 0,
         generator=torch.Generator(),  # the global one would otherwise be drawn from each epoch
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_live_and_die_with_main,
     )
     return EpochLoader(
         loader,

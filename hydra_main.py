@@ -36,7 +36,7 @@ from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment, cle
 
 import main as program
 import options
-from utils import EXIT_RESUME, UsageError, UserError, fail
+from utils import EXIT_RESUME, UsageError, UserError, exit_with, fail
 
 ROOT = Path(__file__).resolve().parent
 CONFIGS = ROOT / "configs"
@@ -333,7 +333,7 @@ class Task:
             # The run has left, so that the signal is submitit's again, which requeues the job and exits.
             signal.raise_signal(TIME_IS_NEARLY_UP)
         if code:
-            sys.exit(code)
+            exit_with(code)
 
     def checkpoint(self) -> DelayedSubmission:
         """What submitit starts after a requeue: the same, as all that a run needs to go on is in its folder."""
@@ -422,4 +422,4 @@ if __name__ == "__main__":
     # Under the module's own name, by which a job finds its `Task`.
     import hydra_main
 
-    sys.exit(hydra_main.main())
+    exit_with(hydra_main.main())

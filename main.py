@@ -35,6 +35,7 @@ from utils import (
     UsageError,
     UserError,
     end_process,
+    exit_with,
     fail,
     fault_of_machine,
     seed_everything,
@@ -565,4 +566,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main())

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import torch
@@ -43,6 +43,15 @@ def fail(message: str, exit_code: int) -> int:
     # In one write, so that the lines of several processes do not run together.
     sys.stderr.write(f"error: {' '.join(message.split())}\n")
     return exit_code
+
+
+def exit_with(code: int) -> NoReturn:
+    """End the process. After a fault at once: Python would wait for others, and what is at fault may never answer."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code == UserError.exit_code:
+        os._exit(code)
+    sys.exit(code)
 
 
 def fault_of_machine(error: OSError | RuntimeError) -> str | None:

@@ -29,8 +29,8 @@ if __name__ == "__main__":
 from photos import write_photos  # noqa: E402
 from run_state import differences  # noqa: E402
 
+import utils  # noqa: E402
 from checkpoints import CheckpointStore  # noqa: E402
-from utils import EXIT_RESUME  # noqa: E402
 
 PATIENCE = 120  # seconds after which a run that does not end is said to hang
 COMMAND = [
@@ -61,7 +61,7 @@ def _train(arguments: list[str], environment: dict[str, str], output: Path, file
     import main
 
     torch.set_num_threads(1)
-    sys.exit(main.main(arguments))
+    utils.exit_with(main.main(arguments))
 
 
 @dataclass
@@ -178,9 +178,24 @@ def _way_to_save(rng: random.Random) -> list[str]:
 
 def _kill(course: Course, rng: random.Random) -> Verdict:
     attempt = _run_until_random_moment(course, rng)
+    workers = attempt.workers()
     for rank in attempt.ranks:
         rank.kill()
-    return _expect(attempt, {-signal.SIGKILL})
+    verdict = _expect(attempt, {-signal.SIGKILL})
+    left = _outlive(workers)
+    return f"{left} processes that read images outlived the run" if left else verdict
+
+
+def _outlive(pids: list[int]) -> int:
+    """How many of these processes still run after a second."""
+    left = 0
+    for _ in range(20):
+        states = [Path(f"/proc/{pid}/stat") for pid in pids]
+        left = sum(state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z" for state in states)
+        if not left:
+            break
+        time.sleep(0.05)
+    return left
 
 
 def _kill_in_write(course: Course, rng: random.Random) -> Verdict:
@@ -245,7 +260,7 @@ def _ask_to_leave(number: signal.Signals) -> Callable[[Course, random.Random], V
         pids = [attempt.ranks[-1].pid] if rng.random() < 0.5 else [r.pid for r in attempt.ranks] + attempt.workers()
         for pid in pids:
             os.kill(pid, number)
-        return _expect(attempt, {EXIT_RESUME}, "go on with --auto_resume")
+        return _expect(attempt, {utils.EXIT_RESUME}, "go on with --auto_resume")
 
     return ask
 

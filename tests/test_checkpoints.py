@@ -5,14 +5,13 @@ import resource
 import subprocess
 import sys
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from web import served
 
 from checkpoints import CheckpointStore, load_weights, model_weights, read_checkpoint, save_checkpoint
 from utils import UserError
@@ -179,14 +178,11 @@ def test_a_download_is_compared_with_its_hash(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
     torch.save({"epoch": 1}, tmp_path / "c.pth")
     digest = hashlib.sha256((tmp_path / "c.pth").read_bytes()).hexdigest()
-    serve = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
-    with ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/c.pth"
+    with served(tmp_path) as server:
+        url = f"{server}/c.pth"
         assert read_checkpoint(f"{url}#sha256={digest}")["epoch"] == 1
         with pytest.raises(UserError, match=r"cannot be downloaded .*invalid hash value"):
             read_checkpoint(f"{url}#sha256={digest[::-1]}")
-        server.shutdown()
 
 
 # --- the checkpoints of a run ---------------------------------------------------------------------------------------

@@ -5,15 +5,13 @@ import re
 import socket
 import subprocess
 import sys
-import threading
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from photos import write_photos
+from web import served
 
 import main as program
 from checkpoints import CheckpointStore
@@ -211,17 +209,13 @@ def test_shards_are_the_folder_again(photos, trained, tmp_path, capfd):
     assert make_shards.main([str(photos), str(tmp_path / "shards"), "--size", "4"]) == 0
     shards = ["--data_set", "wds/photos", "--nb_classes", "3", "--data_path"]
     train(photos, tmp_path / "run", *shards, tmp_path / "shards")
-    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path / "shards")
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
+    with served(tmp_path / "shards") as url:
         cache = ["--shard_cache", tmp_path / "cache", "--shard_cache_gb", "1e-9"]
         results = []
         for data in (["--data_path", photos], [*shards, tmp_path / "shards"], [*shards, url, *cache]):
             capfd.readouterr()
             _, out, _ = run(capfd, *SMALL, *data, "--eval", "--resume", trained / "last.pth")
             results.append(RESULT.search(out).group())
-        server.shutdown()
     assert results == results[:1] * 3
     assert len(list((tmp_path / "cache").glob("*.shard"))) == 1, "a bound lets the last one stay"
 

@@ -7,10 +7,12 @@ import pytest
 import torch
 from photos import write_photos
 from run_state import differences
+from web import served
 
 import main as program
 from checkpoints import CheckpointStore
 from runs import Keeper, Run
+from scripts import make_shards
 from utils import EXIT_RESUME
 
 # With mixup, cutmix, random erasing, repeated augmentation, stochastic depth and the average of the weights, as by
@@ -80,6 +82,14 @@ def test_left_in_the_middle_of_an_epoch(photos, whole, tmp_path, monkeypatch, nu
     assert differences(tmp_path, whole) == []
 
 
+def test_the_comparison_finds_differences(photos, whole, tmp_path):
+    assert train(photos, tmp_path, "--seed", "1") == 0
+    found = differences(tmp_path, whole)
+    for where in (".model.", ".model_ema.", ".optimizer.state"):
+        assert any(line.startswith(f"last.pth {where}") for line in found), where
+    assert any(line.startswith("log.txt") for line in found)
+
+
 def test_left_while_evaluating(photos, whole, tmp_path, monkeypatch, capfd):
     """The evaluation is finished and logged, and not done again."""
     evaluate = program.evaluate
@@ -128,6 +138,29 @@ def test_going_on_from_the_one_before_a_damaged_one(photos, whole, tmp_path, cap
     out = capfd.readouterr().out
     assert f"{newest} is damaged" in out and "going on from" in out and "epoch 1, step 2 of 3" in out
     assert differences(tmp_path, whole) == []
+
+
+def test_shards_of_a_web_server(photos, tmp_path, monkeypatch):
+    """Left in the middle of an epoch, and gone on with by other numbers of readers, with nothing in the cache."""
+    assert make_shards.main([str(photos), str(tmp_path / "shards"), "--size", "4"]) == 0
+    with served(tmp_path / "shards") as url:
+        shards = ["--data_set", "wds/photos", "--nb_classes", "3", "--data_path", url, "--shard_cache"]
+        assert train(photos, tmp_path / "whole", *shards, tmp_path / "one") == 0
+        for start in range(2 * STEPS):
+            with monkeypatch.context() as patch:
+                signal_after(patch, 2)
+                code = train(photos, tmp_path / "left", *shards, tmp_path / f"cache-{start}", "--auto_resume",
+                             "--num_workers", start % 3)
+            if code == 0:
+                break
+    assert code == 0 and start >= 2
+    assert differences(tmp_path / "left", tmp_path / "whole") == []
+
+
+def test_shards_are_shared_among_as_many_as_before(photos, half, monkeypatch, capfd):
+    monkeypatch.setattr("datasets.EpochLoader.ranges", 2)
+    assert train(photos, half, "--auto_resume") == 1
+    assert "shards shared among 1 process(es), which are now 2" in capfd.readouterr().err
 
 
 @pytest.fixture

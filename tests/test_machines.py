@@ -1,0 +1,72 @@
+"""Two machines, each with a launcher of its own, played by two launchers that meet at a port of this machine."""
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from photos import write_photos
+from run_state import differences
+
+import main as program
+
+ROOT = Path(__file__).resolve().parent.parent
+TORCHRUN = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run"]
+SMALL = ["--model", "biformer_nano", "--input_size", "32", "--num_workers", "1", "--device", "cpu"]
+TRAIN = ["--batch_size", "2", "--epochs", "2", "--warmup_epochs", "1", "--lr", "1e-2", "--log_every", "1"]
+RESULT = re.compile(r"\* Acc@1 .*\nAccuracy of the network on the 7 test images: .*")
+
+
+def on_two_machines(*arguments):
+    """main.py under `torchrun --nnodes=2`, as README has it: one process on each; exit codes and outputs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launchers = []
+    for machine in range(2):
+        meet = ["--nnodes=2", f"--node_rank={machine}", "--master_addr=127.0.0.1", f"--master_port={port}"]
+        launchers.append(subprocess.Popen(
+            [*TORCHRUN, *meet, "--nproc_per_node=1", "main.py", *map(str, arguments)], cwd=ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        ))
+    outputs = [launcher.communicate(timeout=300) for launcher in launchers]
+    return [launcher.returncode for launcher in launchers], outputs
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """13 training images, of which two machines share 12, and 7 to evaluate, of which one gets 4 and the other 3."""
+    return write_photos(tmp_path_factory.mktemp("photos"), train=13, val=7)
+
+
+def test_two_machines_are_one(photos, tmp_path, capfd):
+    """They train what two processes of one machine train, and evaluate each image once."""
+    arguments = [*SMALL, *TRAIN, "--data_path", photos, "--output_dir"]
+    codes, outputs = on_two_machines(*arguments, tmp_path / "machines")
+    assert codes == [0, 0], outputs
+    assert "2 images x 2 processes" in outputs[0][0] and outputs[1][0] == ""
+    command = [*TORCHRUN, "--standalone", "--nproc_per_node=2", "main.py", *map(str, arguments), str(tmp_path / "one")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert differences(tmp_path / "machines", tmp_path / "one") == []
+
+    checkpoint = tmp_path / "machines" / "last.pth"
+    evaluation = [*SMALL, "--data_path", photos, "--dist_eval", "--eval", "--resume", checkpoint]
+    codes, outputs = on_two_machines(*evaluation)
+    assert codes == [0, 0], outputs
+    assert program.main([str(word) for word in evaluation]) == 0
+    alone = RESULT.search(capfd.readouterr().out).group()
+    assert RESULT.search(outputs[0][0]).group() == alone
+    last = json.loads((tmp_path / "one" / "log.txt").read_text().splitlines()[-1])
+    assert f"Acc@1 {last['val_acc1']:.3f}" in alone
+
+
+def test_a_folder_that_only_one_machine_sees(photos, tmp_path):
+    """A line from each of them, and no hang."""
+    codes, outputs = on_two_machines(*SMALL, *TRAIN, "--data_path", photos / "nowhere", "--output_dir", tmp_path)
+    assert 0 not in codes
+    assert all("does not exist" in error for _, error in outputs)
