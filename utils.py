@@ -3,6 +3,7 @@ import errno
 import json
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -19,6 +20,8 @@ import torch.distributed as dist
 
 # "Temporary failure, try again" of sysexits.h: the run was asked to leave and has saved itself; start it again.
 EXIT_RESUME = 75
+# torch has no class for gloo's errors, and gloo's words do not always name it.
+_OF_PEERS = re.compile(r"gloo|nccl|caused pair closure|connection (reset|closed|refused)", re.IGNORECASE)
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
 
 
@@ -62,7 +65,7 @@ def fault_of_machine(error: OSError | RuntimeError) -> str | None:
             "a process that reads images was killed, as happens where memory runs out; "
             f"give fewer --num_workers or more memory ({_first_line(text)})"
         )
-    if isinstance(error, dist.DistError) or "gloo" in text.lower() or "nccl" in text.lower():
+    if isinstance(error, dist.DistError) or _OF_PEERS.search(text):
         return f"another process of the run ended, or did not answer within --dist_timeout ({_first_line(text)})"
     if isinstance(error, OSError) and error.errno in _DISK_FAULTS:
         return f"{error.strerror}: {error.filename}"

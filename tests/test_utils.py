@@ -38,3 +38,19 @@ def test_single_process():
     process = Process(torch.device("cpu"))
     assert process.is_main and not process.is_distributed
     assert process.mean(torch.tensor([2.0])).item() == 2
+
+
+@pytest.mark.parametrize("error,words", [
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "a process that reads images was killed"),
+    (RuntimeError("[gloo/transport/tcp/pair.cc:530] Read error: Connection reset by peer"), "another process of the run"),
+    (RuntimeError("Application timeout caused pair closure"), "did not answer within --dist_timeout"),
+    (torch.distributed.DistNetworkError("Failed to recv, got 0 bytes."), "another process of the run ended"),
+    (OSError(28, "No space left on device", "log.txt"), "No space left on device: log.txt"),
+])
+def test_faults_of_the_machine_are_told_in_words(error, words):
+    assert words in utils.fault_of_machine(error)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), OSError(2, "no", "x")])
+def test_what_may_be_the_code_is_left_to_a_traceback(error):
+    assert utils.fault_of_machine(error) is None
