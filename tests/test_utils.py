@@ -42,7 +42,7 @@ def test_single_process():
 
 @pytest.mark.parametrize("error,words", [
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "a process that reads images was killed"),
-    (RuntimeError("[gloo/transport/tcp/pair.cc:530] Read error: Connection reset by peer"), "another process of the run"),
+    (RuntimeError("[gloo/transport/tcp/pair.cc:530] Read error: reset by peer"), "another process of the run"),
     (RuntimeError("Application timeout caused pair closure"), "did not answer within --dist_timeout"),
     (torch.distributed.DistNetworkError("Failed to recv, got 0 bytes."), "another process of the run ended"),
     (OSError(28, "No space left on device", "log.txt"), "No space left on device: log.txt"),
