@@ -102,6 +102,11 @@ def _log_line(values: dict[str, float], epoch: int, step: int, steps: int, secon
     )
 
 
+def _as_float(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """Logits, or the several that a network returns in training, in float32."""
+    return tuple(x.float() for x in outputs) if isinstance(outputs, tuple) else outputs.float()
+
+
 def _backward(
     loss: torch.Tensor,
     model: torch.nn.Module,
@@ -160,7 +165,7 @@ def train_one_epoch(
 
     Args:
         model: The model as trained, with its wrappers.
-        loss_fn: (logits, targets, images) -> scalar.
+        loss_fn: (logits, targets, images) -> scalar; a tuple of logits where the model returns one in training.
         loader: Normalised (B, 3, H, W) images on the device and (B,) targets, with a length.
         optimizer, schedule, scaler: Stepped once every `update_freq` batches; the scaler is disabled except for fp16.
         process: This process.
@@ -168,7 +173,7 @@ def train_one_epoch(
         epoch, epochs: This epoch, from 0, and their number.
         amp_dtype: Low precision of autocast; None for none.
         channels_last: Give the model channels-last images.
-        mixup: timm's mixup or cutmix.
+        mixup: timm's mixup or cutmix, or one for targets that are not class indices.
         ema, ema_source: Average to update, and the model without wrappers that it averages.
         update_freq: Batches per optimizer step; batches at the end that make no whole step are left out.
         clip_grad: Largest norm of the gradients.
@@ -201,7 +206,7 @@ def train_one_epoch(
             images, targets = mixup(images, targets)
         with model.no_sync() if process.is_distributed and not update else nullcontext():
             with autocast:
-                loss = loss_fn(model(images).float(), targets, images)
+                loss = loss_fn(_as_float(model(images)), targets, images)
             _backward(loss / update_freq, model, optimizer, scaler, clip_grad, update)
         meter.add(loss.detach(), len(images), data_seconds, first_step + step, optimizer.param_groups[0]["lr"])
 

@@ -92,7 +92,7 @@ def test_what_runs_can_be_run_again(tmp_path):
 @pytest.mark.parametrize("path", sorted(path.stem for path in RECIPES.glob("*.yaml")))
 def test_recipes(path):
     args = parse("--config", str(RECIPES / f"{path}.yaml"))
-    assert args.model == ("biformer_nano" if path == "quickstart" else path)
+    assert args.model == ("biformer_nano" if path == "quickstart" else path.removesuffix("_token_label"))
 
 
 @pytest.mark.parametrize(
@@ -101,6 +101,12 @@ def test_recipes(path):
         (["--modle", "x"], "unknown flag --modle; did you mean --model?"),
         (["--drop-pth=0.1"], "unknown flag --drop_pth; did you mean --drop_path?"),
         (["stray"], "'stray' is the value of no flag"),
+        (["--token_label", "maps", "--data_set", "digits"], "--token_label needs a folder of images"),
+        (["--token_label", "maps", "--data_set", "wds/x"], "--token_label needs a folder of images"),
+        (["--token_label", "maps", "--distillation_type", "soft", "--teacher_model", "x"], "leave out --distill"),
+        (["--token_label", "maps", "--input_size", "224x250"], "--input_size of whole tokens, multiples of 32 pixels"),
+        (["--token_label", "maps", "--aa", "augmix-m5-w4-d2"], "cannot go with --aa augmix"),
+        (["--token_label_weight", "-1"], "--token_label_weight must not be negative"),
         (["--batch_size", "0"], "--batch_size must be at least 1, got 0"),
         (["--epochs", "0"], "--epochs must be at least 1, got 0"),
         (["--epochs", "many"], "--epochs: invalid int value: 'many'"),
