@@ -15,7 +15,7 @@ def create_loss(smoothing: float = 0.0, soft_targets: bool = False) -> nn.Module
 class TokenLabelLoss(nn.Module):
     """Cross-entropy of the image, plus `weight` times the mean one of its tokens.
 
-    Equation 4 of Jiang et al., https://arxiv.org/abs/2104.10858, where the weight is 0.5.
+    Of Jiang et al., https://arxiv.org/abs/2104.10858, where the weight is 0.5.
     """
 
     def __init__(self, weight: float = 0.5):

@@ -276,7 +276,7 @@ def collate(batch: list[tuple[tuple[torch.Tensor, ...], int]]) -> tuple[torch.Te
 class TokenLabelMixup(Mixup):
     """(images, `TokenTargets`) -> mixed images, and the smoothed distributions that image and tokens are to predict.
 
-    Mixup mixes images and labels with one weight. CutMix is MixToken (section 3.3 of the paper): its box is drawn as
+    Mixup mixes images and labels with one weight. CutMix is the paper's MixToken: its box is drawn as
     timm's and moved to the borders of tokens, so that every token is of one image and has that image's label. The paper
     pastes the tokens after the patch embedding; here pixels are pasted, so that the network need not know. The image's
     label mixes by the area of the box.

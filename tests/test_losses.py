@@ -73,7 +73,7 @@ def test_unknown_kind():
 
 
 def test_token_labels():
-    """Equation 4 of the paper, by hand in float64."""
+    """By hand, in float64."""
     logits, tokens = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 2, 4, 5, dtype=torch.float64)
     of_image, of_tokens = (torch.rand_like(x).softmax(dim=-1) for x in (logits, tokens))
     expected = 0.0
