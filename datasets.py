@@ -1,11 +1,13 @@
 """Data sets, transforms and loaders, for the most part timm's.
 
-Every random choice about an image follows from (seed, epoch, rank, position in the epoch), never from what was read
-before or by which worker: a run that is resumed sees the very images that it would have seen.
+Every random choice about an image follows from (seed, epoch, position in the epoch), never from what was read before
+or by which process: a run that is resumed, at any step, sees the very images that it would have seen.
 """
 import json
 import math
 import random
+import re
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -61,25 +63,35 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
 
 
 class SeededSampler(Sampler):
-    """Yields (index, seed) for each index of `sampler`, which is one with `set_epoch`."""
+    """Yields (index, seed) for each index of `sampler`, which is one with `set_epoch` that deals indices out in turn.
 
-    def __init__(self, sampler: Sampler, seed: int, rank: int):
-        self.sampler, self.seed, self.rank = sampler, seed, rank
+    The seed is that of the index's place among those of all processes: augmentation is the same on any number of them.
+    """
+
+    def __init__(self, sampler: Sampler, seed: int, rank: int, world_size: int):
+        self.sampler, self.seed, self.rank, self.world_size = sampler, seed, rank, world_size
         self.set_epoch(0)
 
-    def set_epoch(self, epoch: int):
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, start: int = 0):
+        """Make the next pass that of `epoch`, without its first `start` indices."""
+        self.epoch, self.start = epoch, start
         self.sampler.set_epoch(self.seed + epoch)  # RepeatAugSampler takes no seed of its own
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         for position, index in enumerate(self.sampler):
-            yield index, derive_seed(self.seed, self.epoch, self.rank, position)
+            if position >= self.start:
+                yield index, derive_seed(self.seed, self.epoch, position * self.world_size + self.rank)
 
     def __len__(self) -> int:
+        """Indices of a whole epoch."""
         return len(self.sampler)
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
+
+
+class LostDataError(UserError):
+    """Data that was there is gone: nothing to be skipped."""
 
 
 def load_image(file: str | Path | BinaryIO) -> Image.Image:
@@ -88,6 +100,7 @@ def load_image(file: str | Path | BinaryIO) -> Image.Image:
     Alpha is dropped, as in timm and torchvision; 16-bit grey is scaled to 8 bits.
 
     Raises:
+        LostDataError: The folder in which it should lie is gone.
         UserError: It is not a whole image; names the file.
     """
     try:
@@ -95,6 +108,8 @@ def load_image(file: str | Path | BinaryIO) -> Image.Image:
             image.load()
             return _to_rgb(image)
     except Exception as error:  # on damaged bytes PIL's decoders raise nearly anything
+        if isinstance(file, (str, Path)) and not Path(file).parent.is_dir():
+            raise LostDataError(f"cannot read {file}: its folder is gone; was the data moved, or unmounted?") from None
         name = getattr(file, "name", file)
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else _one_line(error)
         raise UserError(f"cannot read {name}: {reason}; remove it, or pass --skip_bad_images") from None
@@ -212,6 +227,8 @@ class ImageDataset(SkipsBadImages, Dataset):
         for offset in range(len(self)):
             try:
                 return self.source[(index + offset) % len(self)]
+            except LostDataError:
+                raise
             except UserError as error:
                 self._skip(1, error)
                 if not self.train:
@@ -442,9 +459,9 @@ class SeededErasing:
     def __init__(self, erasing: RandomErasing, device: torch.device):
         self.erasing, self.device = erasing, device
 
-    def start(self, *key: int):
-        """Begin the epoch of `key`: seed, epoch, rank."""
-        self.key, self.batch = key, 0
+    def start(self, *key: int, batch: int):
+        """Begin the epoch of `key` (seed, epoch, rank) at its batch `batch`."""
+        self.key, self.batch = key, batch
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         # the 1 keeps this apart from the seed of the sample at the same position
@@ -467,11 +484,12 @@ class EpochLoader(PrefetchLoader):
         if self.random_erasing is not None:
             self.random_erasing = SeededErasing(self.random_erasing, self.device)
 
-    def set_epoch(self, epoch: int):
-        """Make the next pass that of `epoch`."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, first_batch: int = 0):
+        """Make the next pass that of `epoch`, from its batch `first_batch` on; those before are not read."""
+        self.epoch, self.first_batch = epoch, first_batch
 
     def __len__(self) -> int:
+        """Batches of a whole epoch."""
         return self.dataset.num_batches() if isinstance(self.dataset, ShardDataset) else len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -482,19 +500,32 @@ class EpochLoader(PrefetchLoader):
         except UserError as error:
             # From a worker its text is a traceback that ends in the line we want, and its frames hold the iterator in
             # a cycle. Left to the garbage collector, the iterator would wait five seconds for each of its workers.
-            line = str(error).rsplit("UserError: ", 1)[-1].strip()
+            line = re.split(r"^[\w.]+Error: ", str(error), flags=re.MULTILINE)[-1].strip()
             error.__traceback__ = None
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            line = (
+                "a process that reads images was killed, as happens where memory runs out; "
+                f"give fewer --num_workers or more memory ({_one_line(error)})"
+            )
         raise UserError(line)
 
     def _start_epoch(self):
         key = self.seed, self.epoch, self.rank
         self.loader.generator.manual_seed(derive_seed(*key))  # from it workers are seeded
         if self.random_erasing is not None:
-            self.random_erasing.start(*key)
+            self.random_erasing.start(*key, batch=self.first_batch)
         if isinstance(self.dataset, ShardDataset):
             self.dataset.set_epoch(self.epoch)
         elif isinstance(self.sampler, SeededSampler):
-            self.sampler.set_epoch(self.epoch)
+            self.sampler.set_epoch(self.epoch, start=self.first_batch * self.loader.batch_size)
+
+
+def _ignore_signals(worker: int):
+    # A terminal and Slurm send theirs to every process; what the run makes of one, its main process decides.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def build_loader(
@@ -553,11 +584,11 @@ def build_loader(
     elif repeated_aug:
         # By default the sampler rounds down to a multiple of 256 images, most of a small data set
         sampler = RepeatAugSampler(dataset, num_replicas=world_size, rank=rank, selected_round=0)
-        sampler = SeededSampler(sampler, seed, rank)
+        sampler = SeededSampler(sampler, seed, rank, world_size)
     else:
         # drop_last here: rather leave out a few images than see some of them twice
         sampler = DistributedSampler(dataset, num_replicas=world_size, rank=rank, drop_last=True)
-        sampler = SeededSampler(sampler, seed, rank)
+        sampler = SeededSampler(sampler, seed, rank, world_size)
     loader = DataLoader(
         dataset,
         batch_size=batch_size,
@@ -569,6 +600,7 @@ def build_loader(
         # the reader of shards takes its seed when a worker starts
         persistent_workers=num_workers > 0 and not sharded,
         generator=torch.Generator(),  # the global one would otherwise be drawn from each epoch
+        worker_init_fn=_ignore_signals,
     )
     return EpochLoader(
         loader,

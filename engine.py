@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from datetime import timedelta
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from tqdm import tqdm
 
-from utils import Process, RunLog, UserError
+from utils import Process, RunLog, UserError, seed_everything
 
 
 class NonFiniteLossError(UserError):
@@ -27,69 +28,100 @@ def _is_watched(process: Process) -> bool:
 
 
 class Meter:
-    """Losses and times of the steps since the last log line, and of the epoch so far.
+    """Losses and times of an epoch: since the last log line, and in all.
 
-    Losses stay on the device until a log line reads them all at once: nothing waits for the device at every step.
+    Losses stay on the device until a log line or a checkpoint reads them all at once: nothing waits for the device at
+    every step. They are added up one by one, so that the sums do not depend on when they were read.
     """
 
-    def __init__(self, process: Process):
+    def __init__(self, process: Process, state: dict[str, Any] | None = None):
+        """An epoch at its start or, with what `state_dict` returned, at that point."""
+        state = state or {}
         self.process = process
-        self.epoch_loss = 0.0
-        self.epoch_batches = 0
-        self.epoch_images = 0
-        self.epoch_start = time.perf_counter()
+        self.loss_sum: float = state.get("loss_sum", 0.0)
+        self.batches: int = state.get("batches", 0)
+        self.images: int = state.get("images", 0)
+        self.lr: float = state.get("lr", 0.0)
+        # Means over the processes of the batches since the last log line.
+        self.losses: list[float] = list(state.get("losses", []))
+        self.unread: list[torch.Tensor] = []
+        self.unread_steps: list[tuple[int, float]] = []
+        self.epoch_start = time.perf_counter() - state.get("seconds", 0.0)
         self._restart()
 
     def _restart(self):
-        self.losses: list[torch.Tensor] = []
-        self.where: list[tuple[int, float]] = []
-        self.images = 0
-        self.data_seconds = 0.0
-        self.start = time.perf_counter()
+        self.line_batches = 0
+        self.line_images = 0
+        self.line_data_seconds = 0.0
+        self.line_start = time.perf_counter()
 
     def add(self, loss: torch.Tensor, images: int, data_seconds: float, step: int, lr: float):
         """Count one batch of `images` images, and where its loss belongs."""
-        self.losses.append(loss)
-        self.where.append((step, lr))
+        self.unread.append(loss)
+        self.unread_steps.append((step, lr))
+        self.lr = lr
         self.images += images
-        self.data_seconds += data_seconds
+        self.line_batches += 1
+        self.line_images += images
+        self.line_data_seconds += data_seconds
 
-    def read(self, epoch: int) -> dict[str, float]:
-        """Means over the batches since the last read, and over all processes.
+    def gather(self, epoch: int):
+        """Read the losses that still lie on the device, on all processes.
 
         Raises:
             NonFiniteLossError: On every process alike, naming the first step at which one of them lost it.
         """
-        losses = self.process.mean(torch.stack(self.losses).float()).tolist()
-        for loss, (step, lr) in zip(losses, self.where, strict=True):
+        if not self.unread:
+            return
+        losses = self.process.mean(torch.stack(self.unread).float()).tolist()
+        for loss, (step, lr) in zip(losses, self.unread_steps, strict=True):
             if not math.isfinite(loss):
                 raise NonFiniteLossError(
                     f"the loss became {loss} in epoch {epoch} at step {step}, learning rate {lr:.3g}; "
                     "try a lower --lr, longer --warmup_epochs, --clip_grad 5 or --amp off"
                 )
-        seconds = time.perf_counter() - self.start
+            self.loss_sum += loss
+        self.batches += len(losses)
+        self.losses += losses
+        self.unread, self.unread_steps = [], []
+
+    def read(self, epoch: int) -> dict[str, float]:
+        """Means over the batches since the last log line, and over all processes; begins the next line."""
+        self.gather(epoch)
+        seconds = time.perf_counter() - self.line_start
         device = self.process.device
         values = dict(
-            loss=sum(losses) / len(losses),
-            lr=self.where[-1][1],
-            images_per_second=self.images * self.process.world_size / seconds,
-            data_seconds=self.data_seconds / len(losses),
-            batch_seconds=seconds / len(losses),
+            loss=sum(self.losses) / len(self.losses),
+            lr=self.lr,
+            images_per_second=self.line_images * self.process.world_size / seconds,
+            data_seconds=self.line_data_seconds / self.line_batches,
+            batch_seconds=seconds / self.line_batches,
             memory_mb=torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0,
         )
-        self.epoch_loss += sum(losses)
-        self.epoch_batches += len(losses)
-        self.epoch_images += self.images
+        self.losses = []
         self._restart()
         return values
 
     def epoch_means(self) -> dict[str, float]:
-        """Mean loss, images per second and seconds of the batches read so far."""
+        """Last learning rate, mean loss, images per second and seconds of the batches read so far."""
         seconds = time.perf_counter() - self.epoch_start
         return dict(
-            loss=self.epoch_loss / self.epoch_batches,
-            images_per_second=self.epoch_images * self.process.world_size / seconds,
+            lr=self.lr,
+            loss=self.loss_sum / self.batches,
+            images_per_second=self.images * self.process.world_size / seconds,
             seconds=seconds,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values; every loss must have been gathered."""
+        assert not self.unread
+        return dict(
+            loss_sum=self.loss_sum,
+            batches=self.batches,
+            images=self.images,
+            lr=self.lr,
+            losses=self.losses,
+            seconds=time.perf_counter() - self.epoch_start,
         )
 
 
@@ -152,6 +184,10 @@ def train_one_epoch(
     *,
     epoch: int,
     epochs: int,
+    seed: int = 0,
+    start_step: int = 0,
+    meter: Meter | None = None,
+    after_step: Callable[[int], None] | None = None,
     amp_dtype: torch.dtype | None = None,
     channels_last: bool = False,
     mixup: Mixup | None = None,
@@ -161,16 +197,24 @@ def train_one_epoch(
     clip_grad: float | None = None,
     log_every: int = 50,
 ) -> dict[str, float]:
-    """Train for one epoch.
+    """Train for one epoch, or for the rest of one.
+
+    All generators start anew at every step, from the seed, the epoch, the step and the rank: a run that goes on at any
+    step draws what it would have drawn.
 
     Args:
         model: The model as trained, with its wrappers.
         loss_fn: (logits, targets, images) -> scalar; a tuple of logits where the model returns one in training.
-        loader: Normalised (B, 3, H, W) images on the device and (B,) targets, with a length.
+        loader: Normalised (B, 3, H, W) images on the device and (B,) targets, from the batch of `start_step` on; its
+            length is that of the whole epoch.
         optimizer, schedule, scaler: Stepped once every `update_freq` batches; the scaler is disabled except for fp16.
         process: This process.
         log: Where curves go.
         epoch, epochs: This epoch, from 0, and their number.
+        seed: The run's.
+        start_step: Optimizer steps of this epoch that have been taken before.
+        meter: Their losses; a new one by default.
+        after_step: Called after each optimizer step with their number in this epoch; what it raises ends the epoch.
         amp_dtype: Low precision of autocast; None for none.
         channels_last: Give the model channels-last images.
         mixup: timm's mixup or cutmix, or one for targets that are not class indices.
@@ -190,15 +234,18 @@ def train_one_epoch(
     first_step = epoch * steps
     autocast = torch.autocast(process.device.type, dtype=amp_dtype) if amp_dtype else nullcontext()
     memory_format = torch.channels_last if channels_last else torch.preserve_format
-    meter = Meter(process)
-    bar = tqdm(total=steps, desc=f"epoch {epoch}", leave=False, disable=not _is_watched(process))
+    meter = meter or Meter(process)
+    bar = tqdm(total=steps, initial=start_step, desc=f"epoch {epoch}", leave=False, disable=not _is_watched(process))
     optimizer.zero_grad()
     batch_end = time.perf_counter()
-    for batch, (images, targets) in enumerate(islice(loader, steps * update_freq)):
+    # No batch left is no pass at all: it would start the processes that read.
+    batches = islice(loader, (steps - start_step) * update_freq) if start_step < steps else ()
+    for batch, (images, targets) in enumerate(batches, start=start_step * update_freq):
         data_seconds = time.perf_counter() - batch_end
         step, micro_batch = divmod(batch, update_freq)
         update = micro_batch == update_freq - 1
         if micro_batch == 0:
+            seed_everything(seed, epoch, step, process.rank)
             schedule.step_update(first_step + step)
 
         images = images.to(memory_format=memory_format)
@@ -221,10 +268,12 @@ def train_one_epoch(
                 seconds_left = values["batch_seconds"] * update_freq * (epochs * steps - first_step - done)
                 if process.is_main:
                     tqdm.write(_log_line(values, epoch, done, steps, seconds_left))
+            if after_step is not None:
+                after_step(done)
         batch_end = time.perf_counter()
     bar.close()
     check_finite(model, epoch)
-    return dict(lr=values["lr"], **meter.epoch_means())
+    return meter.epoch_means()
 
 
 @torch.inference_mode()

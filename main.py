@@ -1,10 +1,13 @@
 """Train and evaluate image classifiers. `python main.py --help` lists the flags; TRAINING.md has the recipes."""
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -20,26 +23,25 @@ import datasets
 import models  # noqa: F401, registers our models with timm
 import options
 import token_labels
-from engine import NonFiniteLossError, evaluate, train_one_epoch
+from checkpoints import CheckpointStore, fetch, is_whole, load_weights, model_weights, read_checkpoint
+from engine import Meter, NonFiniteLossError, evaluate, train_one_epoch
 from losses import DistillationLoss, TokenLabelLoss, create_loss
 from optim_factory import create_optimizer, create_schedule, scaled_lr
+from runs import Keeper, Leaving, Run
 from utils import (
+    EXIT_RESUME,
+    LeaveRequest,
     Process,
     RunLog,
     UsageError,
     UserError,
     end_process,
-    load_weights,
-    model_weights,
-    read_checkpoint,
-    save_checkpoint,
+    fail,
+    fault_of_machine,
     seed_everything,
     start_process,
+    use_deterministic_algorithms,
 )
-
-LAST, BEST = "last.pth", "best.pth"
-HYPERPARAMETERS = ("lr", "lr_scale", "weight_decay", "momentum", "betas", "eps")
-
 
 # --- models ---------------------------------------------------------------------------------------------------------
 
@@ -267,24 +269,55 @@ def run_evaluation(args: argparse.Namespace, process: Process):
     evaluate_and_report(args, model, dataset, build_loader(args, dataset, process, train=False), process)
 
 
-def output_folder(args: argparse.Namespace) -> Path:
+def goes_on(args: argparse.Namespace) -> bool:
+    """Whether the run goes on from its last checkpoint, if there is one: asked for, or started again by torchrun."""
+    return args.auto_resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def output_store(args: argparse.Namespace) -> CheckpointStore:
     """Where the run writes. Raises UserError rather than write over another run."""
     if args.output_dir is None:
-        return Path("outputs") / args.model / time.strftime("%Y%m%d-%H%M%S")
-    folder = Path(args.output_dir)
-    goes_on = args.auto_resume or (args.resume and Path(args.resume).parent == folder)
-    if any((folder / name).exists() for name in (LAST, BEST, "log.txt")) and not goes_on:
-        raise UserError(f"{folder} holds a run already; go on with it by --auto_resume, or take another --output_dir")
-    return folder
+        if goes_on(args):
+            raise UserError("torchrun started the run again, which goes on from its checkpoint if it has --output_dir")
+        return CheckpointStore(Path("outputs") / args.model / time.strftime("%Y%m%d-%H%M%S"), args.keep_checkpoints)
+    store = CheckpointStore(Path(args.output_dir), args.keep_checkpoints)
+    resumed_here = args.resume and Path(args.resume).parent == store.folder
+    if store.holds_run() and not goes_on(args) and not resumed_here:
+        raise UserError(
+            f"{store.folder} holds a run already; go on with it by --auto_resume, or take another --output_dir"
+        )
+    return store
 
 
-def print_plan(args, process: Process, model, folder: Path, steps: int, lr: float, global_batch: int):
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{args.model}: {parameters / 1e6:.2f} M parameters, {model.num_classes} classes, on {process.device}")
-    print(f"{args.epochs} epochs of {steps} steps of {global_batch} images; writes to {folder}")
+def find_start(args: argparse.Namespace, store: CheckpointStore, process: Process) -> Path | None:
+    """The checkpoint to go on from, the same on every process; None for the start of a run."""
+    if goes_on(args):
+        newest = store.newest_whole() if process.is_main else None
+        step = process.max(-1 if newest is None else newest)
+        if step >= 0:
+            path = store.path(step)
+            if not path.exists():
+                raise UserError(f"{path} is not seen by every process; machines must share --output_dir")
+            return path
+    if not args.resume:
+        return None
+    path = fetch(args.resume).resolve()
+    if not is_whole(path):
+        raise UserError(f"{args.resume}: damaged or truncated; go on from the one before it, or fetch it again")
+    steps = store.steps()
+    if path.parent == store.folder.resolve() and steps and path != store.path(steps[-1]).resolve():
+        raise UserError(f"{store.folder} holds later checkpoints than {path.name}; take another --output_dir")
+    return path
+
+
+def print_plan(args: argparse.Namespace, process: Process, run: Run, folder: Path):
+    parameters = sum(p.numel() for p in run.model.parameters())
+    print(f"{args.model}: {parameters / 1e6:.2f} M parameters, {run.model.num_classes} classes, on {process.device}")
+    print(f"{args.epochs} epochs of {run.steps} steps of {run.global_batch} images; writes to {folder}")
+    lr = scaled_lr(args.lr, run.global_batch)
     print(
-        f"global batch {global_batch} = {args.batch_size} images x {process.world_size} processes "
-        f"x {args.update_freq} accumulated; learning rate {lr:.3e} = {args.lr:g} x {global_batch} / 512"
+        f"global batch {run.global_batch} = {args.batch_size} images x {process.world_size} processes "
+        f"x {args.update_freq} accumulated; learning rate {lr:.3e} = {args.lr:g} x {run.global_batch} / 512"
     )
 
 
@@ -311,57 +344,39 @@ def training_loss(args: argparse.Namespace, num_classes: int, soft_targets: bool
 
 
 @dataclass
-class Run:
-    """What training changes as it goes, and what a checkpoint therefore holds."""
+class Data:
+    """Both splits; no val where --disable_eval says so."""
 
-    model: torch.nn.Module
-    ema: ModelEmaV3 | None
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    epoch: int = 0
-
-    def state_dict(self) -> dict:
-        return dict(
-            model=self.model.state_dict(),
-            model_ema=self.ema.module.state_dict() if self.ema is not None else None,
-            optimizer=self.optimizer.state_dict(),
-            scaler=self.scaler.state_dict(),
-            epoch=self.epoch,
-        )
-
-    def load(self, source: str, opt: str):
-        """Go on where the checkpoint `source` was written."""
-        checkpoint = read_checkpoint(source)
-        recipe = checkpoint.get("args")
-        if "optimizer" not in checkpoint or not isinstance(recipe, dict):
-            raise UserError(f"{source} holds weights alone, not a run to go on with; start from it by --finetune")
-        load_weights(self.model, model_weights(checkpoint))
-        if self.ema is not None:
-            if checkpoint.get("model_ema") is None:
-                raise UserError(f"{source} holds no average of the weights; go on with --model_ema false")
-            load_weights(self.ema.module, model_weights(checkpoint, "model_ema"))
-        saved, own = checkpoint["optimizer"], self.optimizer.state_dict()
-        if recipe["opt"] != opt:
-            raise UserError(f"{source} is of a run with --opt {recipe['opt']}, not {opt}")
-        if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in own["param_groups"]]:
-            raise UserError(f"{source} groups parameters otherwise: --layer_decay and --weight_decay must be as then")
-        # What the flags say now wins over what they said then; the schedule starts from its own learning rate.
-        for then, now in zip(saved["param_groups"], own["param_groups"], strict=True):
-            then.update({name: now[name] for name in HYPERPARAMETERS if name in now})
-            then.pop("initial_lr", None)
-        self.optimizer.load_state_dict(saved)
-        self.scaler.load_state_dict(checkpoint["scaler"])
-        self.epoch = checkpoint["epoch"]
+    train_set: Dataset
+    train_loader: datasets.EpochLoader
+    val_set: Dataset | None = None
+    val_loader: datasets.EpochLoader | None = None
 
 
-def create_run(args: argparse.Namespace, process: Process, num_classes: int | None, lr: float) -> Run:
+def create_data(args: argparse.Namespace, process: Process) -> Data:
+    train_set = build_dataset(args, "train")
+    val_set = None if args.disable_eval else build_dataset(args, "val")
+    if val_set is not None:
+        datasets.check_same_classes(train_set.classes, val_set.classes)
+    data = Data(train_set, build_loader(args, train_set, process, train=True), val_set)
+    if len(data.train_loader) < args.update_freq:
+        batches = len(data.train_loader)
+        raise UserError(f"--update_freq {args.update_freq} is more than the {batches} batches of an epoch")
+    if val_set is not None:
+        data.val_loader = build_loader(args, val_set, process, train=False)
+    return data
+
+
+def create_run(args: argparse.Namespace, process: Process, data: Data) -> Run:
     """A run at its start: model, average, optimizer."""
     # The same weights in every process, whatever was drawn before.
     seed_everything(args.seed)
-    model = create_model(args, num_classes)
+    model = create_model(args, class_count(args, data.train_set))
     if args.finetune:
         load_from(model, args.finetune, args.model_key, new_classifier=True)
     model = to_device(model, args, process)
+    global_batch = args.batch_size * args.update_freq * process.world_size
+    lr = scaled_lr(args.lr, global_batch)
     own_betas = dict(betas=tuple(args.opt_betas)) if args.opt_betas else {}
     try:
         optimizer = create_optimizer(
@@ -371,7 +386,9 @@ def create_run(args: argparse.Namespace, process: Process, num_classes: int | No
         raise UsageError(f"--opt {args.opt} cannot be used so: {error}") from error
     ema = ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None
     fp16 = amp_dtype(args.amp, process.device) == torch.float16
-    return Run(model, ema, optimizer, torch.amp.GradScaler(process.device.type, enabled=fp16))
+    scaler = torch.amp.GradScaler(process.device.type, enabled=fp16)
+    steps = len(data.train_loader) // args.update_freq
+    return Run(model, ema, optimizer, scaler, steps, global_batch, args.best_metric)
 
 
 def wrap(model: torch.nn.Module, args: argparse.Namespace, process: Process) -> torch.nn.Module:
@@ -404,56 +421,6 @@ def create_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
     )
 
 
-def with_kept_checkpoint(error: NonFiniteLossError, path: Path) -> UserError:
-    kept = f"the checkpoint of the epoch before is kept: {path}" if path.exists() else "no checkpoint was written yet"
-    return UserError(f"{error}; {kept}")
-
-
-class Keeper:
-    """Writes a run's checkpoints on the main process: the last, and the most accurate."""
-
-    def __init__(self, args: argparse.Namespace, folder: Path, writes: bool):
-        self.args, self.folder, self.writes = args, folder, writes
-        best = folder / BEST
-        metrics = read_checkpoint(str(best)).get("metrics", {}) if best.exists() else {}
-        self.best_acc1 = metrics.get("acc1", float("-inf"))
-
-    def save_last(self, run: Run):
-        if self.writes and (run.epoch % self.args.save_every == 0 or run.epoch == self.args.epochs):
-            save_checkpoint(self.folder / LAST, dict(run.state_dict(), args=options.as_recipe(self.args)))
-
-    def save_if_best(self, run: Run, metrics: dict[str, float]):
-        if metrics["acc1"] > self.best_acc1:
-            self.best_acc1 = metrics["acc1"]
-            if self.writes:
-                state = dict(run.state_dict(), args=options.as_recipe(self.args), metrics=metrics)
-                save_checkpoint(self.folder / BEST, state)
-
-
-@dataclass
-class Data:
-    """Both splits; no val where --disable_eval says so."""
-
-    train_set: Dataset
-    train_loader: datasets.EpochLoader
-    val_set: Dataset | None = None
-    val_loader: datasets.EpochLoader | None = None
-
-
-def create_data(args: argparse.Namespace, process: Process) -> Data:
-    train_set = build_dataset(args, "train")
-    val_set = None if args.disable_eval else build_dataset(args, "val")
-    if val_set is not None:
-        datasets.check_same_classes(train_set.classes, val_set.classes)
-    data = Data(train_set, build_loader(args, train_set, process, train=True), val_set)
-    if len(data.train_loader) < args.update_freq:
-        batches = len(data.train_loader)
-        raise UserError(f"--update_freq {args.update_freq} is more than the {batches} batches of an epoch")
-    if val_set is not None:
-        data.val_loader = build_loader(args, val_set, process, train=False)
-    return data
-
-
 def evaluate_run(args, run: Run, data: Data, process: Process) -> dict[str, dict[str, float]]:
     """Results of the model, and of its average where --model_ema_eval asks for it."""
     evaluated = dict(val=(run.model, "network"))
@@ -465,101 +432,150 @@ def evaluate_run(args, run: Run, data: Data, process: Process) -> dict[str, dict
     }
 
 
-def run_training(args: argparse.Namespace, process: Process):
+def share_statistics(run: Run, process: Process):
+    """Make batch norm's running statistics the same on all processes: while training, each has its own.
+
+    The model's become the mean. The average of the weights keeps the main process's, as checkpoints within an epoch do.
+    """
+    if process.is_distributed:
+        distribute_bn(run.model, process.world_size, reduce=True)
+        if run.ema is not None:
+            distribute_bn(run.ema.module, process.world_size, reduce=False)
+
+
+def train_epoch(args, run: Run, network, loss_fn, mixup, schedule, data: Data, process: Process, log, keeper: Keeper):
+    """Train what is left of the run's epoch, and save it; returns the means of its log line."""
+    meter = Meter(process, run.meter)
+    start_step = run.step
+    data.train_loader.set_epoch(run.epoch, first_batch=start_step * args.update_freq)
+    unreadable = data.train_set.bad_images
+    stats = train_one_epoch(
+        network,
+        loss_fn,
+        data.train_loader,
+        run.optimizer,
+        schedule,
+        run.scaler,
+        process,
+        log,
+        epoch=run.epoch,
+        epochs=args.epochs,
+        seed=args.seed,
+        start_step=start_step,
+        meter=meter,
+        after_step=partial(keeper.after_step, meter),
+        amp_dtype=amp_dtype(args.amp, process.device),
+        channels_last=args.channels_last,
+        mixup=mixup,
+        ema=run.ema,
+        ema_source=run.model,
+        update_freq=args.update_freq,
+        clip_grad=args.clip_grad,
+        log_every=args.log_every,
+    )
+    unreadable = count_unreadable(data.train_set, unreadable, process)
+    if process.is_main:
+        report_unreadable(unreadable)
+    if start_step < run.steps:
+        share_statistics(run, process)
+        keeper.after_epoch(meter, last=run.epoch + 1 == args.epochs)
+    return stats
+
+
+def evaluate_epoch(args, run: Run, data: Data, process: Process, log: RunLog, keeper: Keeper) -> dict[str, float]:
+    """Evaluate the run after an epoch, and keep it if it is the best; returns what its log line says."""
+    results = evaluate_run(args, run, data, process)
+    for name, result in results.items():
+        log.scalars(name, result, run.global_step)
+    named = {f"{'ema_' if name == 'ema' else ''}{k}": v for name, result in results.items() for k, v in result.items()}
+    if run.is_best(named):
+        keeper.save_best(named)
+    return {f"{name}_{k}": v for name, result in results.items() for k, v in result.items()}
+
+
+def run_training(args: argparse.Namespace, process: Process, request: LeaveRequest):
     """Train, evaluate after every epoch, and leave checkpoints and logs in the output folder."""
     check_name("optimizer", args.opt, list_optimizers())
-    folder = output_folder(args)
+    if args.deterministic:
+        use_deterministic_algorithms()
+    store = output_store(args)
     data = create_data(args, process)
-    steps = len(data.train_loader) // args.update_freq
-    global_batch = args.batch_size * args.update_freq * process.world_size
-    lr = scaled_lr(args.lr, global_batch)
-
-    run = create_run(args, process, class_count(args, data.train_set), lr)
-    source = str(folder / LAST) if args.auto_resume and (folder / LAST).exists() else args.resume
-    if source:
-        run.load(source, args.opt)
-    network = wrap(run.model, args, process)
+    run = create_run(args, process, data)
     mixup = create_mixup(args, run.model.num_classes)
     loss_fn = training_loss(args, run.model.num_classes, mixup is not None, process)
-    schedule = create_schedule(
-        run.optimizer, args.sched, args.epochs, steps, args.warmup_epochs, args.warmup_lr, args.min_lr
-    )
 
-    if process.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        options.save(args, folder / "args.yaml")
-        print_plan(args, process, run.model, folder, steps, lr, global_batch)
+    with store.locked() if process.is_main else nullcontext():
+        source = find_start(args, store, process)
         if source:
-            print(f"going on from {source} with epoch {run.epoch}")
-    log = RunLog(folder if process.is_main else None)
-    keeper = Keeper(args, folder, writes=process.is_main)
-
-    for epoch in range(run.epoch, args.epochs):
-        seed_everything(args.seed, epoch, process.rank)
-        data.train_loader.set_epoch(epoch)
-        unreadable = data.train_set.bad_images
-        try:
-            stats = train_one_epoch(
-                network,
-                loss_fn,
-                data.train_loader,
-                run.optimizer,
-                schedule,
-                run.scaler,
-                process,
-                log,
-                epoch=epoch,
-                epochs=args.epochs,
-                amp_dtype=amp_dtype(args.amp, process.device),
-                channels_last=args.channels_last,
-                mixup=mixup,
-                ema=run.ema,
-                ema_source=run.model,
-                update_freq=args.update_freq,
-                clip_grad=args.clip_grad,
-                log_every=args.log_every,
-            )
-        except NonFiniteLossError as error:
-            raise with_kept_checkpoint(error, folder / LAST) from error
-        unreadable = count_unreadable(data.train_set, unreadable, process)
+            run.load(source, args.opt)
+        network = wrap(run.model, args, process)
+        schedule = create_schedule(
+            run.optimizer, args.sched, args.epochs, run.steps, args.warmup_epochs, args.warmup_lr, args.min_lr
+        )
+        if run.global_step:
+            schedule.step_update(run.global_step - 1)
         if process.is_main:
-            report_unreadable(unreadable)
-        if process.is_distributed:
-            # Batch norm's running statistics are each process's own until the next forward pass in training.
-            for module in (run.model, *([run.ema.module] if run.ema is not None else [])):
-                distribute_bn(module, process.world_size, reduce=True)
-        run.epoch = epoch + 1
-        # Before the evaluation, so that nothing which happens there costs the epoch.
-        keeper.save_last(run)
-        record = dict(epoch=epoch, step=run.epoch * steps, **{f"train_{k}": v for k, v in stats.items()})
-        if data.val_loader is not None:
-            for name, result in evaluate_run(args, run, data, process).items():
-                record.update({f"{name}_{k}": v for k, v in result.items()})
-                log.scalars(name, result, run.epoch * steps)
-            keeper.save_if_best(run, {k: record[f"val_{k}"] for k in ("acc1", "acc5", "loss")})
-        log.epoch(record)
-    if process.is_main:
-        print(f"log: {folder / 'log.txt'}")
-        print(f"checkpoint: {folder / LAST}")
+            options.save(args, store.folder / "args.yaml")
+            print_plan(args, process, run, store.folder)
+            if source:
+                print(f"going on from {source}: epoch {run.epoch}, step {run.step} of {run.steps}")
+        log = RunLog(store.folder if process.is_main else None, run.epoch, run.global_step)
+        keeper = Keeper(
+            run,
+            store,
+            process,
+            request,
+            options.as_recipe(args),
+            args.save_every,
+            args.save_every_steps,
+            args.save_every_minutes,
+        )
+        try:
+            while run.epoch < args.epochs:
+                keeper.between_epochs()
+                stats = train_epoch(args, run, network, loss_fn, mixup, schedule, data, process, log, keeper)
+                record = dict(epoch=run.epoch, step=run.global_step, **{f"train_{k}": v for k, v in stats.items()})
+                if data.val_loader is not None:
+                    record.update(evaluate_epoch(args, run, data, process, log, keeper))
+                log.epoch(record)
+                run.next_epoch()
+        except NonFiniteLossError as error:
+            raise UserError(f"{error}; {store.kept()}") from error
+        if process.is_main:
+            print(f"log: {store.folder / 'log.txt'}")
+            print(f"checkpoint: {store.last}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line; returns the exit code."""
+    """Run a command line; returns the exit code: 0, 1 for a mistake or a fault, 2 for a wrong command line, and
+    `utils.EXIT_RESUME` where the run was asked to leave and is to be started again.
+    """
     try:
         args = options.parse(argv)
         check_model(args.model)
         if args.teacher_model:
             check_model(args.teacher_model)
-        process = start_process(args.device)
-        run_evaluation(args, process) if args.eval else run_training(args, process)
+        process = start_process(args.device, args.dist_timeout)
+        if args.eval:
+            run_evaluation(args, process)
+        else:
+            with LeaveRequest().heard() as request:
+                run_training(args, process, request)
         end_process()
     except UserError as error:
-        # In one write, so that the lines of several processes do not run together.
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        return error.exit_code
+        return fail(str(error), error.exit_code)
+    except Leaving as leaving:
+        end_process()
+        sys.stderr.write(f"{leaving}\n")
+        return EXIT_RESUME
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except (OSError, RuntimeError) as error:
+        fault = fault_of_machine(error)
+        if fault is None:
+            raise
+        return fail(f"{fault}; what was saved is whole, go on with --auto_resume", 1)
     return 0
 
 

@@ -17,6 +17,7 @@ from utils import UsageError
 
 IMAGE_FOLDERS = ("image_folder", "IMNET")
 DATA_SETS = ("IMNET", "image_folder", "CIFAR10", "CIFAR100", "digits")
+BEST_METRICS = ("acc1", "acc5", "loss", "ema_acc1", "ema_acc5", "ema_loss")
 # Pixels of a token along each side of the last map, in every model that has a token head.
 TOKEN_STRIDE = 32
 # Names that models were published under, for those that timm's style writes otherwise.
@@ -108,7 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("load_release", False, help="start from the published weights of the model")
     flag("finetune", metavar="CHECKPOINT", help="start from these weights; another class count gets a new classifier")
     flag("resume", metavar="CHECKPOINT", help="go on from this checkpoint or, with --eval, evaluate it; file or URL")
-    flag("auto_resume", False, help="go on from the last checkpoint in --output_dir, if there is one")
+    flag("auto_resume", False, help="go on from the newest whole checkpoint in --output_dir, if there is one")
     flag("model_key", help="which weights of a checkpoint to take, model_ema say (default: model, state_dict or bare)")
 
     flag("data_set", "IMNET", type=_data_set, help=f"{', '.join(DATA_SETS)} or wds/NAME (WebDataset shards)")
@@ -168,8 +169,14 @@ def build_parser() -> argparse.ArgumentParser:
 
     flag("output_dir", metavar="FOLDER", help="checkpoints and logs (default: outputs/MODEL/DATE-TIME)")
     flag("save_every", 1, type=int, metavar="EPOCHS", help="epochs between two checkpoints")
+    flag("save_every_steps", type=int, metavar="STEPS", help="save within epochs too, every so many steps")
+    flag("save_every_minutes", type=float, metavar="MINUTES", help="save within epochs too, every so many minutes")
+    flag("keep_checkpoints", 2, type=int, metavar="N", help="how many of the newest checkpoints to keep")
+    flag("best_metric", "acc1", choices=BEST_METRICS, help="what best.pth is best at; ema_: the average of the weights")
     flag("log_every", 50, type=int, metavar="STEPS", help="steps between two log lines")
     flag("seed", 0, type=int)
+    flag("deterministic", False, help="the same bits in every run on a GPU too, at some cost; CPUs need no flag")
+    flag("dist_timeout", 30.0, type=float, metavar="MINUTES", help="how long a process waits for another")
     flag("device", "auto", help="auto, cuda, cuda:1 or cpu")
     flag("amp", "auto", choices=["auto", "bf16", "fp16", "off"], help="auto: bf16 where the GPU has it")
     flag("channels_last", True, help="hold images channels last in memory")
@@ -209,8 +216,9 @@ def _underscored(token: str) -> str:
 
 
 def _check(args: argparse.Namespace):
-    for name in ("batch_size", "epochs", "update_freq", "save_every", "log_every"):
-        if getattr(args, name) < 1:
+    for name in ("batch_size", "epochs", "update_freq", "save_every", "save_every_steps", "keep_checkpoints",
+                 "log_every"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UsageError(f"--{name} must be at least 1, got {getattr(args, name)}")
     for name in ("num_workers", "warmup_epochs", "seed"):
         if getattr(args, name) < 0:
@@ -219,7 +227,8 @@ def _check(args: argparse.Namespace):
                  "distillation_alpha", "model_ema_decay"):
         if not 0 <= getattr(args, name) <= 1:
             raise UsageError(f"--{name} must be 0 to 1, got {getattr(args, name)}")
-    for name in ("lr", "clip_grad", "layer_decay", "distillation_tau", "nb_classes", "crop_pct", "opt_eps"):
+    for name in ("lr", "clip_grad", "layer_decay", "distillation_tau", "nb_classes", "crop_pct", "opt_eps",
+                 "save_every_minutes", "dist_timeout"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise UsageError(f"--{name} must be above 0 and finite, got {value}")
@@ -252,6 +261,8 @@ def _check(args: argparse.Namespace):
         raise UsageError("--eval needs weights: --resume CHECKPOINT, or --load_release for the published ones")
     if sum(map(bool, (args.resume, args.finetune, args.load_release))) > 1:
         raise UsageError("--resume, --finetune and --load_release are three sources of weights; give one")
+    if args.best_metric.startswith("ema_") and not (args.model_ema and args.model_ema_eval):
+        raise UsageError(f"--best_metric {args.best_metric} needs --model_ema and --model_ema_eval")
     if args.auto_resume and args.output_dir is None:
         raise UsageError("--auto_resume needs the --output_dir to go on in")
 

@@ -1,24 +1,25 @@
-"""What every part of a run shares: processes, randomness, checkpoints, logs."""
-import argparse
-import hashlib
+"""What every part of a run shares: processes, randomness, signals, logs."""
+import errno
 import json
 import os
-import pickle
 import random
+import signal
+import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlparse
+from typing import Any, BinaryIO
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.distributed as dist
-from timm.models import clean_state_dict
+
+# "Temporary failure, try again" of sysexits.h: the run was asked to leave and has saved itself; start it again.
+EXIT_RESUME = 75
+_DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
 
 
 class UserError(ValueError):
@@ -31,6 +32,29 @@ class UsageError(UserError):
     """A wrong command line or recipe: exit code 2."""
 
     exit_code = 2
+
+
+def fail(message: str, exit_code: int) -> int:
+    """Print the one line of an error; returns `exit_code`."""
+    # In one write, so that the lines of several processes do not run together.
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    return exit_code
+
+
+def fault_of_machine(error: OSError | RuntimeError) -> str | None:
+    """What happened, in words, where the machine or another process is at fault; None where it may be the code."""
+    if isinstance(error, OSError):
+        return f"{error.strerror}: {error.filename}" if error.errno in _DISK_FAULTS else None
+    if not dist.is_initialized():
+        return None
+    text = str(error)
+    if isinstance(error, dist.DistError) or "gloo" in text.lower() or "nccl" in text.lower():
+        return f"another process of the run ended, or did not answer within --dist_timeout ({_first_line(text)})"
+    return None
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0][:200]
 
 
 # --- processes ------------------------------------------------------------------------------------------------------
@@ -62,12 +86,21 @@ class Process:
             dist.all_reduce(values)
         return values
 
+    def max(self, value: int) -> int:
+        """The largest `value` of all processes. It travels between the CPUs: nothing waits for a GPU."""
+        if not self.is_distributed:
+            return value
+        largest = torch.tensor(value)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
 
-def start_process(device: str = "auto") -> Process:
+
+def start_process(device: str = "auto", timeout: float = 30.0) -> Process:
     """Join the run that torchrun or torch.distributed.launch started, or start one of a single process.
 
     Args:
         device: "auto" (a GPU where there is one), "cuda", "cuda:1" or "cpu".
+        timeout: Minutes that a process waits for another before it gives up.
 
     Raises:
         UserError: The device is not there.
@@ -87,8 +120,9 @@ def start_process(device: str = "auto") -> Process:
     if resolved.type == "cuda":
         torch.cuda.set_device(resolved)
     if world_size > 1:
-        backend = "nccl" if resolved.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timedelta(minutes=30))
+        # What is on the CPU travels by gloo also where there are GPUs: the word to save or to leave waits for none.
+        backend = "cpu:gloo,cuda:nccl" if resolved.type == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timedelta(minutes=timeout))
     return Process(resolved, rank, world_size)
 
 
@@ -98,11 +132,18 @@ def end_process():
         dist.destroy_process_group()
 
 
-def seed_everything(seed: int, *salt: int):
-    """Seed Python, NumPy and torch from `seed` and, say, the epoch and the rank.
+def use_deterministic_algorithms():
+    """Have torch compute the same bits in every run on a GPU too, or say which operation cannot."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
 
-    Called at the start of every epoch, it makes the state of the generators a function of the epoch, so that a
-    checkpoint need not store them.
+
+def seed_everything(seed: int, *salt: int):
+    """Seed Python, NumPy and torch from `seed` and, say, the epoch, the step and the rank.
+
+    Called at every step, it makes the state of the generators a function of the step, so that a checkpoint need not
+    store them, and a run may go on with another number of processes.
     """
     mixed = int(np.random.SeedSequence((seed, *salt)).generate_state(1)[0])
     random.seed(mixed)
@@ -110,159 +151,55 @@ def seed_everything(seed: int, *salt: int):
     torch.manual_seed(mixed)
 
 
-# --- checkpoints ----------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]):
-    """Write `state` (tensors, numbers, strings, and containers of them) so that `path` is never half written."""
+def replace_file(path: Path, write: Callable[[BinaryIO], Any]):
+    """Write `path` by `write` so that it is never half written, whatever ends the process or the machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            torch.save(state, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name too
+    finally:
+        os.close(folder)
 
 
-def _is_url(source: str) -> bool:
-    return urlparse(source).scheme in ("http", "https")
+# --- signals --------------------------------------------------------------------------------------------------------
 
 
-def fetch(source: str) -> Path:
-    """The local file of a path or URL; URLs are downloaded once, into torch.hub's folder.
+class LeaveRequest:
+    """Whether SIGTERM, SIGINT or SIGUSR1 has asked the run to leave. A SIGINT after any of them leaves at once."""
 
-    Raises:
-        UserError: There is no such file, or the download failed.
-    """
-    if not _is_url(source):
-        path = Path(source)
-        if not path.is_file():
-            raise UserError(f"{source}: no such checkpoint file")
-        return path
-    # The name alone would not do: sharing services serve every file under the same one.
-    name = f"{hashlib.sha256(source.encode()).hexdigest()[:16]}-{Path(urlparse(source).path).name}"
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self):
+        self.signal: str | None = None
+
+    def _note(self, number: int, frame: Any):
+        if number == signal.SIGINT and self.signal is not None:
+            os.write(2, b"left at once; the last checkpoint is as it was\n")
+            os._exit(128 + number)
+        self.signal = signal.Signals(number).name
+
+    @contextmanager
+    def heard(self) -> Iterator["LeaveRequest"]:
+        """Listen, in the main thread."""
+        before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
         try:
-            torch.hub.download_url_to_file(source, str(path))
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"{source}: cannot be downloaded ({error}); fetch it by hand and pass the file") from error
-    return path
-
-
-def read_checkpoint(source: str) -> dict[str, Any]:
-    """Read a checkpoint file or URL. Nothing in it is executed: tensors and plain values are all that is accepted.
-
-    Raises:
-        UserError: It is missing, truncated, no checkpoint, or holds Python objects that would have to be run.
-    """
-    path = fetch(source)
-    try:
-        return _read_file(path)
-    except UserError:
-        if _is_url(source):
-            # A page that says no, or half a file: the next try must not find it in the cache.
-            path.unlink(missing_ok=True)
-        raise
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        # Published checkpoints store their command line as a Namespace, which is inert.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # on damaged bytes the unpickler raises nearly anything
-        if isinstance(error, pickle.UnpicklingError) and "unsupported global" in str(error).lower():
-            raise UserError(
-                f"{path}: refused, since loading it would run code ({', '.join(_foreign_objects(path))}); "
-                "ask its author for a file of tensors alone"
-            ) from error
-        raise UserError(f"{path}: not a PyTorch checkpoint, or a truncated one; fetch it again") from error
-    if not isinstance(checkpoint, dict):
-        raise UserError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
-    return checkpoint
-
-
-def _foreign_objects(path: Path) -> list[str]:
-    """Python objects that a checkpoint would have called, where its format lets us look."""
-    try:
-        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # an old format, or a damaged file
-        return ["it holds Python objects"]
-
-
-def model_weights(checkpoint: dict[str, Any], key: str | None = None) -> dict[str, torch.Tensor]:
-    """The weights in a checkpoint: under `key`, else under "model" or "state_dict", else the checkpoint itself.
-
-    Raises:
-        UserError: There is no `key`, or what was found are no weights.
-    """
-    if key is not None and not isinstance(checkpoint.get(key), dict):
-        found = ", ".join(sorted(k for k, v in checkpoint.items() if isinstance(v, dict)))
-        raise UserError(f"the checkpoint holds no {key!r}; it holds {found or 'bare weights'}")
-    keys = [key] if key is not None else ["model", "state_dict"]
-    weights = next((checkpoint[k] for k in keys if isinstance(checkpoint.get(k), dict)), checkpoint)
-    weights = {k: v for k, v in weights.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
-    weights = clean_state_dict(weights)
-    if not weights:
-        raise UserError("the checkpoint holds no weights")
-    return weights
-
-
-def load_weights(
-    model: torch.nn.Module,
-    weights: dict[str, torch.Tensor],
-    filter_fn: Callable | None = None,
-    new_classifier: tuple[str, ...] = (),
-) -> bool:
-    """Load `weights` in full, after the model family's own renaming of published names.
-
-    Args:
-        model: The model, not wrapped.
-        weights: Name to tensor.
-        filter_fn: timm's `checkpoint_filter_fn` of the family.
-        new_classifier: Names of the classifier layers, to keep the model's own where the class count differs.
-
-    Returns:
-        Whether the classifier was kept.
-
-    Raises:
-        UserError: The weights are of another architecture; lists the first mismatches.
-    """
-    expected = model.state_dict()
-    if filter_fn is not None:
-        # What is not of the family can trip its filter; the list of mismatches below then says what it is.
-        with suppress(Exception):
-            weights = filter_fn(weights, model)
-    kept = False
-    for classifier in new_classifier:
-        for leaf in ("weight", "bias"):
-            name = f"{classifier}.{leaf}"
-            if name in weights and name in expected and weights[name].shape != expected[name].shape:
-                weights = {**weights, name: expected[name]}
-                kept = True
-    mismatches = [f"{name} is missing" for name in expected if name not in weights]
-    mismatches += [f"{name} is unknown" for name in weights if name not in expected]
-    mismatches += [
-        f"{name} is {tuple(value.shape)} instead of {tuple(expected[name].shape)}"
-        for name, value in weights.items()
-        if name in expected and value.shape != expected[name].shape
-    ]
-    if mismatches:
-        more = f", and {len(mismatches) - 3} more" if len(mismatches) > 3 else ""
-        raise UserError(
-            f"the checkpoint does not fit {type(model).__name__} with {getattr(model, 'num_classes', '?')} classes: "
-            f"{'; '.join(mismatches[:3])}{more}"
-        )
-    model.load_state_dict(weights)
-    return kept
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 # --- logs -----------------------------------------------------------------------------------------------------------
@@ -271,13 +208,29 @@ def load_weights(
 class RunLog:
     """TensorBoard curves and one line of JSON per epoch in `log.txt`; silent on all processes but the main one."""
 
-    def __init__(self, folder: Path | None):
-        self.folder = folder
+    def __init__(self, folder: Path | None, epoch: int = 0, step: int = 0):
+        """The log of a run in `folder` that begins, or goes on, after `step` optimizer steps, in `epoch`.
+
+        What a run that went further had logged before it was ended is taken back.
+        """
+        self.file = None
         self.tensorboard = None
         if folder is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(str(folder / "tensorboard"))
+            self.file = folder / "log.txt"
+            self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            self._take_back(epoch)
+
+    def _take_back(self, epoch: int):
+        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        kept = []
+        for line in lines:
+            with suppress(json.JSONDecodeError):  # the run was ended in the middle of the line
+                if json.loads(line)["epoch"] < epoch:
+                    kept.append(line)
+        if kept != lines:
+            replace_file(self.file, lambda file: file.write("".join(f"{line}\n" for line in kept).encode()))
 
     def scalars(self, group: str, values: dict[str, float], step: int):
         if self.tensorboard is not None:
@@ -285,7 +238,7 @@ class RunLog:
                 self.tensorboard.add_scalar(f"{group}/{name}", value, step)
 
     def epoch(self, record: dict[str, Any]):
-        if self.folder is not None:
+        if self.file is not None:
             self.tensorboard.flush()
-            with open(self.folder / "log.txt", "a") as file:
+            with open(self.file, "a") as file:
                 file.write(json.dumps(record) + "\n")

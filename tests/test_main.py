@@ -9,13 +9,13 @@ import sys
 import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from photos import write_photos
 
 import main as program
+from checkpoints import CheckpointStore
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--model", "biformer_nano", "--input_size", "32", "--batch_size", "4", "--num_workers", "0", "--device", "cpu"]
@@ -27,16 +27,7 @@ RESULT = re.compile(r"\* Acc@1 (\d+\.\d{3}) Acc@5 (\d+\.\d{3}) loss (\d+\.\d{3})
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
     """13 training and 7 validation images of three classes, each of a colour."""
-    root = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 13), ("val", 7)):
-        for i in range(count):
-            folder = root / split / f"class{i % 3}"
-            folder.mkdir(parents=True, exist_ok=True)
-            pixels = rng.integers(0, 90, (40, 48, 3), np.uint8)
-            pixels[..., i % 3] += 120
-            Image.fromarray(pixels).save(folder / f"{i}.png")
-    return root
+    return write_photos(tmp_path_factory.mktemp("photos"), train=13, val=7)
 
 
 def run(capfd, *arguments):
@@ -73,7 +64,10 @@ def trained(photos, tmp_path_factory):
 
 
 def test_a_run_leaves_its_checkpoints_and_logs(trained):
-    assert {p.name for p in trained.iterdir()} == {"args.yaml", "best.pth", "last.pth", "log.txt", "tensorboard"}
+    written = {p.name for p in trained.iterdir() if not p.name.startswith(".")}
+    assert written == {"args.yaml", "best.pth", "checkpoint-00000003.pth", "checkpoint-00000006.pth", "last.pth",
+                       "log.txt", "tensorboard"}
+    assert (trained / "last.pth").resolve().name == "checkpoint-00000006.pth"
     records = [json.loads(line) for line in (trained / "log.txt").read_text().splitlines()]
     assert [r["epoch"] for r in records] == [0, 1] and [r["step"] for r in records] == [3, 6]
     assert {"train_loss", "train_lr", "train_images_per_second", "val_acc1", "val_loss"} <= set(records[0])
@@ -118,41 +112,11 @@ def test_two_processes_train_as_one_with_twice_the_batch(photos, tmp_path, capfd
     torch.testing.assert_close(weights(tmp_path / "two" / "last.pth"), weights(tmp_path / "one" / "last.pth"))
 
 
-def test_a_resumed_run_ends_as_an_uninterrupted_one(photos, trained, tmp_path):
-    """With EMA, mixup, random erasing and repeated augmentation on, as by default: bit for bit on the CPU."""
-    train(photos, tmp_path, "--epochs", "2")
-    whole = torch.load(tmp_path / "last.pth", weights_only=True)
-    for key in ("model", "model_ema"):
-        torch.testing.assert_close(whole[key], weights(trained / "last.pth", key), rtol=0, atol=0)
-
-    def stop_after_the_first(*arguments, **kwargs):
-        if kwargs["epoch"] == 1:
-            raise KeyboardInterrupt
-        return original(*arguments, **kwargs)
-
-    original = program.train_one_epoch
-    program.train_one_epoch = stop_after_the_first
-    try:
-        arguments = [*SMALL, *SHORT, "--data_path", photos, "--output_dir", tmp_path / "again", "--auto_resume"]
-        assert program.main([str(argument) for argument in arguments]) == 130
-    finally:
-        program.train_one_epoch = original
-    assert weights(tmp_path / "again" / "last.pth", "epoch") == 1
-    train(photos, tmp_path / "again", "--auto_resume")
-    resumed = torch.load(tmp_path / "again" / "last.pth", weights_only=True)
-    for key in ("model", "model_ema"):
-        torch.testing.assert_close(resumed[key], whole[key], rtol=0, atol=0)
-    for index, state in whole["optimizer"]["state"].items():
-        torch.testing.assert_close(resumed["optimizer"]["state"][index], state, rtol=0, atol=0)
-    records = [json.loads(line) for line in (tmp_path / "again" / "log.txt").read_text().splitlines()]
-    assert [r["epoch"] for r in records] == [0, 1]
-
-
 def test_resume_by_name(photos, trained, tmp_path, capfd):
     code, out, _ = run(capfd, *SMALL, *SHORT, "--data_path", photos, "--epochs", "3", "--resume",
                        trained / "last.pth", "--output_dir", tmp_path)
-    assert code == 0 and "with epoch 2" in out
-    assert weights(tmp_path / "last.pth", "epoch") == 3
+    assert code == 0 and "epoch 1, step 3 of 3" in out
+    assert weights(tmp_path / "last.pth", "epoch") == 2
 
 
 def test_what_the_flags_say_wins_over_the_checkpoint(photos, trained, tmp_path):
@@ -369,7 +333,7 @@ def test_bad_checkpoints(photos, trained, tmp_path, capfd):
     refuses(capfd, 1, "with --opt adamw, not sgd", *common, trained / "last.pth", "--opt", "sgd")
     refuses(capfd, 1, "--layer_decay and --weight_decay must be as then", *common, trained / "last.pth",
             "--layer_decay", "0.9")
-    assert not (tmp_path / "out").exists()
+    assert not CheckpointStore(tmp_path / "out").holds_run()
 
 
 def test_another_run_is_not_overwritten(photos, trained, capfd):
@@ -381,11 +345,11 @@ def test_another_run_is_not_overwritten(photos, trained, capfd):
 def test_a_loss_that_is_not_finite(photos, trained, tmp_path, capfd):
     checkpoint = torch.load(trained / "last.pth", weights_only=True)
     checkpoint["model"]["head.fc.bias"][0] = float("inf")
-    torch.save(checkpoint, tmp_path / "last.pth")
-    before = (tmp_path / "last.pth").read_bytes()
+    checkpoint.update(epoch=2, step=0, meter={})
+    torch.save(checkpoint, tmp_path / "checkpoint-00000006.pth")
     refuses(capfd, 1, "the loss became nan in epoch 2 at step 6, learning rate", "--data_path", photos, *SHORT,
-            "--epochs", "3", "--output_dir", tmp_path, "--auto_resume")
-    assert (tmp_path / "last.pth").read_bytes() == before
+            "--epochs", "3", "--output_dir", tmp_path, "--auto_resume", "--save_every_steps", "1")
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-00000006.pth"]
 
 
 def test_a_batch_larger_than_the_training_set(photos, capfd):

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import yaml
+from photos import write_photos
 from PIL import Image
 from torch import nn
 
@@ -25,16 +26,11 @@ SMALL_DEBIFORMER = ["--model", "debiformer_tiny", "--model_kwargs", "depths=(1,1
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """13 training and 7 validation images of three classes, each of a colour, and some in folders of their own."""
-    root = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 13), ("val", 7)):
-        for i in range(count):
-            folder = root / split / f"class{i % 3}" / ("deeper" if i == 4 else "")
-            folder.mkdir(parents=True, exist_ok=True)
-            pixels = rng.integers(0, 90, (70, 90, 3), np.uint8)
-            pixels[..., i % 3] += 120
-            Image.fromarray(pixels).save(folder / f"photo.{i}.png")
+    """13 training and 7 validation images of three classes, one of which lies deeper."""
+    root = write_photos(tmp_path_factory.mktemp("photos"), train=13, val=7)
+    deeper = root / "train" / "class1" / "deeper"
+    deeper.mkdir()
+    (root / "train" / "class1" / "4.png").rename(deeper / "4.more.png")
     return root
 
 

@@ -1,0 +1,217 @@
+"""A training run as something that can be left at any step and gone on with: what it holds, and when it is saved."""
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+
+from checkpoints import CheckpointStore, load_weights, model_weights, read_checkpoint
+from engine import Meter, check_finite
+from utils import LeaveRequest, Process, UserError
+
+HYPERPARAMETERS = ("lr", "lr_scale", "weight_decay", "momentum", "betas", "eps")
+
+
+class Leaving(Exception):
+    """The run was asked to leave, and has saved itself."""
+
+
+@dataclass
+class Run:
+    """What training changes as it goes, and what a checkpoint therefore holds.
+
+    The state of the random generators is not among it: it follows from the seed, the epoch, the step and the rank. Nor
+    is the data loader's: it follows from the epoch and the step.
+
+    Args:
+        model, ema, optimizer, scaler: The model and the average of its weights, not wrapped, and what trains it.
+        steps: Optimizer steps in an epoch.
+        global_batch: Images in a step, on all processes.
+        best_metric: Which result of an evaluation decides which weights are the best; one that ends in "loss" is better
+            where it is lower.
+        epoch, step: This epoch, from 0, and the optimizer steps taken in it.
+        meter: `Meter.state_dict()` at that step.
+        best: The best value of the metric so far.
+    """
+
+    model: torch.nn.Module
+    ema: ModelEmaV3 | None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    steps: int
+    global_batch: int
+    best_metric: str = "acc1"
+    epoch: int = 0
+    step: int = 0
+    meter: dict[str, Any] = field(default_factory=dict)
+    best: float | None = None
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps taken in all."""
+        return self.epoch * self.steps + self.step
+
+    def next_epoch(self):
+        """Go from the end of an epoch to the start of the next."""
+        self.epoch, self.step, self.meter = self.epoch + 1, 0, {}
+
+    def is_best(self, results: dict[str, float]) -> bool:
+        """Whether the evaluation that gave `results` is the best so far, which is noted."""
+        value = results[self.best_metric]
+        lower = self.best_metric.endswith("loss")
+        if self.best is not None and (value >= self.best if lower else value <= self.best):
+            return False
+        self.best = value
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(
+            model=self.model.state_dict(),
+            model_ema=self.ema.module.state_dict() if self.ema is not None else None,
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.scaler.state_dict(),
+            epoch=self.epoch,
+            step=self.step,
+            steps=self.steps,
+            global_batch=self.global_batch,
+            meter=self.meter,
+            best={self.best_metric: self.best},
+        )
+
+    def load(self, path: Path, opt: str):
+        """Go on where the checkpoint `path` was written, with the optimizer `opt`.
+
+        Raises:
+            UserError: It holds no run, or one that this one cannot go on with.
+        """
+        checkpoint = read_checkpoint(str(path))
+        if not {"optimizer", "meter", "args"} <= checkpoint.keys():
+            raise UserError(f"{path} holds weights alone, not a run to go on with; start from it by --finetune")
+        self._load_weights(checkpoint, path)
+        self._load_optimizer(checkpoint["optimizer"], checkpoint["args"]["opt"], opt, path)
+        self.scaler.load_state_dict(checkpoint["scaler"])
+        self._load_position(checkpoint, path)
+        self.best = checkpoint["best"].get(self.best_metric)
+
+    def _load_weights(self, checkpoint: dict[str, Any], path: Path):
+        load_weights(self.model, model_weights(checkpoint))
+        if self.ema is not None:
+            if checkpoint.get("model_ema") is None:
+                raise UserError(f"{path} holds no average of the weights; go on with --model_ema false")
+            load_weights(self.ema.module, model_weights(checkpoint, "model_ema"))
+
+    def _load_optimizer(self, saved: dict[str, Any], saved_opt: str, opt: str, path: Path):
+        own = self.optimizer.state_dict()
+        if saved_opt != opt:
+            raise UserError(f"{path} is of a run with --opt {saved_opt}, not {opt}")
+        if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in own["param_groups"]]:
+            raise UserError(f"{path} groups parameters otherwise: --layer_decay and --weight_decay must be as then")
+        # What the flags say now wins over what they said then; the schedule starts from its own learning rate.
+        for then, now in zip(saved["param_groups"], own["param_groups"], strict=True):
+            then.update({name: now[name] for name in HYPERPARAMETERS if name in now})
+            then.pop("initial_lr", None)
+        self.optimizer.load_state_dict(saved)
+
+    def _load_position(self, checkpoint: dict[str, Any], path: Path):
+        self.epoch, self.step, self.meter = checkpoint["epoch"], checkpoint["step"], checkpoint["meter"]
+        if self.step == checkpoint["steps"]:
+            self.step = self.steps
+        elif self.step and (checkpoint["steps"], checkpoint["global_batch"]) != (self.steps, self.global_batch):
+            raise UserError(
+                f"{path} was written in the middle of an epoch of {checkpoint['steps']} steps of "
+                f"{checkpoint['global_batch']} images, which is now one of {self.steps} steps of {self.global_batch} "
+                "images; keep --batch_size x processes x --update_freq, or go on from the end of an epoch"
+            )
+
+
+class Keeper:
+    """Saves a run when a save is due, and ends it when it is asked to leave: on all processes at the same step.
+
+    Args:
+        run: The run.
+        store: Where its main process writes.
+        process: This process.
+        request: Whether a signal has come.
+        recipe: The command line, for the checkpoint.
+        every_epochs, every_steps, every_minutes: How often to save; None for not by that measure.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        store: CheckpointStore,
+        process: Process,
+        request: LeaveRequest,
+        recipe: dict[str, Any],
+        every_epochs: int = 1,
+        every_steps: int | None = None,
+        every_minutes: float | None = None,
+    ):
+        self.run, self.store, self.process, self.request, self.recipe = run, store, process, request, recipe
+        self.every_epochs, self.every_steps, self.every_minutes = every_epochs, every_steps, every_minutes
+        self.saved_at = time.monotonic()
+
+    def after_step(self, meter: Meter, step: int):
+        """Save, and leave, where it is time to, after `step` optimizer steps of the epoch.
+
+        Raises:
+            Leaving: A signal came to one of the processes.
+        """
+        self.run.step = step
+        if step == self.run.steps:
+            return  # the end of the epoch, which is saved when the processes have shared what they know
+        leave, due = self.request.signal is not None, self._is_due()
+        agreed = self.process.max(2 * leave + due)
+        if agreed:
+            self._save(meter)
+        if agreed >= 2:
+            self._leave()
+
+    def after_epoch(self, meter: Meter, last: bool):
+        """Save the trained epoch, before its evaluation: nothing that happens there costs the epoch."""
+        if last or (self.run.epoch + 1) % self.every_epochs == 0:
+            self._save(meter)
+
+    def between_epochs(self):
+        """Save and leave, where a signal came while the run did not train.
+
+        Raises:
+            Leaving: It did.
+        """
+        if self.process.max(self.request.signal is not None):
+            self._write()
+            self._leave()
+
+    def save_best(self, metrics: dict[str, float]):
+        """Keep the run as its best, with what it was measured at."""
+        if self.process.is_main:
+            self.store.save_best(dict(self._state(), metrics=metrics))
+
+    def _is_due(self) -> bool:
+        by_steps = self.every_steps is not None and self.run.global_step % self.every_steps == 0
+        # The main process's clock counts; the others learn from it.
+        by_time = self.every_minutes is not None and time.monotonic() - self.saved_at >= 60 * self.every_minutes
+        return by_steps or (by_time and self.process.is_main)
+
+    def _save(self, meter: Meter):
+        meter.gather(self.run.epoch)
+        check_finite(self.run.model, self.run.epoch)
+        self.run.meter = meter.state_dict()
+        self._write()
+
+    def _write(self):
+        if self.process.is_main:
+            self.store.save(self.run.global_step, self._state())
+        self.saved_at = time.monotonic()
+
+    def _state(self) -> dict[str, Any]:
+        return dict(self.run.state_dict(), args=self.recipe)
+
+    def _leave(self):
+        by = self.request.signal or "a signal to another process"
+        raise Leaving(
+            f"{by}: left epoch {self.run.epoch} after step {self.run.step} of {self.run.steps}, "
+            f"saved as {self.store.path(self.run.global_step)}; go on with --auto_resume"
+        )

@@ -1,0 +1,191 @@
+"""A run that is left at any step and gone on with ends as one that never stopped, bit for bit."""
+import json
+import os
+import signal
+
+import pytest
+import torch
+from photos import write_photos
+from run_state import differences
+
+import main as program
+from checkpoints import CheckpointStore
+from runs import Keeper, Run
+from utils import EXIT_RESUME
+
+# With mixup, cutmix, random erasing, repeated augmentation, stochastic depth and the average of the weights, as by
+# default; batch norm is in the stem.
+COMMAND = ["--model", "biformer_nano", "--input_size", "32", "--batch_size", "2", "--update_freq", "2",
+           "--num_workers", "0", "--device", "cpu", "--epochs", "2", "--warmup_epochs", "1", "--lr", "1e-2",
+           "--log_every", "2", "--model_ema_eval", "--model_ema_decay", "0.9"]
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return write_photos(tmp_path_factory.mktemp("photos"), train=13, val=7)
+
+
+def train(photos, folder, *arguments):
+    return program.main([*COMMAND, "--data_path", str(photos), "--output_dir", str(folder), *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def whole(photos, tmp_path_factory):
+    """A run that never stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert train(photos, folder) == 0
+    return folder
+
+
+def signal_after(monkeypatch, step, number=signal.SIGTERM):
+    """Send this process a signal after so many optimizer steps from its start."""
+    taken = []
+    after_step = Keeper.after_step
+
+    def count(self, *arguments):
+        taken.append(None)
+        if len(taken) == step:
+            os.kill(os.getpid(), number)
+        after_step(self, *arguments)
+
+    monkeypatch.setattr(Keeper, "after_step", count)
+    return taken
+
+
+def test_left_at_every_step(photos, whole, tmp_path, monkeypatch, capfd):
+    """Each start takes one step; at an epoch's end it goes on to the next epoch's first before it looks."""
+    for start in range(2 * STEPS):
+        with monkeypatch.context() as patch:
+            taken = signal_after(patch, 1)
+            code = train(photos, tmp_path, "--auto_resume", "--num_workers", start % 3)
+        if code == 0:
+            break
+        assert code == EXIT_RESUME and len(taken) == 1
+        assert "SIGTERM: left epoch" in capfd.readouterr().err
+    assert code == 0 and start >= 3
+    assert differences(tmp_path, whole) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_left_in_the_middle_of_an_epoch(photos, whole, tmp_path, monkeypatch, number, capfd):
+    with monkeypatch.context() as patch:
+        taken = signal_after(patch, 2, number)
+        assert train(photos, tmp_path) == EXIT_RESUME
+    assert len(taken) == 2
+    left = tmp_path / "checkpoint-00000002.pth"
+    assert f"{number.name}: left epoch 0 after step 2 of 3, saved as {left}" in capfd.readouterr().err
+    assert train(photos, tmp_path, "--auto_resume") == 0
+    assert f"going on from {left}: epoch 0, step 2 of 3" in capfd.readouterr().out
+    assert differences(tmp_path, whole) == []
+
+
+def test_left_while_evaluating(photos, whole, tmp_path, monkeypatch, capfd):
+    """The evaluation is finished and logged, and not done again."""
+    evaluate = program.evaluate
+
+    def interrupted(*arguments, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "evaluate", interrupted)
+        assert train(photos, tmp_path) == EXIT_RESUME
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 1
+    capfd.readouterr()
+    assert train(photos, tmp_path, "--auto_resume") == 0
+    assert capfd.readouterr().out.count("Accuracy of the network") == 1
+    assert differences(tmp_path, whole) == []
+
+
+def test_ended_after_the_log_line_of_an_epoch(photos, whole, tmp_path, monkeypatch):
+    """The line is written again, not twice; nor is what a longer run had logged kept, or half a line."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "next_epoch", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert train(photos, tmp_path) == 130
+    with open(tmp_path / "log.txt", "a") as file:
+        file.write('{"epoch": 1, "train_loss": 0.1}\n{"epoch": 2, "tra')
+    assert train(photos, tmp_path, "--auto_resume") == 0
+    assert differences(tmp_path, whole) == []
+
+
+def test_saved_by_steps_and_kept(photos, tmp_path):
+    assert train(photos, tmp_path, "--save_every_steps", "2", "--keep_checkpoints", "3") == 0
+    assert CheckpointStore(tmp_path).steps() == [3, 4, 6]
+
+
+def test_saved_by_minutes(photos, tmp_path):
+    assert train(photos, tmp_path, "--save_every_minutes", "1e-9", "--keep_checkpoints", "9") == 0
+    assert CheckpointStore(tmp_path).steps() == [1, 2, 3, 4, 5, 6]
+
+
+def test_going_on_from_the_one_before_a_damaged_one(photos, whole, tmp_path, capfd):
+    assert train(photos, tmp_path, "--save_every_steps", "1", "--epochs", "2") == 0
+    newest = tmp_path / "checkpoint-00000006.pth"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    capfd.readouterr()
+    assert train(photos, tmp_path, "--auto_resume") == 0
+    out = capfd.readouterr().out
+    assert f"{newest} is damaged" in out and "going on from" in out and "epoch 1, step 2 of 3" in out
+    assert differences(tmp_path, whole) == []
+
+
+@pytest.fixture
+def half(photos, tmp_path, monkeypatch):
+    """A run that was left after its second step."""
+    with monkeypatch.context() as patch:
+        signal_after(patch, 2)
+        assert train(photos, tmp_path / "half") == EXIT_RESUME
+    return tmp_path / "half"
+
+
+def test_the_same_images_in_other_batches(photos, half, capfd):
+    """Accumulation may change where the global batch does not; in the middle of an epoch nothing else may."""
+    assert train(photos, half, "--auto_resume", "--batch_size", "6") == 1
+    error = capfd.readouterr().err
+    assert "in the middle of an epoch of 3 steps of 4 images, which is now one of 1 steps of 12 images" in error
+    assert train(photos, half, "--auto_resume", "--batch_size", "4", "--update_freq", "1") == 0
+
+
+def test_what_is_later_is_not_written_over(photos, whole, capfd):
+    first = whole / "checkpoint-00000003.pth"
+    assert train(photos, whole, "--resume", first) == 1
+    assert "holds later checkpoints than checkpoint-00000003.pth; take another --output_dir" in capfd.readouterr().err
+
+
+def test_a_damaged_checkpoint_by_name(photos, whole, tmp_path, capfd):
+    data = bytearray((whole / "last.pth").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "bad.pth").write_bytes(data)
+    assert train(photos, tmp_path / "out", "--resume", tmp_path / "bad.pth") == 1
+    assert "bad.pth: damaged or truncated" in capfd.readouterr().err
+
+
+def test_restarted_by_torchrun(photos, half, whole, monkeypatch, capfd):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train(photos, half) == 0
+    assert "epoch 0, step 2 of 3" in capfd.readouterr().out
+    assert differences(half, whole) == []
+    assert program.main([*COMMAND, "--data_path", str(photos)]) == 1
+    assert "if it has --output_dir" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("metric,better", [("acc1", max), ("loss", min), ("ema_loss", min)])
+def test_the_best_by_any_metric(photos, tmp_path, metric, better):
+    assert train(photos, tmp_path, "--best_metric", metric, "--epochs", "3") == 0
+    records = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    name = metric if metric.startswith("ema_") else f"val_{metric}"
+    best = torch.load(tmp_path / "best.pth", weights_only=True)
+    expected = better(records, key=lambda record: record[name])
+    assert best["metrics"][metric] == expected[name] and best["epoch"] == expected["epoch"]
+
+
+def test_a_full_disk(photos, tmp_path, monkeypatch, capfd):
+    def full(path, state):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("checkpoints.save_checkpoint", full)
+        assert train(photos, tmp_path) == 1
+    assert "No space left on device; no checkpoint was written yet" in capfd.readouterr().err
+    assert train(photos, tmp_path, "--auto_resume") == 0
