@@ -156,7 +156,8 @@ class TokenLabelTransform:
     """(PIL RGB image, path of its label map) -> (uint8 image, label map, points of the map that the tokens show).
 
     Follows the crop, the flip and the geometric operations of RandAugment or AutoAugment. Random erasing, which comes
-    later, leaves the labels alone. All of it is as published, where the crop comes last.
+    later, leaves the labels alone. All of it is as published, with two differences: there the crop comes last, and is
+    handed to RoIAlign with x and y exchanged, so that labels of other places than the image's are learnt.
 
     Args:
         transform: timm's training transform, whose operations it makes its own.

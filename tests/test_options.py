@@ -23,6 +23,9 @@ def parse(*tokens):
         "--data_path ./in1k --input_size 224 --batch_size 128 --dist_eval --eval --load_release --model biformer_small",
         "--model biformer_small --drop_path 0.15 --lr 5e-4 --batch-size 256 --data-path ./data/in1k --output_dir out",
         "--local-rank=3 --config configs/train/biformer_small.yaml --data_path ./data/in1k",
+        "--config configs/train/biformer_small_token_label.yaml --data_path /in1k --token_label /maps --output_dir out",
+        "--config configs/train/debiformer_small.yaml --data_path d --token_label m --mixup 0 "
+        "--train_interpolation random",
     ],
 )
 def test_documented_commands(command):
