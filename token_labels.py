@@ -138,7 +138,8 @@ class _Traced:
     def __call__(self, image: Image.Image, *level: float, **kwargs: Any) -> Image.Image:
         width, height = image.size
         pixels = np.array([[width / 2, 0, width / 2], [0, height / 2, height / 2], [0, 0, 1]])
-        in_pixels = self.operation(_Probe(image.size), *level, **kwargs)
+        # One fixed filter: where there are several, timm draws one of them at every call.
+        in_pixels = self.operation(_Probe(image.size), *level, **{**kwargs, "resample": Image.Resampling.BILINEAR})
         self.trace.append(np.linalg.inv(pixels) @ in_pixels @ pixels)
         return self.operation(image, *level, **kwargs)
 

@@ -159,8 +159,10 @@ def test_all_geometric_operations_of_timm_are_known():
     assert moving == token_labels.GEOMETRIC
 
 
-def test_images_are_those_of_training_without_maps(position_map):
-    settings = dict(train=True, input_size=64, mean=(0.5,) * 3, std=(1,) * 3, auto_augment="rand-m9-mstd0.5-inc1")
+@pytest.mark.parametrize("interpolation", ["bicubic", "random"])
+def test_images_are_those_of_training_without_maps(position_map, interpolation):
+    settings = dict(train=True, input_size=64, mean=(0.5,) * 3, std=(1,) * 3, auto_augment="rand-m9-mstd0.5-inc1",
+                    interpolation=interpolation)
     plain = datasets.build_transform(**settings)
     labelled = TokenLabelTransform(datasets.build_transform(**settings), 3, (2, 3, 40, 60), 32)
     image = position_image(160, 240)
@@ -169,6 +171,18 @@ def test_images_are_those_of_training_without_maps(position_map):
             expected = plain(image)
         with datasets.seeded(seed):
             assert torch.equal(labelled((image, position_map))[0], expected)
+
+
+def test_a_copy_in_a_spawned_worker_follows_too(position_map):
+    settings = dict(mean=(0,) * 3, std=(1,) * 3, auto_augment="rand-m9-n20")
+    transform = datasets.build_transform(train=True, input_size=64, **settings)
+    transform = TokenLabelTransform(transform, 3, (2, 3, 40, 60), 32)
+    copy = pickle.loads(pickle.dumps(transform))
+    found = []
+    for each in (transform, copy):
+        with datasets.seeded(3):
+            found.append(each((position_image(160, 240), position_map))[2])
+    assert torch.equal(*found) and len(copy.trace) > 2
 
 
 def test_maps_of_another_size_are_refused(position_map):
