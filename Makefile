@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 QUICKSTART_OUTPUT := outputs/quickstart
 BENCHMARKS ?= benchmarks
 
-.PHONY: help quickstart test test-gpu lint benchmark benchmark-gpu benchmark-cpu clean
+.PHONY: help quickstart test test-gpu test-faults lint benchmark benchmark-gpu benchmark-cpu clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -39,6 +39,9 @@ test: $(VENV)/.requirements-dev  ## run the tests on the CPU
 
 test-gpu:  ## run the tests of the kernels, and others that need a CUDA GPU, with the Python that is there
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m pytest tests/test_ops_triton.py tests/test_datasets.py::test_on_cuda
+
+test-faults: $(VENV)/.requirements-dev  ## kill, starve and damage training runs, and compare them with runs left alone
+	$(BIN)/python tests/faults.py --output benchmarks/faults.md
 
 lint: $(VENV)/.requirements-dev  ## check the style
 	$(BIN)/ruff check .
