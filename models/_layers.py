@@ -285,12 +285,12 @@ class HierarchicalNetwork(nn.Module):
 
 def fit_token_head(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """The entries with the token head that `model` has: none if it has none, its own where theirs does not fit."""
+    own = {name: value for name, value in model.state_dict().items() if name.startswith("token_head.")}
+    fits = {name: name in state_dict and state_dict[name].shape == value.shape for name, value in own.items()}
+    if all(fits.values()) and not any(name.startswith("token_head.") and name not in own for name in state_dict):
+        return state_dict
     out = {name: value for name, value in state_dict.items() if not name.startswith("token_head.")}
-    for name, own in model.state_dict().items():
-        if name.startswith("token_head."):
-            value = state_dict.get(name, own)
-            out[name] = value if value.shape == own.shape else own
-    return out
+    return out | {name: state_dict[name] if fits[name] else value for name, value in own.items()}
 
 
 # Published name -> ours, in what the BiFormer and DeBiFormer checkpoints have in common.
