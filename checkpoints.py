@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlparse
 
 import safetensors.torch
@@ -164,9 +164,37 @@ def load_weights(
 # --- the checkpoints of a run ---------------------------------------------------------------------------------------
 
 
+class _Output:
+    """A file that remembers why it could not be written, which torch.save forgets."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.flush = file.flush
+        self.error: Exception | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except Exception as error:  # the system's, or that of a signal: a process that reads images has died
+            self.error = error
+            raise
+
+
 def save_checkpoint(path: Path, state: dict[str, Any]):
-    """Write `state` (tensors, numbers, strings, and containers of them) so that `path` is never half written."""
-    replace_file(path, lambda file: torch.save(state, file))
+    """Write `state` (tensors, numbers, strings, and containers of them) so that `path` is never half written.
+
+    Raises:
+        OSError: It cannot be written; what was there is as it was.
+    """
+
+    def write(file: BinaryIO):
+        output = _Output(file)
+        try:
+            torch.save(state, output)
+        except RuntimeError as error:
+            raise output.error or error from None
+
+    replace_file(path, write)
 
 
 def is_whole(path: Path) -> bool:
@@ -234,6 +262,7 @@ class CheckpointStore:
         for step in reversed(steps):
             path = self.path(step)
             if is_whole(path):
+                self._point_last(path)  # the run may have ended before it did
                 return step
             path.rename(path.with_suffix(".pth.damaged"))
             print(f"{path} is damaged, and set aside as {path.name}.damaged")
@@ -249,12 +278,15 @@ class CheckpointStore:
         """
         path = self.path(step)
         self._write(path, state)
+        self._point_last(path)
+        for old in self.steps()[: -self.keep]:
+            self.path(old).unlink()
+
+    def _point_last(self, path: Path):
         temporary = self.folder / f".{self.last.name}.{os.getpid()}"
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(path.name)
         os.replace(temporary, self.last)
-        for old in self.steps()[: -self.keep]:
-            self.path(old).unlink()
 
     def save_best(self, state: dict[str, Any]):
         """Write `best.pth`.
@@ -267,20 +299,10 @@ class CheckpointStore:
     def _write(self, path: Path, state: dict[str, Any]):
         try:
             save_checkpoint(path, state)
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"cannot write {path}: {_cause(error)}; {self.kept()}") from error
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}; {self.kept()}") from error
 
     def kept(self) -> str:
         """What an error message says of the last checkpoint."""
         steps = self.steps()
         return f"the last checkpoint is {self.path(steps[-1])}" if steps else "no checkpoint was written yet"
-
-
-def _cause(error: BaseException) -> str:
-    """The system's word, which torch.save hides behind its own."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.strerror:
-            return seen.strerror
-        seen = seen.__cause__ or seen.__context__
-    return str(error)

@@ -3,14 +3,11 @@
 Every random choice about an image follows from (seed, epoch, position in the epoch), never from what was read before
 or by which process: a run that is resumed, at any step, sees the very images that it would have seen.
 """
-import json
-import math
 import random
 import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,16 +15,16 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from timm.data import create_dataset, create_transform
+from timm.data import create_transform
 from timm.data.auto_augment import NAME_TO_OP
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.random_erasing import RandomErasing
-from timm.data.readers.reader import Reader
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
-from utils import UserError
+from shards import ShardSampler, TarShards, is_url, open_shards
+from utils import LostDataError, UserError
 
 Transform = Callable[[Image.Image], Any]
 
@@ -88,10 +85,6 @@ class SeededSampler(Sampler):
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
-
-
-class LostDataError(UserError):
-    """Data that was there is gone: nothing to be skipped."""
 
 
 def load_image(file: str | Path | BinaryIO) -> Image.Image:
@@ -171,30 +164,12 @@ def build_transform(
 # --- data sets --------------------------------------------------------------------------------------------------------
 
 
-class SkipsBadImages:
-    """Counts the images that could not be read, in all worker processes, or refuses to go on."""
-
-    def __init__(self, skip_bad_images: bool):
-        # a Value of the fork context cannot be passed to spawned workers; this one reaches forked ones too
-        self._bad = get_context("spawn").Value("q", 0) if skip_bad_images else None
-
-    @property
-    def bad_images(self) -> int:
-        return self._bad.value if self._bad else 0
-
-    def _skip(self, number: int, error: UserError):
-        if self._bad is None:
-            raise error
-        with self._bad.get_lock():
-            self._bad.value += number
-
-
-class ImageDataset(SkipsBadImages, Dataset):
+class ImageDataset(Dataset):
     """(image, target) by index, or by (index, seed) for augmentation that is a function of the seed.
 
     Args:
         source: (PIL RGB image, class index) by index; raises UserError for an image that it cannot read.
-        classes: Names of the classes.
+        classes: Names of the classes; None where they are not known.
         transform: Takes a PIL RGB image; None returns it as it is.
         train: Whether the next good image takes the place of one that is skipped, or a black one with target -1.
         skip_bad_images: Count an image that cannot be read in `bad_images`, each time that it is tried, and go on.
@@ -203,14 +178,21 @@ class ImageDataset(SkipsBadImages, Dataset):
     def __init__(
         self,
         source: Sequence[tuple[Image.Image, int]],
-        classes: Sequence[str],
+        classes: Sequence[str] | None,
         transform: Transform | None,
         *,
         train: bool,
         skip_bad_images: bool,
     ):
-        super().__init__(skip_bad_images)
-        self.source, self.classes, self.transform, self.train = source, list(classes), transform, train
+        self.source, self.transform, self.train = source, transform, train
+        self.classes = None if classes is None else list(classes)
+        # a Value of the fork context cannot be passed to spawned workers; this one reaches forked ones too
+        self._bad = get_context("spawn").Value("q", 0) if skip_bad_images else None
+
+    @property
+    def bad_images(self) -> int:
+        """How many images could not be read so far, in all worker processes."""
+        return self._bad.value if self._bad else 0
 
     def __len__(self) -> int:
         return len(self.source)
@@ -229,91 +211,14 @@ class ImageDataset(SkipsBadImages, Dataset):
                 return self.source[(index + offset) % len(self)]
             except LostDataError:
                 raise
-            except UserError as error:
-                self._skip(1, error)
+            except UserError:
+                if self._bad is None:
+                    raise
+                with self._bad.get_lock():
+                    self._bad.value += 1
                 if not self.train:
                     return Image.new("RGB", (256, 256)), -1
         raise UserError(f"none of the {len(self)} images can be read")
-
-
-class ShardDataset(SkipsBadImages, IterableDataset):
-    """(image, target) from WebDataset tar shards, by timm's reader.
-
-    The reader leaves out a sample that it cannot read, with a warning. In evaluation, where each sample counts once,
-    those left out are an error, or with `skip_bad_images` counted in `bad_images`.
-    """
-
-    classes = None
-
-    def __init__(self, name: str, root: Path, transform: Transform | None, *, train: bool, skip_bad_images: bool):
-        super().__init__(skip_bad_images)
-        self.root, self.transform, self.train = root, transform, train
-        self.reader = _shard_reader(name, root, train)
-        self.split_info = self.reader.split_info
-
-    def configure(self, *, batch_size: int, num_workers: int, seed: int, rank: int, world_size: int):
-        """Divide the shards among processes and their workers, as `build_loader` was told.
-
-        Raises:
-            UserError: There are fewer training shards than readers.
-        """
-        self.seed, self.rank = seed, rank
-        reader, info = self.reader, self.split_info
-        if self.train:
-            readers = world_size * max(1, num_workers)
-            if len(info.filenames) < readers:
-                raise UserError(
-                    f"{len(info.filenames)} training shards cannot feed {readers} readers (processes x workers); "
-                    "use fewer workers, or more and smaller shards"
-                )
-            reader.dist_rank, reader.dist_num_replicas = rank, world_size
-        else:
-            # For several processes the reader repeats or cuts off samples until all have the same number. Told of one
-            # process, with this one's shards, it reads each sample once.
-            shard_lengths = info.shard_lengths[rank::world_size]
-            reader.split_info = replace(info, filenames=info.filenames[rank::world_size], shard_lengths=shard_lengths)
-            reader.dist_rank, reader.dist_num_replicas = 0, 1
-        reader.ds, reader.batch_size, reader.common_seed = None, batch_size, seed
-        reader.set_loader_cfg(num_workers)
-
-    def set_epoch(self, epoch: int):
-        self.epoch = epoch
-        self.reader.set_epoch(epoch)
-        # The reader shuffles samples with one generator for all epochs: make it start again, from this epoch's seed.
-        self.reader.ds, self.reader.worker_seed = None, derive_seed(self.seed, epoch, self.rank)
-
-    def num_batches(self) -> int:
-        """Batches in an epoch of this process: each worker makes its own, of which the last may be small."""
-        reader = self.reader
-        if self.train:
-            return len(reader) // reader.batch_size
-        listed = [self._num_listed(worker, reader.num_workers) for worker in range(reader.num_workers)]
-        return sum(math.ceil(number / reader.batch_size) for number in listed)
-
-    def _num_listed(self, worker: int, num_workers: int) -> int:
-        return sum(self.reader.split_info.shard_lengths[worker::num_workers])
-
-    def __iter__(self) -> Iterator[tuple[Any, int]]:
-        if not self.reader.split_info.filenames:
-            return  # evaluation with more processes than shards; the reader would fail
-        info = get_worker_info()
-        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        read = 0
-        for read, (image, target) in enumerate(self.reader, start=1):
-            image = _to_rgb(image)
-            if self.transform is not None:
-                with seeded(derive_seed(self.seed, self.epoch, self.rank, worker, read)):
-                    image = self.transform(image)
-            yield image, target
-        listed = self._num_listed(worker, num_workers)
-        if self.train and not read:  # the other processes would wait for this one's batches
-            raise UserError(f"none of the images in the shards of {self.root} for one reader can be read")
-        if not self.train and read < listed:
-            error = UserError(
-                f"{listed - read} of {listed} images in the shards of {self.root} cannot be read; mend the shards or "
-                "the lengths in their info file, or pass --skip_bad_images"
-            )
-            self._skip(listed - read, error)
 
 
 def build_dataset(
@@ -324,7 +229,9 @@ def build_dataset(
     *,
     skip_bad_images: bool = False,
     download: bool = False,
-) -> ImageDataset | ShardDataset:
+    shard_cache: str | Path | None = None,
+    shard_cache_gb: float | None = None,
+) -> ImageDataset:
     """A split of a data set, of (transformed image, class index).
 
     Its `classes` is the list of class names, None for shards; its `bad_images` is how many unreadable images have been
@@ -333,11 +240,13 @@ def build_dataset(
     Args:
         name: "IMNET" or "image_folder" (root/SPLIT/CLASS/IMAGE), "CIFAR10", "CIFAR100", "digits" (scikit-learn's) or
             "wds/NAME" (WebDataset shards).
-        root: Folder of the data; the digits need none.
+        root: Folder of the data, for shards also a URL; the digits need none.
         split: "train" or "val".
         transform: Takes a PIL RGB image; None returns it as it is.
         skip_bad_images: Go on where an image cannot be read.
         download: Fetch CIFAR if it is not there.
+        shard_cache: Where shards of a URL are kept; by default `shards` in torch.hub's folder.
+        shard_cache_gb: At most how many GB (1e9 bytes) of them.
 
     Raises:
         UserError: There is no such data set, or its files are not there or not as they should be.
@@ -345,8 +254,11 @@ def build_dataset(
     assert split in ("train", "val"), split
     train = split == "train"
     if name.startswith("wds/"):
-        return ShardDataset(name, _folder(root), transform, train=train, skip_bad_images=skip_bad_images)
-    if name in ("IMNET", "image_folder"):
+        cache = Path(shard_cache or Path(torch.hub.get_dir()) / "shards").expanduser()
+        root = root if root is not None and is_url(root) else _folder(root)
+        splits = ("train",) if train else ("val", "validation")
+        source, classes = open_shards(root, splits, load_image, cache, shard_cache_gb), None
+    elif name in ("IMNET", "image_folder"):
         source, classes = _image_folder(root, split)
     elif name in ("CIFAR10", "CIFAR100"):
         source, classes = _cifar(name, root, train, download)
@@ -426,30 +338,6 @@ def _digits(train: bool) -> tuple[list[tuple[Image.Image, int]], list[str]]:
     return source, [str(name) for name in digits.target_names]
 
 
-def _shard_reader(name: str, root: Path, train: bool) -> Reader:
-    try:
-        import webdataset  # noqa: F401
-    except ImportError:
-        raise UserError("reading shards needs the webdataset package: pip install webdataset") from None
-    info = next((file for file in (root / "_info.json", root / "info.json") if file.is_file()), None)
-    if info is None:
-        raise UserError(f"{root} has no _info.json, which lists the shards of each split")
-    names = ("train",) if train else ("val", "validation")
-    try:
-        splits = json.loads(info.read_text())["splits"]
-        split = next(split for split in names if split in splits)
-        # no input_img_mode: _to_rgb converts better
-        reader = create_dataset(name, root=str(root), split=split, is_training=train, input_img_mode="").reader
-    except (ValueError, KeyError, TypeError, StopIteration):
-        raise UserError(
-            f"{info} should list, for a split {' or '.join(names)}, its name, num_samples, filenames and shard_lengths"
-        ) from None
-    missing = [file for file in reader.split_info.filenames if not (root / file).is_file()]
-    if missing:
-        raise UserError(f"{root} lacks shards that {info.name} lists: {_some(missing)}")
-    return reader
-
-
 # --- loaders ----------------------------------------------------------------------------------------------------------
 
 
@@ -488,9 +376,11 @@ class EpochLoader(PrefetchLoader):
         """Make the next pass that of `epoch`, from its batch `first_batch` on; those before are not read."""
         self.epoch, self.first_batch = epoch, first_batch
 
-    def __len__(self) -> int:
-        """Batches of a whole epoch."""
-        return self.dataset.num_batches() if isinstance(self.dataset, ShardDataset) else len(self.loader)
+    @property
+    def ranges(self) -> int:
+        """Into how many ranges an epoch is cut, one for each process; 1 where its images are dealt out in turn."""
+        sampler = self.sampler.sampler if isinstance(self.sampler, SeededSampler) else None
+        return sampler.num_replicas if isinstance(sampler, ShardSampler) else 1
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         self._start_epoch()
@@ -502,13 +392,6 @@ class EpochLoader(PrefetchLoader):
             # a cycle. Left to the garbage collector, the iterator would wait five seconds for each of its workers.
             line = re.split(r"^[\w.]+Error: ", str(error), flags=re.MULTILINE)[-1].strip()
             error.__traceback__ = None
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            line = (
-                "a process that reads images was killed, as happens where memory runs out; "
-                f"give fewer --num_workers or more memory ({_one_line(error)})"
-            )
         raise UserError(line)
 
     def _start_epoch(self):
@@ -516,9 +399,7 @@ class EpochLoader(PrefetchLoader):
         self.loader.generator.manual_seed(derive_seed(*key))  # from it workers are seeded
         if self.random_erasing is not None:
             self.random_erasing.start(*key, batch=self.first_batch)
-        if isinstance(self.dataset, ShardDataset):
-            self.dataset.set_epoch(self.epoch)
-        elif isinstance(self.sampler, SeededSampler):
+        if isinstance(self.sampler, SeededSampler):
             self.sampler.set_epoch(self.epoch, start=self.first_batch * self.loader.batch_size)
 
 
@@ -529,7 +410,7 @@ def _ignore_signals(worker: int):
 
 
 def build_loader(
-    dataset: ImageDataset | ShardDataset,
+    dataset: ImageDataset,
     *,
     train: bool,
     batch_size: int,
@@ -566,28 +447,25 @@ def build_loader(
         collate_fn: Samples of the data set -> (uint8 images, targets with a method `to`).
 
     Raises:
-        UserError: The training set is smaller than one batch over all processes, or too few shards for the readers.
+        UserError: The training set is smaller than one batch over all processes.
     """
     device = torch.device(device)
-    sharded = isinstance(dataset, ShardDataset)
-    num_images = dataset.split_info.num_samples if sharded else len(dataset)
-    if train and num_images < batch_size * world_size:
+    if train and len(dataset) < batch_size * world_size:
         raise UserError(
-            f"the training set has {num_images} images, fewer than one batch of {batch_size * world_size} "
+            f"the training set has {len(dataset)} images, fewer than one batch of {batch_size * world_size} "
             f"({batch_size} on each of {world_size} process(es)); use a smaller batch size"
         )
-    if sharded:
-        dataset.configure(batch_size=batch_size, num_workers=num_workers, seed=seed, rank=rank, world_size=world_size)
-        sampler = None
-    elif not train:
+    if not train:
         sampler = range(rank, len(dataset), world_size)
+    elif isinstance(dataset.source, TarShards):
+        sampler = ShardSampler(dataset.source.lengths, world_size, rank, repeats=3 if repeated_aug else 1)
     elif repeated_aug:
         # By default the sampler rounds down to a multiple of 256 images, most of a small data set
         sampler = RepeatAugSampler(dataset, num_replicas=world_size, rank=rank, selected_round=0)
-        sampler = SeededSampler(sampler, seed, rank, world_size)
     else:
         # drop_last here: rather leave out a few images than see some of them twice
         sampler = DistributedSampler(dataset, num_replicas=world_size, rank=rank, drop_last=True)
+    if train:
         sampler = SeededSampler(sampler, seed, rank, world_size)
     loader = DataLoader(
         dataset,
@@ -597,8 +475,7 @@ def build_loader(
         collate_fn=collate_fn,
         pin_memory=pin_memory and device.type == "cuda",
         drop_last=train,
-        # the reader of shards takes its seed when a worker starts
-        persistent_workers=num_workers > 0 and not sharded,
+        persistent_workers=num_workers > 0,
         generator=torch.Generator(),  # the global one would otherwise be drawn from each epoch
         worker_init_fn=_ignore_signals,
     )

@@ -168,7 +168,14 @@ def build_dataset(args: argparse.Namespace, split: str):
     except (AssertionError, KeyError, ValueError) as error:
         raise UsageError(f"--aa {args.aa}: timm does not know this policy ({error})") from error
     dataset = datasets.build_dataset(
-        args.data_set, args.data_path, split, transform, skip_bad_images=args.skip_bad_images, download=args.download
+        args.data_set,
+        args.data_path,
+        split,
+        transform,
+        skip_bad_images=args.skip_bad_images,
+        download=args.download,
+        shard_cache=args.shard_cache,
+        shard_cache_gb=args.shard_cache_gb,
     )
     if train and args.token_label:
         token_labels.add_label_maps(dataset, args.token_label, class_count(args, dataset), options.TOKEN_STRIDE)
@@ -388,7 +395,7 @@ def create_run(args: argparse.Namespace, process: Process, data: Data) -> Run:
     fp16 = amp_dtype(args.amp, process.device) == torch.float16
     scaler = torch.amp.GradScaler(process.device.type, enabled=fp16)
     steps = len(data.train_loader) // args.update_freq
-    return Run(model, ema, optimizer, scaler, steps, global_batch, args.best_metric)
+    return Run(model, ema, optimizer, scaler, steps, global_batch, data.train_loader.ranges, args.best_metric)
 
 
 def wrap(model: torch.nn.Module, args: argparse.Namespace, process: Process) -> torch.nn.Module:

@@ -7,9 +7,10 @@ import ast
 import math
 import os
 import sys
+from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import yaml
 
@@ -80,8 +81,9 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-def _nearest(name: str, known: list[str]) -> str:
-    close = get_close_matches(name, known, n=1, cutoff=0.5)
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint at the one of `known` that was meant, to end an error with; empty where none is near."""
+    close = get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -113,7 +115,10 @@ def build_parser() -> argparse.ArgumentParser:
     flag("model_key", help="which weights of a checkpoint to take, model_ema say (default: model, state_dict or bare)")
 
     flag("data_set", "IMNET", type=_data_set, help=f"{', '.join(DATA_SETS)} or wds/NAME (WebDataset shards)")
-    flag("data_path", metavar="FOLDER", help="where the data set lies: for image folders, train/ and val/")
+    flag("data_path", metavar="FOLDER",
+         help="where the data set lies: for image folders, train/ and val/; for shards, a folder or its URL")
+    flag("shard_cache", metavar="FOLDER", help="copies of shards from a URL (default: shards in torch.hub's folder)")
+    flag("shard_cache_gb", type=float, metavar="GB", help="remove the oldest of them beyond this (default: none)")
     flag("download", False, help="fetch CIFAR where it is missing")
     flag("num_workers", min(8, os.cpu_count() or 1), type=int, help="processes that read images, for each GPU")
     flag("pin_mem", True, help="read images into page-locked memory")
@@ -184,29 +189,48 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _recipe_tokens(path: str, known: list[str]) -> list[str]:
-    """A recipe as the flags that say the same."""
-    try:
-        recipe = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(recipe or {}, dict):
-        raise UsageError(f"--config {path}: must be lines of `flag: value`")
+def as_tokens(recipe: dict[str, Any]) -> list[str]:
+    """A recipe, of flag names and plain values, as the words of a command line that says the same."""
     tokens = []
-    for key, value in (recipe or {}).items():
-        name = str(key).replace("-", "_")
-        if name not in known or name == "config":
-            raise UsageError(f"--config {path}: unknown key {key!r}{_nearest(name, known)}")
+    for name, value in recipe.items():
         if value is None:
-            continue
+            value = "null"
         if isinstance(value, dict):
             value = [f"{k}={v!r}" for k, v in value.items()]
         values = value if isinstance(value, list) else [value]
         # --flag=value keeps a negative number from being read as a flag.
         tokens += [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *map(str, values)]
     return tokens
+
+
+def _read_recipe(path: str, known: list[str]) -> dict[str, Any]:
+    """The recipe in a file, its flags in underscores."""
+    try:
+        recipe = yaml.safe_load(Path(path).read_text()) or {}
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(recipe, dict):
+        raise UsageError(f"--config {path}: must be lines of `flag: value`")
+    recipe = {str(key).replace("-", "_"): value for key, value in recipe.items()}
+    for name in recipe:
+        if name not in known or name == "config":
+            raise UsageError(f"--config {path}: unknown key {name!r}{nearest(name, known)}")
+    return recipe
+
+
+def _split_nulls(tokens: list[str], known: list[str]) -> tuple[list[str], list[str]]:
+    """The tokens without `--flag null` and `--flag=null`, and the flags that were given so."""
+    kept, nulls = [], []
+    for token in tokens:
+        if token == "null" and kept and kept[-1].removeprefix("--") in known:
+            nulls.append(kept.pop().removeprefix("--"))
+        elif token.endswith("=null") and token.removeprefix("--").removesuffix("=null") in known:
+            nulls.append(token.removeprefix("--").removesuffix("=null"))
+        else:
+            kept.append(token)
+    return kept, nulls
 
 
 def _underscored(token: str) -> str:
@@ -228,7 +252,7 @@ def _check(args: argparse.Namespace):
         if not 0 <= getattr(args, name) <= 1:
             raise UsageError(f"--{name} must be 0 to 1, got {getattr(args, name)}")
     for name in ("lr", "clip_grad", "layer_decay", "distillation_tau", "nb_classes", "crop_pct", "opt_eps",
-                 "save_every_minutes", "dist_timeout"):
+                 "save_every_minutes", "dist_timeout", "shard_cache_gb"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise UsageError(f"--{name} must be above 0 and finite, got {value}")
@@ -280,7 +304,7 @@ def _check_token_label(args: argparse.Namespace):
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line, and the recipe that it names.
+    """Read the command line, and the recipe that it names. `--flag null` takes back what the recipe says of a flag.
 
     Args:
         argv: Words of the command line, `sys.argv[1:]` by default.
@@ -290,17 +314,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """
     parser = build_parser()
     tokens = [_underscored(token) for token in (sys.argv[1:] if argv is None else argv)]
+    tokens, nulls = _split_nulls(tokens, parser.names())
     config_flag = _Parser(add_help=False, allow_abbrev=False)
     config_flag.flag("config")
     config = config_flag.parse_known_args(tokens)[0].config
     if config is not None:
-        tokens = _recipe_tokens(config, parser.names()) + tokens
+        recipe = _read_recipe(config, parser.names())
+        tokens = as_tokens({k: v for k, v in recipe.items() if v is not None and k not in nulls}) + tokens
     args, unknown = parser.parse_known_args(tokens)
     if unknown:
         name = unknown[0].partition("=")[0]
         if name.startswith("--"):
             flags = [f"--{known}" for known in parser.names()]
-            raise UsageError(f"unknown flag {name}{_nearest(name, flags)}")
+            raise UsageError(f"unknown flag {name}{nearest(name, flags)}")
         raise UsageError(f"{unknown[0]!r} is the value of no flag")
     args.model_kwargs = dict(args.model_kwargs)
     _check(args)

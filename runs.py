@@ -29,6 +29,7 @@ class Run:
         model, ema, optimizer, scaler: The model and the average of its weights, not wrapped, and what trains it.
         steps: Optimizer steps in an epoch.
         global_batch: Images in a step, on all processes.
+        ranges: Into how many ranges the data of an epoch is cut; see `EpochLoader.ranges`.
         best_metric: Which result of an evaluation decides which weights are the best; one that ends in "loss" is better
             where it is lower.
         epoch, step: This epoch, from 0, and the optimizer steps taken in it.
@@ -42,6 +43,7 @@ class Run:
     scaler: torch.amp.GradScaler
     steps: int
     global_batch: int
+    ranges: int = 1
     best_metric: str = "acc1"
     epoch: int = 0
     step: int = 0
@@ -76,6 +78,7 @@ class Run:
             step=self.step,
             steps=self.steps,
             global_batch=self.global_batch,
+            ranges=self.ranges,
             meter=self.meter,
             best={self.best_metric: self.best},
         )
@@ -118,11 +121,21 @@ class Run:
         self.epoch, self.step, self.meter = checkpoint["epoch"], checkpoint["step"], checkpoint["meter"]
         if self.step == checkpoint["steps"]:
             self.step = self.steps
-        elif self.step and (checkpoint["steps"], checkpoint["global_batch"]) != (self.steps, self.global_batch):
+        elif self.step:
+            self._check_same_epoch(checkpoint, path)
+
+    def _check_same_epoch(self, checkpoint: dict[str, Any], path: Path):
+        """The rest of an epoch is the rest of it only if its images come in the same order and the same steps."""
+        if (checkpoint["steps"], checkpoint["global_batch"]) != (self.steps, self.global_batch):
             raise UserError(
                 f"{path} was written in the middle of an epoch of {checkpoint['steps']} steps of "
                 f"{checkpoint['global_batch']} images, which is now one of {self.steps} steps of {self.global_batch} "
                 "images; keep --batch_size x processes x --update_freq, or go on from the end of an epoch"
+            )
+        if checkpoint["ranges"] != self.ranges:
+            raise UserError(
+                f"{path} was written in the middle of an epoch of shards shared among {checkpoint['ranges']} "
+                f"process(es), which are now {self.ranges}; keep their number, or go on from the end of an epoch"
             )
 
 

@@ -28,6 +28,10 @@ class UserError(ValueError):
     exit_code = 1
 
 
+class LostDataError(UserError):
+    """Data that was there is gone, or is not what it should be: more than one image that could be passed over."""
+
+
 class UsageError(UserError):
     """A wrong command line or recipe: exit code 2."""
 
@@ -43,13 +47,16 @@ def fail(message: str, exit_code: int) -> int:
 
 def fault_of_machine(error: OSError | RuntimeError) -> str | None:
     """What happened, in words, where the machine or another process is at fault; None where it may be the code."""
-    if isinstance(error, OSError):
-        return f"{error.strerror}: {error.filename}" if error.errno in _DISK_FAULTS else None
-    if not dist.is_initialized():
-        return None
     text = str(error)
+    if "DataLoader worker" in text:  # torch raises it from a signal, wherever the run is
+        return (
+            "a process that reads images was killed, as happens where memory runs out; "
+            f"give fewer --num_workers or more memory ({_first_line(text)})"
+        )
     if isinstance(error, dist.DistError) or "gloo" in text.lower() or "nccl" in text.lower():
         return f"another process of the run ended, or did not answer within --dist_timeout ({_first_line(text)})"
+    if isinstance(error, OSError) and error.errno in _DISK_FAULTS:
+        return f"{error.strerror}: {error.filename}"
     return None
 
 

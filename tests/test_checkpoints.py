@@ -211,6 +211,12 @@ def test_the_newest_are_kept(store):
     assert store.steps() == [6, 9]
 
 
+def test_killed_between_a_checkpoint_and_the_link_to_it(store):
+    store.save(3, state(3))
+    save_checkpoint(store.path(6), state(6))
+    assert store.newest_whole() == 6 and read_checkpoint(str(store.last))["step"] == 6
+
+
 def damage_tensors(data):
     data[len(data) // 2] ^= 1
 
@@ -244,10 +250,12 @@ def test_a_damaged_newest_is_set_aside(store, damage, capsys):
         store.newest_whole()
 
 
-def test_what_cannot_be_written_leaves_the_last(store):
+@pytest.mark.parametrize("size", [0, 2000, 4096, 5000])
+def test_what_cannot_be_written_leaves_the_last(store, size):
+    """At whatever byte the writing ends."""
     store.save(3, state(3))
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limit[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
     try:
         with pytest.raises(UserError, match=r"cannot write .*06.pth: File too large; the last checkpoint is .*03.pth"):
             store.save(6, state(6))

@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = {
-    "checkpoints", "datasets", "engine", "losses", "main", "models", "ops", "optim_factory", "options", "runs",
-    "scripts", "token_labels", "utils",
+    "checkpoints", "datasets", "engine", "hydra_main", "losses", "main", "models", "ops", "optim_factory", "options",
+    "runs", "scripts", "shards", "token_labels", "utils",
 }
 ALLOWED = {
     "ops": set(),
@@ -17,12 +17,14 @@ ALLOWED = {
     "utils": set(),
     "checkpoints": {"utils"},
     "losses": set(),
-    "datasets": {"utils"},
+    "shards": {"utils"},
+    "datasets": {"shards", "utils"},
     "optim_factory": set(),
     "token_labels": {"utils"},
     "engine": {"utils"},
     "options": {"utils"},
     "runs": {"checkpoints", "engine", "utils"},
+    "hydra_main": {"main", "options", "utils"},
     "main": {
         "checkpoints", "datasets", "engine", "losses", "models", "optim_factory", "options", "runs", "token_labels",
         "utils",
@@ -32,6 +34,7 @@ FORBIDDEN = {
     "ops": {"timm"},
     "engine": {"argparse", "hydra"},
     "main": {"hydra", "submitit"},
+    "hydra_main": {"torch", "timm"},
 }
 
 
@@ -79,6 +82,12 @@ def test_only_the_fused_implementation_imports_triton():
             assert not any(name.partition(".")[0] == "triton" for name in imports_of(path)), path
 
 
+def test_only_hydra_main_imports_hydra_and_submitit():
+    for path in (p for p in ROOT.rglob("*.py") if ".venv" not in p.parts and "tests" not in p.parts):
+        uses = {name.partition(".")[0] for name in imports_of(path)} & {"hydra", "omegaconf", "submitit"}
+        assert not uses or path == ROOT / "hydra_main.py", path
+
+
 def test_nothing_imports_scripts():
     for room in ALLOWED:
         for path in files_of(room):
@@ -86,8 +95,8 @@ def test_nothing_imports_scripts():
 
 
 def test_every_import_is_in_a_requirements_file():
-    distributions = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
-    text = (ROOT / "requirements.txt").read_text() + (ROOT / "requirements-dev.txt").read_text()
+    distributions = {"PIL": "pillow", "hydra": "hydra-core", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+    text = "".join(path.read_text() for path in ROOT.glob("requirements*.txt"))
     listed = {line.partition("#")[0].strip().partition(">")[0].lower() for line in text.splitlines()}
     paths = [p for p in ROOT.rglob("*.py") if ".venv" not in p.parts]
     local = OURS | {p.stem for p in paths}

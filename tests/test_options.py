@@ -51,6 +51,17 @@ def test_local_rank_as_old_launchers_pass_it():
     assert parse("--local-rank=1").local_rank == 1
 
 
+@pytest.mark.parametrize("null", [["--clip_grad", "null"], ["--clip-grad=null"]])
+def test_null_takes_back_what_a_recipe_says(null, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("clip_grad: 5\nopt_betas: [0.9, 0.95]\nlr: null\n")
+    args = parse("--config", str(recipe), *null, "--seed", "1")
+    assert (args.clip_grad, args.opt_betas, args.seed, args.lr) == (None, [0.9, 0.95], 1, 5e-4)
+    assert parse("--config", str(recipe), "--opt_betas=null").opt_betas is None
+    with pytest.raises(UsageError, match="unknown flag --clip_grat"):
+        parse("--clip_grat=null")
+
+
 @pytest.mark.parametrize("published,ours", [("BViT-5", "bvit_5m"), ("BViT-22", "bvit_22m")])
 def test_published_names_of_models(published, ours, tmp_path):
     assert parse("--arch", published).model == parse(f"--model={published}").model == ours
@@ -131,6 +142,7 @@ def test_recipes(path):
         (["--finetune", "a", "--load_release"], "three sources of weights"),
         (["--auto_resume"], "needs the --output_dir"),
         (["--data_set", "cifar"], "'cifar' is no data set; choose from IMNET"),
+        (["--shard_cache_gb", "0"], "--shard_cache_gb must be above 0"),
         (["--input_size", "224x"], "takes a side or HEIGHTxWIDTH"),
         (["--model_kwargs", "topk"], "takes KEY=VALUE"),
         (["--config", "missing.yaml"], "--config missing.yaml: No such file"),

@@ -1,0 +1,99 @@
+"""Pack a folder of images, SPLIT/CLASS/IMAGE, into WebDataset shards with the list of them that training reads.
+
+    python scripts/make_shards.py /path/to/imagenet-1k /path/to/shards --size 1000
+
+Writes SPLIT-000000.tar and so on, and at the end `_info.json`, which gives the number of samples in each shard and its
+sha256. The images of a split are shuffled first, so that every shard holds all classes; the same folder, size and seed
+give the same bytes. Classes are numbered in the order of their names; their number is printed for --nb_classes.
+"""
+import argparse
+import io
+import json
+import random
+import sys
+import tarfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from datasets import build_dataset, check_same_classes
+from shards import INFO_NAMES, sha256_of
+from utils import UserError
+
+
+def write_shard(path: Path, samples: list[tuple[int, Path, int]]):
+    """Write (number, image file, class index) of each sample as NUMBER-NAME.jpg, say, and NUMBER-NAME.cls."""
+    with tarfile.open(path, "w") as tar:
+        for number, image, target in samples:
+            # a sample is what is named alike up to the first dot
+            key = f"{number:08d}-{image.stem.replace('.', '_')}"
+            label = str(target).encode()
+            for extension, content in ((image.suffix, image.read_bytes()), (".cls", label)):
+                # of a file's status nothing but its size: no owner, no time
+                member = tarfile.TarInfo(key + extension.lower())
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def write_split(name: str, images: list[tuple[str, int]], output: Path, size: int, seed: int) -> dict:
+    """Write the shards of a split, of `size` samples each but the last; returns its entry in the list."""
+    images = sorted(images)
+    random.Random(seed).shuffle(images)
+    samples = [(number, Path(image), target) for number, (image, target) in enumerate(images)]
+    parts = [samples[start:start + size] for start in range(0, len(samples), size)]
+    paths = [output / f"{name}-{number:06d}.tar" for number in range(len(parts))]
+    hashes = []
+    for path, part in zip(paths, parts, strict=True):
+        write_shard(path, part)
+        hashes.append(sha256_of(path))
+        print(f"\r{name}: {len(hashes)} of {len(parts)} shards", end="", flush=True)
+    print()
+    return dict(
+        name=name,
+        num_samples=len(samples),
+        filenames=[path.name for path in paths],
+        shard_lengths=[len(part) for part in parts],
+        sha256=hashes,
+    )
+
+
+def make_shards(folder: Path, output: Path, splits: list[str], size: int, seed: int) -> list[str]:
+    """Pack `splits` of `folder`; returns the names of the classes.
+
+    Raises:
+        UserError: A split is missing, their classes differ, or `output` holds a list of shards already.
+    """
+    existing = [output / name for name in INFO_NAMES if (output / name).exists()]
+    if existing:
+        raise UserError(f"{existing[0]} is there already; take another folder")
+    sources = {split: build_dataset("image_folder", folder, split) for split in splits}
+    classes = sources[splits[0]].classes
+    for source in sources.values():
+        check_same_classes(classes, source.classes)
+    output.mkdir(parents=True, exist_ok=True)
+    info = {split: write_split(split, dataset.source.samples, output, size, seed) for split, dataset in sources.items()}
+    (output / INFO_NAMES[0]).write_text(json.dumps({"splits": info}, indent=1))
+    return classes
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder of SPLIT/CLASS/IMAGE")
+    parser.add_argument("output", type=Path, help="where the shards go")
+    parser.add_argument("--splits", nargs="+", choices=["train", "val"], default=["train", "val"])
+    parser.add_argument("--size", type=int, default=1000, help="samples in a shard")
+    parser.add_argument("--seed", type=int, default=0, help="of the shuffle")
+    args = parser.parse_args(argv)
+    if args.size < 1:
+        parser.error(f"--size must be at least 1, got {args.size}")
+    try:
+        classes = make_shards(args.folder, args.output, args.splits, args.size, args.seed)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(f"train with --data_set wds/NAME --data_path {args.output} --nb_classes {len(classes)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

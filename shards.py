@@ -1,0 +1,508 @@
+"""Images in WebDataset shards, from a folder or by HTTP, as a sequence; and a shuffle that keeps to a few of them.
+
+A shard is an uncompressed tar file. Members which follow one another and are named alike up to the first dot are a
+sample: `KEY.jpg`, or another of `IMAGE_EXTENSIONS`, and `KEY.cls`, the class index as text; others are passed over.
+`_info.json` or `info.json`, as timm writes it, lists the shards of each split and the number of samples in each:
+
+    {"splits": {"train": {"name": "train", "num_samples": 2, "filenames": ["train-0.tar"], "shard_lengths": [2]}}}
+
+beside which a split may give `sha256`, the shards' hashes in hexadecimal. The format is WebDataset's
+(https://github.com/webdataset/webdataset). That package reads streams, which have no positions to go on from, and runs
+what an address starting with `pipe:` says; here a sample has an index, and is read where it lies in its tar file.
+"""
+import fcntl
+import hashlib
+import http.client
+import json
+import math
+import os
+import tarfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from io import BytesIO
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Sampler
+
+from utils import LostDataError
+
+INFO_NAMES = ("_info.json", "info.json")
+# Where a sample has several images, the first of these; as in timm for those that it reads.
+IMAGE_EXTENSIONS = ("jpg", "png", "webp", "jpeg", "bmp", "tif", "tiff", "ppm", "pgm")
+# How many shards are shuffled together. With 1,000 samples in each, about as many as WebDataset's usual buffer.
+WINDOW_SHARDS = 8
+# Workers read ahead, from one window into the next.
+OPEN_SHARDS = 2 * WINDOW_SHARDS
+HTTP_TIMEOUT = 60  # seconds without a byte
+RETRY_SECONDS = (1, 2, 4, 8)
+
+
+class ShardError(LostDataError):
+    """A whole shard or its list is missing or wrong: more than an image that could be passed over."""
+
+
+def is_url(source: str | Path) -> bool:
+    """Whether a data folder is one on a web server."""
+    return str(source).startswith(("http://", "https://"))
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# --- where shards lie -------------------------------------------------------------------------------------------------
+
+
+class LocalFolder:
+    """Shards in a folder of this machine."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+    def read(self, name: str) -> bytes | None:
+        """The bytes of a small file, or None if there is no such file."""
+        path = self.root / name
+        return path.read_bytes() if path.is_file() else None
+
+    def missing(self, names: Sequence[str]) -> list[str]:
+        """Those of `names` that are known not to be there."""
+        return [name for name in names if not (self.root / name).is_file()]
+
+    def open(self, name: str, sha256: str | None) -> BinaryIO:
+        """A shard, opened to be read. Its hash is not looked at: it would be read whole for that."""
+        try:
+            return open(self.root / name, "rb")
+        except OSError as error:
+            raise ShardError(f"{self.root / name} cannot be opened: {error.strerror}") from None
+
+    def discard(self, name: str, sha256: str | None):
+        """Nothing: a damaged file of the user's is the user's."""
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold `path` against the other processes of this machine; the system lets go for one that dies."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class TransferError(Exception):
+    """A file did not come whole; `status` is the server's answer, None if it gave none or stopped in the middle."""
+
+    def __init__(self, reason: object, status: int | None = None):
+        super().__init__(str(reason))
+        self.status = status
+
+    @property
+    def may_pass(self) -> bool:
+        return self.status is None or self.status >= 500 or self.status in (408, 429)
+
+
+def _blocks(url: str) -> Iterator[bytes]:
+    """What `url` holds, in blocks; raises TransferError."""
+    received = 0
+    try:
+        with urllib.request.urlopen(url, timeout=HTTP_TIMEOUT) as response:
+            expected = response.headers["Content-Length"]
+            while block := response.read(2**20):
+                received += len(block)
+                yield block
+    except urllib.error.HTTPError as error:
+        raise TransferError(error, error.code) from None
+    except (OSError, http.client.HTTPException) as error:  # of all kinds, for the connection, TLS and the protocol
+        raise TransferError(error) from None
+    if expected is not None and received != int(expected):
+        raise TransferError(f"the server stopped after {received} of {expected} bytes")
+
+
+def _fetch(url: str, file: BinaryIO):
+    """Write what `url` holds to `file`; tries again where that may help, then raises TransferError."""
+    for pause in (*RETRY_SECONDS, None):
+        file.seek(0)
+        file.truncate()
+        try:
+            for block in _blocks(url):
+                file.write(block)
+            return
+        except TransferError as error:
+            if pause is None or not error.may_pass:
+                raise
+            time.sleep(pause)
+
+
+class HttpFolder:
+    """Shards in a folder of a web server, each copied into `cache` when it is first opened.
+
+    A copy is there whole or not at all, and is made by one process while others wait for it. Its name holds a hash of
+    its address and its `sha256`, so that where a list gives hashes an old copy never stands for a new shard.
+
+    Args:
+        url: The folder.
+        cache: Folder for the copies, best on a disk of this machine. Files there of other names are left alone.
+        cache_bytes: Before a copy would exceed this sum, those that were opened longest ago are removed.
+    """
+
+    def __init__(self, url: str, cache: Path, cache_bytes: float = math.inf):
+        self.url, self.cache, self.cache_bytes = url.rstrip("/"), cache, cache_bytes
+
+    def __str__(self) -> str:
+        return self.url
+
+    def read(self, name: str) -> bytes | None:
+        """The bytes of a small file, or None if there is no such file."""
+        content = BytesIO()
+        try:
+            _fetch(self._url(name), content)
+        except TransferError as error:
+            if error.status == 404:
+                return None
+            raise self._unreachable(name, error) from None
+        return content.getvalue()
+
+    def missing(self, names: Sequence[str]) -> list[str]:
+        """None: to ask for each would take long."""
+        return []
+
+    def open(self, name: str, sha256: str | None) -> BinaryIO:
+        """A shard, opened to be read: what is open stays readable when its copy is removed."""
+        copy = self._copy(name, sha256)
+        try:
+            self.cache.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):
+                return self._open_copy(copy)
+            with _locked(copy.with_suffix(".lock")):
+                with suppress(FileNotFoundError):  # another process has just made it
+                    return self._open_copy(copy)
+                return self._download(name, sha256, copy)
+        except TransferError as error:
+            raise self._unreachable(name, error) from None
+        except OSError as error:
+            raise ShardError(f"{name} cannot be kept in {self.cache}: {error.strerror}; give a --shard_cache") from None
+
+    def discard(self, name: str, sha256: str | None):
+        """Remove a copy that turned out to be no good, so that the next run does not find it."""
+        self._copy(name, sha256).unlink(missing_ok=True)
+
+    def _unreachable(self, name: str, error: TransferError) -> ShardError:
+        return ShardError(f"{self._url(name)} cannot be fetched: {error}; see that the server has it, then start again")
+
+    def _url(self, name: str) -> str:
+        return f"{self.url}/{urllib.parse.quote(name)}"
+
+    def _copy(self, name: str, sha256: str | None) -> Path:
+        key = hashlib.sha256(f"{self._url(name)} {sha256}".encode()).hexdigest()[:16]
+        return self.cache / f"{PurePosixPath(name).name}-{key}.shard"
+
+    def _open_copy(self, copy: Path) -> BinaryIO:
+        file = copy.open("rb")
+        with suppress(OSError):  # a cache that may not be written to serves as well
+            os.utime(copy)
+        return file
+
+    def _download(self, name: str, sha256: str | None, copy: Path) -> BinaryIO:
+        # Under the lock, so that this name is no other's; what a killed process left is written over.
+        part = copy.with_suffix(".part")
+        try:
+            with open(part, "wb") as file:
+                _fetch(self._url(name), file)
+                file.flush()
+                os.fsync(file.fileno())
+            if sha256 is not None and sha256_of(part) != sha256:
+                raise ShardError(f"{self._url(name)} is not the file whose sha256 the list of shards gives")
+            self._make_room(part.stat().st_size)
+            file = part.open("rb")  # before another process could remove the copy to make room for its own
+            os.replace(part, copy)
+            return file
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _make_room(self, size: int):
+        if self.cache_bytes == math.inf:
+            return
+        copies = []
+        for path in self.cache.glob("*.shard"):
+            with suppress(FileNotFoundError):
+                status = path.stat()
+                copies.append((status.st_mtime, status.st_size, path))
+        total = size + sum(length for _, length, _ in copies)
+        for _, length, path in sorted(copies):
+            if total <= self.cache_bytes:
+                break
+            path.unlink(missing_ok=True)
+            total -= length
+
+
+# --- what a shard holds -----------------------------------------------------------------------------------------------
+
+
+class Sample(NamedTuple):
+    """Where a sample lies in its shard: name of the image; offset and size, in bytes, of the image and of its class."""
+
+    name: str
+    image: tuple[int, int]
+    target: tuple[int, int]
+
+
+def index_shard(file: BinaryIO, name: str) -> list[Sample]:
+    """The samples of a tar file, by one pass over its headers.
+
+    Args:
+        file: The shard, as a real file.
+        name: What to call it in an error.
+
+    Raises:
+        ShardError: It is no tar file, is cut off, or a sample lacks its image or its class.
+    """
+    groups: list[tuple[str, dict[str, tarfile.TarInfo]]] = []
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in filter(tarfile.TarInfo.isreg, tar):
+                path = PurePosixPath(member.name)
+                stem, _, extension = path.name.partition(".")
+                key = str(path.with_name(stem)) if stem else None
+                if not extension or key is None:
+                    continue
+                if not groups or groups[-1][0] != key:
+                    groups.append((key, {}))
+                groups[-1][1][extension.lower()] = member
+    except (tarfile.TarError, OSError, ValueError) as error:
+        raise ShardError(
+            f"{name} is damaged or cut off in sample {len(groups)}: {error}; make or copy it again"
+        ) from None
+    samples = [_sample(members) for _, members in groups]
+    if None in samples:
+        key = groups[samples.index(None)][0]
+        whole = len(samples) - samples.count(None)
+        raise ShardError(
+            f"{name}: sample {key} lacks its .cls or its image next to it; "
+            f"{whole} of the {len(samples)} samples in this shard have both"
+        )
+    return samples
+
+
+def _sample(members: dict[str, tarfile.TarInfo]) -> Sample | None:
+    image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
+    target = members.get("cls")
+    if image is None or target is None:
+        return None
+    return Sample(image.name, (image.offset_data, image.size), (target.offset_data, target.size))
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split in the list of shards: for each shard its name, number of samples and, if it is known, hash."""
+
+    info: str
+    filenames: tuple[str, ...]
+    lengths: tuple[int, ...]
+    sha256: tuple[str | None, ...]
+
+
+def read_split(folder: LocalFolder | HttpFolder, names: Sequence[str]) -> Split:
+    """The first of the splits `names` that the list of shards in `folder` has.
+
+    Raises:
+        ShardError: There is no such list or split, or it is not as it should be.
+    """
+    found = ((name, content) for name in INFO_NAMES if (content := folder.read(name)) is not None)
+    info, content = next(found, (None, b""))
+    if info is None:
+        raise ShardError(f"{folder} has no _info.json, which lists the shards of each split")
+    try:
+        splits = json.loads(content)["splits"]
+        split = splits[next(name for name in names if name in splits)]
+        filenames, lengths = tuple(map(str, split["filenames"])), tuple(map(int, split["shard_lengths"]))
+        hashes = tuple(split.get("sha256") or [None] * len(filenames))
+        whole = len(filenames) == len(lengths) == len(hashes) and sum(lengths) == split["num_samples"]
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
+        whole = False
+    if not whole or min(lengths, default=0) < 0:
+        raise ShardError(
+            f"{folder}/{info} should list, for a split {' or '.join(names)}, filenames, as many shard_lengths, "
+            "and num_samples, the sum of these"
+        )
+    if split.get("alt_label"):
+        raise ShardError(f"{folder}/{info} takes classes from JSON ({split['alt_label']}); write them as .cls instead")
+    outside = [name for name in filenames if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
+    if outside:
+        raise ShardError(f"{folder}/{info} lists a shard outside of its folder: {outside[0]}")
+    missing = folder.missing(filenames)
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise ShardError(f"{folder} lacks shards that {info} lists: {', '.join(missing[:5])}{more}")
+    return Split(info, filenames, lengths, hashes)
+
+
+class TarShards(Sequence):
+    """(decoded image, class index) by index over all shards of a split, which are opened as they are needed.
+
+    Forked and spawned workers may share one: reads are by position, and what is open is not pickled.
+
+    Args:
+        folder: Where the shards lie.
+        split: The list of them.
+        decode: Takes an image file in memory, with its `name`; raises UserError if it cannot be read.
+
+    Raises:
+        ShardError: On reading, if the shard is missing, damaged, or holds another number of samples than the list says.
+    """
+
+    def __init__(self, folder: LocalFolder | HttpFolder, split: Split, decode: Callable[[BinaryIO], Image.Image]):
+        self.folder, self.split, self.decode = folder, split, decode
+        self.lengths = np.array(split.lengths, dtype=np.int64)
+        self._ends = self.lengths.cumsum()
+        self._length = int(self.lengths.sum())
+        self._open: OrderedDict[int, tuple[BinaryIO, list[Sample]]] = OrderedDict()
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "_open": OrderedDict()}
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        shard = int(self._ends.searchsorted(index, side="right"))
+        file, samples = self._shard(shard)
+        sample = samples[index - int(self._ends[shard] - self.lengths[shard])]
+        name = f"{sample.name} in {self.folder}/{self.split.filenames[shard]}"
+        target = self._target(_read(file, sample.target, name), name)
+        image = BytesIO(_read(file, sample.image, name))
+        image.name = name
+        return self.decode(image), target
+
+    @staticmethod
+    def _target(text: bytes, name: str) -> int:
+        if not text.strip().isdigit():
+            raise ShardError(f"the .cls of {name} should be a class index, and is {text[:20]!r}")
+        return int(text)
+
+    def _shard(self, number: int) -> tuple[BinaryIO, list[Sample]]:
+        if number not in self._open:
+            while len(self._open) >= OPEN_SHARDS:
+                self._open.popitem(last=False)[1][0].close()
+            self._open[number] = self._open_shard(number)
+        self._open.move_to_end(number)
+        return self._open[number]
+
+    def _open_shard(self, number: int) -> tuple[BinaryIO, list[Sample]]:
+        name, sha256 = self.split.filenames[number], self.split.sha256[number]
+        file = self.folder.open(name, sha256)
+        try:
+            samples = index_shard(file, f"{self.folder}/{name}")
+            if len(samples) != self.lengths[number]:
+                raise ShardError(
+                    f"{self.folder}/{name} holds {len(samples)} samples, and {self.split.info} says "
+                    f"{self.lengths[number]}; correct shard_lengths and num_samples there, or make the shard again"
+                )
+        except ShardError:
+            file.close()
+            self.folder.discard(name, sha256)
+            raise
+        return file, samples
+
+
+def _read(file: BinaryIO, extent: tuple[int, int], name: str) -> bytes:
+    offset, size = extent
+    data = os.pread(file.fileno(), size, offset)
+    if len(data) != size:
+        raise ShardError(f"{name} was cut off while it was read")
+    return data
+
+
+def open_shards(
+    root: str | Path,
+    splits: Sequence[str],
+    decode: Callable[[BinaryIO], Image.Image],
+    cache: Path,
+    cache_gb: float | None = None,
+) -> TarShards:
+    """The shards of the first of `splits` that the folder `root`, on this machine or of a URL, has.
+
+    Args:
+        root: Path or URL of the folder.
+        splits: Names of the split, one of which must be there.
+        decode: See `TarShards`.
+        cache, cache_gb: For a URL, where copies are kept, and at most how many GB (1e9 bytes) of them.
+
+    Raises:
+        ShardError: There is no list of shards there, or it is not as it should be.
+    """
+    cache_bytes = math.inf if cache_gb is None else cache_gb * 1e9
+    folder = HttpFolder(str(root), cache, cache_bytes) if is_url(root) else LocalFolder(Path(root))
+    return TarShards(folder, read_split(folder, splits), decode)
+
+
+# --- order ------------------------------------------------------------------------------------------------------------
+
+
+class ShardSampler(Sampler[int]):
+    """Shuffles so that a process reads few shards at a time, and about 1/num_replicas of them in an epoch.
+
+    An epoch lines up the shards in random order, each with its samples in random order, and cuts the line into
+    `num_replicas` ranges of one length: no sample comes twice, and fewer than `num_replicas` are left out. Within a
+    range, the parts of `WINDOW_SHARDS` successive shards are shuffled together. All of it follows from the epoch alone.
+
+    Unlike DistributedSampler's, ranges of other numbers of processes share no beginning: a run that goes on in the
+    middle of an epoch must do so with as many processes as before.
+
+    Args:
+        lengths: Number of samples in each shard.
+        num_replicas, rank: Processes that share the samples, and which of them this is.
+        repeats: How many times in succession a sample comes; an epoch then has this many times fewer different ones.
+    """
+
+    def __init__(self, lengths: Sequence[int], num_replicas: int, rank: int, repeats: int = 1):
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.num_replicas, self.rank, self.repeats = num_replicas, rank, repeats
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int):
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return int(self.lengths.sum()) // self.num_replicas
+
+    def __iter__(self) -> Iterator[int]:
+        return islice(self._indices(), len(self))
+
+    def _indices(self) -> Iterator[int]:
+        different = math.ceil(len(self) / self.repeats)
+        first, last = self.rank * different, (self.rank + 1) * different
+        order = self._generator(0).permutation(len(self.lengths))
+        ends = self.lengths[order].cumsum()
+        touched = range(int(ends.searchsorted(first, side="right")), int(ends.searchsorted(last, side="left")) + 1)
+        for start in range(0, len(touched), WINDOW_SHARDS):
+            window = touched[start:start + WINDOW_SHARDS]
+            indices = np.concatenate([self._part(order[place], int(ends[place]), first, last) for place in window])
+            self._generator(1, self.rank, start).shuffle(indices)
+            yield from indices.repeat(self.repeats).tolist()
+
+    def _part(self, shard: int, end: int, first: int, last: int) -> np.ndarray:
+        """Indices of those samples of a shard, the one that ends at `end` of the line, which lie in [first, last)."""
+        start = end - int(self.lengths[shard])
+        shuffled = self._generator(2, int(shard)).permutation(self.lengths[shard])
+        return shuffled[max(first - start, 0):last - start] + self.lengths[:shard].sum()
+
+    def _generator(self, *key: int) -> np.random.Generator:
+        return np.random.default_rng((self.epoch, *key))

@@ -1,0 +1,68 @@
+"""scripts/make_shards.py: a folder of images and its shards hold the same."""
+import json
+import tarfile
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datasets import build_dataset
+from scripts.make_shards import main
+from shards import sha256_of
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Ten train and five val images of two classes, each of its own brightness."""
+    for split, number in (("train", 10), ("val", 5)):
+        for i in range(number):
+            path = tmp_path / "photos" / split / ("ant" if i % 2 else "bee") / f"a.{i}.b.{'PNG' if i % 3 else 'bmp'}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (4, 4), (i, i, i)).save(path)
+    return tmp_path / "photos"
+
+
+def content(dataset):
+    samples = (dataset[i] for i in range(len(dataset)))
+    return Counter((np.array(image)[0, 0, 0].item(), target) for image, target in samples)
+
+
+def test_shards_hold_what_the_folder_holds(photos, tmp_path):
+    assert main([str(photos), str(tmp_path / "shards"), "--size", "4"]) == 0
+    splits = json.loads((tmp_path / "shards" / "_info.json").read_text())["splits"]
+    assert splits["train"]["shard_lengths"] == [4, 4, 2] and splits["val"]["shard_lengths"] == [4, 1]
+    for split in ("train", "val"):
+        shards = build_dataset("wds/photos", tmp_path / "shards", split)
+        assert content(shards) == content(build_dataset("image_folder", photos, split))
+        assert splits[split]["sha256"] == [sha256_of(tmp_path / "shards" / name) for name in splits[split]["filenames"]]
+    train = build_dataset("wds/photos", tmp_path / "shards", "train")
+    assert len({train[i][1] for i in range(4)}) == 2, "the first shard mixes the classes"
+
+
+def test_the_same_bytes_again_and_others_by_another_seed(photos, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        main([str(photos), str(tmp_path / name), "--seed", str(seed)])
+        for path in photos.rglob("*.*"):  # the time of a file does not matter
+            path.touch()
+    one, again, other = ((tmp_path / name / "_info.json").read_text() for name in "abc")
+    assert one == again != other
+    with tarfile.open(tmp_path / "a" / "train-000000.tar") as tar:
+        assert {(member.mtime, member.uid, member.uname) for member in tar} == {(0, 0, "")}
+
+
+def test_mistakes(photos, tmp_path, capsys):
+    def complaint(*arguments):
+        assert main([str(argument) for argument in arguments]) == 1
+        return capsys.readouterr().err
+
+    output = tmp_path / "shards"
+    assert main([str(photos), str(output), "--splits", "val"]) == 0
+    assert "_info.json is there already; take another folder" in complaint(photos, output)
+    assert "has no folder train" in complaint(photos / "val", tmp_path / "b")
+    (photos / "val" / "ant").rename(photos / "val" / "cat")
+    assert "must have the training set's classes, but lacks ant and adds cat" in complaint(photos, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+    with pytest.raises(SystemExit):
+        main([str(photos), str(tmp_path / "b"), "--size", "0"])
+    assert "--size must be at least 1" in capsys.readouterr().err

@@ -1,0 +1,557 @@
+"""shards.py: samples from a folder and by HTTP, each once an epoch, whatever the shards, processes and workers."""
+import io
+import json
+import os
+import pickle
+import re
+import tarfile
+import threading
+import time
+from collections import Counter
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_datasets import different_images, draw, loader_of, noise, random_states, read_all, same, transform
+from torch.utils.data import DataLoader
+
+import shards
+from datasets import build_dataset, load_image
+from shards import LocalFolder, ShardError, ShardSampler, open_shards, read_split, sha256_of
+from utils import UserError
+
+LENGTHS = {"train": (5, 3, 0, 4, 4), "validation": (3, 1, 4, 2)}
+
+
+def png(seed):
+    file = io.BytesIO()
+    Image.fromarray(noise(seed=seed)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+
+
+def write_shards(root, lengths=LENGTHS, hashes=False):
+    """Shards of the given lengths; the class index of a sample is its number, its image noise of that seed."""
+    splits = {}
+    for split, sizes in lengths.items():
+        number, files = 0, [f"{split}-{i}.tar" for i in range(len(sizes))]
+        for file, size in zip(files, sizes, strict=True):
+            numbers = range(number, number + size)
+            write_tar(root / file, [member for i in numbers for member in (
+                (f"{i:03}.png", png(i)), (f"{i:03}.json", b"{}"), (f"{i:03}.cls", b"%d\n" % i))])
+            number += size
+        splits[split] = dict(name=split, num_samples=number, filenames=files, shard_lengths=list(sizes))
+        if hashes:
+            splits[split]["sha256"] = [sha256_of(root / file) for file in files]
+    write_info(root, splits)
+    return root
+
+
+def write_info(root, splits):
+    (root / "_info.json").write_text(json.dumps({"splits": splits}))
+
+
+def read_info(root):
+    return json.loads((root / "_info.json").read_text())["splits"]
+
+
+class Handler(SimpleHTTPRequestHandler):
+    """Serves a folder; `server.seen` counts requests, `server.cut` says how often a transfer is still to break."""
+
+    def copyfile(self, source, outputfile):
+        name = self.path.rpartition("/")[2]
+        self.server.seen[name] += 1
+        time.sleep(self.server.delay)
+        data = source.read()
+        if self.server.cut[name]:
+            self.server.cut[name] -= 1
+            data = data[: len(data) // 2]
+        outputfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "data set"
+    root.mkdir()
+    return write_shards(root)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Serves tmp_path; what it serves is copied into tmp_path/cache by default, and retries do not wait."""
+    monkeypatch.setattr(shards, "RETRY_SECONDS", (0, 0))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tmp_path))
+    server.seen, server.cut, server.delay = Counter(), Counter(), 0
+    server.url = f"http://127.0.0.1:{server.server_port}/data%20set"
+    thread = threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.01))
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def copies(tmp_path):
+    """Names of the shards in the default cache, without their keys."""
+    return lambda: sorted(path.name.rpartition("-")[0] for path in (tmp_path / "hub" / "shards").glob("*.shard"))
+
+
+def val_set(root, **settings):
+    return build_dataset("wds/tiny", root, "val", transform(), **settings)
+
+
+def train_set(root, **settings):
+    return build_dataset("wds/tiny", root, "train", transform(True), **settings)
+
+
+def complaint_of(loader):
+    """What reading all of it says. An exception that is kept keeps the workers, which then take seconds to end."""
+    try:
+        read_all(loader)
+    except UserError as error:
+        return str(error)
+
+
+# --- every sample once ------------------------------------------------------------------------------------------------
+
+
+def test_samples_by_index(folder, server):
+    for root in (folder, server.url, server.url + "/"):
+        dataset = build_dataset("wds/tiny", root, "train")
+        assert dataset.classes is None and len(dataset) == len(list(dataset.source)) == 16
+        for i in (15, 0, 8, 4, 5, 7):
+            image, target = dataset[i]
+            assert target == i and np.array_equal(np.array(image), noise(seed=i))
+        with pytest.raises(IndexError):
+            dataset.source[16]
+
+
+@pytest.mark.parametrize("world_size, num_workers", [(1, 0), (1, 2), (2, 0), (3, 1), (5, 0), (11, 0)])
+def test_evaluation_reads_each_image_once(folder, world_size, num_workers):
+    targets = []
+    for rank in range(world_size):
+        loader = loader_of(val_set(folder), train=False, batch_size=2, num_workers=num_workers, rank=rank,
+                           world_size=world_size)
+        assert len(loader) == len(list(loader))
+        targets += read_all(loader)[1].tolist()
+    assert sorted(targets) == list(range(10))
+
+
+@pytest.mark.parametrize("lengths", [(5, 3, 0, 4, 4), (1,), (40,), (7,) * 30, (1, 100, 1), (0, 0, 9), tuple(range(25))])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_sampler_gives_each_sample_once(lengths, world_size):
+    orders = []
+    for epoch in range(2):
+        ranks = [ShardSampler(lengths, world_size, rank) for rank in range(world_size)]
+        for sampler in ranks:
+            sampler.set_epoch(epoch)
+        orders.append([list(sampler) for sampler in ranks])
+        assert orders[-1] == [list(sampler) for sampler in ranks], "a function of the epoch"
+        assert {len(order) for order in orders[-1]} == {len(ranks[0])} == {sum(lengths) // world_size}
+        indices = list(chain(*orders[-1]))
+        assert len(set(indices)) == len(indices) and set(indices) <= set(range(sum(lengths)))
+    assert orders[0] != orders[1] or sum(lengths) < 2 * world_size
+    if sum(lengths) >= 40:
+        assert all(order != sorted(order) for order in orders[0])
+
+
+def test_sampler_leaves_out_others_each_epoch():
+    sampler = ShardSampler((7,), 2, 0), ShardSampler((7,), 2, 1)
+    left_out = set()
+    for epoch in range(30):
+        for one in sampler:
+            one.set_epoch(epoch)
+        left_out |= set(range(7)) - {*sampler[0], *sampler[1]}
+    assert left_out == set(range(7))
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_sampler_keeps_to_few_shards(repeats):
+    """64 shards of 10 samples over 4 processes: 16 shards each, in windows of 8, one after another."""
+    for rank in range(4):
+        order = np.array(list(ShardSampler((10,) * 64, 4, rank, repeats))) // 10
+        assert len(set(order.tolist())) <= 16 / repeats + 2, "two may be shared with the neighbours"
+        for start in range(0, 160, 80):
+            window = order[start:start + 80]
+            assert len(set(window.tolist())) <= shards.WINDOW_SHARDS
+            assert len(set(window[:20].tolist())) > 2, "shards must be shuffled together"
+
+
+def test_repeated_augmentation(folder):
+    """Turns of an image lie next to each other and are drawn for apart; a third of the images makes an epoch."""
+    dataset = build_dataset("wds/tiny", folder, "train", draw)
+    for world_size in (1, 2):
+        order = []
+        for rank in range(world_size):
+            loader = loader_of(dataset, rank=rank, world_size=world_size, repeated_aug=True)
+            images, targets = read_all(loader)
+            assert len(targets) == 16 // world_size and different_images(images) == len(images)
+            assert targets.tolist() == [i for i in dict.fromkeys(targets.tolist()) for _ in range(3)][:len(targets)]
+            order.append(set(targets.tolist()))
+        assert sum(map(len, order)) == len(set.union(*order)) == 6
+
+
+@pytest.mark.parametrize("world_size, batch_size", [(1, 4), (2, 4), (3, 1), (2, 3)])
+def test_training_reads_all_that_make_whole_batches(folder, world_size, batch_size):
+    """Four shards that hold something; the processes and workers may be more than those."""
+    epochs = []
+    for epoch in range(2):
+        read = []
+        for rank in range(world_size):
+            here, workers = (loader_of(train_set(folder), batch_size=batch_size, num_workers=num_workers, rank=rank,
+                                       world_size=world_size, reprob=0.5) for num_workers in (0, 3 - world_size))
+            here.set_epoch(epoch)
+            workers.set_epoch(epoch)
+            batches = read_all(here)
+            assert same(batches, read_all(workers)) and len(batches[1]) == batch_size * len(here)
+            read += batches[1].tolist()
+        whole = 16 // (world_size * batch_size) * world_size * batch_size
+        assert len(read) == len(set(read)) == whole
+        epochs.append(read)
+    assert epochs[0] != epochs[1]
+
+
+def test_an_epoch_read_from_its_middle_is_the_rest_of_it(folder, server):
+    """Nothing that was read before matters, nor from where."""
+    loader = loader_of(train_set(folder))
+    loader.set_epoch(3)
+    images, targets = read_all(loader)
+    fresh = train_set(server.url)
+    rest = [fresh[item] for item in list(loader.sampler)[9:]]
+    assert [target for _, target in rest] == targets[9:].tolist()
+    normalised = (torch.stack([image for image, _ in rest]) - loader.mean) / loader.std
+    assert torch.allclose(normalised, images[9:], atol=1e-5)
+
+
+def test_global_generators_are_left_alone(folder):
+    before = random_states()
+    read_all(loader_of(train_set(folder), reprob=1.0))
+    assert random_states() == before
+
+
+# --- opened when needed -----------------------------------------------------------------------------------------------
+
+
+def test_few_shards_are_open(folder, monkeypatch):
+    monkeypatch.setattr(shards, "OPEN_SHARDS", 2)
+    source = train_set(folder).source
+    opened = []
+    open_shard = source._open_shard
+    monkeypatch.setattr(source, "_open_shard", lambda number: opened.append(number) or open_shard(number))
+    files = len(os.listdir("/proc/self/fd"))
+    for i in (0, 5, 1, 8, 2, 6, 15):
+        assert source[i][1] == i
+    assert opened == [0, 1, 3, 1, 4], "the one used longest ago makes room"
+    assert len(os.listdir("/proc/self/fd")) == files + 2
+
+
+def test_open_shards_go_to_workers(folder):
+    """Forked ones share what is open; what spawned ones get, by pickle, opens it for itself."""
+    dataset = val_set(folder)
+    dataset[0]
+    assert dataset.source._open
+    loader = DataLoader(dataset, num_workers=2, multiprocessing_context="fork")
+    assert [target.item() for _, target in loader] == [dataset[i][1] for i in range(10)] == list(range(10))
+    assert [target for _, target in pickle.loads(pickle.dumps(dataset.source))] == list(range(10))
+
+
+def test_members_of_a_sample(tmp_path):
+    """Grouped as WebDataset does: names up to the first dot; folders count, case of the extension does not."""
+    write_tar(tmp_path / "a.tar", [
+        ("x/0.cls", b"5"), ("x/0.PNG", png(0)), ("y/0.cls", b"6"), ("y/0.seg.png", b"no image"), ("y/0.webp", png(1)),
+        ("README", b"no sample"), (".hidden.png", b""), ("2.bmp", b"second choice"), ("2.jpeg", png(2)),
+        ("2.cls", b"7")])
+    write_info(tmp_path, {"val": dict(num_samples=3, filenames=["a.tar"], shard_lengths=[3])})
+    source = val_set(tmp_path).source
+    assert [source[i][1] for i in range(3)] == [5, 6, 7]
+    assert all(np.array_equal(np.array(source[i][0]), noise(seed=i)) for i in range(3))
+
+
+def test_16_bit_images(folder):
+    file = io.BytesIO()
+    Image.frombytes("I;16", (2, 2), np.full(4, 128 * 257, "<u2").tobytes()).save(file, "PNG")
+    write_tar(folder / "validation-1.tar", [("x.png", file.getvalue()), ("x.cls", b"77")])
+    image, target = val_set(folder)[3]
+    assert target == 77 and image.unique().tolist() == [128]
+
+
+# --- what is wrong with them ------------------------------------------------------------------------------------------
+
+
+def spoil_images(root):
+    """Two of the first validation shard's three images become text."""
+    write_tar(root / "validation-0.tar", [member for i in range(3) for member in (
+        (f"{i}.png", png(i) if i == 1 else b"text"), (f"{i}.cls", b"%d" % i))])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_unreadable_images_in_evaluation(folder, num_workers):
+    spoil_images(folder)
+    assert complaint_of(loader_of(val_set(folder), train=False, num_workers=num_workers)) == (
+        f"cannot read 0.png in {folder}/validation-0.tar: not an image; remove it, or pass --skip_bad_images")
+    dataset = val_set(folder, skip_bad_images=True)
+    _, targets = read_all(loader_of(dataset, train=False, num_workers=num_workers))
+    assert targets.tolist() == [-1, 1, -1, *range(3, 10)] and dataset.bad_images == 2
+
+
+def test_unreadable_images_in_training(folder):
+    info = read_info(folder)
+    write_info(folder, {"train": info["validation"]})
+    spoil_images(folder)
+    dataset = train_set(folder, skip_bad_images=True)
+    assert sorted(read_all(loader_of(dataset, batch_size=5))[1].tolist()) == [1, 1, 3, 3, *range(4, 10)]
+    assert dataset.bad_images == 2
+
+
+def wrong_count(path):
+    write_tar(path, [("0.png", png(0)), ("0.cls", b"0"), ("1.png", png(1)), ("1.cls", b"1")])
+
+
+def without_class(path):
+    write_tar(path, [("0.png", png(0)), ("0.cls", b"0"), ("1.png", png(1)), ("2.png", png(2)), ("2.cls", b"0")])
+
+
+def without_image(path):
+    write_tar(path, [("0.png", png(0)), ("0.cls", b"0"), ("1.cls", b"1"), ("2.png", png(2)), ("2.cls", b"0")])
+
+
+def cut(where):
+    return lambda path: path.write_bytes(path.read_bytes()[:where])
+
+
+DAMAGES = [
+    (wrong_count, r"holds 2 samples, and _info.json says 3; correct shard_lengths"),
+    (without_class, r"sample 1 lacks its .cls or its image next to it; 2 of the 3 samples in this shard have both"),
+    (without_image, r"sample 1 lacks its .cls or its image next to it; 2 of the 3"),
+    (cut(4200), r"is damaged or cut off in sample 2: unexpected end of data; make or copy it again"),
+    (cut(4000), r"holds 1 samples, and _info.json says 3"),
+    (cut(512 * 5), r"sample 000 lacks its .cls or its image next to it; 0 of the 1 samples"),
+    (cut(100), "is damaged or cut off in sample 0: truncated header"),
+    (cut(0), "is damaged or cut off in sample 0: empty file"),
+    (lambda path: path.write_bytes(b"<html>" * 500), "is damaged or cut off in sample 0: invalid header"),
+]
+
+
+@pytest.mark.parametrize("damage, complaint", DAMAGES)
+def test_damaged_shards_are_named_and_never_skipped(folder, damage, complaint):
+    damage(folder / "validation-0.tar")
+    for num_workers in (0, 1):
+        loader = loader_of(val_set(folder, skip_bad_images=True), train=False, num_workers=num_workers)
+        assert re.fullmatch(f"{folder}/validation-0.tar:? {complaint}.*", complaint_of(loader))
+
+
+@pytest.mark.parametrize("text", [b"", b"cat", b"-1", b"1.5"])
+def test_class_that_is_no_index(folder, text):
+    write_tar(folder / "validation-1.tar", [("x.png", png(0)), ("x.cls", text)])
+    with pytest.raises(ShardError, match=r"the .cls of x.png in .*validation-1.tar should be a class index, and is b"):
+        val_set(folder, skip_bad_images=True)[3]
+
+
+def test_shard_that_shrinks_while_it_is_open(folder):
+    dataset = val_set(folder)
+    dataset[0]
+    cut(4000)(folder / "validation-0.tar")
+    with pytest.raises(ShardError, match=r"2.png in .*validation-0.tar was cut off while it was read"):
+        dataset[2]
+
+
+def test_list_of_shards_with_mistakes(folder, tmp_path):
+    with pytest.raises(UserError, match="has 16 images, fewer than one batch of 32"):
+        loader_of(train_set(folder), batch_size=32)
+    good = read_info(folder)["validation"]
+    for splits in ({}, {"test": good}, {"val": {"name": "val"}}, {"val": {**good, "num_samples": 11}}, {"val": 3}, [],
+                   {"val": {**good, "shard_lengths": [10]}}, {"val": {**good, "sha256": ["0"]}},
+                   {"val": {**good, "shard_lengths": [11, -1, 0, 0]}}, {"val": {**good, "shard_lengths": ["x"] * 4}}):
+        write_info(folder, splits)
+        with pytest.raises(UserError, match=r"_info.json should list, for a split val or validation, filenames, as"):
+            val_set(folder)
+    for name in ("/etc/passwd", "../validation-0.tar", "a/../../b.tar"):
+        write_info(folder, {"val": {**good, "filenames": [name, *good["filenames"][1:]]}})
+        with pytest.raises(UserError, match=r"_info.json lists a shard outside of its folder"):
+            val_set(folder)
+    write_info(folder, {"val": {**good, "alt_label": "label_12k"}})
+    with pytest.raises(UserError, match=r"takes classes from JSON \(label_12k\); write them as .cls instead"):
+        val_set(folder)
+    write_info(folder, {"val": good})
+    (folder / "validation-2.tar").unlink()
+    with pytest.raises(UserError, match=r"lacks shards that _info.json lists: validation-2.tar$"):
+        val_set(folder)
+    (folder / "_info.json").write_text("{")
+    with pytest.raises(UserError, match=r"_info.json should list"):
+        val_set(folder)
+    (folder / "_info.json").unlink()
+    with pytest.raises(UserError, match=r"has no _info.json"):
+        val_set(folder)
+    with pytest.raises(UserError, match="does not exist"):
+        val_set(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="none was given"):
+        val_set(None)
+
+
+def test_list_of_shards_by_its_other_name(folder):
+    (folder / "_info.json").rename(folder / "info.json")
+    assert len(val_set(folder)) == 10
+
+
+def test_local_shard_that_goes_after_the_start(folder):
+    dataset = val_set(folder, skip_bad_images=True)
+    (folder / "validation-0.tar").unlink()
+    with pytest.raises(ShardError, match=r"validation-0.tar cannot be opened: No such file"):
+        dataset[0]
+
+
+# --- by HTTP ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_shard_is_fetched_when_it_is_needed_and_once(folder, server, copies):
+    dataset = val_set(server.url)
+    assert not copies()
+    dataset[0]
+    assert copies() == ["validation-0.tar"] and server.seen["validation-0.tar"] == 1
+    (folder / "validation-0.tar").unlink()
+    assert val_set(server.url)[1][1] == 1
+
+
+def test_workers_fetch_a_shard_once(tmp_path, server, copies):
+    """The transfer takes long enough that both workers ask for the shard before it is there."""
+    (tmp_path / "data set").mkdir()
+    write_shards(tmp_path / "data set", {"val": (16,)})
+    server.delay = 0.3
+    loader = loader_of(val_set(server.url), train=False, batch_size=1, num_workers=2)
+    assert read_all(loader)[1].tolist() == list(range(16))
+    assert server.seen["val-0.tar"] == 1 and copies() == ["val-0.tar"]
+
+
+@pytest.mark.parametrize("name", ["_info.json", "validation-0.tar"])
+def test_a_transfer_that_breaks_is_tried_again(folder, server, copies, name):
+    server.cut[name] = 2
+    assert val_set(server.url)[0][1] == 0 and server.seen[name] == 3
+    server.cut[name] = 3
+    (folder / "other").mkdir()
+    write_shards(folder / "other")
+    with pytest.raises(ShardError, match=rf"other/{name} cannot be fetched: the server stopped after \d+ of \d+ bytes"):
+        val_set(f"{server.url}/other", skip_bad_images=True)[0]
+    assert copies() == ["validation-0.tar"]
+
+
+def test_what_a_killed_process_left_is_no_shard(folder, server, tmp_path, copies):
+    val_set(server.url)[0]
+    cache = tmp_path / "hub" / "shards"
+    copy = next(cache.glob("*.shard"))
+    copy.with_suffix(".part").write_bytes(copy.read_bytes()[:700])
+    copy.unlink()
+    assert val_set(server.url)[0][1] == 0
+    assert copies() == ["validation-0.tar"] and not list(cache.glob("*.part"))
+
+
+def test_a_server_that_refuses_and_one_that_is_gone(folder, server):
+    dataset = val_set(server.url, skip_bad_images=True)
+    (folder / "validation-0.tar").unlink()
+    with pytest.raises(ShardError, match=r"validation-0.tar cannot be fetched: HTTP Error 404: .*; see that"):
+        dataset[0]
+    (folder / "_info.json").unlink()
+    with pytest.raises(UserError, match=r"http.* has no _info.json"):
+        val_set(server.url)
+    server.shutdown()
+    server.server_close()
+    loader = loader_of(dataset, train=False, batch_size=1, num_workers=1)
+    assert re.fullmatch(r"http.*/validation-0.tar cannot be fetched: .*refused>; see that .*", complaint_of(loader))
+    with pytest.raises(UserError, match=r"_info.json cannot be fetched: .*refused"):
+        val_set(server.url)
+
+
+def test_a_server_that_is_overloaded_is_asked_again(folder, server, monkeypatch):
+    answers = iter([503, 429])
+    send_head = Handler.send_head
+
+    def busy(self):
+        status = next(answers, None)
+        return send_head(self) if status is None else self.send_error(status)
+
+    monkeypatch.setattr(Handler, "send_head", busy)
+    assert len(val_set(server.url)) == 10
+
+
+def test_hashes_are_checked(folder, server, copies):
+    write_shards(folder, hashes=True)
+    assert val_set(server.url)[0][1] == 0
+    # another shard in its place: the list says so, and the copy no longer serves
+    write_tar(folder / "validation-0.tar", [member for i in range(3) for member in (
+        (f"{i}.png", png(i)), (f"{i}.cls", b"8"))])
+    splits = read_info(folder)
+    splits["validation"]["sha256"][:2] = sha256_of(folder / "validation-0.tar"), "0" * 64
+    write_info(folder, splits)
+    with pytest.raises(ShardError, match=r"validation-1.tar is not the file whose sha256"):
+        val_set(server.url, skip_bad_images=True)[3]
+    assert val_set(server.url)[0][1] == 8
+    assert copies() == ["validation-0.tar"] * 2
+
+
+def test_a_copy_that_does_not_fit_the_list_is_not_kept(folder, server, copies):
+    """Otherwise a shard that is mended on the server would stay broken here."""
+    good = (folder / "validation-0.tar").read_bytes()
+    wrong_count(folder / "validation-0.tar")
+    with pytest.raises(ShardError, match="holds 2 samples"):
+        val_set(server.url)[0]
+    assert not copies()
+    (folder / "validation-0.tar").write_bytes(good)
+    assert val_set(server.url)[2][1] == 2
+
+
+def test_the_cache_can_be_bounded(folder, server, tmp_path):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "of the user.tar").write_bytes(b"x" * 50_000)
+    write_shards(folder, {"val": (2, 2, 2, 2)})
+    size = (folder / "val-0.tar").stat().st_size
+    dataset = val_set(server.url, shard_cache=cache, shard_cache_gb=2.5 * size / 1e9)
+    for index in (0, 2, 0, 4):  # of shards 0, 1, 0, 2
+        dataset.source._open.clear()
+        assert dataset[index][1] == index
+        time.sleep(0.02)
+    assert sorted(path.name[:5] for path in cache.glob("*.shard")) == ["val-0", "val-2"]
+    assert server.seen["val-0.tar"] == 1
+    everything = loader_of(val_set(server.url, shard_cache=cache, shard_cache_gb=1e-9), train=False, num_workers=2)
+    assert read_all(everything)[1].tolist() == list(range(8))
+    assert len(list(cache.glob("*.shard"))) == 1 and (cache / "of the user.tar").exists()
+
+
+def test_a_cache_that_cannot_be_written(folder, server, tmp_path):
+    (tmp_path / "file").touch()
+    dataset = val_set(server.url, shard_cache=tmp_path / "file")
+    with pytest.raises(ShardError, match=r"validation-0.tar cannot be kept in .*file: .*; give a --shard_cache"):
+        dataset[0]
+
+
+def test_names_are_quoted_not_interpreted(tmp_path, server):
+    root = tmp_path / "data set"
+    root.mkdir()
+    name = "pipe:touch x; a b#1?.tar"
+    write_tar(root / name, [("0.png", png(0)), ("0.cls", b"4")])
+    write_info(root, {"val": dict(num_samples=1, filenames=[name], shard_lengths=[1])})
+    for place in (root, server.url):
+        assert val_set(place)[0][1] == 4
+
+
+def test_without_the_rest_of_the_repository(folder, tmp_path):
+    """The sequence alone, as another project would use it."""
+    source = open_shards(folder, ["train"], load_image, tmp_path)
+    assert [target for _, target in source] == list(range(16))
+    assert read_split(LocalFolder(folder), ["validation"]).lengths == LENGTHS["validation"]
