@@ -431,6 +431,7 @@ def build_loader(
     reprob: float = 0.0,
     remode: str = "pixel",
     pin_memory: bool = True,
+    collate_fn: Callable = fast_collate,
 ) -> EpochLoader:
     """Batches of a data set for one process.
 
@@ -449,6 +450,7 @@ def build_loader(
         repeated_aug: Three augmentations of an image on different processes, or side by side on one.
         reprob, remode: timm's random erasing, in training only: share of the images, and "const", "rand" or "pixel".
         pin_memory: Whether batches for a GPU pass through page-locked memory.
+        collate_fn: Samples of the data set -> (uint8 images, targets with a method `to`).
 
     Raises:
         UserError: The training set is smaller than one batch over all processes.
@@ -476,7 +478,7 @@ def build_loader(
         batch_size=batch_size,
         sampler=sampler,
         num_workers=num_workers,
-        collate_fn=fast_collate,
+        collate_fn=collate_fn,
         pin_memory=pin_memory and device.type == "cuda",
         drop_last=train,
         persistent_workers=num_workers > 0,

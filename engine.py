@@ -134,6 +134,11 @@ def _log_line(values: dict[str, float], epoch: int, step: int, steps: int, secon
     )
 
 
+def _as_float(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """Logits, or the several that a network returns in training, in float32."""
+    return tuple(x.float() for x in outputs) if isinstance(outputs, tuple) else outputs.float()
+
+
 def _backward(
     loss: torch.Tensor,
     model: torch.nn.Module,
@@ -199,7 +204,7 @@ def train_one_epoch(
 
     Args:
         model: The model as trained, with its wrappers.
-        loss_fn: (logits, targets, images) -> scalar.
+        loss_fn: (logits, targets, images) -> scalar; a tuple of logits where the model returns one in training.
         loader: Normalised (B, 3, H, W) images on the device and (B,) targets, from the batch of `start_step` on; its
             length is that of the whole epoch.
         optimizer, schedule, scaler: Stepped once every `update_freq` batches; the scaler is disabled except for fp16.
@@ -212,7 +217,7 @@ def train_one_epoch(
         after_step: Called after each optimizer step with their number in this epoch; what it raises ends the epoch.
         amp_dtype: Low precision of autocast; None for none.
         channels_last: Give the model channels-last images.
-        mixup: timm's mixup or cutmix.
+        mixup: timm's mixup or cutmix, or one for targets that are not class indices.
         ema, ema_source: Average to update, and the model without wrappers that it averages.
         update_freq: Batches per optimizer step; batches at the end that make no whole step are left out.
         clip_grad: Largest norm of the gradients.
@@ -248,7 +253,7 @@ def train_one_epoch(
             images, targets = mixup(images, targets)
         with model.no_sync() if process.is_distributed and not update else nullcontext():
             with autocast:
-                loss = loss_fn(model(images).float(), targets, images)
+                loss = loss_fn(_as_float(model(images)), targets, images)
             _backward(loss / update_freq, model, optimizer, scaler, clip_grad, update)
         meter.add(loss.detach(), len(images), data_seconds, first_step + step, optimizer.param_groups[0]["lr"])
 

@@ -1,4 +1,4 @@
-"""What training minimises: cross-entropy in timm's forms, and distillation from a teacher."""
+"""What training minimises: cross-entropy in timm's forms, token labels, and distillation from a teacher."""
 import torch
 import torch.nn.functional as F
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -10,6 +10,25 @@ def create_loss(smoothing: float = 0.0, soft_targets: bool = False) -> nn.Module
     if soft_targets:
         return SoftTargetCrossEntropy()
     return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
+
+
+class TokenLabelLoss(nn.Module):
+    """Cross-entropy of the image, plus `weight` times the mean one of its tokens.
+
+    Of Jiang et al., https://arxiv.org/abs/2104.10858, where the weight is 0.5.
+    """
+
+    def __init__(self, weight: float = 0.5):
+        super().__init__()
+        self.loss = SoftTargetCrossEntropy()
+        self.weight = weight
+
+    def forward(
+        self, logits: tuple[torch.Tensor, torch.Tensor], targets: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """Logits and targets of images, (B, classes), and of their tokens, (B, h, w, classes) -> scalar."""
+        of_image, of_tokens = (self.loss(x, target) for x, target in zip(logits, targets, strict=True))
+        return of_image + self.weight * of_tokens
 
 
 class DistillationLoss(nn.Module):

@@ -22,9 +22,10 @@ from torch.utils.data import Dataset
 import datasets
 import models  # noqa: F401, registers our models with timm
 import options
+import token_labels
 from checkpoints import CheckpointStore, fetch, is_whole, load_weights, model_weights, read_checkpoint
 from engine import Meter, NonFiniteLossError, evaluate, train_one_epoch
-from losses import DistillationLoss, create_loss
+from losses import DistillationLoss, TokenLabelLoss, create_loss
 from optim_factory import create_optimizer, create_schedule, scaled_lr
 from runs import Keeper, Leaving, Run
 from utils import (
@@ -83,10 +84,14 @@ def create_model(args: argparse.Namespace, num_classes: int | None) -> torch.nn.
         kwargs["num_classes"] = num_classes
     if not args.eval:
         kwargs.update(drop_rate=args.drop, drop_path_rate=args.drop_path)
+        if args.token_label:
+            kwargs["token_head"] = True
     kwargs.update(args.model_kwargs)
     try:
         model = build_model(args.model, args.load_release, kwargs)
     except UsageError as error:
+        if "'token_head'" in str(error):
+            raise UsageError(f"--token_label: {args.model} has no token head, as BiFormer and its kin have") from error
         if "'drop_path_rate'" not in str(error):
             raise
         print(f"{args.model} has no stochastic depth: --drop_path is left out")
@@ -163,7 +168,7 @@ def build_dataset(args: argparse.Namespace, split: str):
         )
     except (AssertionError, KeyError, ValueError) as error:
         raise UsageError(f"--aa {args.aa}: timm does not know this policy ({error})") from error
-    return datasets.build_dataset(
+    dataset = datasets.build_dataset(
         args.data_set,
         args.data_path,
         split,
@@ -173,6 +178,9 @@ def build_dataset(args: argparse.Namespace, split: str):
         shard_cache=args.shard_cache,
         shard_cache_gb=args.shard_cache_gb,
     )
+    if train and args.token_label:
+        token_labels.add_label_maps(dataset, args.token_label, class_count(args, dataset), options.TOKEN_STRIDE)
+    return dataset
 
 
 def class_count(args: argparse.Namespace, dataset: Dataset) -> int | None:
@@ -202,6 +210,7 @@ def build_loader(args: argparse.Namespace, dataset, process: Process, train: boo
         reprob=args.reprob if train else 0.0,
         remode=args.remode,
         pin_memory=args.pin_mem,
+        **(dict(collate_fn=token_labels.collate) if train and args.token_label else {}),
     )
 
 
@@ -322,6 +331,9 @@ def print_plan(args: argparse.Namespace, process: Process, run: Run, folder: Pat
 
 def training_loss(args: argparse.Namespace, num_classes: int, soft_targets: bool, process: Process) -> Callable:
     """(logits, targets, images) -> loss, with the teacher where there is one."""
+    if args.token_label:
+        token_loss = TokenLabelLoss(args.token_label_weight)
+        return lambda logits, targets, images: token_loss(logits, targets)
     label_loss = create_loss(args.smoothing, soft_targets)
     if args.distillation_type == "none":
         return lambda logits, targets, images: label_loss(logits, targets)
@@ -395,6 +407,16 @@ def wrap(model: torch.nn.Module, args: argparse.Namespace, process: Process) -> 
 
 
 def create_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
+    if args.token_label:
+        return token_labels.TokenLabelMixup(
+            num_classes,
+            args.smoothing,
+            options.TOKEN_STRIDE,
+            args.mixup,
+            args.cutmix,
+            prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob,
+        )
     if not (args.mixup or args.cutmix):
         return None
     return Mixup(

@@ -16,8 +16,11 @@ import yaml
 
 from utils import UsageError
 
+IMAGE_FOLDERS = ("image_folder", "IMNET")
 DATA_SETS = ("IMNET", "image_folder", "CIFAR10", "CIFAR100", "digits")
 BEST_METRICS = ("acc1", "acc5", "loss", "ema_acc1", "ema_acc5", "ema_loss")
+# Pixels of a token along each side of the last map, in every model that has a token head.
+TOKEN_STRIDE = 32
 # Names that models were published under, for those that timm's style writes otherwise.
 PUBLISHED_NAMES = {"BViT-5": "bvit_5m", "BViT-22": "bvit_22m"}
 # Of no meaning for another run: what started this one.
@@ -162,6 +165,9 @@ def build_parser() -> argparse.ArgumentParser:
     flag("distillation_alpha", 0.5, type=float, help="weight of the teacher, 0 to 1")
     flag("distillation_tau", 1.0, type=float, help="temperature of soft distillation")
 
+    flag("token_label", metavar="FOLDER", help="train on the label maps in it (scripts/make_label_maps.py) too")
+    flag("token_label_weight", 0.5, type=float, help="weight of the tokens' loss")
+
     flag("eval", False, help="evaluate and stop")
     flag("dist_eval", True, help="share the evaluation among the processes; the result is the same")
     flag("disable_eval", False, help="do not evaluate while training")
@@ -250,7 +256,7 @@ def _check(args: argparse.Namespace):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise UsageError(f"--{name} must be above 0 and finite, got {value}")
-    for name in ("mixup", "cutmix", "weight_decay", "color_jitter", "warmup_lr", "min_lr"):
+    for name in ("mixup", "cutmix", "weight_decay", "color_jitter", "warmup_lr", "min_lr", "token_label_weight"):
         if not 0 <= getattr(args, name) < math.inf:
             raise UsageError(f"--{name} must not be negative, got {getattr(args, name)}")
     if not all(0 <= beta < 1 for beta in [args.momentum, *(args.opt_betas or [])]):
@@ -273,6 +279,8 @@ def _check(args: argparse.Namespace):
         raise UsageError(f"--distillation_type {args.distillation_type} needs a --teacher_model")
     if args.distillation_type == "none" and args.teacher_model is not None:
         raise UsageError("--teacher_model needs --distillation_type soft or hard")
+    if args.token_label is not None and not args.eval:
+        _check_token_label(args)
     if args.eval and not (args.resume or args.finetune or args.load_release):
         raise UsageError("--eval needs weights: --resume CHECKPOINT, or --load_release for the published ones")
     if sum(map(bool, (args.resume, args.finetune, args.load_release))) > 1:
@@ -281,6 +289,18 @@ def _check(args: argparse.Namespace):
         raise UsageError(f"--best_metric {args.best_metric} needs --model_ema and --model_ema_eval")
     if args.auto_resume and args.output_dir is None:
         raise UsageError("--auto_resume needs the --output_dir to go on in")
+
+
+def _check_token_label(args: argparse.Namespace):
+    if args.data_set not in IMAGE_FOLDERS:
+        raise UsageError(f"--token_label needs a folder of images, --data_set {IMAGE_FOLDERS[0]}, not {args.data_set}")
+    if args.distillation_type != "none":
+        raise UsageError("--token_label is learning from a teacher already: leave out --distillation_type")
+    sides = args.input_size if isinstance(args.input_size, tuple) else (args.input_size,)
+    if any(side % TOKEN_STRIDE for side in sides):
+        raise UsageError(f"--token_label needs an --input_size of whole tokens, multiples of {TOKEN_STRIDE} pixels")
+    if args.aa.startswith("augmix"):
+        raise UsageError("--token_label cannot go with --aa augmix, which mixes several views of an image")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -124,6 +124,8 @@ class HierarchicalNetwork(nn.Module):
         num_classes: Classes; 0 leaves the head out.
         global_pool: Pooling of the head, "avg", "max", ..., or "" for none.
         drop_rate: Dropout before the classifier.
+        token_head: Have a second classifier, of every token of the last map, for training with token labels (Jiang et
+            al., https://arxiv.org/abs/2104.10858).
     """
 
     def __init__(
@@ -136,6 +138,7 @@ class HierarchicalNetwork(nn.Module):
         num_classes: int = 1000,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
+        token_head: bool = False,
         device=None,
         dtype=None,
     ):
@@ -153,6 +156,7 @@ class HierarchicalNetwork(nn.Module):
             self.num_features, num_classes, global_pool, drop_rate, device=device, dtype=dtype
         )
         self.head_hidden_size = self._pooled_features()
+        self.token_head = self._make_token_head(device=device, dtype=dtype) if token_head else None
         self.apply(self._init_weights)
 
     @staticmethod
@@ -161,6 +165,9 @@ class HierarchicalNetwork(nn.Module):
             trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+    def _make_token_head(self, **dd) -> nn.Module:
+        return nn.Linear(self.num_features, self.num_classes, **dd) if self.num_classes else nn.Identity()
 
     def _pooled_features(self) -> int:
         return self.num_features * self.head.global_pool.feat_mult()
@@ -190,10 +197,14 @@ class HierarchicalNetwork(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None):
-        """Replace the classifier by one of `num_classes` classes (0: none), and the pooling if one is given."""
+        """Replace the classifiers by new ones of `num_classes` classes (0: none), and the pooling if one is given."""
         self.num_classes = num_classes
         self.head.reset(num_classes, pool_type=global_pool)
         self.head_hidden_size = self._pooled_features()
+        if self.token_head is not None:
+            parameter = next(self.parameters())
+            self.token_head = self._make_token_head(device=parameter.device, dtype=parameter.dtype)
+            self.token_head.apply(self._init_weights)
 
     def forward_intermediates(
         self,
@@ -258,9 +269,28 @@ class HierarchicalNetwork(nn.Module):
         """(B, num_features, h, w) -> (B, num_classes) logits, or (B, num_features) before the classifier."""
         return self.head(x, pre_logits=pre_logits)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, in_chans, H, W) -> (B, num_classes) logits."""
-        return self.forward_head(self.forward_features(x))
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """(B, in_chans, H, W) -> (B, num_classes) logits.
+
+        In training mode a network with a token head also returns the tokens' logits: (B, num_classes) and
+        (B, H / 32, W / 32, num_classes). Evaluation leaves them out, so that the logits are those of the network
+        without that head; LV-ViT's and VOLO's add half of their maximum over the tokens.
+        """
+        x = self.forward_features(x)
+        logits = self.forward_head(x)
+        if self.token_head is None or not self.training:
+            return logits
+        return logits, self.token_head(x.permute(0, 2, 3, 1))
+
+
+def fit_token_head(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """The entries with the token head that `model` has: none if it has none, its own where theirs does not fit."""
+    own = {name: value for name, value in model.state_dict().items() if name.startswith("token_head.")}
+    fits = {name: name in state_dict and state_dict[name].shape == value.shape for name, value in own.items()}
+    if all(fits.values()) and not any(name.startswith("token_head.") and name not in own for name in state_dict):
+        return state_dict
+    out = {name: value for name, value in state_dict.items() if not name.startswith("token_head.")}
+    return out | {name: state_dict[name] if fits[name] else value for name, value in own.items()}
 
 
 # Published name -> ours, in what the BiFormer and DeBiFormer checkpoints have in common.
@@ -284,7 +314,7 @@ def rename_published(
         model: The network to load; 1 x 1 convolutions of the checkpoint that are linear layers in it are reshaped.
         renames: (pattern, replacement) of the family's own names, tried in this order after the common ones.
     """
-    state_dict = unwrap(state_dict)
+    state_dict = fit_token_head(unwrap(state_dict), model)
     if "stem.conv1.weight" in state_dict:
         return state_dict
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}

@@ -65,6 +65,7 @@ class BiFormer(HierarchicalNetwork):
         lepe_on_value: Feed the last stage's local term the values instead of its input.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth of the last block; grows linearly from 0 over all blocks.
+        token_head: Have a classifier of every token too, whose logits are returned in training.
         attn_impl: The implementation of `ops.routed_attention`.
 
     Raises:
@@ -86,6 +87,7 @@ class BiFormer(HierarchicalNetwork):
         lepe_on_value: bool = False,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        token_head: bool = False,
         attn_impl: str = "auto",
         device=None,
         dtype=None,
@@ -123,6 +125,7 @@ class BiFormer(HierarchicalNetwork):
             num_classes=num_classes,
             global_pool=global_pool,
             drop_rate=drop_rate,
+            token_head=token_head,
             **dd,
         )
 

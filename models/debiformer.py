@@ -243,6 +243,7 @@ class DeBiFormer(HierarchicalNetwork):
         agent_topk: Regions that each region of agents attends to, for each stage.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth of the last block; grows linearly from 0 over all blocks.
+        token_head: Have a classifier of every token too, whose logits are returned in training.
         attn_impl: The implementation of `ops.routed_attention`.
     """
 
@@ -261,6 +262,7 @@ class DeBiFormer(HierarchicalNetwork):
         agent_topk: tuple[int, ...] = (4, 8, 16, 49),
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        token_head: bool = False,
         attn_impl: str = "auto",
         device=None,
         dtype=None,
@@ -309,6 +311,7 @@ class DeBiFormer(HierarchicalNetwork):
             num_classes=num_classes,
             global_pool=global_pool,
             drop_rate=drop_rate,
+            token_head=token_head,
             **dd,
         )
 

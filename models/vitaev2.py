@@ -17,7 +17,7 @@ from torch import nn
 
 from ops import conv_channels_last
 
-from ._layers import HierarchicalNetwork, Stage, split_qkv
+from ._layers import HierarchicalNetwork, Stage, fit_token_head, split_qkv
 from ._released import build_with_released_weights, imagenet_cfg, rename, unwrap
 
 __all__ = ["ViTAEv2"]
@@ -277,6 +277,7 @@ class ViTAEv2(HierarchicalNetwork):
         window_size: Side of the attention's windows in the first two stages; the last two attend to whole maps.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth of the last normal cell; grows linearly from 0 over all normal cells.
+        token_head: Have a classifier of every token too, whose logits are returned in training.
 
     Raises:
         ValueError: There is not one entry for each of the four stages, or heads do not divide the channels.
@@ -297,6 +298,7 @@ class ViTAEv2(HierarchicalNetwork):
         window_size: int = 7,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        token_head: bool = False,
         device=None,
         dtype=None,
     ):
@@ -348,6 +350,7 @@ class ViTAEv2(HierarchicalNetwork):
             num_classes=num_classes,
             global_pool=global_pool,
             drop_rate=drop_rate,
+            token_head=token_head,
             **dd,
         )
 
@@ -379,7 +382,7 @@ _RENAMES = [
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Rename the entries of a published ViTAEv2 checkpoint; entries of our own checkpoints pass unchanged."""
-    state_dict = unwrap(state_dict)
+    state_dict = fit_token_head(unwrap(state_dict), model)
     if "stages.0.downsample.norm1.weight" in state_dict:
         return state_dict
     out = {}

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 OURS = {
     "checkpoints", "datasets", "engine", "hydra_main", "losses", "main", "models", "ops", "optim_factory", "options",
-    "runs", "scripts", "shards", "utils",
+    "runs", "scripts", "shards", "token_labels", "utils",
 }
 ALLOWED = {
     "ops": set(),
@@ -20,11 +20,15 @@ ALLOWED = {
     "shards": {"utils"},
     "datasets": {"shards", "utils"},
     "optim_factory": set(),
+    "token_labels": {"utils"},
     "engine": {"utils"},
     "options": {"utils"},
     "runs": {"checkpoints", "engine", "utils"},
     "hydra_main": {"main", "options", "utils"},
-    "main": {"checkpoints", "datasets", "engine", "losses", "models", "optim_factory", "options", "runs", "utils"},
+    "main": {
+        "checkpoints", "datasets", "engine", "losses", "models", "optim_factory", "options", "runs", "token_labels",
+        "utils",
+    },
 }
 FORBIDDEN = {
     "ops": {"timm"},

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from losses import DistillationLoss, create_loss
+from losses import DistillationLoss, TokenLabelLoss, create_loss
 
 
 def test_label_losses():
@@ -70,3 +70,18 @@ def test_the_teacher_sees_images_normalised_its_own_way():
 def test_unknown_kind():
     with pytest.raises(ValueError, match="'soft' or 'hard'"):
         DistillationLoss(nn.CrossEntropyLoss(), Teacher(), "medium")
+
+
+def test_token_labels():
+    """By hand, in float64."""
+    logits, tokens = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 2, 4, 5, dtype=torch.float64)
+    of_image, of_tokens = (torch.rand_like(x).softmax(dim=-1) for x in (logits, tokens))
+    expected = 0.0
+    for b in range(3):
+        expected -= (of_image[b] * (logits[b].exp() / logits[b].exp().sum()).log()).sum() / 3
+        for y in range(2):
+            for x in range(4):
+                token = tokens[b, y, x].exp() / tokens[b, y, x].exp().sum()
+                expected -= 0.3 * (of_tokens[b, y, x] * token.log()).sum() / (3 * 8)
+    found = TokenLabelLoss(0.3)((logits, tokens), (of_image, of_tokens))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)

@@ -200,3 +200,60 @@ def test_fx_feature_extraction(name):
     torch.testing.assert_close(extractor(x)["head.fc"], model(x))
 
 
+
+
+WITH_TOKEN_HEAD = ["biformer_nano", "debiformer_tiny", "vitaev2_s"]
+
+
+def checkpoint_filter(model):
+    return inspect.getmodule(type(model)).checkpoint_filter_fn
+
+
+@pytest.mark.parametrize("name", WITH_TOKEN_HEAD)
+def test_token_head(name):
+    model, plain = create(name, num_classes=5, token_head=True), create(name, num_classes=5)
+    plain.load_state_dict(checkpoint_filter(plain)(model.state_dict(), plain))
+    x = torch.randn(2, 3, 64, 96)
+    torch.testing.assert_close(model.eval()(x), plain.eval()(x), rtol=0, atol=0)
+    tokens = model.token_head(model.forward_features(x).flatten(2).transpose(1, 2))
+    for module in model.modules():
+        module.training = isinstance(module, type(model))  # batch norm and dropout stay as in evaluation
+    logits, token_logits = model(x)
+    torch.testing.assert_close(logits, plain(x))
+    torch.testing.assert_close(token_logits, tokens.unflatten(1, (2, 3)))
+    model.train()
+    sum(y.square().sum() for y in model(x)).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", WITH_TOKEN_HEAD)
+def test_checkpoints_with_and_without_a_token_head(name):
+    model, plain = create(name, num_classes=5, token_head=True), create(name, num_classes=5)
+    own = model.token_head.weight.clone()
+    model.load_state_dict(checkpoint_filter(model)(plain.state_dict(), model))
+    torch.testing.assert_close(model.token_head.weight, own, rtol=0, atol=0)
+    torch.testing.assert_close(model.head.fc.weight, plain.head.fc.weight, rtol=0, atol=0)
+    of_7 = create(name, num_classes=7, token_head=True).state_dict()
+    assert checkpoint_filter(model)(of_7, model)["token_head.weight"].shape == own.shape
+    other = {name: value + 1 for name, value in model.state_dict().items()}
+    torch.testing.assert_close(checkpoint_filter(model)(other, model), other)
+
+
+def test_reset_classifier_resets_the_token_head():
+    model = create(SMALLEST, num_classes=5, token_head=True, dtype=torch.float64)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    model.reset_classifier(7)
+    assert [y.shape[-1] for y in model(x)] == [7, 7] and model.token_head.weight.dtype == torch.float64
+    assert model.token_head.weight.std() < 0.03 and not model.token_head.bias.any()
+    model.reset_classifier(0)
+    assert [y.shape for y in model(x)] == [(2, model.num_features), (2, 2, 2, model.num_features)]
+    groups = timm.models.group_parameters(create(SMALLEST, token_head=True), model.group_matcher())
+    assert "token_head.weight" in groups[max(groups)] and "head.fc.weight" in groups[max(groups)]
+
+
+def test_a_token_head_compiles_into_one_graph():
+    model = create(SMALLEST, num_classes=4, token_head=True).train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for found, expected in zip(compiled(x := torch.randn(2, 3, 64, 96)), model(x), strict=True):
+        torch.testing.assert_close(found, expected)
+    assert compiled.eval()(x).shape == (2, 4)

@@ -23,6 +23,9 @@ def parse(*tokens):
         "--data_path ./in1k --input_size 224 --batch_size 128 --dist_eval --eval --load_release --model biformer_small",
         "--model biformer_small --drop_path 0.15 --lr 5e-4 --batch-size 256 --data-path ./data/in1k --output_dir out",
         "--local-rank=3 --config configs/train/biformer_small.yaml --data_path ./data/in1k",
+        "--config configs/train/biformer_small_token_label.yaml --data_path /in1k --token_label /maps --output_dir out",
+        "--config configs/train/debiformer_small.yaml --data_path d --token_label m --mixup 0 "
+        "--train_interpolation random",
     ],
 )
 def test_documented_commands(command):
@@ -103,7 +106,7 @@ def test_what_runs_can_be_run_again(tmp_path):
 @pytest.mark.parametrize("path", sorted(path.stem for path in RECIPES.glob("*.yaml")))
 def test_recipes(path):
     args = parse("--config", str(RECIPES / f"{path}.yaml"))
-    assert args.model == ("biformer_nano" if path == "quickstart" else path)
+    assert args.model == ("biformer_nano" if path == "quickstart" else path.removesuffix("_token_label"))
 
 
 @pytest.mark.parametrize(
@@ -112,6 +115,12 @@ def test_recipes(path):
         (["--modle", "x"], "unknown flag --modle; did you mean --model?"),
         (["--drop-pth=0.1"], "unknown flag --drop_pth; did you mean --drop_path?"),
         (["stray"], "'stray' is the value of no flag"),
+        (["--token_label", "maps", "--data_set", "digits"], "--token_label needs a folder of images"),
+        (["--token_label", "maps", "--data_set", "wds/x"], "--token_label needs a folder of images"),
+        (["--token_label", "maps", "--distillation_type", "soft", "--teacher_model", "x"], "leave out --distill"),
+        (["--token_label", "maps", "--input_size", "224x250"], "--input_size of whole tokens, multiples of 32 pixels"),
+        (["--token_label", "maps", "--aa", "augmix-m5-w4-d2"], "cannot go with --aa augmix"),
+        (["--token_label_weight", "-1"], "--token_label_weight must not be negative"),
         (["--batch_size", "0"], "--batch_size must be at least 1, got 0"),
         (["--epochs", "0"], "--epochs must be at least 1, got 0"),
         (["--epochs", "many"], "--epochs: invalid int value: 'many'"),

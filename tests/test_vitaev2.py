@@ -189,10 +189,10 @@ def test_pretrained_from_a_published_file(layout, tmp_path):
 @pytest.mark.parametrize("layout", ["model", "state_dict"])
 def test_filter_takes_what_lies_around_the_weights(layout):
     wrapped = published_as(layout)
-    out = checkpoint_filter_fn(wrapped, None)
+    out = checkpoint_filter_fn(wrapped, shallow())
     assert out["head.fc.weight"] is wrapped[layout]["head.weight"]
     own = {layout: shallow().state_dict()}
-    assert checkpoint_filter_fn(own, None) is own[layout]
+    assert checkpoint_filter_fn(own, shallow()) is own[layout]
 
 
 def test_names_not_order_decide():

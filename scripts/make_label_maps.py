@@ -1,0 +1,200 @@
+"""Make label maps of an image folder, for training with `--token_label`: a teacher's top classes all over each image.
+
+    python scripts/make_label_maps.py --data_path /path/to/data --output /path/to/maps --model convnext_base.fb_in1k
+    python scripts/make_label_maps.py --data_path /path/to/data --output /path/to/maps --model biformer_tiny \
+      --checkpoint outputs/teacher/best.pth --input_size 320
+
+The teacher is any timm model, with its published weights or a checkpoint of main.py's, of the folder's classes. Its
+classifier is applied at every position of its last map. The whole image is resized to a square, nothing is cropped, and
+so a map covers the whole image whatever its shape.
+
+Each map is a file as of https://github.com/zihangJiang/TokenLabeling: FOLDER/CLASS/IMAGE.pt, a tensor (2, 5, h, w) of
+scores over class indices in float16 (float32 for more classes than float16 can count). Training takes the classes that
+a map leaves out for scores of 0; so that this comes to the teacher's own probabilities, scores are its logits less the
+logarithm of the mean exponential of those left out.
+
+Started again it goes on where it was interrupted: maps that are there are kept.
+"""
+import argparse
+import math
+import os
+import sys
+from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from timm.layers import get_spatial_dim
+from torch.utils.data import Subset
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import datasets
+import main as training
+from token_labels import label_map_dtype, label_map_path
+from utils import UserError, start_process
+
+
+def dense_logits(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """What the teacher would say of an image that is the same all over, for each position of its last map.
+
+    Args:
+        model: A timm model whose `forward_features` gives a map, (B, C, h, w) or (B, h, w, C), or the tokens of a
+            square one, (B, N, C) after the prefix tokens.
+        images: (B, 3, H, W), H = W.
+
+    Returns:
+        (B, num_classes, h, w) logits.
+
+    Raises:
+        UserError: Its tokens are those of no square map.
+    """
+    features = model.forward_features(images)
+    if features.ndim == 3:
+        prefix = getattr(model, "num_prefix_tokens", 0)
+        tokens = features[:, prefix:]
+        height = width = math.isqrt(tokens.shape[1])
+        if height * width != tokens.shape[1]:
+            raise UserError(f"the teacher has {tokens.shape[1]} tokens, which are no square map; take another --model")
+        # Whichever of them the head reads, the class token or the mean of the others, it reads this position.
+        alone = tokens.flatten(0, 1)[:, None].expand(-1, prefix + 1, -1)
+    else:
+        output_fmt = getattr(model, "output_fmt", "NCHW")
+        height, width = (features.shape[dim] for dim in get_spatial_dim(output_fmt))
+        tokens = features.permute(0, 2, 3, 1) if output_fmt == "NCHW" else features
+        alone = tokens.flatten(0, 2)[:, None, None]
+        alone = alone.permute(0, 3, 1, 2) if output_fmt == "NCHW" else alone
+    logits = model.forward_head(alone)
+    return logits.unflatten(0, (len(images), height, width)).permute(0, 3, 1, 2)
+
+
+def label_maps(logits: torch.Tensor, topk: int) -> torch.Tensor:
+    """(B, classes, h, w) logits -> (B, 2, k, h, w) label maps of the top-k classes, or of all if they are fewer."""
+    num_classes = logits.shape[1]
+    logits = logits.float()
+    kept = logits.topk(min(topk, num_classes), dim=1)
+    scores = kept.values
+    if num_classes > topk:
+        others = logits.scatter(1, kept.indices, -torch.inf)
+        scores = scores - (others.logsumexp(dim=1, keepdim=True) - math.log(num_classes - topk))
+    return torch.stack([scores, kept.indices.float()], dim=1).to(label_map_dtype(num_classes))
+
+
+def save(path: Path, label_map: torch.Tensor):
+    """Write one map so that `path` is never half written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        torch.save(label_map.clone(), temporary)  # a view would bring its whole batch along
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def missing_maps(images: list[Path], output: Path) -> tuple[list[int], list[Path]]:
+    """Indices and paths of the maps that are still to be made.
+
+    Raises:
+        UserError: Two images would share a map.
+    """
+    paths = [label_map_path(output, image) for image in images]
+    path, number = Counter(paths).most_common(1)[0]
+    if number > 1:
+        raise UserError(f"{number} images share the name of {path.stem} in {path.parent.name}; rename them")
+    missing = [i for i, path in enumerate(paths) if not path.exists()]
+    return missing, [paths[i] for i in missing]
+
+
+def create_teacher(args: argparse.Namespace, num_classes: int, device: torch.device) -> torch.nn.Module:
+    """The teacher with its weights, in evaluation."""
+    if args.checkpoint is None:
+        training.check_released_classes(args.model, num_classes, "give a teacher of these classes by --checkpoint")
+    kwargs = dict(num_classes=num_classes, **training.size_kwargs(args.model, args.input_size))
+    teacher = training.build_model(args.model, args.checkpoint is None, kwargs)
+    if args.checkpoint is not None:
+        training.load_from(teacher, args.checkpoint, args.model_key)
+    return teacher.eval().to(device)
+
+
+@torch.inference_mode()
+def make(args: argparse.Namespace):
+    """Make the maps that are missing; prints how many there are, and how often they agree with the folders."""
+    training.check_model(args.model)
+    process = start_process(args.device)
+    config = training.model_data_config(args.model)
+    transform = datasets.build_transform(
+        train=False,
+        input_size=args.input_size,
+        mean=config["mean"],
+        std=config["std"],
+        interpolation=config["interpolation"],
+        crop_pct=1.0,
+        crop_mode="squash",
+    )
+    dataset = datasets.build_dataset(
+        "image_folder", args.data_path, args.split, transform, skip_bad_images=args.skip_bad_images
+    )
+    dataset.train = False  # an image that is skipped gets no map, rather than the next one's
+    folder = Path(dataset.source.root)
+    images = [Path(path).relative_to(folder) for path, _ in dataset.source.samples]
+    indices, paths = missing_maps(images, args.output)
+    print(f"{len(images)} images in {folder}, {len(images) - len(indices)} of which have a map in {args.output}")
+    if not indices:
+        return
+    teacher = create_teacher(args, len(dataset.classes), process.device)
+    loader = datasets.build_loader(
+        Subset(dataset, indices),
+        train=False,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        device=process.device,
+        mean=config["mean"],
+        std=config["std"],
+    )
+    dtype = training.amp_dtype(args.amp, process.device)
+    made = agree = 0
+    for batch, (pictures, targets) in enumerate(tqdm(loader, desc="label maps", disable=not sys.stderr.isatty())):
+        with torch.autocast(process.device.type, dtype=dtype) if dtype else nullcontext():
+            logits = dense_logits(teacher, pictures)
+        agree += int((logits.float().mean(dim=(2, 3)).argmax(dim=1) == targets).sum())
+        maps = label_maps(logits, args.topk).cpu()
+        start = batch * args.batch_size
+        for path, label_map, target in zip(paths[start : start + len(maps)], maps, targets.tolist(), strict=True):
+            if target >= 0:
+                save(path, label_map)
+                made += 1
+    training.report_unreadable(dataset.bad_images)
+    share = 100 * agree / max(made, 1)
+    print(f"made {made} maps of {tuple(maps.shape[1:])}; {share:.1f}% of them are of their folder's class")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_path", required=True, help="the image folder, with train/CLASS/IMAGE")
+    parser.add_argument("--split", default="train", choices=["train", "val"])
+    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="where the maps go")
+    parser.add_argument("--model", required=True, help="the teacher: any model that timm knows, ours included")
+    parser.add_argument("--checkpoint", help="its weights, file or URL (default: its published ones)")
+    parser.add_argument("--model_key", help="which weights of a checkpoint to take, model_ema say")
+    parser.add_argument("--input_size", default=576, type=int, help="side that the images are resized to")
+    parser.add_argument("--topk", default=5, type=int, help="classes to keep at each position")
+    parser.add_argument("--batch_size", default=32, type=int)
+    parser.add_argument("--num_workers", default=min(8, os.cpu_count() or 1), type=int)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"])
+    parser.add_argument("--skip_bad_images", action="store_true", help="make no map of an image that cannot be read")
+    args = parser.parse_args(argv)
+    for name in ("input_size", "topk", "batch_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    try:
+        make(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
