@@ -1,5 +1,8 @@
 import json
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,6 +10,8 @@ import torch
 
 import utils
 from utils import Process, RunLog, UserError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_seed_everything_is_a_function_of_its_arguments():
@@ -54,3 +59,15 @@ def test_faults_of_the_machine_are_told_in_words(error, words):
 @pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), OSError(2, "no", "x")])
 def test_what_may_be_the_code_is_left_to_a_traceback(error):
     assert utils.fault_of_machine(error) is None
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, utils.EXIT_RESUME])
+def test_a_fault_ends_the_process_without_waiting_for_others(code):
+    """Python would wait for this thread for ever; only after a fault must it not."""
+    script = (
+        "import sys, threading, utils\n"
+        f"threading.Thread(target=threading.Event().wait, daemon={code != 1}).start()\n"
+        f"print('said'); utils.exit_with({code})"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (code, "said\n")
