@@ -455,6 +455,18 @@ def test_global_generators_are_left_alone(train_set):
     assert random_states() != before
 
 
+def draw_from_each(image):
+    """In place of a transform: a pixel from each of the generators that augmentation draws from."""
+    return torch.tensor([random.randrange(256), np.random.randint(256), int(torch.randint(256, ()))], dtype=torch.uint8)
+
+
+def test_workers_draw_what_this_process_draws(folder):
+    dataset = build_dataset("IMNET", folder, "train", lambda image: draw_from_each(image).view(3, 1, 1))
+    here, there = (read_all(loader_of(dataset, batch_size=5, num_workers=workers))[0] for workers in (0, 1))
+    assert torch.equal(here, there)
+    assert all(different_images(here[:, channel]) > 5 for channel in range(3))
+
+
 def test_global_generators_are_put_back_after_an_error():
     before = random_states()
     with pytest.raises(KeyError), datasets.seeded(3):

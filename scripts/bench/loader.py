@@ -17,7 +17,16 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.io import ImageReadMode, decode_image
 
-from datasets import ImageDataset, build_dataset, build_loader, build_transform, derive_seed, load_image, seeded
+from datasets import (
+    ImageDataset,
+    build_dataset,
+    build_loader,
+    build_transform,
+    derive_seed,
+    load_image,
+    seed_generators,
+    seeded,
+)
 from options import build_parser
 
 from .timing import interleave, machine, summarize
@@ -175,16 +184,16 @@ def _each(files: Sequence[bytes], decode: Callable[[bytes], Any]) -> Callable[[]
 # --- augmentation and the loader --------------------------------------------------------------------------------------
 
 
-def transforms() -> dict[str, tuple[Callable, bool]]:
-    """(transform at 224, whether images are seeded), by the name of its row; training's are the recipe's defaults."""
+def transforms() -> dict[str, Callable[[Image.Image], torch.Tensor]]:
+    """Transforms at 224 by the names of their rows; training's are the recipe's defaults."""
     recipe = build_parser().parse_args([])
     common = dict(input_size=SIDE, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
     training = dict(train=True, scale=tuple(recipe.scale), ratio=tuple(recipe.ratio), hflip=recipe.hflip,
                     interpolation=recipe.train_interpolation, **common)
     return {
-        "decode + evaluation transform": (build_transform(train=False, **common), False),
-        f"{TRAIN} without {recipe.aa}": (build_transform(color_jitter=None, **training), True),
-        TRAIN: (build_transform(auto_augment=recipe.aa, **training), True),
+        "decode + evaluation transform": build_transform(train=False, **common),
+        f"{TRAIN} without {recipe.aa}": build_transform(color_jitter=None, **training),
+        TRAIN: build_transform(auto_augment=recipe.aa, **training),
     }
 
 
@@ -192,10 +201,11 @@ def _dataset(source: Encoded, transform: Callable) -> ImageDataset:
     return ImageDataset(source, None, transform, train=True, skip_bad_images=False)
 
 
-def _in_process(dataset: ImageDataset, is_seeded: bool) -> Callable[[], None]:
+def _in_process(dataset: ImageDataset) -> Callable[[], None]:
     def run():
-        for index in range(len(dataset)):
-            dataset[(index, derive_seed(0, 0, index)) if is_seeded else index]
+        with seeded(0):  # the same crops and operations in each round
+            for index in range(len(dataset)):
+                dataset[index]
 
     return run
 
@@ -212,10 +222,10 @@ def _by_workers(dataset: ImageDataset, workers: int) -> Callable[[], None]:
 
 
 def _seeding(count: int) -> Callable[[], None]:
+    """What the loader adds to each image: a seed in the main process, and generators started from it in a worker."""
     def run():
         for index in range(count):
-            with seeded(derive_seed(0, 0, index)):
-                pass
+            seed_generators(derive_seed(0, 0, index), [torch.default_generator])
 
     return run
 
@@ -242,10 +252,10 @@ def measure(photos: Photos, trial: Trial) -> list[dict]:
             add(row, _each(files, decode), len(files))
     files = photos.files["JPEG"]
     row = dict(kind="pipeline", format="JPEG")
-    for name, (transform, is_seeded) in transforms().items():
-        add(dict(row, name=name), _in_process(_dataset(Encoded(files), transform), is_seeded), len(files))
+    for name, transform in transforms().items():
+        add(dict(row, name=name), _in_process(_dataset(Encoded(files), transform)), len(files))
     for workers in dict.fromkeys((1, machine(torch.device("cpu"))["cores"])):
-        dataset = _dataset(Encoded(files, _whole_batches(len(files), workers)), transforms()[TRAIN][0])
+        dataset = _dataset(Encoded(files, _whole_batches(len(files), workers)), transforms()[TRAIN])
         name = f"the loader, training, {workers} worker{'s' if workers > 1 else ''}"
         add(dict(row, name=name), _by_workers(dataset, workers), len(dataset), workers)
     add(dict(row, name="seeding alone"), _seeding(SEEDINGS * len(files)), SEEDINGS * len(files))
