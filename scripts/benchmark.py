@@ -3,6 +3,7 @@
     python scripts/benchmark.py models biformer_tiny swin_tiny_patch4_window7_224 --batch_size 8
     python scripts/benchmark.py models biformer_tiny biformer_tiny:attn_impl=gather --modes infer
     python scripts/benchmark.py op --batch_size 8
+    python scripts/benchmark.py data --data_path FOLDER     # what a core decodes and augments; cores for one GPU
     python scripts/benchmark.py all                         # everything there is to say about a machine, in minutes
     python scripts/benchmark.py plot benchmarks/RECORD.json # draw what `all` found once more
 
@@ -23,10 +24,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from ops import IMPLS  # noqa: E402
-from scripts.bench import attention, goals, networks, plot, session, suite, tables  # noqa: E402
+from scripts.bench import attention, goals, loader, networks, plot, session, suite, tables  # noqa: E402
 from scripts.bench.ceilings import floor_milliseconds  # noqa: E402
 from scripts.bench.timing import machine  # noqa: E402
 from scripts.bench.trial import Trial  # noqa: E402
+from utils import UserError  # noqa: E402
 
 DEFAULT_MODELS = ["biformer_tiny", "swin_tiny_patch4_window7_224", "convnext_tiny", "biformer_stl"]
 
@@ -71,6 +73,38 @@ def benchmark_op(args: argparse.Namespace) -> list[dict]:
                 )
                 results += attention.measure(case, trial_of(args))
     return results
+
+
+def named_rate(text: str) -> tuple[str, float]:
+    """`NAME=RATE`, or `RATE` alone."""
+    name, _, rate = text.rpartition("=")
+    if not 0 < float(rate) < float("inf"):
+        raise ValueError
+    return name or f"at {rate}", float(rate)
+
+
+def benchmark_data(args: argparse.Namespace):
+    """Decoders, transforms and the loader on one core, and the cores that one GPU needs of them."""
+    torch.set_num_threads(1)
+    if args.data_path is None:
+        photos = loader.prepare(loader.synthetic(args.images), "synthetic: random clouds, from a seed")
+    else:
+        photos = loader.prepare(loader.photographs(args.data_path, args.images), "photographs")
+    rows = loader.measure(photos, Trial(torch.device("cpu"), least_rounds=args.rounds, most_rounds=args.rounds))
+    rates = dict(args.rate) or loader.recorded_rates(args.output) or loader.EXAMPLE_RATES
+    needed = loader.cores(rates, rows)
+    settings = dict(images=args.images, rounds=args.rounds)
+    write_record(args, torch.device("cpu"), settings, dict(photos=photos.about, results=rows, cores=needed))
+    print("\n\n".join([loader.describe(photos), tables.decoders_table(rows), tables.pipeline_table(rows),
+                       tables.cores_table(needed)]))
+
+
+def write_record(args: argparse.Namespace, device: torch.device, settings: dict, found: dict):
+    """Into `--output`, under the names of the device, the command and the date."""
+    about = machine(device)
+    path = args.output / (slug(about["device"], str(about["cores"]), "cores", args.command, about["date"]) + ".json")
+    session.write_json(path, dict(machine=about, benchmark=args.command, settings=settings, **found))
+    print(f"{path}\n")
 
 
 def judge(record: dict):
@@ -141,28 +175,37 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     of_all.add_argument("--budget", type=float, default=480, help="seconds; what does not fit is left out")
     of_plot = commands.add_parser("plot", help="draw a record of `all` once more, beside it")
     of_plot.add_argument("record", type=Path)
+    of_data = commands.add_parser("data", help="what a core decodes and augments, and how many cores one GPU needs")
+    of_data.add_argument("--data_path", type=Path, help="train/CLASS/IMAGE; without it, synthetic JPEG images")
+    of_data.add_argument("--images", type=int, default=100, help="how many of them, spread evenly over the folder")
+    of_data.add_argument("--rate", type=named_rate, action="append", default=[], metavar="[NAME=]RATE",
+                         help="images/s that a GPU trains on (default: the newest record of a GPU in --output)")
     for command in (of_models, of_op):
         command.add_argument("--modes", nargs="+", choices=["infer", "train"], default=["infer", "train"])
         command.add_argument("--batch_size", type=int, default=8)
-        command.add_argument("--rounds", type=int, default=15)
         command.add_argument("--amp", choices=list(networks.AMP), default="off")
+    for command in (of_models, of_op, of_data):
+        command.add_argument("--rounds", type=int, default=15)
+    for command in (of_models, of_op, of_data, of_all):
+        command.add_argument("--output", type=Path, default=ROOT / "benchmarks", help="folder of the results")
     for command in (of_models, of_op, of_all):
         command.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-        command.add_argument("--output", type=Path, default=ROOT / "benchmarks", help="folder of the results")
     args = parser.parse_args(argv)
     _check(parser, args)
     return args
 
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace):
-    if args.command in ("models", "op") and args.rounds < 2:
+    if args.command in ("models", "op", "data") and args.rounds < 2:
         parser.error("--rounds must be at least 2, for there to be a spread")
     kind = getattr(args, "device", "cpu").partition(":")[0]
     if kind not in suite.SCALES:
         parser.error(f"--device must be one of {', '.join(suite.SCALES)}, got {args.device}")
     if kind == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device {args.device}: PyTorch sees no CUDA GPU here")
+    if args.command == "data" and args.images < 1:
+        parser.error("--images must be at least 1")
     if args.command == "all" and args.budget <= 0:
         parser.error("--budget must be positive")
     if args.command == "plot" and not args.record.is_file():
@@ -180,17 +223,19 @@ def main(argv: list[str] | None = None):
     args = parse(argv)
     if args.command == "all":
         return benchmark_all(args)
+    if args.command == "data":
+        try:
+            return benchmark_data(args)
+        except UserError as error:
+            sys.exit(str(error))
     if args.command == "plot":
         return draw(json.loads(args.record.read_text()), args.record.with_suffix(".png"))
     if args.threads:
         torch.set_num_threads(args.threads)
     results = benchmark_models(args) if args.command == "models" else benchmark_op(args)
-    about = machine(torch.device(args.device))
     settings = {name: value for name, value in vars(args).items() if name not in ("command", "models", "output")}
-    path = args.output / (slug(about["device"], str(about["cores"]), "cores", args.command, about["date"]) + ".json")
-    session.write_json(path, dict(machine=about, benchmark=args.command, settings=settings, results=results))
+    write_record(args, torch.device(args.device), settings, dict(results=results))
     print((tables.models_table if args.command == "models" else tables.attention_table)(results))
-    print(f"\n{path}")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,12 @@
 import gc
 import hashlib
 import io
+import multiprocessing
 import pickle
 import random
+import subprocess
+import sys
+import threading
 import time
 import warnings
 from itertools import chain
@@ -308,6 +312,29 @@ def test_workers_end_at_once_after_an_error(folder):
     assert time.perf_counter() - start < 4  # left to itself, torch waits five seconds for each worker
 
 
+def read_for_ever(started):
+    datasets._live_and_die_with_main(0)
+    started.set()
+    threading.Event().wait()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux who sent a signal")
+def test_workers_obey_their_main_process_alone():
+    """What Slurm or a terminal sends to all processes does not end one that reads images."""
+    context = multiprocessing.get_context("fork")
+    started = context.Event()
+    worker = context.Process(target=read_for_ever, args=(started,), daemon=True)
+    worker.start()
+    assert started.wait(10)
+    for number in ("INT", "USR1", "TERM"):
+        subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True)
+    worker.join(0.3)
+    assert worker.is_alive()
+    worker.terminate()  # as multiprocessing does at the end of the main process, which then waits
+    worker.join(10)
+    assert worker.exitcode == 143
+
+
 def test_file_that_has_gone(folder):
     dataset = build_dataset("IMNET", folder, "val")
     (folder / "val" / "ant" / "0.png").unlink()
@@ -453,6 +480,18 @@ def test_global_generators_are_left_alone(train_set):
     assert random_states() == before
     train_set[0]  # without a seed it draws from them
     assert random_states() != before
+
+
+def draw_from_each(image):
+    """In place of a transform: a pixel from each of the generators that augmentation draws from."""
+    return torch.tensor([random.randrange(256), np.random.randint(256), int(torch.randint(256, ()))], dtype=torch.uint8)
+
+
+def test_workers_draw_what_this_process_draws(folder):
+    dataset = build_dataset("IMNET", folder, "train", lambda image: draw_from_each(image).view(3, 1, 1))
+    here, there = (read_all(loader_of(dataset, batch_size=5, num_workers=workers))[0] for workers in (0, 1))
+    assert torch.equal(here, there)
+    assert all(different_images(here[:, channel]) > 5 for channel in range(3))
 
 
 def test_global_generators_are_put_back_after_an_error():

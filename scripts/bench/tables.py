@@ -105,6 +105,43 @@ def breakdown_table(rows: list[dict]) -> str:
     return text + table(["group, then the largest kernels or ops", "of group", "ms a step", "share"], lines)
 
 
+def decoders_table(rows: list[dict]) -> str:
+    lines = []
+    for row in rows:
+        if row["kind"] != "decode":
+            continue
+        line = [row["format"], row["name"]]
+        if "failed" in row:
+            line += [row["failed"].replace("|", "/"), "", ""]
+        else:
+            largest = row["largest_difference"]
+            by = "another size" if largest is None else f"up to {largest}"
+            equal = "all" if row["equal"] == row["images"] else f"{row['equal']} of {row['images']}; {by}"
+            line += [spread(row["images_per_second"], row["quartiles"], 4), ratio(row), equal]
+        lines.append(line)
+    return table(["format", "decoder", "images/s (quartiles)", "x PIL (quartiles)", "PIL's very pixels"], lines)
+
+
+def pipeline_table(rows: list[dict]) -> str:
+    lines = []
+    for row in rows:
+        if row["kind"] == "decode" and (row["format"], row["name"]) != ("JPEG", "PIL"):
+            continue
+        line = ["decode alone" if row["kind"] == "decode" else row["name"]]
+        if "failed" in row:
+            line += [row["failed"].replace("|", "/"), "", ""]
+        else:
+            line += [spread(row["images_per_second"], row["quartiles"], 4), number(1e3 / row["images_per_second"]),
+                     ratio(row)]
+        lines.append(line)
+    return table(["JPEG, by PIL", "images/s (quartiles)", "ms an image", "x decode alone (quartiles)"], lines)
+
+
+def cores_table(needed: list[dict]) -> str:
+    return table(["training on one GPU", "images/s", "cores"],
+                 [[row["name"], number(row["rate"]), str(row["cores"])] for row in needed])
+
+
 def goals_table(goals: list[dict]) -> str:
     return table(["goal", "measured", "outcome"],
                  [[goal["goal"], number(goal["value"]), goal["outcome"].replace("|", "/")] for goal in goals])
