@@ -4,6 +4,7 @@
     python scripts/benchmark.py models biformer_tiny biformer_tiny:attn_impl=gather --modes infer
     python scripts/benchmark.py op --batch_size 8
     python scripts/benchmark.py data --data_path FOLDER     # what a core decodes and augments; cores for one GPU
+    python scripts/benchmark.py broad                       # BViT's broad attention beside its network
     python scripts/benchmark.py all                         # everything there is to say about a machine, in minutes
     python scripts/benchmark.py plot benchmarks/RECORD.json # draw what `all` found once more
 
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from ops import IMPLS  # noqa: E402
-from scripts.bench import attention, goals, loader, networks, plot, session, suite, tables  # noqa: E402
+from scripts.bench import attention, broad, goals, loader, networks, plot, session, suite, tables  # noqa: E402
 from scripts.bench.ceilings import floor_milliseconds  # noqa: E402
 from scripts.bench.timing import machine  # noqa: E402
 from scripts.bench.trial import Trial  # noqa: E402
@@ -73,6 +74,11 @@ def benchmark_op(args: argparse.Namespace) -> list[dict]:
                 )
                 results += attention.measure(case, trial_of(args))
     return results
+
+
+def benchmark_broad(args: argparse.Namespace) -> list[dict]:
+    """Rows of broad.measure, for each model."""
+    return [row for name in args.models for row in broad.measure(name, args.batch_size, trial_of(args))]
 
 
 def named_rate(text: str) -> tuple[str, float]:
@@ -171,6 +177,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     of_op.add_argument("--scales", type=float, nargs="+", default=[1.0], help="image sides in multiples of 224")
     of_op.add_argument("--contenders", nargs="+", default=list(IMPLS),
                        choices=[*IMPLS, attention.DENSE, attention.FLEX])
+    of_broad = commands.add_parser("broad", help="what BViT's broad attention costs beside its network")
+    of_broad.add_argument("models", nargs="*", default=["bvit_5m", "bvit_22m"], help="of BViT's family")
     of_all = commands.add_parser("all", help="op, models, growing images and a profile, within a budget of seconds")
     of_all.add_argument("--budget", type=float, default=480, help="seconds; what does not fit is left out")
     of_plot = commands.add_parser("plot", help="draw a record of `all` once more, beside it")
@@ -182,13 +190,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                          help="images/s that a GPU trains on (default: the newest record of a GPU in --output)")
     for command in (of_models, of_op):
         command.add_argument("--modes", nargs="+", choices=["infer", "train"], default=["infer", "train"])
-        command.add_argument("--batch_size", type=int, default=8)
         command.add_argument("--amp", choices=list(networks.AMP), default="off")
-    for command in (of_models, of_op, of_data):
+    for command in (of_models, of_op, of_broad):
+        command.add_argument("--batch_size", type=int, default=8)
+    for command in (of_models, of_op, of_broad, of_data):
         command.add_argument("--rounds", type=int, default=15)
-    for command in (of_models, of_op, of_data, of_all):
+    for command in (of_models, of_op, of_broad, of_data, of_all):
         command.add_argument("--output", type=Path, default=ROOT / "benchmarks", help="folder of the results")
-    for command in (of_models, of_op, of_all):
+    for command in (of_models, of_op, of_broad, of_all):
         command.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
@@ -197,7 +206,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace):
-    if args.command in ("models", "op", "data") and args.rounds < 2:
+    if getattr(args, "rounds", 2) < 2:
         parser.error("--rounds must be at least 2, for there to be a spread")
     kind = getattr(args, "device", "cpu").partition(":")[0]
     if kind not in suite.SCALES:
@@ -210,6 +219,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace):
         parser.error("--budget must be positive")
     if args.command == "plot" and not args.record.is_file():
         parser.error(f"no record at {args.record}")
+    if args.command == "broad" and not set(args.models) <= set(timm.list_models(module="bvit")):
+        parser.error(f"broad attention is BViT's: {', '.join(timm.list_models(module='bvit'))}")
     if args.command == "models":
         names = [text.partition(":")[0] for text in [*args.models, args.reference]]
         unknown = [name for name in names if not timm.is_model(name)]
@@ -232,10 +243,15 @@ def main(argv: list[str] | None = None):
         return draw(json.loads(args.record.read_text()), args.record.with_suffix(".png"))
     if args.threads:
         torch.set_num_threads(args.threads)
-    results = benchmark_models(args) if args.command == "models" else benchmark_op(args)
+    measure, table = {
+        "models": (benchmark_models, tables.models_table),
+        "op": (benchmark_op, tables.attention_table),
+        "broad": (benchmark_broad, tables.broad_table),
+    }[args.command]
+    results = measure(args)
     settings = {name: value for name, value in vars(args).items() if name not in ("command", "models", "output")}
     write_record(args, torch.device(args.device), settings, dict(results=results))
-    print((tables.models_table if args.command == "models" else tables.attention_table)(results))
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -9,9 +9,23 @@ from faulty_tasks import measure as faulty
 from torch.autograd import DeviceType
 from torch.nn.attention.flex_attention import flex_attention
 
+from models.bvit import broad_attention
 from ops import RegionGrid, route_regions, routed_attention
 from scripts import benchmark
-from scripts.bench import attention, breakdown, ceilings, flex, goals, growth, networks, plot, session, suite, tables
+from scripts.bench import (
+    attention,
+    breakdown,
+    broad,
+    ceilings,
+    flex,
+    goals,
+    growth,
+    networks,
+    plot,
+    session,
+    suite,
+    tables,
+)
 from scripts.bench import timing as timing_
 from scripts.bench.attention import BACKWARD, FORWARD, AttentionCase
 from scripts.bench.networks import Contender, Group, Setting
@@ -56,8 +70,22 @@ def test_op(tmp_path, capsys):
         assert result["output_repeats"] and result.get("error", 0) < 1e-5
 
 
+def test_broad(tmp_path, capsys):
+    record, out = run(tmp_path, capsys, "broad", "bvit_5m", "--batch_size", "1")
+    assert [r["part"] for r in record["results"]] == [broad.NETWORK, "class token", "all tokens", broad.CONCATENATED]
+    assert all(r["milliseconds"] > 0 and f"| {r['part']} |" in out for r in record["results"])
+    memory = {r["part"]: r["peak_memory_mb"] for r in record["results"]}
+    assert memory["class token"] < memory["all tokens"] < memory[broad.CONCATENATED]
+
+
+def test_broad_attention_is_what_was_published():
+    qkvs = list(torch.randn(4, 2, 7, 3 * 3 * 8, dtype=torch.float64))
+    torch.testing.assert_close(broad_attention(qkvs, 3), broad.concatenated(qkvs, 3))
+
+
 def test_mistakes(capsys, tmp_path):
     for arguments, message in (
+        (["broad", "biformer_nano"], "broad attention is BViT's: bvit_5m, bvit_22m"),
         (["models", "biformer_nanoo"], "unknown model biformer_nanoo"),
         (["op", "--device", "abacus"], "must be one of cuda, cpu, got abacus"),
         (["all", "--budget", "0", "--device", "cpu"], "--budget must be positive"),

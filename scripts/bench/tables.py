@@ -147,6 +147,14 @@ def goals_table(goals: list[dict]) -> str:
                  [[goal["goal"], number(goal["value"]), goal["outcome"].replace("|", "/")] for goal in goals])
 
 
+def broad_table(rows: list[dict]) -> str:
+    """One line for each part of each BViT."""
+    return table(["model", "batch", "part", "ms", "MiB"], [
+        [row["model"], str(row["batch"]), row["part"], spread(row["milliseconds"], row["milliseconds_quartiles"]),
+         number(row["peak_memory_mb"])] for row in rows
+    ])
+
+
 TABLES = {
     "attention": ("Attention", attention_table),
     "models": ("Models", models_table),
