@@ -4,6 +4,8 @@ import fcntl
 import hashlib
 import os
 import pickle
+import re
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +20,10 @@ from timm.models import clean_state_dict
 from utils import UserError, replace_file
 
 # --- reading --------------------------------------------------------------------------------------------------------
+
+
+class HostileFileError(UserError):
+    """A file that would run code if it were unpickled."""
 
 
 def _is_url(source: str) -> bool:
@@ -76,7 +82,7 @@ def _read_file(path: Path) -> dict[str, Any]:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # on damaged bytes the unpickler raises nearly anything
         if isinstance(error, pickle.UnpicklingError) and "unsupported global" in str(error).lower():
-            raise UserError(
+            raise HostileFileError(
                 f"{path}: refused, since loading it would run code ({', '.join(_foreign_objects(path))}); "
                 "ask its author for a file of tensors alone"
             ) from error
@@ -198,12 +204,27 @@ def save_checkpoint(path: Path, state: dict[str, Any]):
 
 
 def is_whole(path: Path) -> bool:
-    """Whether every byte of a checkpoint of ours is as it was written: torch.load does not look at the checksums."""
+    """Whether a checkpoint of ours can be read, every byte as it was written: torch.load does not look at checksums.
+
+    Raises:
+        UserError: The system cannot read the file, or it holds code.
+    """
+    try:
+        with open(path, "rb") as file:
+            while file.read(2**24):
+                pass
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     try:
         with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, OSError, ValueError):
+            if archive.testzip() is not None:
+                return False
+        _read_file(path)
+    except HostileFileError:
+        raise
+    except Exception:  # damaged bytes make zipfile raise nearly anything
         return False
+    return True
 
 
 class CheckpointStore:
@@ -226,7 +247,8 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """Those of the checkpoints that are there, the newest last."""
-        return sorted(int(path.stem.removeprefix("checkpoint-")) for path in self.folder.glob("checkpoint-*.pth"))
+        names = (re.fullmatch(r"checkpoint-(\d{8,})\.pth", path.name) for path in self.folder.glob("checkpoint-*.pth"))
+        return sorted(int(name[1]) for name in names if name)
 
     def holds_run(self) -> bool:
         """Whether a run has written here."""
@@ -239,8 +261,12 @@ class CheckpointStore:
         Raises:
             UserError: Another process writes there.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / ".lock", "wb") as file:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = open(self.folder / ".lock", "wb")  # noqa: SIM115, closed below
+        except OSError as error:
+            raise UserError(f"cannot write to {self.folder}: {error.strerror}") from error
+        with lock as file:
             try:
                 # A process's own: those that read images inherit files, and outlive one that is killed by seconds.
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -258,15 +284,17 @@ class CheckpointStore:
         Raises:
             UserError: There are checkpoints, and none is whole.
         """
-        steps = self.steps()
-        for step in reversed(steps):
+        damaged = []
+        for step in reversed(self.steps()):
             path = self.path(step)
             if is_whole(path):
+                for other in damaged:
+                    other.rename(other.with_suffix(".pth.damaged"))
+                    print(f"{other} is damaged, and set aside as {other.name}.damaged")
                 self._point_last(path)  # the run may have ended before it did
                 return step
-            path.rename(path.with_suffix(".pth.damaged"))
-            print(f"{path} is damaged, and set aside as {path.name}.damaged")
-        if steps:
+            damaged.append(path)
+        if damaged:
             raise UserError(f"no checkpoint in {self.folder} is whole; to start anew, take another folder")
         return None
 
@@ -280,12 +308,16 @@ class CheckpointStore:
         self._write(path, state)
         self._point_last(path)
         for old in self.steps()[: -self.keep]:
-            self.path(old).unlink()
+            if old != step:
+                self.path(old).unlink()
 
     def _point_last(self, path: Path):
         temporary = self.folder / f".{self.last.name}.{os.getpid()}"
         temporary.unlink(missing_ok=True)
-        temporary.symlink_to(path.name)
+        try:
+            temporary.symlink_to(path.name)
+        except OSError:  # a file system without links
+            shutil.copyfile(path, temporary)
         os.replace(temporary, self.last)
 
     def save_best(self, state: dict[str, Any]):

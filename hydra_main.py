@@ -36,7 +36,7 @@ from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment, cle
 
 import main as program
 import options
-from utils import EXIT_RESUME, UsageError, UserError, exit_with, fail
+from utils import EXIT_RESUME, UsageError, UserError, exit_with, fail, run_and_exit
 
 ROOT = Path(__file__).resolve().parent
 CONFIGS = ROOT / "configs"
@@ -422,4 +422,4 @@ if __name__ == "__main__":
     # Under the module's own name, by which a job finds its `Task`.
     import hydra_main
 
-    exit_with(hydra_main.main())
+    run_and_exit(hydra_main.main)

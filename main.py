@@ -36,9 +36,9 @@ from utils import (
     UsageError,
     UserError,
     end_process,
-    exit_with,
     fail,
     fault_of_machine,
+    run_and_exit,
     seed_everything,
     start_process,
     use_deterministic_algorithms,
@@ -289,7 +289,7 @@ def output_store(args: argparse.Namespace) -> CheckpointStore:
             raise UserError("torchrun started the run again, which goes on from its checkpoint if it has --output_dir")
         return CheckpointStore(Path("outputs") / args.model / time.strftime("%Y%m%d-%H%M%S"), args.keep_checkpoints)
     store = CheckpointStore(Path(args.output_dir), args.keep_checkpoints)
-    resumed_here = args.resume and Path(args.resume).parent == store.folder
+    resumed_here = args.resume and Path(args.resume).resolve().parent == store.folder.resolve()
     if store.holds_run() and not goes_on(args) and not resumed_here:
         raise UserError(
             f"{store.folder} holds a run already; go on with it by --auto_resume, or take another --output_dir"
@@ -527,7 +527,8 @@ def run_training(args: argparse.Namespace, process: Process, request: LeaveReque
             print_plan(args, process, run, store.folder)
             if source:
                 print(f"going on from {source}: epoch {run.epoch}, step {run.step} of {run.steps}")
-        log = RunLog(store.folder if process.is_main else None, run.epoch, run.global_step)
+        # A run that is over already has logged what there is to log.
+        log = RunLog(store.folder if process.is_main and run.epoch < args.epochs else None, run.epoch, run.global_step)
         keeper = Keeper(
             run,
             store,
@@ -549,6 +550,9 @@ def run_training(args: argparse.Namespace, process: Process, request: LeaveReque
                 run.next_epoch()
         except NonFiniteLossError as error:
             raise UserError(f"{error}; {store.kept()}") from error
+        except Leaving:
+            log.close()
+            raise
         if process.is_main:
             print(f"log: {store.folder / 'log.txt'}")
             print(f"checkpoint: {store.last}")
@@ -588,4 +592,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    exit_with(main())
+    run_and_exit(main)

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from utils import UsageError
+from utils import UsageError, replace_file
 
 IMAGE_FOLDERS = ("image_folder", "IMNET")
 DATA_SETS = ("IMNET", "image_folder", "CIFAR10", "CIFAR100", "digits")
@@ -343,4 +343,5 @@ def as_recipe(args: argparse.Namespace) -> dict:
 
 def save(args: argparse.Namespace, path: Path):
     """Write what runs next to its checkpoints."""
-    path.write_text(yaml.safe_dump(as_recipe(args), sort_keys=False))
+    text = yaml.safe_dump(as_recipe(args), sort_keys=False)
+    replace_file(path, lambda file: file.write(text.encode()))

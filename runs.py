@@ -33,6 +33,7 @@ class Run:
         best_metric: Which result of an evaluation decides which weights are the best; one that ends in "loss" is better
             where it is lower.
         epoch, step: This epoch, from 0, and the optimizer steps taken in it.
+        taken: Optimizer steps taken in all, also in epochs that had another number of them.
         meter: `Meter.state_dict()` at that step.
         best: The best value of the metric so far.
     """
@@ -47,12 +48,13 @@ class Run:
     best_metric: str = "acc1"
     epoch: int = 0
     step: int = 0
+    taken: int = 0
     meter: dict[str, Any] = field(default_factory=dict)
     best: float | None = None
 
     @property
     def global_step(self) -> int:
-        """Optimizer steps taken in all."""
+        """Optimizer steps to here in a run of this one's epochs, by which the learning rate and the logs go."""
         return self.epoch * self.steps + self.step
 
     def next_epoch(self):
@@ -76,6 +78,7 @@ class Run:
             scaler=self.scaler.state_dict(),
             epoch=self.epoch,
             step=self.step,
+            taken=self.taken,
             steps=self.steps,
             global_batch=self.global_batch,
             ranges=self.ranges,
@@ -94,7 +97,8 @@ class Run:
             raise UserError(f"{path} holds weights alone, not a run to go on with; start from it by --finetune")
         self._load_weights(checkpoint, path)
         self._load_optimizer(checkpoint["optimizer"], checkpoint["args"]["opt"], opt, path)
-        self.scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:  # that of a run without fp16 is empty
+            self.scaler.load_state_dict(checkpoint["scaler"])
         self._load_position(checkpoint, path)
         self.best = checkpoint["best"].get(self.best_metric)
 
@@ -119,6 +123,7 @@ class Run:
 
     def _load_position(self, checkpoint: dict[str, Any], path: Path):
         self.epoch, self.step, self.meter = checkpoint["epoch"], checkpoint["step"], checkpoint["meter"]
+        self.taken = checkpoint["taken"]
         if self.step == checkpoint["steps"]:
             self.step = self.steps
         elif self.step:
@@ -172,11 +177,11 @@ class Keeper:
         Raises:
             Leaving: A signal came to one of the processes.
         """
+        self.run.taken += step - self.run.step
         self.run.step = step
         if step == self.run.steps:
             return  # the end of the epoch, which is saved when the processes have shared what they know
-        leave, due = self.request.signal is not None, self._is_due()
-        agreed = self.process.max(2 * leave + due)
+        agreed = self._agree()
         if agreed:
             self._save(meter)
         if agreed >= 2:
@@ -184,7 +189,8 @@ class Keeper:
 
     def after_epoch(self, meter: Meter, last: bool):
         """Save the trained epoch, before its evaluation: nothing that happens there costs the epoch."""
-        if last or (self.run.epoch + 1) % self.every_epochs == 0:
+        agreed = self._agree()
+        if agreed or last or (self.run.epoch + 1) % self.every_epochs == 0:
             self._save(meter)
 
     def between_epochs(self):
@@ -202,6 +208,10 @@ class Keeper:
         if self.process.is_main:
             self.store.save_best(dict(self._state(), metrics=metrics))
 
+    def _agree(self) -> int:
+        """2 where a process was asked to leave, 1 where a save is due, else 0; the same on all processes."""
+        return self.process.max(2 * (self.request.signal is not None) + self._is_due())
+
     def _is_due(self) -> bool:
         by_steps = self.every_steps is not None and self.run.global_step % self.every_steps == 0
         # The main process's clock counts; the others learn from it.
@@ -216,15 +226,17 @@ class Keeper:
 
     def _write(self):
         if self.process.is_main:
-            self.store.save(self.run.global_step, self._state())
+            self.store.save(self.run.taken, self._state())
         self.saved_at = time.monotonic()
 
     def _state(self) -> dict[str, Any]:
         return dict(self.run.state_dict(), args=self.recipe)
 
     def _leave(self):
+        # A launcher that sees one process end may end the others: not before the main one has saved.
+        self.process.max(0)
         by = self.request.signal or "a signal to another process"
         raise Leaving(
             f"{by}: left epoch {self.run.epoch} after step {self.run.step} of {self.run.steps}, "
-            f"saved as {self.store.path(self.run.global_step)}; go on with --auto_resume"
+            f"saved as {self.store.path(self.run.taken)}; go on with --auto_resume"
         )

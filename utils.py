@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,7 +22,10 @@ import torch.distributed as dist
 # "Temporary failure, try again" of sysexits.h: the run was asked to leave and has saved itself; start it again.
 EXIT_RESUME = 75
 # torch has no class for gloo's errors, and gloo's words do not always name it.
-_OF_PEERS = re.compile(r"gloo|nccl|caused pair closure|connection (reset|closed|refused)", re.IGNORECASE)
+_OF_PEERS = re.compile(
+    r"gloo|caused pair closure|connection (reset|closed|refused)|nccl.*(remote|time|abort|connection)",
+    re.IGNORECASE | re.DOTALL,
+)
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
 
 
@@ -43,24 +47,39 @@ class UsageError(UserError):
 
 def fail(message: str, exit_code: int) -> int:
     """Print the one line of an error; returns `exit_code`."""
-    # In one write, so that the lines of several processes do not run together.
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    with suppress(OSError):  # standard error may lie on the disk that is full
+        # In one write, so that the lines of several processes do not run together.
+        sys.stderr.write(f"error: {' '.join(message.split())}\n")
     return exit_code
 
 
 def exit_with(code: int) -> NoReturn:
-    """End the process. After a fault at once: Python would wait for others, and what is at fault may never answer."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if code == UserError.exit_code:
+    """End the process; where something went wrong, at once.
+
+    Python would wait for threads and processes first, and what is at fault may never answer.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    if code:
         os._exit(code)
     sys.exit(code)
+
+
+def run_and_exit(run: Callable[[], int]) -> NoReturn:
+    """End the process with what `run` returns, or with 1 and a traceback where it raises."""
+    try:
+        code = run()
+    except Exception:
+        traceback.print_exc()
+        code = UserError.exit_code
+    exit_with(code)
 
 
 def fault_of_machine(error: OSError | RuntimeError) -> str | None:
     """What happened, in words, where the machine or another process is at fault; None where it may be the code."""
     text = str(error)
-    if "DataLoader worker" in text:  # torch raises it from a signal, wherever the run is
+    if "DataLoader worker (pid" in text:  # torch raises it from a signal, wherever the run is
         return (
             "a process that reads images was killed, as happens where memory runs out; "
             f"give fewer --num_workers or more memory ({_first_line(text)})"
@@ -68,7 +87,7 @@ def fault_of_machine(error: OSError | RuntimeError) -> str | None:
     if isinstance(error, dist.DistError) or _OF_PEERS.search(text):
         return f"another process of the run ended, or did not answer within --dist_timeout ({_first_line(text)})"
     if isinstance(error, OSError) and error.errno in _DISK_FAULTS:
-        return f"{error.strerror}: {error.filename}"
+        return error.strerror + (f": {error.filename}" if error.filename else " in the output folder")
     return None
 
 
@@ -177,6 +196,9 @@ def replace_file(path: Path, write: Callable[[BinaryIO], Any]):
     """Write `path` by `write` so that it is never half written, whatever ends the process or the machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    mask = os.umask(0)
+    os.umask(mask)
+    os.fchmod(handle, 0o666 & ~mask)  # as any file: mkstemp's are the owner's alone
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)
@@ -187,10 +209,9 @@ def replace_file(path: Path, write: Callable[[BinaryIO], Any]):
         os.unlink(temporary)
         raise
     folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name too
-    finally:
-        os.close(folder)
+    with suppress(OSError):  # the new name too, where the file system can
+        os.fsync(folder)
+    os.close(folder)
 
 
 # --- signals --------------------------------------------------------------------------------------------------------
@@ -255,6 +276,10 @@ class RunLog:
         if self.tensorboard is not None:
             for name, value in values.items():
                 self.tensorboard.add_scalar(f"{group}/{name}", value, step)
+
+    def close(self):
+        if self.tensorboard is not None:
+            self.tensorboard.close()
 
     def epoch(self, record: dict[str, Any]):
         if self.file is not None:

@@ -61,7 +61,7 @@ def _train(arguments: list[str], environment: dict[str, str], output: Path, file
     import main
 
     torch.set_num_threads(1)
-    utils.exit_with(main.main(arguments))
+    utils.run_and_exit(lambda: main.main(arguments))
 
 
 @dataclass
@@ -304,7 +304,11 @@ def _hang_rank(course: Course, rng: random.Random) -> Verdict:
     os.kill(stopped.pid, signal.SIGSTOP)
     other = next(rank for rank in attempt.ranks if rank is not stopped)
     other.join(PATIENCE)
+    gave_up = other.exitcode is not None
     stopped.kill()
+    if not gave_up:
+        attempt.end()
+        return "the other process did not give up by itself"
     return _expect(attempt, {1, -signal.SIGKILL}, "did not answer within --dist_timeout")
 
 
@@ -329,14 +333,18 @@ def _restart_by_torchrun(course: Course, rng: random.Random) -> Verdict:
         return True
 
     before = rng.randint(1, 3)
-    if lines(before):
+    struck = lines(before)
+    starts = output.read_text().count("going on from")
+    if struck:
         children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
         os.kill(int(rng.choice(children)), signal.SIGKILL)
         lines(before + 3)
     launcher.terminate()
     launcher.wait(PATIENCE)
     text = output.read_text()
-    return None if text.count("going on from") >= 1 else f"torchrun did not go on: {text[-2000:]}"
+    if not struck:
+        raise TooLate
+    return None if text.count("going on from") > starts else f"torchrun did not go on: {text[-2000:]}"
 
 
 @dataclass(frozen=True)

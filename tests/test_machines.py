@@ -65,7 +65,7 @@ def test_two_machines_are_one(photos, tmp_path, capfd):
     assert f"Acc@1 {last['val_acc1']:.3f}" in alone
 
 
-def test_a_folder_that_only_one_machine_sees(photos, tmp_path):
+def test_data_that_is_nowhere(photos, tmp_path):
     """A line from each of them, and no hang."""
     codes, outputs = on_two_machines(*SMALL, *TRAIN, "--data_path", photos / "nowhere", "--output_dir", tmp_path)
     assert 0 not in codes

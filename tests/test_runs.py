@@ -1,6 +1,7 @@
 """A run that is left at any step and gone on with ends as one that never stopped, bit for bit."""
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -11,9 +12,9 @@ from web import served
 
 import main as program
 from checkpoints import CheckpointStore
-from runs import Keeper, Run
+from runs import Keeper, Leaving, Run
 from scripts import make_shards
-from utils import EXIT_RESUME
+from utils import EXIT_RESUME, LeaveRequest
 
 # With mixup, cutmix, random erasing, repeated augmentation, stochastic depth and the average of the weights, as by
 # default; batch norm is in the stem.
@@ -122,6 +123,56 @@ def test_ended_after_the_log_line_of_an_epoch(photos, whole, tmp_path, monkeypat
 def test_saved_by_steps_and_kept(photos, tmp_path):
     assert train(photos, tmp_path, "--save_every_steps", "2", "--keep_checkpoints", "3") == 0
     assert CheckpointStore(tmp_path).steps() == [3, 4, 6]
+
+
+def test_the_end_of_an_epoch_is_a_step_too(photos, tmp_path):
+    assert train(photos, tmp_path, "--save_every", "10", "--save_every_steps", "3", "--keep_checkpoints", "3") == 0
+    assert CheckpointStore(tmp_path).steps() == [3, 6]
+
+
+def test_another_batch_size_between_epochs(photos, whole, tmp_path):
+    """Epochs of fewer steps: what is newer must not be taken for older."""
+    shutil.copytree(whole, tmp_path / "run", symlinks=True)
+    assert train(photos, tmp_path / "run", "--auto_resume", "--epochs", "4", "--batch_size", "6") == 0
+    assert CheckpointStore(tmp_path / "run").steps() == [7, 8]
+    assert torch.load(tmp_path / "run" / "last.pth", weights_only=True)["epoch"] == 3
+
+
+def test_a_run_that_is_over_keeps_its_log(photos, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run", symlinks=True)
+    assert train(photos, tmp_path / "run", "--auto_resume") == 0
+    assert differences(tmp_path / "run", whole) == []
+    (tmp_path / "run" / "log.txt").chmod(0o640)
+    assert train(photos, tmp_path / "run", "--auto_resume", "--epochs", "1", "--warmup_epochs", "0") == 0
+    assert differences(tmp_path / "run", whole) == []
+
+
+class Together:
+    """A process of two, which notes when they agree."""
+
+    is_main = True
+
+    def __init__(self, notes):
+        self.notes = notes
+
+    def max(self, value):
+        self.notes.append("agreed")
+        return value
+
+
+def test_nobody_leaves_before_the_main_process_has_saved(tmp_path):
+    """A launcher that sees a process end may end the others in the middle of the save."""
+    notes = []
+    store = CheckpointStore(tmp_path)
+    store.save = lambda step, state: notes.append("saved")
+    request = LeaveRequest()
+    request.signal = "SIGTERM"
+    run = Run(None, None, None, None, steps=3, global_batch=4)
+    run.state_dict = dict
+    keeper = Keeper(run, store, Together(notes), request, recipe={})
+    with pytest.raises(Leaving):
+        keeper.between_epochs()
+    assert notes == ["agreed", "saved", "agreed"]
 
 
 def test_saved_by_minutes(photos, tmp_path):

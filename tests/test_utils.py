@@ -49,6 +49,7 @@ def test_single_process():
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "a process that reads images was killed"),
     (RuntimeError("[gloo/transport/tcp/pair.cc:530] Read error: reset by peer"), "another process of the run"),
     (RuntimeError("Application timeout caused pair closure"), "did not answer within --dist_timeout"),
+    (OSError(28, "No space left on device"), "No space left on device in the output folder"),
     (torch.distributed.DistNetworkError("Failed to recv, got 0 bytes."), "another process of the run ended"),
     (OSError(28, "No space left on device", "log.txt"), "No space left on device: log.txt"),
 ])
@@ -56,7 +57,22 @@ def test_faults_of_the_machine_are_told_in_words(error, words):
     assert words in utils.fault_of_machine(error)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), OSError(2, "no", "x")])
+def test_a_bug_ends_the_process_too():
+    """With its traceback, and whatever still runs: the other processes of the run wait for this one."""
+    script = (
+        "import threading, utils\n"
+        "threading.Thread(target=threading.Event().wait).start()\n"
+        "utils.run_and_exit(lambda: 1 / 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError("Caught RuntimeError in DataLoader worker process 0."),
+    RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+    OSError(2, "no", "x"),
+])
 def test_what_may_be_the_code_is_left_to_a_traceback(error):
     assert utils.fault_of_machine(error) is None
 
@@ -66,7 +82,7 @@ def test_a_fault_ends_the_process_without_waiting_for_others(code):
     """Python would wait for this thread for ever; only after a fault must it not."""
     script = (
         "import sys, threading, utils\n"
-        f"threading.Thread(target=threading.Event().wait, daemon={code != 1}).start()\n"
+        f"threading.Thread(target=threading.Event().wait, daemon={code == 0}).start()\n"
         f"print('said'); utils.exit_with({code})"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
