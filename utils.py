@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, NoReturn
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 # "Temporary failure, try again" of sysexits.h: the run was asked to leave and has saved itself; start it again.
 EXIT_RESUME = 75
@@ -160,7 +161,11 @@ def start_process(device: str = "auto", timeout: float = 30.0) -> Process:
     if world_size > 1:
         # What is on the CPU travels by gloo also where there are GPUs: the word to save or to leave waits for none.
         backend = "cpu:gloo,cuda:nccl" if resolved.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timedelta(minutes=timeout))
+        wait = timedelta(minutes=timeout)
+        store, rank, world_size = next(rendezvous("env://", timeout=wait))
+        # With --master_port, torchrun's store outlives a restart, and with it the addresses of processes that are gone.
+        store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=wait)
     return Process(resolved, rank, world_size)
 
 

@@ -318,7 +318,8 @@ def _restart_by_torchrun(course: Course, rng: random.Random) -> Verdict:
     command = [
         sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=2",
         "--monitor-interval=0.1", f"--master_port={free_port()}", "main.py",
-        *course.arguments("--save_every_steps", "1", "--num_workers", "0"),
+        # Two processes that start at once on a busy machine may be seconds apart.
+        *course.arguments("--save_every_steps", "1", "--num_workers", "0", "--dist_timeout", "1"),
     ]
     with open(output, "w") as file:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
