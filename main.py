@@ -406,6 +406,30 @@ def wrap(model: torch.nn.Module, args: argparse.Namespace, process: Process) -> 
     return torch.compile(model) if args.compile else model
 
 
+def settle_buckets(network: torch.nn.Module, run: Run, args: argparse.Namespace, process: Process):
+    """Take one backward pass that changes nothing, so that no pass which counts is the first after a start.
+
+    In its first pass DistributedDataParallel learns in which order gradients come, and lays out its buckets anew. What
+    three processes or more add up depends on that layout in the last digit: a run that goes on would differ.
+    """
+    if process.world_size < 3:
+        return
+    buffers = [(buffer, buffer.clone()) for buffer in run.model.buffers()]
+    size = args.input_size if isinstance(args.input_size, tuple) else (args.input_size, args.input_size)
+    images = torch.zeros(args.batch_size, 3, *size, device=process.device)
+    if args.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    dtype = amp_dtype(args.amp, process.device)
+    with torch.autocast(process.device.type, dtype=dtype) if dtype else nullcontext():
+        outputs = network.train()(images)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    sum(output.float().sum() for output in outputs).backward()
+    run.optimizer.zero_grad()
+    with torch.no_grad():
+        for buffer, before in buffers:
+            buffer.copy_(before)
+
+
 def create_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
     if args.token_label:
         return token_labels.TokenLabelMixup(
@@ -517,6 +541,7 @@ def run_training(args: argparse.Namespace, process: Process, request: LeaveReque
         if source:
             run.load(source, args.opt)
         network = wrap(run.model, args, process)
+        settle_buckets(network, run, args, process)
         schedule = create_schedule(
             run.optimizer, args.sched, args.epochs, run.steps, args.warmup_epochs, args.warmup_lr, args.min_lr
         )

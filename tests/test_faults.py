@@ -1,5 +1,6 @@
 """Five of the faults of `make test-faults`."""
 import random
+import signal
 
 import faults
 
@@ -9,3 +10,10 @@ def test_five_faults_cost_nothing(tmp_path):
     campaign = faults.strike_all(chosen, tmp_path, random.Random(0), say=print)
     assert campaign.failures == [] and campaign.lost == []
     assert campaign.tried.total() == campaign.survived.total() == 5
+
+
+def test_three_processes_go_on_exactly(tmp_path):
+    """Of two, sums do not depend on how gradients lie in their buckets; of three they do."""
+    fault = faults.Fault("SIGTERM", faults._ask_to_leave(signal.SIGTERM), world_size=3)
+    campaign = faults.strike_all([fault, fault], tmp_path, random.Random(0), say=print)
+    assert campaign.failures == [] and campaign.lost == [] and campaign.tried.total() == 2
