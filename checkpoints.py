@@ -17,17 +17,13 @@ import safetensors.torch
 import torch
 from timm.models import clean_state_dict
 
-from utils import UserError, replace_file
+from utils import UserError, is_url, replace_file
 
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
 class HostileFileError(UserError):
     """A file that would run code if it were unpickled."""
-
-
-def _is_url(source: str) -> bool:
-    return urlparse(source).scheme in ("http", "https")
 
 
 def fetch(source: str) -> Path:
@@ -38,7 +34,7 @@ def fetch(source: str) -> Path:
     Raises:
         UserError: There is no such file, the download failed, or the file is another one.
     """
-    if not _is_url(source):
+    if not is_url(source):
         path = Path(source)
         if not path.is_file():
             raise UserError(f"{source}: no such checkpoint file")
@@ -67,7 +63,7 @@ def read_checkpoint(source: str) -> dict[str, Any]:
     try:
         return _read_file(path)
     except UserError:
-        if _is_url(source):
+        if is_url(source):
             # A page that says no, or half a file: the next try must not find it in the cache.
             path.unlink(missing_ok=True)
         raise

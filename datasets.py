@@ -27,8 +27,8 @@ from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, get_worker_info
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
-from shards import ShardSampler, TarShards, is_url, open_shards
-from utils import LostDataError, UserError
+from shards import ShardSampler, TarShards, open_shards
+from utils import LostDataError, UserError, is_url
 
 _PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
 Transform = Callable[[Image.Image], Any]

@@ -34,7 +34,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Sampler
 
-from utils import LostDataError
+from utils import LostDataError, is_url
 
 INFO_NAMES = ("_info.json", "info.json")
 # Where a sample has several images, the first of these; as in timm for those that it reads.
@@ -49,11 +49,6 @@ RETRY_SECONDS = (1, 2, 4, 8)
 
 class ShardError(LostDataError):
     """A whole shard or its list is missing or wrong: more than an image that could be passed over."""
-
-
-def is_url(source: str | Path) -> bool:
-    """Whether a data folder is one on a web server."""
-    return str(source).startswith(("http://", "https://"))
 
 
 def sha256_of(path: Path) -> str:

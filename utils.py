@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
+from urllib.parse import urlparse
 
 import numpy as np
 import torch
@@ -195,6 +196,11 @@ def seed_everything(seed: int, *salt: int):
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
+
+
+def is_url(source: str | Path) -> bool:
+    """Whether a file or folder is one on a web server."""
+    return urlparse(str(source)).scheme in ("http", "https")
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], Any]):
