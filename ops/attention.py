@@ -135,7 +135,8 @@ def routed_attention(
         key: (B, Hk, Wk, heads, head_dim).
         value: (B, Hk, Wk, heads, head_dim).
         routes: (B, Rq, K) int64, for each query region K different key regions, as `route_regions` gives them. The
-            indices are not checked, which would wait for the device.
+            indices are not checked, which would wait for the device; what comes of one that is there twice is
+            undefined.
         query_grid: Regions of the query map.
         key_grid: Regions of the key map; both maps may differ in size and in regions.
         scale: Factor of the logits, head_dim ** -0.5 unless given.

@@ -54,7 +54,7 @@ class BiLevelRoutingAttention(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        if dim % num_heads:
+        if num_heads < 1 or dim % num_heads:
             raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}")
         if num_regions < 1:
             raise ValueError(f"num_regions must be at least 1, got {num_regions}")
@@ -74,18 +74,24 @@ class BiLevelRoutingAttention(nn.Module):
 
     def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values, (B, H, W, heads, head_dim) each, as views of one projection."""
+        if x.ndim != 4 or x.shape[-1] != self.qkv.in_features:
+            raise ValueError(f"input must be (B, H, W, {self.qkv.in_features}), channels last, got {tuple(x.shape)}")
         return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
 
     def routing(self, x: torch.Tensor) -> Routing:
         """The regions that each region of a (B, H, W, dim) map attends to."""
-        grid = RegionGrid.fit(*x.shape[1:3], self.num_regions)
         query, key, _ = self._project(x)
+        grid = RegionGrid.fit(*x.shape[1:3], self.num_regions)
         return Routing(route_regions(query, key, grid, grid, self.topk), grid, grid)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, H, W, dim) -> (B, H, W, dim)."""
-        grid = RegionGrid.fit(*x.shape[1:3], self.num_regions)
+        """(B, H, W, dim) -> (B, H, W, dim).
+
+        Raises:
+            ValueError: The input is of another shape.
+        """
         query, key, value = self._project(x)
+        grid = RegionGrid.fit(*x.shape[1:3], self.num_regions)
         routes = route_regions(query, key, grid, grid, self.topk)
         attended = routed_attention(query, key, value, routes, grid, grid, self.scale, self.attn_impl).flatten(3)
         lepe = conv_channels_last(self.lepe, value.flatten(3))

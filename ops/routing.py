@@ -61,7 +61,7 @@ def route_regions(
         (B, Rq, min(topk, Rk)) int64 region indices, the most similar first.
 
     Raises:
-        ValueError: `topk` is not positive, or a map is not of its grid's size.
+        ValueError: `topk` is not positive, a map is not of its grid's size, or the maps do not fit each other.
     """
     if topk < 1:
         raise ValueError(f"topk must be at least 1, got {topk}")
@@ -71,6 +71,10 @@ def route_regions(
                 f"{name} must be (batch, {grid.height}, {grid.width}, heads, head_dim) for its grid, "
                 f"got {tuple(x.shape)}"
             )
+    if (query.shape[0], *query.shape[3:]) != (key.shape[0], *key.shape[3:]):
+        raise ValueError(
+            f"query and key must have one batch, heads and head_dim, got {tuple(query.shape)} and {tuple(key.shape)}"
+        )
     has_autocast = query.device.type != "meta"
     with torch.autocast(query.device.type, enabled=False) if has_autocast else nullcontext():
         scores_BRR = region_means(query, query_grid) @ region_means(key, key_grid).transpose(1, 2)

@@ -26,6 +26,7 @@ from ops.impl.triton import kernels
 from ops.impl.triton.tuning import Plan, is_dense, make_plan
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TF32 = "tf32"  # float32 whose products are allowed to be tf32
 KERNELS = {
     "forward": kernels.forward_kernel,
     "query_gradient": kernels.query_gradient_kernel,
@@ -39,7 +40,10 @@ MAPS = {
     "200 x 334, top-1": (RegionGrid.fit(200, 334, 16), 1),
     "50 x 84, top-16": (RegionGrid.fit(50, 84, 16), 16),
 }
-POINTERS = {"routes_ptr": "*i64", "members_ptr": "*i32", "bounds_ptr": "*i32", "lse_ptr": "*fp32", "delta_ptr": "*fp32"}
+POINTERS = {
+    **{"routes_ptr": "*i64", "bits_ptr": "*i64", "members_ptr": "*i32", "bounds_ptr": "*i32"},
+    **{"lse_ptr": "*fp32", "delta_ptr": "*fp32"},
+}
 
 
 class Usage(NamedTuple):
@@ -50,19 +54,26 @@ class Usage(NamedTuple):
 
 
 def _source(kernel, dtype: str, head_dim: int, plan: Plan) -> ASTSource:
-    """The kernel as it is launched on aligned tensors, such as the views of one packed projection."""
+    """The kernel as it is launched on aligned tensors, such as the views of one packed projection of even heads."""
     block_d = max(16, triton.next_power_of_2(head_dim))
-    constants = dict(HEAD_DIM=head_dim, BLOCK_D=block_d, PRECISION="ieee", **plan.constants())
+    constants = dict(
+        HEAD_DIM=head_dim,
+        BLOCK_D=block_d,
+        PRECISION="tf32" if dtype == TF32 else "ieee",
+        STRIDES_OF_8=head_dim % 8 == 0,
+        **plan.constants(),
+    )
     signature, aligned = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            signature[name] = POINTERS.get(name, f"*{dtype}")
+            signature[name] = POINTERS.get(name, f"*{'fp32' if dtype == TF32 else dtype}")
             aligned[(i,)] = [["tt.divisibility", 16]]
         elif name.endswith("_strides"):
             signature[name] = ("i32",) * 4
-            aligned |= {(i, j): [["tt.divisibility", 16]] for j in range(4)}
+            # The head stride is the head size; the others are multiples of it, for an even number of heads those of 16.
+            aligned |= {(i, j): [["tt.divisibility", 16]] for j in range(4 if head_dim % 16 == 0 else 3)}
         else:
             signature[name] = "fp32" if name == "scale" else "i32"
     places = {(i,): constants[name] for i, name in enumerate(kernel.arg_names) if name in constants}
@@ -94,14 +105,15 @@ def compile_kernel(kernel: str, arch: int, dtype: str, head_dim: int, plan: Plan
 
 def plan_of(kernel: str, grid: RegionGrid, topk: int, head_dim: int, dtype: str, dense: bool) -> Plan:
     """The plan of a kernel where queries and keys are one map."""
-    return make_plan(grid, grid, topk, kernel == "key_value_gradient", dense, head_dim, DTYPES[dtype])
+    inverse = kernel == "key_value_gradient"
+    return make_plan(grid, grid, topk, inverse, dense, head_dim, torch.float32 if dtype == TF32 else DTYPES[dtype])
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], help="compute capabilities times 10")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--head_dim", type=int, nargs="+", default=[16, 32, 64, 128])
+    parser.add_argument("--dtype", nargs="+", choices=[*DTYPES, TF32], default=[*DTYPES, TF32])
+    parser.add_argument("--head_dim", type=int, nargs="+", default=[16, 24, 32, 40, 48, 64, 80, 96, 128])
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--map", nargs="+", choices=MAPS, default=list(MAPS))
     args = parser.parse_args(argv)

@@ -46,13 +46,14 @@ class Pass:
         shape = (args.batch_size, grid.height, grid.width, 3, args.heads, args.head_dim)
         maps = torch.randn(shape, device=DEVICE, dtype=DTYPES[args.dtype]).unbind(3)
         routes = route_regions(*maps[:2], grid, grid, topk)
-        settings = ([grid.rows, grid.cols], [grid.rows, grid.cols], args.head_dim**-0.5, dense)
-        out, lse = op.forward(*maps, routes, *settings)
+        routes, bits = op.route_bits(routes, grid, grid) if dense else (routes, None)
+        settings = ([grid.rows, grid.cols], [grid.rows, grid.cols], args.head_dim**-0.5)
+        out, lse = op.forward(*maps, routes, bits, *settings)
         grad_out = torch.randn_like(out)
         if backward:
-            self._run = lambda: op.backward(*maps, routes, out, grad_out, lse, *settings)
+            self._run = lambda: op.backward(*maps, routes, bits, out, grad_out, lse, *settings)
         else:
-            self._run = lambda: op.forward(*maps, routes, *settings)
+            self._run = lambda: op.forward(*maps, routes, bits, *settings)
 
     def milliseconds(self, inverse: bool = False, tile: Tile | None = None) -> list[float]:
         """Quartiles of the time, or infinities where the tile does not fit or compile."""

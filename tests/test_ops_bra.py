@@ -47,6 +47,7 @@ def test_fewer_regions_than_topk():
 @pytest.mark.parametrize(
     "arguments,message",
     [
+        (dict(dim=8, num_heads=0), "8 is not a multiple of num_heads 0"),
         (dict(dim=10, num_heads=3), "10 is not a multiple of num_heads 3"),
         (dict(dim=8, num_heads=2, topk=50), "topk must be 1 to num_regions"),
         (dict(dim=8, num_heads=2, topk=0), "topk must be 1 to num_regions"),
@@ -61,3 +62,9 @@ def test_mistakes_are_explained(arguments, message):
 def test_empty_map_is_refused():
     with pytest.raises(ValueError, match="0 x 4"):
         BiLevelRoutingAttention(dim=8, num_heads=2)(torch.randn(1, 0, 4, 8))
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 14, 14), (2, 196, 16), (14, 14, 16), (1, 2, 14, 14, 16)])
+def test_input_that_is_no_map(shape):
+    with pytest.raises(ValueError, match=r"input must be \(B, H, W, 16\), channels last, got"):
+        BiLevelRoutingAttention(dim=16, num_heads=2)(torch.randn(shape))

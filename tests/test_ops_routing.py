@@ -49,3 +49,7 @@ def test_mistakes_are_explained():
         route_regions(x, x, grid, grid, 0)
     with pytest.raises(ValueError, match=r"key must be \(batch, 7, 7, heads, head_dim\)"):
         route_regions(x, x[:, :6], grid, grid, 1)
+    with pytest.raises(ValueError, match="query and key must have one batch, heads and head_dim"):
+        route_regions(x.expand(2, -1, -1, -1, -1), x, grid, grid, 1)
+    with pytest.raises(ValueError, match="query and key must have one batch, heads and head_dim"):
+        route_regions(x, x.expand(-1, -1, -1, 2, -1), grid, grid, 1)

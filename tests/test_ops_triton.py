@@ -154,6 +154,20 @@ def test_any_head_dim(head_dim):
     check_errors(SMALL["ragged"], torch.float32, False, heads=2, head_dim=head_dim)
 
 
+def test_strides_are_said_to_be_multiples_of_8_only_where_all_are():
+    """A false claim would have a GPU load from addresses that it cannot."""
+
+    def claimed(*maps):
+        return fused_op._strides_of_8(fused_op._strides(*maps))
+
+    packed = torch.empty(2, 5, 7, 3, 3, 24)
+    assert claimed(*packed.unbind(3)) and claimed(packed[0].unbind(2)[0].expand(2, 5, 7, 3, 24))
+    assert not claimed(*torch.empty(2, 5, 7, 3, 2, 20).unbind(3)), "heads lie 20 numbers apart"
+    wide = torch.empty(2, 5, 7, 76)[..., :72].unflatten(-1, (3, 24))
+    assert not claimed(packed[:, :, :, 0], wide), "tokens lie 76 numbers apart"
+    assert not claimed(packed.permute(0, 1, 2, 3, 5, 4)[..., 0, :, :]), "heads lie 1 number apart"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 128])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -246,16 +260,17 @@ def test_empty_batch():
 def op_arguments(dense, requires_grad=True):
     *maps, routes, query_grid, key_grid = make_inputs(SMALL["ragged"], torch.float32, heads=1, head_dim=16)
     maps = [x.detach().clone().requires_grad_(requires_grad) for x in maps]
-    return *maps, routes, [query_grid.rows, query_grid.cols], [key_grid.rows, key_grid.cols], 0.3, dense
+    routes, bits = fused_op.route_bits(routes, query_grid, key_grid) if dense else (routes, None)
+    return *maps, routes, bits, [query_grid.rows, query_grid.cols], [key_grid.rows, key_grid.cols], 0.3
 
 
 @pytest.mark.parametrize("dense", [False, True])
 def test_operators_pass_opcheck(dense):
     arguments = op_arguments(dense)
     torch.library.opcheck(torch.ops.routed_attention.forward.default, arguments)
-    query, key, value, routes, *settings = op_arguments(dense, requires_grad=False)
-    out, lse = torch.ops.routed_attention.forward(query, key, value, routes, *settings)
-    gradient = (query, key, value, routes, out, torch.randn_like(out), lse, *settings)
+    query, key, value, routes, bits, *settings = op_arguments(dense, requires_grad=False)
+    out, lse = torch.ops.routed_attention.forward(query, key, value, routes, bits, *settings)
+    gradient = (query, key, value, routes, bits, out, torch.randn_like(out), lse, *settings)
     torch.library.opcheck(torch.ops.routed_attention.backward.default, gradient)
 
 
@@ -344,6 +359,25 @@ def test_more_regions_than_bits_are_refused():
         fused(*inputs, scale=0.3, dense=True)
 
 
+@pytest.mark.parametrize("name", ["ragged", "small queries on a large map", "large queries on a small map"])
+def test_route_bits(name):
+    """A query and a key share a bit where the key's region is among the routes; what pads the tables shares none."""
+    *_, routes, query_grid, key_grid = make_inputs(SMALL[name], torch.float32, batch=2)
+    query_bits, key_bits = fused_op.route_bits(routes, query_grid, key_grid)
+    regions = [
+        [y // g.region_height * g.cols + x // g.region_width for y in range(g.height) for x in range(g.width)]
+        for g in (query_grid, key_grid)
+    ]
+    assert query_bits.shape[1] % 128 == 0 and key_bits.shape[1] % 128 == 0
+    meet = (query_bits[:, :, None] & key_bits[:, None, :]) != 0
+    num_queries, num_keys = (len(r) for r in regions)
+    expected = torch.zeros_like(meet)
+    for image, listed in enumerate(routes.tolist()):
+        rows = [[key in listed[query] for key in regions[1]] for query in regions[0]]
+        expected[image, :num_queries, :num_keys] = torch.tensor(rows)
+    assert meet.equal(expected)
+
+
 def test_inverse_routes():
     routes = torch.tensor([[[0, 2], [2, 1], [2, 0]], [[3, 1], [3, 0], [3, 2]]])
     members, bounds = fused_op._inverse(routes, 4)
@@ -429,12 +463,12 @@ def test_what_it_cannot_do_is_explained(monkeypatch):
 def test_kernels_compile_for_gpus_without_spilling():
     """Ahead of time, for compute capability 8.0 and 9.0; not in the interpreter, so in a process of its own."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "scripts/compile_kernels.py", "--dtype", "bf16", "--head_dim", "32"]
+    command = [sys.executable, "scripts/compile_kernels.py", "--dtype", "bf16", "--head_dim", "24", "32"]
     maps = ["--map", "56 x 56, top-1", "14 x 14, top-16"]
     result = subprocess.run([*command, *maps], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     rows = [line for line in result.stdout.splitlines() if line.startswith(("| forward", "| query", "| key"))]
-    assert len(rows) == 3 * 2 * 2 and all(row.endswith("| 0 |") for row in rows)
+    assert len(rows) == 3 * 2 * 2 * 2 and all(row.endswith("| 0 |") for row in rows)
 
 
 def test_a_network_trains_alike_with_it():

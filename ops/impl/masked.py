@@ -16,7 +16,7 @@ def _route_mask(
     """(B, 1, Hq * Wq, Hk * Wk): zero where a query's region is routed to a key's region, else minus infinity."""
     q, k = query_grid, key_grid
     shape_BRR = (routes_BRK.shape[0], q.num_regions, k.num_regions)
-    mask_BRR = torch.full(shape_BRR, float("-inf"), dtype=dtype, device=routes_BRK.device).scatter_(2, routes_BRK, 0.0)
+    mask_BRR = torch.full(shape_BRR, float("-inf"), dtype=dtype, device=routes_BRK.device).scatter(2, routes_BRK, 0.0)
     mask_BHWHW = repeat(
         mask_BRR,
         "b (qy qx) (ky kx) -> b (qy qh) (qx qw) (ky kh) (kx kw)",

@@ -1,12 +1,13 @@
 """Attention and its gradients fused into kernels that read queries, keys and values in place.
 
 Nothing is gathered: beside its inputs and outputs a call holds one float for each query and head, and in the backward
-pass one more and the routes' inverse. Imported when it is first called, since it imports Triton.
+pass one more and the routes' inverse. Where it goes through whole maps it holds no inverse, but 64 bits for each query
+of an image, which then take the place of the routes. Imported when it is first called, since it imports Triton.
 """
 import torch
 
 from ...regions import RegionGrid
-from .op import forward
+from .op import forward, route_bits
 from .tuning import is_dense
 
 
@@ -27,5 +28,6 @@ def routed_attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if dense is None:
         dense = is_dense(query_grid, key_grid, routes.shape[2])
+    routes, bits = route_bits(routes, query_grid, key_grid) if dense else (routes, None)
     grids = [query_grid.rows, query_grid.cols], [key_grid.rows, key_grid.cols]
-    return forward(query, key, value, routes, *grids, scale, dense)[0]
+    return forward(query, key, value, routes, bits, *grids, scale)[0]

@@ -11,7 +11,10 @@ There are two ways to say which tokens meet:
   (B, Rq * K) holds the query regions sorted by the key region that they chose, and those of key region r are entries
   `bounds_ptr[b, r]` to `bounds_ptr[b, r + 1]`, of (B, Rk + 1).
 - DENSE: a tile holds consecutive tokens of the map, whatever their regions, and all tokens of the other map are
-  streamed past it; pairs that are not routed get no weight. `routes_ptr` is (B, Rq) int64, the routes as bits.
+  streamed past it; pairs that are not routed get no weight. `routes_ptr` is (B, Hq * Wq) int64, for each query the
+  regions that it is routed to as bits, and `bits_ptr` (Hk * Wk) int64, for each key the bit of its region: to look
+  them up takes half the instructions of computing regions from places. Both have zeros up to a multiple of MAX_BLOCK
+  tokens, since loads under a mask are not vectorized.
 
 Logits are in base 2: `scale` comes multiplied by log2(e). So is `lse`, the log-sum-exp of each query's logits,
 (B, heads, Hq, Wq) float32; `delta`, of the same shape, is the sum of output times its gradient.
@@ -22,10 +25,9 @@ import triton.language as tl
 from .tiles import (
     divide,
     head_of_map,
-    is_routed,
+    known_strides,
     list_length,
     load_tokens,
-    region_at,
     store_tokens,
     tokens_of_list,
     tokens_of_map,
@@ -33,6 +35,7 @@ from .tiles import (
 )
 
 LN_2 = tl.constexpr(0.6931471805599453)
+MAX_BLOCK = tl.constexpr(128)  # tokens of a tile
 
 # Triton compiles a kernel anew for integers that are 1 or multiples of 16; these take too many values for that.
 _VARYING = [
@@ -66,10 +69,26 @@ def _own_tokens(region, first, grid, BLOCK: tl.constexpr, DENSE: tl.constexpr, E
 
 
 @triton.jit
-def _routes_of_tile(routes_ptr, image, region, num_regions, topk, row, col, real, grid, DENSE: tl.constexpr):
+def _bits_of_queries(routes_ptr, image, first, grid, BLOCK: tl.constexpr):
+    """The routes of BLOCK queries from `first` on as bits, none where there is no query."""
+    height, width, cols, region_height, region_width = grid
+    row = routes_ptr + image.to(tl.int64) * (tl.cdiv(height * width, MAX_BLOCK) * MAX_BLOCK)
+    return tl.load(row + first + tl.arange(0, BLOCK))
+
+
+@triton.jit
+def _bits_of_keys(bits_ptr, first, BLOCK: tl.constexpr):
+    """The bit of the region of each of BLOCK keys from `first` on, none where there is no key."""
+    return tl.load(bits_ptr + first + tl.arange(0, BLOCK))
+
+
+@triton.jit
+def _routes_of_tile(
+    routes_ptr, image, region, first, num_regions, topk, grid, BLOCK: tl.constexpr, DENSE: tl.constexpr
+):
     """DENSE: the route bits of each query. Otherwise: where the list of the region's routes begins."""
     if DENSE:
-        return tl.load(routes_ptr + image * num_regions + region_at(row, col, grid), mask=real, other=0)
+        return _bits_of_queries(routes_ptr, image, first, grid, BLOCK)
     else:
         return routes_ptr + (image * num_regions + region).to(tl.int64) * topk
 
@@ -86,13 +105,14 @@ def _streamed_length(count, grid, BLOCK: tl.constexpr, DENSE: tl.constexpr, PACK
 
 @triton.jit
 def _streamed_keys(
-    routes, topk, start, grid, BLOCK: tl.constexpr, DENSE: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr
-):
+    routes, bits_ptr, topk, start, grid,
+    BLOCK: tl.constexpr, DENSE: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
     """(row, column, is real) of a tile of keys, and which (query, key) pairs of it meet."""
     if DENSE:
         row, col, real = tokens_of_map(start + tl.arange(0, BLOCK), grid, EVEN)
-        region = tl.where(real, region_at(row, col, grid), 0)
-        return row, col, real, is_routed(routes[:, None], region[None, :]) & real[None, :]
+        bits = _bits_of_keys(bits_ptr, start, BLOCK)
+        return row, col, real, (routes[:, None] & bits[None, :]) != 0
     else:
         row, col, real = tokens_of_list(routes, topk, start, grid, BLOCK, PACKED, EVEN)
         return row, col, real, real[None, :]
@@ -107,22 +127,25 @@ def _rows_of_map(ptr, image, head, num_heads, grid, row, col):
 
 @triton.jit(do_not_specialize=_VARYING)
 def forward_kernel(
-    query_ptr, key_ptr, value_ptr, routes_ptr, out_ptr, lse_ptr,
+    query_ptr, key_ptr, value_ptr, routes_ptr, bits_ptr, out_ptr, lse_ptr,
     query_strides, key_strides, value_strides, out_strides,
     scale, num_heads, num_query_regions, topk,
     q_height, q_width, q_cols, q_region_height, q_region_width,
     k_height, k_width, k_cols, k_region_height, k_region_width,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DENSE: tl.constexpr, PACKED: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
+    STRIDES_OF_8: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries: out = softmax(scale * q k^T) v over the keys that it is routed to, and lse."""
     q_grid = (q_height, q_width, q_cols, q_region_height, q_region_width)
     k_grid = (k_height, k_width, k_cols, k_region_height, k_region_width)
     image, region, first, head = _place(num_heads, num_query_regions, q_grid, BLOCK_M, DENSE)
     q_row, q_col, q_real = _own_tokens(region, first, q_grid, BLOCK_M, DENSE, EVEN_M)
-    routes = _routes_of_tile(
-        routes_ptr, image, region, num_query_regions, topk, q_row, q_col, q_real, q_grid, DENSE
-    )
+    routes = _routes_of_tile(routes_ptr, image, region, first, num_query_regions, topk, q_grid, BLOCK_M, DENSE)
+    query_strides = known_strides(query_strides, STRIDES_OF_8)
+    key_strides = known_strides(key_strides, STRIDES_OF_8)
+    value_strides = known_strides(value_strides, STRIDES_OF_8)
+    out_strides = known_strides(out_strides, STRIDES_OF_8)
     query_head = head_of_map(query_ptr, query_strides, image, head)
     key_head = head_of_map(key_ptr, key_strides, image, head)
     value_head = head_of_map(value_ptr, value_strides, image, head)
@@ -135,7 +158,7 @@ def forward_kernel(
     num_keys = _streamed_length(topk, k_grid, BLOCK_N, DENSE, PACKED)
     for start in range(0, num_keys, BLOCK_N):
         k_row, k_col, k_real, meet = _streamed_keys(
-            routes, topk, start, k_grid, BLOCK_N, DENSE, PACKED, EVEN_N
+            routes, bits_ptr, topk, start, k_grid, BLOCK_N, DENSE, PACKED, EVEN_N
         )
         key = load_tokens(key_head, key_strides, k_row, k_col, k_real, HEAD_DIM, BLOCK_D)
         logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
@@ -159,22 +182,27 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=_VARYING)
 def query_gradient_kernel(
-    query_ptr, key_ptr, value_ptr, routes_ptr, out_ptr, grad_out_ptr, lse_ptr, delta_ptr, grad_query_ptr,
+    query_ptr, key_ptr, value_ptr, routes_ptr, bits_ptr, out_ptr, grad_out_ptr, lse_ptr, delta_ptr, grad_query_ptr,
     query_strides, key_strides, value_strides, out_strides, grad_out_strides, grad_query_strides,
     scale, num_heads, num_query_regions, topk,
     q_height, q_width, q_cols, q_region_height, q_region_width,
     k_height, k_width, k_cols, k_region_height, k_region_width,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DENSE: tl.constexpr, PACKED: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
+    STRIDES_OF_8: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries: its gradient, and delta for the kernel of the keys and values."""
     q_grid = (q_height, q_width, q_cols, q_region_height, q_region_width)
     k_grid = (k_height, k_width, k_cols, k_region_height, k_region_width)
     image, region, first, head = _place(num_heads, num_query_regions, q_grid, BLOCK_M, DENSE)
     q_row, q_col, q_real = _own_tokens(region, first, q_grid, BLOCK_M, DENSE, EVEN_M)
-    routes = _routes_of_tile(
-        routes_ptr, image, region, num_query_regions, topk, q_row, q_col, q_real, q_grid, DENSE
-    )
+    routes = _routes_of_tile(routes_ptr, image, region, first, num_query_regions, topk, q_grid, BLOCK_M, DENSE)
+    query_strides = known_strides(query_strides, STRIDES_OF_8)
+    key_strides = known_strides(key_strides, STRIDES_OF_8)
+    value_strides = known_strides(value_strides, STRIDES_OF_8)
+    out_strides = known_strides(out_strides, STRIDES_OF_8)
+    grad_out_strides = known_strides(grad_out_strides, STRIDES_OF_8)
+    grad_query_strides = known_strides(grad_query_strides, STRIDES_OF_8)
     query_head = head_of_map(query_ptr, query_strides, image, head)
     key_head = head_of_map(key_ptr, key_strides, image, head)
     value_head = head_of_map(value_ptr, value_strides, image, head)
@@ -193,7 +221,7 @@ def query_gradient_kernel(
     num_keys = _streamed_length(topk, k_grid, BLOCK_N, DENSE, PACKED)
     for start in range(0, num_keys, BLOCK_N):
         k_row, k_col, k_real, meet = _streamed_keys(
-            routes, topk, start, k_grid, BLOCK_N, DENSE, PACKED, EVEN_N
+            routes, bits_ptr, topk, start, k_grid, BLOCK_N, DENSE, PACKED, EVEN_N
         )
         key = load_tokens(key_head, key_strides, k_row, k_col, k_real, HEAD_DIM, BLOCK_D)
         value = load_tokens(value_head, value_strides, k_row, k_col, k_real, HEAD_DIM, BLOCK_D)
@@ -209,14 +237,13 @@ def query_gradient_kernel(
 
 @triton.jit
 def _streamed_queries(
-    list_ptr, count, routes_ptr, image, num_query_regions, start, grid,
+    list_ptr, count, routes_ptr, image, start, grid,
     BLOCK: tl.constexpr, DENSE: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """(row, column, is real) of a tile of queries, and the route bits of each in the dense way."""
     if DENSE:
         row, col, real = tokens_of_map(start + tl.arange(0, BLOCK), grid, EVEN)
-        region = tl.where(real, region_at(row, col, grid), 0)
-        return row, col, real, tl.load(routes_ptr + image * num_query_regions + region, mask=real, other=0)
+        return row, col, real, _bits_of_queries(routes_ptr, image, start, grid, BLOCK)
     else:
         row, col, real = tokens_of_list(list_ptr, count, start, grid, BLOCK, PACKED, EVEN)
         return row, col, real, 0
@@ -224,7 +251,7 @@ def _streamed_queries(
 
 @triton.jit(do_not_specialize=_VARYING)
 def key_value_gradient_kernel(
-    query_ptr, key_ptr, value_ptr, routes_ptr, members_ptr, bounds_ptr, grad_out_ptr, lse_ptr, delta_ptr,
+    query_ptr, key_ptr, value_ptr, routes_ptr, bits_ptr, members_ptr, bounds_ptr, grad_out_ptr, lse_ptr, delta_ptr,
     grad_key_ptr, grad_value_ptr,
     query_strides, key_strides, value_strides, grad_out_strides, grad_key_strides, grad_value_strides,
     scale, num_heads, num_query_regions, num_key_regions, topk,
@@ -232,13 +259,19 @@ def key_value_gradient_kernel(
     k_height, k_width, k_cols, k_region_height, k_region_width,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DENSE: tl.constexpr, PACKED: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
+    STRIDES_OF_8: tl.constexpr,
 ):  # fmt: skip
     """A tile of keys and values: their gradients from the queries that are routed to them."""
     q_grid = (q_height, q_width, q_cols, q_region_height, q_region_width)
     k_grid = (k_height, k_width, k_cols, k_region_height, k_region_width)
     image, region, first, head = _place(num_heads, num_key_regions, k_grid, BLOCK_M, DENSE)
     k_row, k_col, k_real = _own_tokens(region, first, k_grid, BLOCK_M, DENSE, EVEN_M)
-    k_region = tl.where(k_real, region_at(k_row, k_col, k_grid), 0)
+    query_strides = known_strides(query_strides, STRIDES_OF_8)
+    key_strides = known_strides(key_strides, STRIDES_OF_8)
+    value_strides = known_strides(value_strides, STRIDES_OF_8)
+    grad_out_strides = known_strides(grad_out_strides, STRIDES_OF_8)
+    grad_key_strides = known_strides(grad_key_strides, STRIDES_OF_8)
+    grad_value_strides = known_strides(grad_value_strides, STRIDES_OF_8)
     query_head = head_of_map(query_ptr, query_strides, image, head)
     key_head = head_of_map(key_ptr, key_strides, image, head)
     value_head = head_of_map(value_ptr, value_strides, image, head)
@@ -249,6 +282,7 @@ def key_value_gradient_kernel(
     value = load_tokens(value_head, value_strides, k_row, k_col, k_real, HEAD_DIM, BLOCK_D)
 
     if DENSE:
+        key_bits = _bits_of_keys(bits_ptr, first, BLOCK_M)
         list_ptr = members_ptr
         count = 0
     else:
@@ -262,7 +296,7 @@ def key_value_gradient_kernel(
     num_queries = _streamed_length(count, q_grid, BLOCK_N, DENSE, PACKED)
     for start in range(0, num_queries, BLOCK_N):
         q_row, q_col, q_real, route_bits = _streamed_queries(
-            list_ptr, count, routes_ptr, image, num_query_regions, start, q_grid, BLOCK_N, DENSE, PACKED, EVEN_N
+            list_ptr, count, routes_ptr, image, start, q_grid, BLOCK_N, DENSE, PACKED, EVEN_N
         )
         query = load_tokens(query_head, query_strides, q_row, q_col, q_real, HEAD_DIM, BLOCK_D)
         grad_out = load_tokens(grad_out_head, grad_out_strides, q_row, q_col, q_real, HEAD_DIM, BLOCK_D)
@@ -274,7 +308,7 @@ def key_value_gradient_kernel(
         logits = tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale
         weight = tl.exp2(logits - lse[None, :])
         if DENSE:
-            weight = tl.where(is_routed(route_bits[None, :], k_region[:, None]), weight, 0.0)
+            weight = tl.where((key_bits[:, None] & route_bits[None, :]) != 0, weight, 0.0)
         grad_value = tl.dot(weight.to(grad_out.dtype), grad_out, grad_value, input_precision=PRECISION)
         grad_weight = tl.dot(value, tl.trans(grad_out), input_precision=PRECISION)
         grad_logits = (weight * (grad_weight - delta[None, :])).to(query.dtype)

@@ -1,14 +1,17 @@
 """Fused routed attention as operators that torch.compile, export and autograd treat whole.
 
-    routed_attention::forward   (query, key, value, routes, grids, scale, dense) -> (out, lse)
+    routed_attention::forward   (query, key, value, routes, bits, grids, scale) -> (out, lse)
     routed_attention::backward  (..., out, grad_out, lse, ...) -> (grad_query, grad_key, grad_value)
 
-A grid crosses as its [rows, cols]; the rest of it is the map's shape.
+A grid crosses as its [rows, cols]; the rest of it is the map's shape. Without `bits` the routes are lists of regions,
+with them both are what `route_bits` makes, and whole maps are gone through.
 """
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 import triton
 
 from ...regions import RegionGrid
@@ -20,6 +23,7 @@ def _grid_of(x_BHWND: torch.Tensor, rows_cols: Sequence[int]) -> RegionGrid:
     return RegionGrid(x_BHWND.shape[1], x_BHWND.shape[2], *rows_cols)
 
 
+@lru_cache(maxsize=1024)
 def _grid_args(query_grid: RegionGrid, key_grid: RegionGrid) -> dict[str, int]:
     names = ("height", "width", "cols", "region_height", "region_width")
     return {f"{side}_{n}": getattr(grid, n) for side, grid in (("q", query_grid), ("k", key_grid)) for n in names}
@@ -31,6 +35,11 @@ def _precision(dtype: torch.dtype) -> str:
     # PyTorch 2.9 has a new setting beside the old one, which cannot be read any more once the new one is written.
     allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
     return "tf32" if dtype == torch.float32 and allowed else "ieee"
+
+
+def _strides_of_8(strides: Sequence[tuple[int, ...]]) -> bool:
+    """Whether every head of every token begins a multiple of 8 numbers behind the first one of its map."""
+    return all(stride % 8 == 0 for strides_of_map in strides for stride in strides_of_map)
 
 
 def _launch(kernel, plan: Plan, like: torch.Tensor, scale: float, *args, **sizes):
@@ -45,14 +54,28 @@ def _launch(kernel, plan: Plan, like: torch.Tensor, scale: float, *args, **sizes
             HEAD_DIM=head_dim,
             BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
             PRECISION=_precision(like.dtype),
+            STRIDES_OF_8=_strides_of_8([x for x in args if isinstance(x, tuple)]),
             **sizes,
             **plan.constants(),
         )
 
 
-def _kernel_routes(routes: torch.Tensor, dense: bool) -> torch.Tensor:
-    """Routes as the kernels read them: the list, or (B, Rq) sets of bits."""
-    return torch.bitwise_left_shift(1, routes).sum(-1) if dense else routes.contiguous()
+def _of_tokens(x_BR: torch.Tensor, grid: RegionGrid) -> torch.Tensor:
+    """(B, H * W), what every token's region has, with zeros behind as the kernels expect them."""
+    x_BYhXw = x_BR.view(-1, grid.rows, 1, grid.cols, 1).expand(-1, -1, grid.region_height, -1, grid.region_width)
+    x_BL = grid.crop(x_BYhXw.flatten(3).flatten(1, 2)).flatten(1)
+    return F.pad(x_BL, (0, -x_BL.shape[1] % kernels.MAX_BLOCK.value))
+
+
+def route_bits(
+    routes_BRK: torch.Tensor, query_grid: RegionGrid, key_grid: RegionGrid
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each query the regions that it is routed to as bits, and for each key the bit of its region."""
+    if key_grid.num_regions > MAX_BITS:
+        raise ValueError(f"routes as bits have room for {MAX_BITS} key regions, got {key_grid.num_regions}")
+    query_bits_BR = torch.bitwise_left_shift(1, routes_BRK).sum(-1)
+    key_bits_BR = torch.bitwise_left_shift(1, torch.arange(key_grid.num_regions, device=routes_BRK.device))[None]
+    return _of_tokens(query_bits_BR, query_grid), _of_tokens(key_bits_BR, key_grid)
 
 
 def _inverse(routes_BRK: torch.Tensor, num_key_regions: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,8 +94,8 @@ def _strides(*maps_BHWND: torch.Tensor) -> list[tuple[int, ...]]:
     return [x.stride()[:4] for x in maps_BHWND]
 
 
-_MAPS = "Tensor query, Tensor key, Tensor value, Tensor routes"
-_SETTINGS = "int[] query_regions, int[] key_regions, float scale, bool dense"
+_MAPS = "Tensor query, Tensor key, Tensor value, Tensor routes, Tensor? bits"
+_SETTINGS = "int[] query_regions, int[] key_regions, float scale"
 
 
 @torch.library.custom_op(
@@ -83,24 +106,24 @@ def forward(
     key: torch.Tensor,
     value: torch.Tensor,
     routes: torch.Tensor,
+    bits: torch.Tensor | None,
     query_regions: Sequence[int],
     key_regions: Sequence[int],
     scale: float,
-    dense: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = _allocate(query)
     if out.numel() == 0:
         return out, lse
     query_grid, key_grid = _grid_of(query, query_regions), _grid_of(key, key_regions)
-    if dense and key_grid.num_regions > MAX_BITS:
-        raise ValueError(f"routes as bits have room for {MAX_BITS} key regions, got {key_grid.num_regions}")
     query, key, value = (_rows_side_by_side(x) for x in (query, key, value))
-    topk = routes.shape[2]
+    routes = routes.contiguous()
+    dense = bits is not None
+    topk = 0 if dense else routes.shape[2]
     _launch(
         kernels.forward_kernel,
         make_plan(query_grid, key_grid, topk, False, dense, query.shape[-1], query.dtype),
         *(query, scale),
-        *(query, key, value, _kernel_routes(routes, dense), out, lse),
+        *(query, key, value, routes, bits, out, lse),
         *_strides(query, key, value, out),
         num_query_regions=query_grid.num_regions,
         topk=topk,
@@ -117,7 +140,7 @@ def _allocate(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @forward.register_fake
-def _(query, key, value, routes, query_regions, key_regions, scale, dense):
+def _(query, key, value, routes, bits, query_regions, key_regions, scale):
     return _allocate(query)
 
 
@@ -131,13 +154,13 @@ def backward(
     key: torch.Tensor,
     value: torch.Tensor,
     routes: torch.Tensor,
+    bits: torch.Tensor | None,
     out: torch.Tensor,
     grad_out: torch.Tensor,
     lse: torch.Tensor,
     query_regions: Sequence[int],
     key_regions: Sequence[int],
     scale: float,
-    dense: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     grads = grad_query, grad_key, grad_value = _allocate_gradients(query, key, value)
     if out.numel() == 0:
@@ -145,8 +168,9 @@ def backward(
     query_grid, key_grid = _grid_of(query, query_regions), _grid_of(key, key_regions)
     query, key, value, grad_out = (_rows_side_by_side(x) for x in (query, key, value, grad_out))
     head_dim, dtype = query.shape[-1], query.dtype
-    topk = routes.shape[2]
-    kernel_routes = _kernel_routes(routes, dense)
+    routes = routes.contiguous()
+    dense = bits is not None
+    topk = 0 if dense else routes.shape[2]
     delta = torch.empty_like(lse)
     grids = _grid_args(query_grid, key_grid)
 
@@ -154,19 +178,19 @@ def backward(
         kernels.query_gradient_kernel,
         make_plan(query_grid, key_grid, topk, False, dense, head_dim, dtype),
         *(query, scale),
-        *(query, key, value, kernel_routes, out, grad_out, lse, delta, grad_query),
+        *(query, key, value, routes, bits, out, grad_out, lse, delta, grad_query),
         *_strides(query, key, value, out, grad_out, grad_query),
         num_query_regions=query_grid.num_regions,
         topk=topk,
         **grids,
     )
-    members, bounds = (kernel_routes, kernel_routes) if dense else _inverse(routes, key_grid.num_regions)
+    members, bounds = (routes, routes) if dense else _inverse(routes, key_grid.num_regions)
     chosen_by = max(1, topk * query_grid.num_regions // key_grid.num_regions)
     _launch(
         kernels.key_value_gradient_kernel,
         make_plan(key_grid, query_grid, chosen_by, True, dense, head_dim, dtype),
         *(query, scale),
-        *(query, key, value, kernel_routes, members, bounds, grad_out, lse, delta, grad_key, grad_value),
+        *(query, key, value, routes, bits, members, bounds, grad_out, lse, delta, grad_key, grad_value),
         *_strides(query, key, value, grad_out, grad_key, grad_value),
         num_query_regions=query_grid.num_regions,
         num_key_regions=key_grid.num_regions,
@@ -181,24 +205,24 @@ def _allocate_gradients(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 @backward.register_fake
-def _(query, key, value, routes, out, grad_out, lse, query_regions, key_regions, scale, dense):
+def _(query, key, value, routes, bits, out, grad_out, lse, query_regions, key_regions, scale):
     return _allocate_gradients(query, key, value)
 
 
 def _save_for_backward(ctx, inputs, output):
-    query, key, value, routes, *ctx.settings = inputs
+    query, key, value, routes, bits, *ctx.settings = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, key, value, routes, out, lse)
+    ctx.save_for_backward(query, key, value, routes, bits, out, lse)
 
 
 def _gradients(ctx, grad_out, _grad_lse):
-    nones = (None,) * (1 + len(ctx.settings))
+    nones = (None,) * (2 + len(ctx.settings))
     if grad_out is None:
         return None, None, None, *nones
-    query, key, value, routes, out, lse = ctx.saved_tensors
-    return *backward(query, key, value, routes, out, grad_out, lse, *ctx.settings), *nones
+    query, key, value, routes, bits, out, lse = ctx.saved_tensors
+    return *backward(query, key, value, routes, bits, out, grad_out, lse, *ctx.settings), *nones
 
 
 forward.register_autograd(_gradients, setup_context=_save_for_backward)

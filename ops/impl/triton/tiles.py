@@ -75,18 +75,19 @@ def tokens_of_list(regions_ptr, count, start, grid, BLOCK: tl.constexpr, PACKED:
 
 
 @triton.jit
-def region_at(row, col, grid):
-    """The region that a token of the map lies in."""
-    height, width, cols, region_height, region_width = grid
-    region_row, _ = divide(row, region_height)
-    region_col, _ = divide(col, region_width)
-    return region_row * cols + region_col
+def known_strides(strides, OF_8: tl.constexpr):
+    """Strides of a map, which the compiler is told are multiples of 8 where they are.
 
-
-@triton.jit
-def is_routed(route_bits, key_region):
-    """Whether the bit of the key's region is set in the query's routes."""
-    return ((route_bits >> key_region.to(tl.int64)) & 1) != 0
+    By itself it knows multiples of 16 only. The heads of a map lie 24 or 40 numbers apart where they have so many, and
+    it would load one number at a time.
+    """
+    image_stride, row_stride, col_stride, head_stride = strides
+    if OF_8:
+        image_stride = tl.multiple_of(image_stride.to(tl.int64), 8)
+        row_stride = tl.multiple_of(row_stride.to(tl.int64), 8)
+        col_stride = tl.multiple_of(col_stride.to(tl.int64), 8)
+        head_stride = tl.multiple_of(head_stride.to(tl.int64), 8)
+    return image_stride, row_stride, col_stride, head_stride
 
 
 @triton.jit
