@@ -1,5 +1,16 @@
 """Entry points for torch.hub: `torch.hub.load("OWNER/REPOSITORY", "biformer_small")`, keywords as in timm."""
+import importlib
+from pathlib import Path
+
 dependencies = ["torch", "timm", "einops"]
+
+for _name in ("models", "ops"):
+    _file = importlib.import_module(_name).__file__
+    if _file is None or Path(_file).resolve().parent != Path(__file__).resolve().parent / _name:
+        raise ImportError(
+            f"this project has a package {_name!r} of its own ({_file}), which hides the one that the networks are in; "
+            "Python can hold one of them"
+        )
 
 from models.biformer import (  # noqa: E402, F401
     biformer_base,

@@ -3,7 +3,7 @@
 Maps are held channels last, so that linear layers, layer norms, routing and depthwise convolutions all read the same
 memory and nothing is transposed between them.
 """
-import re
+from collections.abc import Callable, Sequence
 
 import torch
 from timm.layers import ClassifierHead, DropPath, trunc_normal_
@@ -13,12 +13,35 @@ from torch import nn
 
 from ops import conv_channels_last
 
-from ._released import rename, unwrap
+from ._released import build_with_released_weights, rename_published, unwrap
 
 
 def split_qkv(qkv: torch.Tensor, num_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(B, N, 3 * heads * head_dim) packed projection -> query, key and value, views of (B, heads, N, head_dim)."""
     return qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def check_per_stage(num_stages: int, kind: str = "stages", **settings):
+    """Raises ValueError unless each of `settings`, by name, has one entry for each of the `num_stages` stages."""
+    for name, values in settings.items():
+        if not isinstance(values, (tuple, list)) or len(values) != num_stages:
+            raise ValueError(f"{name} must have one entry for each of the {num_stages} {kind}, got {values}")
+
+
+def check_divides(name: str, divisors: int | Sequence[int], what: str, numbers: int | Sequence[int]):
+    """Raises ValueError unless `divisors`, one for all or one for each, divide the `numbers`, and all are positive.
+
+    `name` and `what` are the names of the divisors and of the numbers.
+    """
+    each_number = [numbers] if isinstance(numbers, int) else numbers
+    each_divisor = [divisors] * len(each_number) if isinstance(divisors, int) else divisors
+    if any(n < 1 or number < 1 or number % n for n, number in zip(each_divisor, each_number, strict=True)):
+        raise ValueError(f"{name} must divide {what} {numbers}, got {divisors}")
+
+
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) in channels-last memory; torch.func.vmap knows of no memory formats, but of permutations."""
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 class Block(nn.Module):
@@ -234,7 +257,7 @@ class HierarchicalNetwork(nn.Module):
         last_index = len(self.stages) - 1
         stages = self.stages[: max_index + 1] if stop_early else self.stages
         intermediates = []
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        x = self.stem(channels_last(x))
         for i, stage in enumerate(stages):
             x = stage(x)
             if i in take_indices:
@@ -262,7 +285,7 @@ class HierarchicalNetwork(nn.Module):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in_chans, H, W) -> (B, num_features, H / 32, W / 32), normed and not pooled."""
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        x = self.stem(channels_last(x))
         return self.norm(self.stages(x))
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
@@ -281,6 +304,24 @@ class HierarchicalNetwork(nn.Module):
         if self.token_head is None or not self.training:
             return logits
         return logits, self.token_head(x.permute(0, 2, 3, 1))
+
+
+def build_hierarchical(
+    model_cls: type[HierarchicalNetwork],
+    variant: str,
+    pretrained: bool,
+    checkpoint_filter_fn: Callable[[dict, nn.Module], dict],
+    **kwargs,
+) -> HierarchicalNetwork:
+    """`build_with_released_weights`, with the maps after all four stages as the default of `features_only`."""
+    return build_with_released_weights(
+        model_cls,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
+        **kwargs,
+    )
 
 
 def fit_token_head(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
@@ -304,10 +345,22 @@ _COMMON_RENAMES = [
 ]
 
 
-def rename_published(
+def _downsample_renames(state_dict: dict[str, torch.Tensor]) -> list[tuple[str, str]]:
+    """Of what is between the stages: the conv layout has the convolution first, the stl layout the norm."""
+    renames = []
+    for i in range(1, 4):
+        first = state_dict.get(f"downsample_layers.{i}.0.weight")
+        parts = ("conv", "norm") if first is not None and first.ndim == 4 else ("norm", "conv")
+        renames += [
+            (rf"^downsample_layers\.{i}\.{j}\.", f"stages.{i}.downsample.{part}.") for j, part in enumerate(parts)
+        ]
+    return renames
+
+
+def rename_biformer(
     state_dict: dict[str, torch.Tensor], model: nn.Module, renames: list[tuple[str, str]]
 ) -> dict[str, torch.Tensor]:
-    """The entries of a published checkpoint under our names; those of our own checkpoints pass unchanged.
+    """The entries of a checkpoint in BiFormer's published layout under our names; our own pass unchanged.
 
     Args:
         state_dict: The checkpoint, or what it holds as "model" or "state_dict".
@@ -317,16 +370,6 @@ def rename_published(
     state_dict = fit_token_head(unwrap(state_dict), model)
     if "stem.conv1.weight" in state_dict:
         return state_dict
+    out = rename_published(state_dict, [*_COMMON_RENAMES, *_downsample_renames(state_dict), *renames])
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    out = {}
-    for name, value in state_dict.items():
-        downsample = re.match(r"downsample_layers\.([1-3])\.([01])\.(.+)", name)
-        if downsample:
-            # The conv layout has the convolution first, the stl layout the norm.
-            i, j, leaf = downsample.groups()
-            weight = state_dict.get(f"downsample_layers.{i}.{j}.weight")
-            is_conv = weight is not None and weight.ndim == 4
-            name = f"stages.{i}.downsample.{'conv' if is_conv else 'norm'}.{leaf}"
-        name = rename(name, [*_COMMON_RENAMES, *renames])
-        out[name] = value.flatten(1) if name in linear and value.ndim == 4 else value
-    return out
+    return {name: value.flatten(1) if name in linear and value.ndim == 4 else value for name, value in out.items()}

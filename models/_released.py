@@ -1,5 +1,6 @@
 """What a model's registration says, and weights that were released outside of timm's hub."""
 import argparse
+import hashlib
 import pickle
 import re
 import shutil
@@ -7,12 +8,19 @@ from pathlib import Path
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg
+from timm.models import PretrainedCfg, build_model_with_cfg, load_state_dict, resolve_pretrained_cfg
 from torch import nn
+
+# Tags say what weights were trained on. A config without `url` has none for timm, and `list_models(pretrained=True)`
+# leaves it out; under "in1k" its authors nonetheless offer weights, on the page in `origin_url`, to be had by hand.
+UNTRAINED = "untrained"
 
 
 def imagenet_cfg(**kwargs) -> dict:
-    """A default config of timm for ImageNet-1K at 224; `kwargs` add to it or win over it."""
+    """A default config of timm for ImageNet-1K at 224; `kwargs` add to it or win over it.
+
+    `origin_url` is needed: weights that no program can download are to be found there.
+    """
     common = dict(
         url="",
         num_classes=1000,
@@ -35,35 +43,91 @@ def unwrap(checkpoint: dict) -> dict[str, torch.Tensor]:
     return checkpoint
 
 
-def rename(name: str, renames: list[tuple[str, str]]) -> str:
-    """A published name as ours: every (pattern, replacement) in its turn."""
-    for pattern, replacement in renames:
-        name = re.sub(pattern, replacement, name)
-    return name
+def rename_published(state_dict: dict[str, torch.Tensor], renames: list[tuple[str, str]]) -> dict[str, torch.Tensor]:
+    """The entries of a published checkpoint under our names: every (pattern, replacement) in its turn."""
+    out = {}
+    for name, value in state_dict.items():
+        for pattern, replacement in renames:
+            name = re.sub(pattern, replacement, name)
+        out[name] = value
+    return out
+
+
+def _pass_the_file(variant: str) -> str:
+    return (
+        f"pass the file: timm.create_model({variant!r}, pretrained=True, "
+        "pretrained_cfg_overlay=dict(file='/path/to/file.pth'))"
+    )
+
+
+def _check_has_weights(variant: str, cfg: PretrainedCfg):
+    """Raises RuntimeError where there is nothing to load, and says where weights may come from."""
+    if cfg.has_weights or cfg.state_dict:
+        return
+    if cfg.tag == UNTRAINED:
+        raise RuntimeError(f"no weights of {variant} were released; train it, and {_pass_the_file(variant)}")
+    raise RuntimeError(
+        f"no program can download the weights of {variant}. Get them by hand, from the page where its authors offer "
+        f"them, {cfg.origin_url}, and {_pass_the_file(variant)}"
+    )
 
 
 def build_with_released_weights(model_cls: type[nn.Module], variant: str, pretrained: bool, **kwargs) -> nn.Module:
-    """timm's `build_model_with_cfg`, for weights that lie behind the `url` of a default config.
+    """timm's `build_model_with_cfg`, for weights that lie behind the `url` of a default config, or in a file.
 
     Takes a local file in timm's way: `create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=path))`.
+    Where a file holds a moving average too, it takes the weights themselves, as from a `url`.
 
     Raises:
-        RuntimeError: The weights cannot be downloaded or read; says what to do instead.
+        RuntimeError: There are no weights to download, or they cannot be downloaded or read; says what to do instead.
     """
-    if not pretrained or "file" in (kwargs.get("pretrained_cfg_overlay") or {}):
+    if not pretrained:
         return build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
-    # A folder for each model: file-sharing services serve all files under the same name.
-    cache = Path(kwargs.pop("cache_dir", None) or torch.hub.get_dir()) / "checkpoints" / variant
+    overlay = kwargs.pop("pretrained_cfg_overlay", None) or {}
+    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
+    _check_has_weights(variant, cfg)
+    from_elsewhere = cfg.source in ("hf-hub", "local-dir") or cfg.state_dict or (cfg.hf_hub_id and not cfg.file)
+    if from_elsewhere:
+        return build_model_with_cfg(model_cls, variant, pretrained, pretrained_cfg_overlay=overlay, **kwargs)
+    build = _build_from_file if cfg.file else _build_from_url
+    return build(model_cls, variant, cfg, overlay, **kwargs)
+
+
+def _build_from_file(
+    model_cls: type[nn.Module], variant: str, cfg: PretrainedCfg, overlay: dict, **kwargs
+) -> nn.Module:
     try:
         # The published files hold the command line of their training, an inert Namespace, beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return build_model_with_cfg(model_cls, variant, pretrained, cache_dir=str(cache), **kwargs)
+            weights = load_state_dict(cfg.file, use_ema=False, weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise RuntimeError(f"{cfg.file} cannot be read as weights: {_one_line(error)}") from error
+    overlay = dict(overlay, file=None, state_dict=weights)
+    model = build_model_with_cfg(model_cls, variant, True, pretrained_cfg_overlay=overlay, **kwargs)
+    # The model's own description says where the weights came from, and need not hold them once more.
+    model.pretrained_cfg = dict(model.pretrained_cfg, file=cfg.file, state_dict=None)
+    return model
+
+
+def _build_from_url(
+    model_cls: type[nn.Module], variant: str, cfg: PretrainedCfg, overlay: dict, **kwargs
+) -> nn.Module:
+    # A folder for each address: file-sharing services serve all files under the same name.
+    folder = f"{variant}-{hashlib.sha256(cfg.url.encode()).hexdigest()[:8]}"
+    cache = Path(kwargs.pop("cache_dir", None) or torch.hub.get_dir()) / "checkpoints" / folder
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return build_model_with_cfg(
+                model_cls, variant, True, cache_dir=str(cache), pretrained_cfg_overlay=overlay, **kwargs
+            )
     except (OSError, EOFError, pickle.UnpicklingError) as error:
         # What was downloaded may be a page that says so; it must not be taken for the weights the next time.
         shutil.rmtree(cache, ignore_errors=True)
         raise RuntimeError(
-            f"the released weights of {variant} could not be had ({str(error).splitlines()[0]}). Download them by "
-            f"hand, from the page that timm.get_pretrained_cfg({variant!r}).origin_url names, and pass the file: "
-            f"timm.create_model({variant!r}, pretrained=True, "
-            "pretrained_cfg_overlay=dict(file='/path/to/file.pth'))"
+            f"the weights of {variant} could not be had from {cfg.url} ({_one_line(error)}). Download them by hand, "
+            f"from {cfg.origin_url}, and {_pass_the_file(variant)}"
         ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:500] or type(error).__name__

@@ -19,17 +19,19 @@ def collect_routing(model: nn.Module, images: torch.Tensor) -> dict[str, Routing
 
     Returns:
         The `Routing` of each attention by the module's name, in the order of the forward pass.
+
+    Raises:
+        ValueError: The network has no routed attention; BViT and ViTAEv2 have none.
     """
+    routed = [(name, module) for name, module in model.named_modules() if hasattr(module, "routing")]
+    if not routed:
+        raise ValueError(f"{type(model).__name__} has no routed attention")
     found = {}
 
     def hook_of(name: str):
         return lambda module, inputs: found.__setitem__(name, module.routing(*inputs))
 
-    hooks = [
-        module.register_forward_pre_hook(hook_of(name))
-        for name, module in model.named_modules()
-        if hasattr(module, "routing")
-    ]
+    hooks = [module.register_forward_pre_hook(hook_of(name)) for name, module in routed]
     try:
         model(images)
     finally:

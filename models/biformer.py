@@ -11,8 +11,19 @@ from torch import nn
 
 from ops import BiLevelRoutingAttention, conv_channels_last
 
-from ._layers import Block, Downsample, HierarchicalNetwork, Stage, Stem, rename_published, split_qkv
-from ._released import build_with_released_weights, imagenet_cfg
+from ._layers import (
+    Block,
+    Downsample,
+    HierarchicalNetwork,
+    Stage,
+    Stem,
+    build_hierarchical,
+    check_divides,
+    check_per_stage,
+    rename_biformer,
+    split_qkv,
+)
+from ._released import imagenet_cfg
 
 __all__ = ["BiFormer"]
 
@@ -27,10 +38,14 @@ class LePEAttention(nn.Module):
         dim: Channels.
         num_heads: Heads; must divide `dim`.
         lepe_on_value: Feed the local term the values, as one published checkpoint does, instead of the input.
+
+    Raises:
+        ValueError: `num_heads` does not divide `dim`.
     """
 
     def __init__(self, dim: int, num_heads: int = 8, lepe_on_value: bool = False, device=None, dtype=None):
         super().__init__()
+        check_divides("num_heads", num_heads, "dim", dim)
         dd = dict(device=device, dtype=dtype)
         self.num_heads = num_heads
         self.lepe_on_value = lepe_on_value
@@ -52,8 +67,6 @@ class BiFormer(HierarchicalNetwork):
 
     Args:
         in_chans: Image channels.
-        num_classes: Classes; 0 leaves the head out.
-        global_pool: Pooling of the head, "avg", "max", ..., or "" for none.
         depths: Blocks of each stage.
         dims: Channels of each stage.
         head_dim: Channels of a head in the routed stages.
@@ -63,20 +76,18 @@ class BiFormer(HierarchicalNetwork):
         layout: "conv" (overlapping convolutions between stages and before each attention) or "stl" (the Swin-Tiny
             layout of the paper's ablation: patch embeddings, no convolution before the attention).
         lepe_on_value: Feed the last stage's local term the values instead of its input.
-        drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth of the last block; grows linearly from 0 over all blocks.
-        token_head: Have a classifier of every token too, whose logits are returned in training.
         attn_impl: The implementation of `ops.routed_attention`.
+        **kwargs: `num_classes`, `global_pool`, `drop_rate` and `token_head`, as of `HierarchicalNetwork`.
 
     Raises:
-        ValueError: `layout` is unknown, or `num_regions` or `topk` is out of range.
+        ValueError: `layout` is unknown, there is not one entry for each stage, heads do not divide the channels, or
+            `num_regions` or `topk` is out of range.
     """
 
     def __init__(
         self,
         in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
         depths: tuple[int, ...] = (2, 2, 8, 2),
         dims: tuple[int, ...] = (64, 128, 256, 512),
         head_dim: int = 32,
@@ -85,19 +96,19 @@ class BiFormer(HierarchicalNetwork):
         topk: int | tuple[int, ...] = (1, 4, 16),
         layout: str = "conv",
         lepe_on_value: bool = False,
-        drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        token_head: bool = False,
         attn_impl: str = "auto",
         device=None,
         dtype=None,
+        **kwargs,
     ):
-        num_routed = len(dims) - 1
-        topk = (topk,) * num_routed if isinstance(topk, int) else tuple(topk)
         if layout not in ("conv", "stl"):
             raise ValueError(f"layout must be 'conv' or 'stl', got {layout!r}")
-        if len(topk) != num_routed:
-            raise ValueError(f"topk must be one number or {num_routed}, one for each routed stage, got {topk}")
+        check_per_stage(len(dims), depths=depths)
+        num_routed = len(dims) - 1
+        topk = (topk,) * num_routed if isinstance(topk, int) else topk
+        check_per_stage(num_routed, "routed stages", topk=topk)
+        check_divides("head_dim", head_dim, "the routed stages' channels", dims[:num_routed])
         dd = dict(device=device, dtype=dtype)
         patchify = layout == "stl"
         stem = Stem(in_chans, dims[0], patchify, **dd)
@@ -116,18 +127,7 @@ class BiFormer(HierarchicalNetwork):
                 blocks.append(Block(dim, attn, mlp, not patchify, drop_path, **dd))
             downsample = Downsample(dims[i - 1], dim, patchify, **dd) if i else nn.Identity()
             stages.append(Stage(downsample, blocks))
-        super().__init__(
-            stem,
-            stages,
-            dims,
-            nn.BatchNorm2d(dims[-1], **dd),
-            in_chans=in_chans,
-            num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            token_head=token_head,
-            **dd,
-        )
+        super().__init__(stem, stages, dims, nn.BatchNorm2d(dims[-1], **dd), in_chans, **dd, **kwargs)
 
 
 # Published name -> ours, tried in this order. The first two differ between the published checkpoints.
@@ -145,18 +145,11 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     Takes all published layouts: biformer_{tiny,small,base}, biformer_stl, and biformer_stl_nchw, whose linear layers
     are stored as 1 x 1 convolutions.
     """
-    return rename_published(state_dict, model, _RENAMES)
+    return rename_biformer(state_dict, model, _RENAMES)
 
 
 def _create_biformer(variant: str, pretrained: bool = False, **kwargs) -> BiFormer:
-    return build_with_released_weights(
-        BiFormer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
-        **kwargs,
-    )
+    return build_hierarchical(BiFormer, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 def _cfg(**kwargs) -> dict:

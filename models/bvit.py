@@ -1,7 +1,7 @@
 """BViT: a vision transformer whose last layer is followed by broad attention, attention over all layers at once.
 
 Paper: `BViT: Broad Attention based Vision Transformer` - https://arxiv.org/abs/2202.06268 (TNNLS 2023)
-Published code: https://github.com/DRL-CASIA/Broad_ViT
+Published code and, by the paper, weights: https://github.com/DRL-CASIA/Broad_ViT
 """
 import math
 
@@ -25,7 +25,7 @@ from timm.models.vision_transformer import init_weights_vit_timm
 from torch import nn
 
 from ._layers import split_qkv
-from ._released import build_with_released_weights, imagenet_cfg, rename, unwrap
+from ._released import build_with_released_weights, imagenet_cfg, rename_published, unwrap
 
 __all__ = ["BViT"]
 
@@ -148,7 +148,7 @@ class BViT(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        if embed_dim % num_heads:
+        if num_heads < 1 or embed_dim % num_heads:
             raise ValueError(f"num_heads must divide embed_dim {embed_dim}, got {num_heads}")
         if stem_stride < 1:
             raise ValueError(f"stem_stride must be at least 1, got {stem_stride}")
@@ -336,16 +336,15 @@ def _square_side(pos_embed: torch.Tensor) -> int:
 
 
 def _from_published(state_dict: dict[str, torch.Tensor], stem_stride: int) -> dict[str, torch.Tensor]:
-    out = {}
-    for name, value in state_dict.items():
-        name = rename(name, _RENAMES)
-        if name == "patch_embed.proj.weight":
-            # A linear layer over patches that were flattened row by row, the channel fastest.
-            value = value.unflatten(1, (PATCH_SIZE, PATCH_SIZE, -1)).permute(0, 3, 1, 2)
-        elif name == "pos_embed" and stem_stride > 1:
-            # There is a position for every patch of the image, of which the tokens after the stem take the first.
-            value = value[:, : 1 + math.ceil(_square_side(value) / stem_stride) ** 2]
-        out[name] = value
+    out = rename_published(state_dict, _RENAMES)
+    patches = out.get("patch_embed.proj.weight")
+    if patches is not None:
+        # A linear layer over patches that were flattened row by row, the channel fastest.
+        out["patch_embed.proj.weight"] = patches.unflatten(1, (PATCH_SIZE, PATCH_SIZE, -1)).permute(0, 3, 1, 2)
+    if stem_stride > 1:
+        # There is a position for every patch of the image, of which the tokens after the stem take the first.
+        positions = out["pos_embed"]
+        out["pos_embed"] = positions[:, : 1 + math.ceil(_square_side(positions) / stem_stride) ** 2]
     return out
 
 
@@ -385,8 +384,8 @@ def _cfg(**kwargs) -> dict:
 
 
 default_cfgs = generate_default_cfgs({
-    "bvit_5m.untrained": _cfg(),
-    "bvit_22m.untrained": _cfg(),
+    "bvit_5m.in1k": _cfg(),
+    "bvit_22m.in1k": _cfg(),
 })
 
 

@@ -1,6 +1,7 @@
 """DeBiFormer: bi-level routing attention, and attention through agents that are read at deformable points.
 
 Paper: `DeBiFormer: Vision Transformer with Deformable Agent Bi-level Routing Attention` - ACCV 2024
+Published code and weights: https://github.com/maclong01/DeBiFormer
 
 The published factories cannot be run as they are; the networks here are their configurations, held to tensors computed
 from the published code with what stops it mended. The paper's table gives 77 M parameters for the base model, the
@@ -14,13 +15,42 @@ from torch import nn
 
 from ops import BiLevelRoutingAttention, RegionGrid, Routing, conv_channels_last, route_regions, routed_attention
 
-from ._layers import Block, Downsample, HierarchicalNetwork, Stage, Stem, rename_published
-from ._released import build_with_released_weights, imagenet_cfg
+from ._layers import (
+    Block,
+    Downsample,
+    HierarchicalNetwork,
+    Stage,
+    Stem,
+    build_hierarchical,
+    check_divides,
+    check_per_stage,
+    rename_biformer,
+)
+from ._released import imagenet_cfg
 
 __all__ = ["DeBiFormer"]
 
+HEAD_DIM = 32
+
 # Side of a 224 image's map in each stage, which the tables of relative positions are made for.
 _TABLE_SIDES = (56, 28, 14, 7)
+
+
+@register_notrace_module  # what it computes follows from the type, which torch.fx does not know while it traces
+class ResidualConv2d(nn.Conv2d):
+    """x + conv(x), of a 3 x 3 depthwise convolution."""
+
+    def __init__(self, channels: int, device=None, dtype=None):
+        super().__init__(channels, channels, kernel_size=3, padding=1, groups=channels, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, channels, H, W) -> (B, channels, H, W)."""
+        if x.dtype in (torch.bfloat16, torch.float16):
+            # Beside 1, a weight of low precision would lose what it has learnt.
+            return x + super().forward(x)
+        # One convolution, by 1 in the middle of each kernel: one of the widest maps fewer to write.
+        identity = F.pad(self.weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
+        return F.conv2d(x, self.weight + identity, self.bias, padding=1, groups=self.groups)
 
 
 class ConvMlp(nn.Module):
@@ -30,18 +60,13 @@ class ConvMlp(nn.Module):
         super().__init__()
         dd = dict(device=device, dtype=dtype)
         self.fc1 = nn.Linear(dim, hidden_dim, **dd)
-        self.conv = nn.Conv2d(hidden_dim, hidden_dim, kernel_size=3, padding=1, groups=hidden_dim, **dd)
+        self.conv = ResidualConv2d(hidden_dim, **dd)
         self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden_dim, dim, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
-        return self.fc2(self.act(conv_channels_last(self._residual_conv, self.fc1(x))))
-
-    def _residual_conv(self, x: torch.Tensor) -> torch.Tensor:
-        """x + conv(x) as one convolution, by 1 in the middle of each kernel: one of the widest maps fewer to write."""
-        identity = F.pad(self.conv.weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
-        return F.conv2d(x, self.conv.weight + identity, self.conv.bias, padding=1, groups=x.shape[1])
+        return self.fc2(self.act(conv_channels_last(self.conv, self.fc1(x))))
 
 
 class Offsets(nn.Module):
@@ -101,8 +126,11 @@ class DeformableAgentAttention(nn.Module):
         table_side: Side of the map that the table of relative positions is made for.
         mlp_ratio: Hidden width of the agents' MLP in multiples of `dim`.
         num_regions: Regions along each side, of the map and of the agents.
-        topk: Regions of the map that each region of agents attends to.
+        topk: Regions of the map that each region of agents attends to; a map with fewer regions uses all of them.
         attn_impl: The implementation of `ops.routed_attention`.
+
+    Raises:
+        ValueError: `dim` is no multiple of 32, or `num_groups` does not divide the heads.
     """
 
     def __init__(
@@ -120,8 +148,10 @@ class DeformableAgentAttention(nn.Module):
         dtype=None,
     ):
         super().__init__()
+        check_divides("the heads' channels", HEAD_DIM, "dim", dim)
+        check_divides("num_groups", num_groups, "the number of heads", dim // HEAD_DIM)
         dd = dict(device=device, dtype=dtype)
-        self.num_heads = dim // 32
+        self.num_heads = dim // HEAD_DIM
         self.num_groups = num_groups
         self.num_regions = num_regions
         self.topk = topk
@@ -231,8 +261,6 @@ class DeBiFormer(HierarchicalNetwork):
 
     Args:
         in_chans: Image channels.
-        num_classes: Classes; 0 leaves the head out.
-        global_pool: Pooling of the head, "avg", "max", ..., or "" for none.
         depths: Blocks of each stage, of two attentions each.
         dims: Channels of each stage, multiples of 32.
         mlp_ratios: Hidden width of each stage's MLPs in multiples of the stage's width.
@@ -241,17 +269,18 @@ class DeBiFormer(HierarchicalNetwork):
         num_regions: Regions along each side of the maps.
         topk: Regions that each region attends to in bi-level routing attention, for each stage but the last.
         agent_topk: Regions that each region of agents attends to, for each stage.
-        drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth of the last block; grows linearly from 0 over all blocks.
-        token_head: Have a classifier of every token too, whose logits are returned in training.
         attn_impl: The implementation of `ops.routed_attention`.
+        **kwargs: `num_classes`, `global_pool`, `drop_rate` and `token_head`, as of `HierarchicalNetwork`.
+
+    Raises:
+        ValueError: There is not one entry for each stage, `dims` are no multiples of 32, groups do not divide the
+            heads, or `num_regions`, `topk` or `agent_topk` is out of range.
     """
 
     def __init__(
         self,
         in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
         depths: tuple[int, ...] = (1, 1, 4, 1),
         dims: tuple[int, ...] = (64, 128, 256, 512),
         mlp_ratios: tuple[float, ...] = (3, 3, 3, 3),
@@ -260,13 +289,25 @@ class DeBiFormer(HierarchicalNetwork):
         num_regions: int = 7,
         topk: tuple[int, ...] = (1, 4, 16),
         agent_topk: tuple[int, ...] = (4, 8, 16, 49),
-        drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        token_head: bool = False,
         attn_impl: str = "auto",
         device=None,
         dtype=None,
+        **kwargs,
     ):
+        check_per_stage(
+            4,
+            depths=depths,
+            dims=dims,
+            mlp_ratios=mlp_ratios,
+            agent_mlp_ratios=agent_mlp_ratios,
+            num_groups=num_groups,
+            agent_topk=agent_topk,
+        )
+        check_per_stage(3, "routed stages", topk=topk)
+        check_divides("the heads' channels", HEAD_DIM, "the stages' channels", dims)
+        if min(agent_topk) < 1:
+            raise ValueError(f"agent_topk must be at least 1, got {agent_topk}")
         dd = dict(device=device, dtype=dtype)
 
         def agent_attention(i: int) -> nn.Module:
@@ -296,24 +337,15 @@ class DeBiFormer(HierarchicalNetwork):
             blocks = []
             for drop_path in drop_path_rates[i]:
                 if i < len(topk):
-                    first = BiLevelRoutingAttention(dim, dim // 32, num_regions, topk[i], attn_impl=attn_impl, **dd)
+                    first = BiLevelRoutingAttention(
+                        dim, dim // HEAD_DIM, num_regions, topk[i], attn_impl=attn_impl, **dd
+                    )
                 else:
                     first = agent_attention(i)
                 blocks.append(DeBiFormerBlock(half(i, first, drop_path), half(i, agent_attention(i), drop_path)))
             downsample = Downsample(dims[i - 1], dim, **dd) if i else nn.Identity()
             stages.append(Stage(downsample, blocks))
-        super().__init__(
-            stem,
-            stages,
-            dims,
-            nn.BatchNorm2d(dims[-1], **dd),
-            in_chans=in_chans,
-            num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            token_head=token_head,
-            **dd,
-        )
+        super().__init__(stem, stages, dims, nn.BatchNorm2d(dims[-1], **dd), in_chans, **dd, **kwargs)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -350,24 +382,18 @@ _RENAMES = [
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Rename the entries of a published DeBiFormer checkpoint; entries of our own checkpoints pass unchanged."""
-    return rename_published(state_dict, model, _RENAMES)
+    return rename_biformer(state_dict, model, _RENAMES)
 
 
 def _create_debiformer(variant: str, pretrained: bool = False, **kwargs) -> DeBiFormer:
-    return build_with_released_weights(
-        DeBiFormer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
-        **kwargs,
-    )
+    return build_hierarchical(DeBiFormer, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 def _cfg(**kwargs) -> dict:
     return imagenet_cfg(
         first_conv="stem.conv1",
         paper_name="DeBiFormer: Vision Transformer with Deformable Agent Bi-level Routing Attention",
+        origin_url="https://github.com/maclong01/DeBiFormer",
         **kwargs,
     )
 
@@ -376,6 +402,9 @@ default_cfgs = generate_default_cfgs({
     "debiformer_tiny.in1k": _cfg(),
     "debiformer_small.in1k": _cfg(),
     "debiformer_base.in1k": _cfg(),
+    "debi_tiny.in1k": _cfg(),
+    "debi_small.in1k": _cfg(),
+    "debi_base.in1k": _cfg(),
 })
 
 

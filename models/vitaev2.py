@@ -17,8 +17,17 @@ from torch import nn
 
 from ops import conv_channels_last
 
-from ._layers import HierarchicalNetwork, Stage, fit_token_head, split_qkv
-from ._released import build_with_released_weights, imagenet_cfg, rename, unwrap
+from ._layers import (
+    HierarchicalNetwork,
+    Stage,
+    build_hierarchical,
+    channels_last,
+    check_divides,
+    check_per_stage,
+    fit_token_head,
+    split_qkv,
+)
+from ._released import imagenet_cfg, rename_published, unwrap
 
 __all__ = ["ViTAEv2"]
 
@@ -39,7 +48,7 @@ class PadToMultiple(nn.Module):
         height, width = x.shape[-2:]
         if height % self.multiple or width % self.multiple:
             x = F.pad(x, (0, -width % self.multiple, 0, -height % self.multiple))
-        return x.contiguous(memory_format=torch.channels_last)
+        return channels_last(x)
 
 
 @register_notrace_module  # its windows follow from the map's size
@@ -265,8 +274,6 @@ class ViTAEv2(HierarchicalNetwork):
 
     Args:
         in_chans: Image channels.
-        num_classes: Classes; 0 leaves the head out.
-        global_pool: Pooling of the head, "avg", "max", ..., or "" for none.
         depths: Normal cells of each stage.
         dims: Channels of each stage.
         embed_dims: Channels of each dilation of the stages' reduction cells.
@@ -275,19 +282,17 @@ class ViTAEv2(HierarchicalNetwork):
         groups: Groups of the convolutions beside the attention, of each stage's normal cells.
         reduction_groups: The same of each stage's reduction cell.
         window_size: Side of the attention's windows in the first two stages; the last two attend to whole maps.
-        drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth of the last normal cell; grows linearly from 0 over all normal cells.
-        token_head: Have a classifier of every token too, whose logits are returned in training.
+        **kwargs: `num_classes`, `global_pool`, `drop_rate` and `token_head`, as of `HierarchicalNetwork`.
 
     Raises:
-        ValueError: There is not one entry for each of the four stages, or heads do not divide the channels.
+        ValueError: There is not one entry for each of the four stages, heads or groups do not divide the channels, or
+            `window_size` is below 1.
     """
 
     def __init__(
         self,
         in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
         depths: tuple[int, ...] = (2, 2, 8, 2),
         dims: tuple[int, ...] = (64, 128, 256, 512),
         embed_dims: tuple[int, ...] = (64, 64, 128, 256),
@@ -296,13 +301,13 @@ class ViTAEv2(HierarchicalNetwork):
         groups: tuple[int, ...] = (1, 32, 64, 128),
         reduction_groups: tuple[int, ...] = (1, 16, 32, 64),
         window_size: int = 7,
-        drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        token_head: bool = False,
         device=None,
         dtype=None,
+        **kwargs,
     ):
-        per_stage = dict(
+        check_per_stage(
+            4,
             depths=depths,
             dims=dims,
             embed_dims=embed_dims,
@@ -311,12 +316,11 @@ class ViTAEv2(HierarchicalNetwork):
             groups=groups,
             reduction_groups=reduction_groups,
         )
-        for name, values in per_stage.items():
-            if len(values) != 4:
-                raise ValueError(f"{name} must have one entry for each of the 4 stages, got {values}")
-        for heads in (num_heads, reduction_heads):
-            if any(dim % n for dim, n in zip(dims, heads, strict=True)):
-                raise ValueError(f"heads {heads} must divide the stages' channels {dims}")
+        check_divides("num_heads", num_heads, "the stages' channels", dims)
+        check_divides("reduction_heads", reduction_heads, "the stages' channels", dims)
+        check_divides("groups", groups, "the stages' channels", dims)
+        check_divides("reduction_groups", reduction_groups, "the stages' channels", dims)
+        check_divides("reduction_groups", reduction_groups, "embed_dims", embed_dims)
         if window_size < 1:
             raise ValueError(f"window_size must be at least 1, got {window_size}")
         dd = dict(device=device, dtype=dtype)
@@ -341,18 +345,7 @@ class ViTAEv2(HierarchicalNetwork):
                 for drop_path in drop_path_rates[i]
             ]
             stages.append(Stage(reduction, cells))
-        super().__init__(
-            PadToMultiple(32),
-            stages,
-            dims,
-            nn.Identity(),
-            in_chans=in_chans,
-            num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            token_head=token_head,
-            **dd,
-        )
+        super().__init__(PadToMultiple(32), stages, dims, nn.Identity(), in_chans, **dd, **kwargs)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
@@ -385,24 +378,13 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     state_dict = fit_token_head(unwrap(state_dict), model)
     if "stages.0.downsample.norm1.weight" in state_dict:
         return state_dict
-    out = {}
-    for name, value in state_dict.items():
-        if name.endswith(".relative_position_index"):  # indices into a table of biases that these models do without
-            continue
-        name = rename(name, _RENAMES)
-        out[name] = value
-    return out
+    # Without the indices into a table of biases that these models do without.
+    weights = {name: value for name, value in state_dict.items() if not name.endswith(".relative_position_index")}
+    return rename_published(weights, _RENAMES)
 
 
 def _create_vitaev2(variant: str, pretrained: bool = False, **kwargs) -> ViTAEv2:
-    return build_with_released_weights(
-        ViTAEv2,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
-        **kwargs,
-    )
+    return build_hierarchical(ViTAEv2, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 def _cfg(**kwargs) -> dict:

@@ -49,10 +49,24 @@ def test_regions_and_topk_are_open_to_the_caller():
     attention = [stage.blocks[0].attn for stage in model.stages[:3]]
     assert [(a.num_regions, a.topk) for a in attention] == [(4, 1), (4, 2), (4, 3)]
     assert timm.create_model("biformer_nano", topk=2).stages[0].blocks[0].attn.topk == 2
-    with pytest.raises(ValueError, match="one for each routed stage"):
-        timm.create_model("biformer_nano", topk=(1, 2))
-    with pytest.raises(ValueError, match="layout must be"):
-        timm.create_model("biformer_nano", layout="swin")
+
+
+@pytest.mark.parametrize(
+    "kwargs,message",
+    [
+        (dict(topk=(1, 2)), r"topk must have one entry for each of the 3 routed stages, got \(1, 2\)"),
+        (dict(depths=2), "depths must have one entry for each of the 4 stages, got 2"),
+        (dict(head_dim=0), r"head_dim must divide the routed stages' channels \(32, 64, 128\), got 0"),
+        (dict(head_dim=48), "head_dim must divide the routed stages' channels"),
+        (dict(dims=(30, 64, 128, 256)), "head_dim must divide the routed stages' channels"),
+        (dict(dims=(32, 64, 128, 100)), "num_heads must divide dim 100, got 8"),
+        (dict(topk=0), "topk must be 1 to num_regions"),
+        (dict(layout="swin"), "layout must be"),
+    ],
+)
+def test_mistakes_are_explained(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("biformer_nano", **kwargs)
 
 
 def test_our_own_checkpoint_passes_the_filter_unchanged():
@@ -87,7 +101,7 @@ def test_pretrained_from_a_url(published_file, monkeypatch, tmp_path):
         model = timm.create_model("biformer_tiny", pretrained=True, pretrained_cfg_overlay=overlay)
     expected = published_state_dict("biformer_tiny")["head.bias"].float()
     assert model.head.fc.bias.equal(expected)
-    assert (tmp_path / "hub" / "checkpoints" / "biformer_tiny" / "biformer_tiny.pth").exists()
+    assert len(list((tmp_path / "hub" / "checkpoints").glob("biformer_tiny-*/biformer_tiny.pth"))) == 1
 
 
 @pytest.mark.parametrize("content", [None, b"<html>sign in</html>"])
@@ -99,6 +113,14 @@ def test_a_dead_link_says_what_to_do(content, monkeypatch, tmp_path):
     with pytest.raises(RuntimeError, match=r"Download them by hand.*pretrained_cfg_overlay=dict\(file="):
         timm.create_model("biformer_small", pretrained=True, pretrained_cfg_overlay=dict(url=page.as_uri()))
     assert not list((tmp_path / "hub").rglob("content"))
+
+
+def test_a_dead_link_costs_no_other_file(published_file, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    timm.create_model("biformer_tiny", pretrained=True, pretrained_cfg_overlay=dict(url=published_file.as_uri()))
+    with pytest.raises(RuntimeError, match="Download them by hand"):
+        timm.create_model("biformer_tiny", pretrained=True, pretrained_cfg_overlay=dict(url="file:///nowhere/x.pth"))
+    assert len(list((tmp_path / "hub").rglob("biformer_tiny.pth"))) == 1
 
 
 def test_released_weights_are_known():

@@ -219,6 +219,7 @@ def test_no_weight_decay_of_the_class_token_and_the_positions():
     [
         (dict(global_pool="map"), "global_pool must be one of"),
         (dict(num_heads=5), "num_heads must divide embed_dim 24, got 5"),
+        (dict(num_heads=0), "num_heads must divide embed_dim 24, got 0"),
         (dict(stem_stride=0), "stem_stride must be at least 1, got 0"),
     ],
 )

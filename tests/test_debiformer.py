@@ -2,10 +2,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from published import assert_agrees, gmacs, published_state_dict
 
 import models
-from models.debiformer import DeformableAgentAttention, checkpoint_filter_fn
+from models.debiformer import DeformableAgentAttention, ResidualConv2d, checkpoint_filter_fn
 
 # parameters, GMACs at 224, of which the paper's table says 2.6, 5.4 and 11.8
 COSTS = {
@@ -110,6 +111,18 @@ def test_tokens_attend_to_agents_with_the_bias():
     torch.testing.assert_close(out, module.proj(attended.transpose(1, 2).reshape(x.shape)))
 
 
+def test_the_residual_of_a_convolution_keeps_the_weights_digits():
+    """Beside 1, bfloat16 has no room for a small weight."""
+    torch.manual_seed(0)
+    conv = ResidualConv2d(8)
+    x = torch.randn(2, 8, 6, 5)
+    plain = F.conv2d(x, conv.weight, conv.bias, padding=1, groups=8)
+    torch.testing.assert_close(conv(x), x + plain)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = x.bfloat16()
+        assert conv(low).equal(low + F.conv2d(low, conv.weight, conv.bias, padding=1, groups=8))
+
+
 def test_collect_routing():
     model = timm.create_model("debiformer_tiny").eval()
     routing = models.collect_routing(model, torch.randn(2, 3, 96, 64))
@@ -119,12 +132,33 @@ def test_collect_routing():
     assert (agents.query_grid.height, agents.key_grid.height) == (3, 24)
     assert routing["stages.0.blocks.0.first.attn"].points is None
     assert not any(module._forward_pre_hooks for module in model.modules())
+    with pytest.raises(ValueError, match="ResNet has no routed attention"):
+        models.collect_routing(timm.create_model("resnet10t"), torch.randn(1, 3, 32, 32))
 
 
 def test_both_halves_of_a_block_share_its_stochastic_depth():
     model = timm.create_model("debiformer_tiny", drop_path_rate=0.3)
     rates = [[half.drop_path1.drop_prob for half in block] for stage in model.stages for block in stage.blocks]
     np.testing.assert_allclose(rates, np.linspace(0, 0.3, 7)[:, None].repeat(2, axis=1))
+
+
+@pytest.mark.parametrize(
+    "kwargs,message",
+    [
+        (dict(agent_topk=(4,)), r"agent_topk must have one entry for each of the 4 stages, got \(4,\)"),
+        (dict(agent_topk=(0, 8, 16, 49)), "agent_topk must be at least 1"),
+        (dict(topk=(1, 4)), "topk must have one entry for each of the 3 routed stages"),
+        (dict(mlp_ratios=3), "mlp_ratios must have one entry for each of the 4 stages, got 3"),
+        (dict(dims=(64, 128, 256)), "dims must have one entry for each of the 4 stages"),
+        (dict(dims=(16, 128, 256, 512)), "the heads' channels must divide the stages' channels .*, got 32"),
+        (dict(num_groups=(1, 2)), "num_groups must have one entry for each of the 4 stages"),
+        (dict(num_groups=(0, 2, 4, 8)), "num_groups must divide the number of heads 2, got 0"),
+        (dict(num_groups=(4, 2, 4, 8)), "num_groups must divide the number of heads 2, got 4"),
+    ],
+)
+def test_mistakes_are_explained(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("debiformer_tiny", device="meta", **kwargs)
 
 
 def test_points_are_precise_under_autocast():

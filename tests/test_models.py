@@ -10,6 +10,7 @@ from timm.models._features_fx import create_feature_extractor
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 
 import models
+import networks
 
 ALIASES = {"debi_tiny", "debi_small", "debi_base"}
 OURS = {name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("models.")}
@@ -165,13 +166,6 @@ def test_autocast_has_no_nan(name):
     assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_entry_point_merges_keywords(name):
-    """The published factories refused timm's own keywords."""
-    signature = inspect.signature(timm.model_entrypoint(name))
-    assert list(signature.parameters) == ["pretrained", "kwargs"]
-
-
 @pytest.mark.parametrize("name", [*SMALLEST_OF_EACH_FAMILY, "biformer_stl"])
 def test_compiles_into_one_graph(name):
     """One model of each family and layout; the others differ in depth and width alone."""
@@ -200,6 +194,95 @@ def test_fx_feature_extraction(name):
     torch.testing.assert_close(extractor(x)["head.fc"], model(x))
 
 
+@pytest.mark.parametrize("name", ["biformer_nano", "bvit_5m", "debiformer_tiny", "vitaev2_s"])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap(name):
+    model = create(name).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        alone = torch.func.vmap(lambda image: model(image[None])[0])(x)
+        torch.testing.assert_close(alone, model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_no_other_weights_are_promised_than_can_be_had():
+    downloaded = {name for name in timm.list_models(pretrained=True) if name.partition(".")[0] in OURS}
+    assert downloaded == {f"biformer_{kind}.in1k" for kind in ("tiny", "small", "base", "stl", "stl_nchw")}
+    untrained = {name for name in OURS if timm.get_pretrained_cfg(name).tag == "untrained"}
+    assert untrained == {SMALLEST}
+    assert all(timm.get_pretrained_cfg(name).origin_url.startswith("https://") for name in OURS)
+
+
+@pytest.mark.parametrize("name", ["bvit_5m", "debiformer_tiny", "debi_base", "vitaev2_s.in1k"])
+def test_weights_that_no_program_can_download(name):
+    with pytest.raises(RuntimeError, match="Get them by hand, from .*, https://github.com/.*, and pass the file: "
+                       r"timm.create_model\(.*pretrained=True, pretrained_cfg_overlay=dict\(file=") as caught:
+        create(name, pretrained=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_were_never_released():
+    with pytest.raises(RuntimeError, match="no weights of biformer_nano were released; train it, and pass the file"):
+        create(SMALLEST, pretrained=True)
+
+
+def test_weights_of_ones_own(tmp_path):
+    """In each of timm's ways to name them, whether or not others were released."""
+    model = create(SMALLEST, num_classes=1000)
+    torch.save(model.state_dict(), tmp_path / "own.pth")
+    torch.manual_seed(1)
+    for overlay in (dict(file=str(tmp_path / "own.pth")), dict(state_dict=model.state_dict())):
+        again = timm.create_model(SMALLEST, pretrained=True, pretrained_cfg_overlay=overlay)
+        torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_a_checkpoint_with_an_average_gives_the_weights_from_wherever_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    model, average = create(SMALLEST, num_classes=1000), create(SMALLEST, num_classes=1000)
+    path = tmp_path / "best.pth"
+    torch.save(dict(model=model.state_dict(), model_ema=average.state_dict()), path)
+    for overlay in (dict(file=str(path)), dict(url=path.as_uri())):
+        again = timm.create_model(SMALLEST, pretrained=True, pretrained_cfg_overlay=overlay)
+        torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
+    again = timm.create_model(SMALLEST, pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
+    assert again.pretrained_cfg["file"] == str(path) and again.pretrained_cfg["state_dict"] is None
+
+
+def test_a_checkpoint_of_a_run_with_its_classifier(tmp_path):
+    model = create(SMALLEST, num_classes=10)
+    torch.save(dict(model=model.state_dict(), epoch=3), tmp_path / "best.pth")
+    overlay = dict(file=str(tmp_path / "best.pth"), num_classes=10)
+    again = timm.create_model(SMALLEST, num_classes=10, pretrained=True, pretrained_cfg_overlay=overlay)
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("content", [None, b"no weights"])
+def test_a_file_that_is_not_there_or_holds_no_weights(content, tmp_path):
+    path = tmp_path / "own.pth"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(RuntimeError, match=r"own.pth cannot be read as weights") as caught:
+        timm.create_model(SMALLEST, pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_hub_of_hugging_face_is_left_to_timm(monkeypatch):
+    """Its own cache, and its own errors."""
+    model, places = create(SMALLEST, num_classes=1000), []
+
+    def load(hub_id, *args, cache_dir=None, **kwargs):
+        places.append((hub_id, cache_dir))
+        return model.state_dict()
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", load)
+    again = timm.create_model(SMALLEST, pretrained=True, pretrained_cfg_overlay=dict(hf_hub_id="me/nano"))
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert places == [("me/nano", None)]
+
+
+@pytest.mark.parametrize("name", sorted(OURS))
+def test_every_name_has_a_data_config(name):
+    """The published names too, which main.py takes like any other."""
+    assert networks.model_data_config(name)["crop_pct"] == 0.875
 
 
 WITH_TOKEN_HEAD = ["biformer_nano", "debiformer_tiny", "vitaev2_s"]

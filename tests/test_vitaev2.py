@@ -228,6 +228,9 @@ def test_pretrained_with_other_classes_and_channels(tmp_path):
         (dict(depths=(2, 2, 8)), "depths must have one entry for each of the 4 stages"),
         (dict(num_heads=(1, 2, 3, 8)), "must divide the stages' channels"),
         (dict(reduction_heads=(1, 1, 2, 5)), "must divide the stages' channels"),
+        (dict(num_heads=(0, 1, 2, 4)), "num_heads must divide the stages' channels"),
+        (dict(groups=(1, 8, 16, 3)), "groups must divide the stages' channels"),
+        (dict(embed_dims=(16, 15, 32, 64)), "reduction_groups must divide embed_dims"),
         (dict(window_size=0), "window_size must be at least 1, got 0"),
     ],
 )
