@@ -4,14 +4,16 @@ Every random choice about an image follows from (seed, epoch, position in the ep
 or by which process: a run that is resumed, at any step, sees the very images that it would have seen.
 """
 import ctypes
+import errno
 import os
 import random
 import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,27 +29,17 @@ from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, get_worker_info
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
-from shards import ShardSampler, TarShards, open_shards
-from utils import LostDataError, UserError, is_url
+from shards import open_shards
+from utils import LostDataError, UserError, derive_seed, is_url, seed_generators
 
+# What the system answers of one file: it is not there, or its damaged bytes made a decoder seek to no place in it.
+# PIL's own errors have no number. All others are faults of the machine or its storage, which other images share.
+_OF_ONE_FILE = (None, errno.ENOENT, errno.EINVAL)
 _PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
 Transform = Callable[[Image.Image], Any]
 
 
 # --- randomness -------------------------------------------------------------------------------------------------------
-
-
-def derive_seed(*key: int) -> int:
-    """Mix integers >= 0 into one 64-bit seed."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
-
-
-def seed_generators(seed: int, generators: Iterable[torch.Generator]):
-    """Start the generators of Python and NumPy, and these of torch, from `seed`."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    for generator in generators:
-        generator.manual_seed(seed)
 
 
 @contextmanager
@@ -59,7 +51,7 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
         index = torch.cuda.current_device() if device.index is None else device.index
         generators.append(torch.cuda.default_generators[index])
     before = random.getstate(), np.random.get_state(), [generator.get_state() for generator in generators]
-    seed_generators(seed, generators)
+    seed_generators(seed, *(generator.manual_seed for generator in generators))
     try:
         yield
     finally:
@@ -73,12 +65,12 @@ def seeded_image(seed: int) -> AbstractContextManager[None]:
     """`seeded`, but without restoring in a worker: nothing else draws there, and NumPy's state takes 60 us a time."""
     if get_worker_info() is None:
         return seeded(seed)
-    seed_generators(seed, [torch.default_generator])
+    seed_generators(seed, torch.default_generator.manual_seed)
     return nullcontext()
 
 
 class SeededSampler(Sampler):
-    """Yields (index, seed) for each index of `sampler`, which is one with `set_epoch` that deals indices out in turn.
+    """Yields (index, seed) for each index of `sampler`, which is one with `set_epoch`.
 
     The seed is that of the index's place among those of all processes: augmentation is the same on any number of them.
     """
@@ -101,6 +93,11 @@ class SeededSampler(Sampler):
         """Indices of a whole epoch."""
         return len(self.sampler)
 
+    @property
+    def ranges(self) -> int:
+        """Into how many ranges an epoch is cut, one for each process; 1 where its indices are dealt out in turn."""
+        return getattr(self.sampler, "ranges", 1)
+
 
 # --- images -----------------------------------------------------------------------------------------------------------
 
@@ -111,7 +108,7 @@ def load_image(file: str | Path | BinaryIO) -> Image.Image:
     Alpha is dropped, as in timm and torchvision; 16-bit grey is scaled to 8 bits.
 
     Raises:
-        LostDataError: The folder in which it should lie is gone.
+        LostDataError: The folder in which it should lie is gone, or the system cannot read the file.
         UserError: It is not a whole image; names the file.
     """
     try:
@@ -119,9 +116,11 @@ def load_image(file: str | Path | BinaryIO) -> Image.Image:
             image.load()
             return _to_rgb(image)
     except Exception as error:  # on damaged bytes PIL's decoders raise nearly anything
+        name = getattr(file, "name", file)
+        if isinstance(error, OSError) and error.errno not in _OF_ONE_FILE:
+            raise LostDataError(f"cannot read {name}: {error.strerror}; see to the machine and its storage") from None
         if isinstance(file, (str, Path)) and not Path(file).parent.is_dir():
             raise LostDataError(f"cannot read {file}: its folder is gone; was the data moved, or unmounted?") from None
-        name = getattr(file, "name", file)
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else _one_line(error)
         raise UserError(f"cannot read {name}: {reason}; remove it, or pass --skip_bad_images") from None
 
@@ -142,9 +141,9 @@ def _posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
 
 
 # timm looks its operations up here.
-for name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
-    assert name in NAME_TO_OP
-    NAME_TO_OP[name] = _posterize
+_POSTERIZE = {"Posterize", "PosterizeIncreasing", "PosterizeOriginal"}
+assert NAME_TO_OP.keys() >= _POSTERIZE
+NAME_TO_OP.update(dict.fromkeys(_POSTERIZE, _posterize))
 
 
 def build_transform(
@@ -155,6 +154,7 @@ def build_transform(
     std: tuple[float, ...],
     interpolation: str = "bicubic",
     crop_pct: float | None = None,
+    crop_mode: str | None = None,
     **augmentation: Any,
 ) -> Callable[[Image.Image], torch.Tensor]:
     """PIL RGB image -> uint8 tensor (3, H, W), by timm.
@@ -165,6 +165,8 @@ def build_transform(
         mean, std: What the loader normalises with; here the mean only fills what geometric augmentation uncovers.
         interpolation: Name of PIL's filter for resizing, or "random".
         crop_pct: Share of the resized image that evaluation's crop keeps; None is timm's 0.875.
+        crop_mode: How evaluation resizes an image that is no square: "center" by its shorter side, "border" by its
+            longer one, with a margin, "squash" by both; None is "center".
         augmentation: `scale`, `ratio`, `hflip`, `color_jitter`, `auto_augment`... of timm's `create_transform`.
     """
     return create_transform(
@@ -174,6 +176,7 @@ def build_transform(
         std=std,
         interpolation=interpolation,
         crop_pct=crop_pct,
+        crop_mode=crop_mode,
         use_prefetcher=True,
         **augmentation,
     )
@@ -182,30 +185,32 @@ def build_transform(
 # --- data sets --------------------------------------------------------------------------------------------------------
 
 
+@dataclass(eq=False, repr=False)
 class ImageDataset(Dataset):
     """(image, target) by index, or by (index, seed) for augmentation that is a function of the seed.
 
     Args:
-        source: (PIL RGB image, class index) by index; raises UserError for an image that it cannot read.
+        source: (PIL RGB image, class index) by index; raises UserError for an image that it cannot read. One that is
+            not to be read in any order has a method `sampler`, as `shards.TarShards`.
         classes: Names of the classes; None where they are not known.
         transform: Takes a PIL RGB image; None returns it as it is.
-        train: Whether the next good image takes the place of one that is skipped, or a black one with target -1.
-        skip_bad_images: Count an image that cannot be read in `bad_images`, each time that it is tried, and go on.
+        on_bad: What is done of an image that cannot be read: "raise" its error; or count it in `bad_images`, each time
+            that it is tried, and give the "next" good image, or "mask" it: a black one with target -1.
+        num_classes: How many classes there are where `classes` is None; None where that is not known either.
     """
 
-    def __init__(
-        self,
-        source: Sequence[tuple[Image.Image, int]],
-        classes: Sequence[str] | None,
-        transform: Transform | None,
-        *,
-        train: bool,
-        skip_bad_images: bool,
-    ):
-        self.source, self.transform, self.train = source, transform, train
-        self.classes = None if classes is None else list(classes)
+    source: Sequence[tuple[Image.Image, int]]
+    classes: list[str] | None = None
+    transform: Transform | None = None
+    on_bad: str = "raise"
+    num_classes: int | None = None
+
+    def __post_init__(self):
+        if self.classes is not None:
+            self.num_classes = len(self.classes)
+        assert self.on_bad in ("raise", "next", "mask"), self.on_bad
         # a Value of the fork context cannot be passed to spawned workers; this one reaches forked ones too
-        self._bad = get_context("spawn").Value("q", 0) if skip_bad_images else None
+        self._bad = None if self.on_bad == "raise" else get_context("spawn").Value("q", 0)
 
     @property
     def bad_images(self) -> int:
@@ -230,13 +235,23 @@ class ImageDataset(Dataset):
             except LostDataError:
                 raise
             except UserError:
-                if self._bad is None:
+                if self.on_bad == "raise":
                     raise
                 with self._bad.get_lock():
                     self._bad.value += 1
-                if not self.train:
+                if self.on_bad == "mask":
                     return Image.new("RGB", (256, 256)), -1
         raise UserError(f"none of the {len(self)} images can be read")
+
+    def sampler(self, world_size: int, rank: int, repeats: int) -> Sampler:
+        """The order in which process `rank` of `world_size` trains on the images, `repeats` (1 or 3) times each."""
+        if hasattr(self.source, "sampler"):
+            return self.source.sampler(world_size, rank, repeats)
+        if repeats > 1:
+            # By default the sampler rounds down to a multiple of 256 images, most of a small data set
+            return RepeatAugSampler(self, world_size, rank, num_repeats=repeats, selected_round=0)
+        # drop_last here: rather leave out a few images than see some of them twice
+        return DistributedSampler(self, world_size, rank, drop_last=True)
 
 
 def build_dataset(
@@ -245,15 +260,16 @@ def build_dataset(
     split: str,
     transform: Transform | None = None,
     *,
-    skip_bad_images: bool = False,
+    on_bad: str = "raise",
     download: bool = False,
     shard_cache: str | Path | None = None,
     shard_cache_gb: float | None = None,
+    most_classes: int | None = None,
 ) -> ImageDataset:
     """A split of a data set, of (transformed image, class index).
 
-    Its `classes` is the list of class names, None for shards; its `bad_images` is how many unreadable images have been
-    skipped so far.
+    Its `classes` is the list of class names, None for shards; its `num_classes` is their number, None for shards whose
+    list does not give it; its `bad_images` is how many unreadable images have been skipped so far.
 
     Args:
         name: "IMNET" or "image_folder" (root/SPLIT/CLASS/IMAGE), "CIFAR10", "CIFAR100", "digits" (scikit-learn's) or
@@ -261,10 +277,11 @@ def build_dataset(
         root: Folder of the data, for shards also a URL; the digits need none.
         split: "train" or "val".
         transform: Takes a PIL RGB image; None returns it as it is.
-        skip_bad_images: Go on where an image cannot be read.
+        on_bad: What is done of an image that cannot be read: "raise", "next" or "mask", see `ImageDataset`.
         download: Fetch CIFAR if it is not there.
         shard_cache: Where shards of a URL are kept; by default `shards` in torch.hub's folder.
         shard_cache_gb: At most how many GB (1e9 bytes) of them.
+        most_classes: How many classes shards may hold whose list does not say how many there are; None for any.
 
     Raises:
         UserError: There is no such data set, or its files are not there or not as they should be.
@@ -275,8 +292,9 @@ def build_dataset(
         cache = Path(shard_cache or Path(torch.hub.get_dir()) / "shards").expanduser()
         root = root if root is not None and is_url(root) else _folder(root)
         splits = ("train",) if train else ("val", "validation")
-        source, classes = open_shards(root, splits, load_image, cache, shard_cache_gb), None
-    elif name in ("IMNET", "image_folder"):
+        shards = open_shards(root, splits, load_image, cache, shard_cache_gb, most_classes)
+        return ImageDataset(shards, None, transform, on_bad, shards.split.num_classes)
+    if name in ("IMNET", "image_folder"):
         source, classes = _image_folder(root, split)
     elif name in ("CIFAR10", "CIFAR100"):
         source, classes = _cifar(name, root, train, download)
@@ -284,7 +302,7 @@ def build_dataset(
         source, classes = _digits(train)
     else:
         raise UserError(f"no data set {name!r}; there are IMNET, image_folder, CIFAR10, CIFAR100, digits, wds/NAME")
-    return ImageDataset(source, classes, transform, train=train, skip_bad_images=skip_bad_images)
+    return ImageDataset(source, classes, transform, on_bad)
 
 
 def check_same_classes(train_classes: list[str] | None, val_classes: list[str] | None):
@@ -319,13 +337,23 @@ def _folder(root: str | Path | None) -> Path:
     return folder
 
 
+class _ImageFolder(ImageFolder):
+    """torchvision's, without hidden folders, such as notebooks and file managers leave behind."""
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        names = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
+        if not names:
+            raise FileNotFoundError(f"no class folder in {directory}")
+        return names, {name: index for index, name in enumerate(names)}
+
+
 def _image_folder(root: str | Path | None, split: str) -> tuple[ImageFolder, list[str]]:
     root = _folder(root)
     if not (root / split).is_dir():
         found = _some(sorted(entry.name for entry in root.iterdir())) or "nothing"
         raise UserError(f"{root} has no folder {split}: expected {split}/CLASS/IMAGE, found {found}")
     try:
-        source = ImageFolder(root / split, loader=load_image)
+        source = _ImageFolder(root / split, loader=load_image)
     except FileNotFoundError as error:
         raise UserError(f"{root / split} needs class folders, with images in each: {_one_line(error)}") from None
     return source, source.classes
@@ -396,9 +424,8 @@ class EpochLoader(PrefetchLoader):
 
     @property
     def ranges(self) -> int:
-        """Into how many ranges an epoch is cut, one for each process; 1 where its images are dealt out in turn."""
-        sampler = self.sampler.sampler if isinstance(self.sampler, SeededSampler) else None
-        return sampler.num_replicas if isinstance(sampler, ShardSampler) else 1
+        """As of `SeededSampler`."""
+        return self.sampler.ranges if isinstance(self.sampler, SeededSampler) else 1
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         self._start_epoch()
@@ -487,16 +514,9 @@ def build_loader(
         )
     if not train:
         sampler = range(rank, len(dataset), world_size)
-    elif isinstance(dataset.source, TarShards):
-        sampler = ShardSampler(dataset.source.lengths, world_size, rank, repeats=3 if repeated_aug else 1)
-    elif repeated_aug:
-        # By default the sampler rounds down to a multiple of 256 images, most of a small data set
-        sampler = RepeatAugSampler(dataset, num_replicas=world_size, rank=rank, selected_round=0)
     else:
-        # drop_last here: rather leave out a few images than see some of them twice
-        sampler = DistributedSampler(dataset, num_replicas=world_size, rank=rank, drop_last=True)
-    if train:
-        sampler = SeededSampler(sampler, seed, rank, world_size)
+        order = dataset.sampler(world_size, rank, repeats=3 if repeated_aug else 1)
+        sampler = SeededSampler(order, seed, rank, world_size)
     loader = DataLoader(
         dataset,
         batch_size=batch_size,

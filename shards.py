@@ -6,9 +6,10 @@ sample: `KEY.jpg`, or another of `IMAGE_EXTENSIONS`, and `KEY.cls`, the class in
 
     {"splits": {"train": {"name": "train", "num_samples": 2, "filenames": ["train-0.tar"], "shard_lengths": [2]}}}
 
-beside which a split may give `sha256`, the shards' hashes in hexadecimal. The format is WebDataset's
-(https://github.com/webdataset/webdataset). That package reads streams, which have no positions to go on from, and runs
-what an address starting with `pipe:` says; here a sample has an index, and is read where it lies in its tar file.
+beside which the list may give `num_classes`, and a split `sha256`, its shards' hashes in hexadecimal. The format is
+WebDataset's (https://github.com/webdataset/webdataset). That package reads streams, which have no positions to go on
+from, and runs what an address starting with `pipe:` says; here a sample has an index, and is read where it lies in its
+tar file.
 """
 import fcntl
 import hashlib
@@ -304,12 +305,16 @@ def _sample(members: dict[str, tarfile.TarInfo]) -> Sample | None:
 
 @dataclass(frozen=True)
 class Split:
-    """One split in the list of shards: for each shard its name, number of samples and, if it is known, hash."""
+    """One split in the list of shards: for each shard its name, number of samples and, if it is known, hash.
+
+    `num_classes` is None where the list does not give it.
+    """
 
     info: str
     filenames: tuple[str, ...]
     lengths: tuple[int, ...]
     sha256: tuple[str | None, ...]
+    num_classes: int | None
 
 
 def read_split(folder: LocalFolder | HttpFolder, names: Sequence[str]) -> Split:
@@ -323,7 +328,8 @@ def read_split(folder: LocalFolder | HttpFolder, names: Sequence[str]) -> Split:
     if info is None:
         raise ShardError(f"{folder} has no _info.json, which lists the shards of each split")
     try:
-        splits = json.loads(content)["splits"]
+        listed = json.loads(content)
+        splits = listed["splits"]
         split = splits[next(name for name in names if name in splits)]
         filenames, lengths = tuple(map(str, split["filenames"])), tuple(map(int, split["shard_lengths"]))
         hashes = tuple(split.get("sha256") or [None] * len(filenames))
@@ -335,6 +341,9 @@ def read_split(folder: LocalFolder | HttpFolder, names: Sequence[str]) -> Split:
             f"{folder}/{info} should list, for a split {' or '.join(names)}, filenames, as many shard_lengths, "
             "and num_samples, the sum of these"
         )
+    num_classes = listed.get("num_classes")
+    if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
+        raise ShardError(f"{folder}/{info}: num_classes should be a number of at least 1, and is {num_classes!r}")
     if split.get("alt_label"):
         raise ShardError(f"{folder}/{info} takes classes from JSON ({split['alt_label']}); write them as .cls instead")
     outside = [name for name in filenames if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
@@ -344,7 +353,7 @@ def read_split(folder: LocalFolder | HttpFolder, names: Sequence[str]) -> Split:
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise ShardError(f"{folder} lacks shards that {info} lists: {', '.join(missing[:5])}{more}")
-    return Split(info, filenames, lengths, hashes)
+    return Split(info, filenames, lengths, hashes, num_classes)
 
 
 class TarShards(Sequence):
@@ -356,13 +365,22 @@ class TarShards(Sequence):
         folder: Where the shards lie.
         split: The list of them.
         decode: Takes an image file in memory, with its `name`; raises UserError if it cannot be read.
+        most_classes: How many classes there may be, where the list does not say how many there are; None for any.
 
     Raises:
-        ShardError: On reading, if the shard is missing, damaged, or holds another number of samples than the list says.
+        ShardError: On reading, if the shard is missing, damaged, or holds another number of samples than the list says,
+            or a class beyond them.
     """
 
-    def __init__(self, folder: LocalFolder | HttpFolder, split: Split, decode: Callable[[BinaryIO], Image.Image]):
+    def __init__(
+        self,
+        folder: LocalFolder | HttpFolder,
+        split: Split,
+        decode: Callable[[BinaryIO], Image.Image],
+        most_classes: int | None = None,
+    ):
         self.folder, self.split, self.decode = folder, split, decode
+        self.most_classes = split.num_classes or most_classes or math.inf
         self.lengths = np.array(split.lengths, dtype=np.int64)
         self._ends = self.lengths.cumsum()
         self._length = int(self.lengths.sum())
@@ -386,11 +404,18 @@ class TarShards(Sequence):
         image.name = name
         return self.decode(image), target
 
-    @staticmethod
-    def _target(text: bytes, name: str) -> int:
+    def sampler(self, num_replicas: int, rank: int, repeats: int) -> "ShardSampler":
+        """The order in which process `rank` of `num_replicas` trains on the samples, each `repeats` times."""
+        return ShardSampler(self.lengths, num_replicas, rank, repeats)
+
+    def _target(self, text: bytes, name: str) -> int:
         if not text.strip().isdigit():
             raise ShardError(f"the .cls of {name} should be a class index, and is {text[:20]!r}")
-        return int(text)
+        target = int(text)
+        if target >= self.most_classes:
+            source = f"num_classes of {self.split.info}" if self.split.num_classes else "the model's; see --nb_classes"
+            raise ShardError(f"{name} is of class {target}, which must be below {self.most_classes}, {source}")
+        return target
 
     def _shard(self, number: int) -> tuple[BinaryIO, list[Sample]]:
         if number not in self._open:
@@ -431,6 +456,7 @@ def open_shards(
     decode: Callable[[BinaryIO], Image.Image],
     cache: Path,
     cache_gb: float | None = None,
+    most_classes: int | None = None,
 ) -> TarShards:
     """The shards of the first of `splits` that the folder `root`, on this machine or of a URL, has.
 
@@ -439,13 +465,14 @@ def open_shards(
         splits: Names of the split, one of which must be there.
         decode: See `TarShards`.
         cache, cache_gb: For a URL, where copies are kept, and at most how many GB (1e9 bytes) of them.
+        most_classes: See `TarShards`.
 
     Raises:
         ShardError: There is no list of shards there, or it is not as it should be.
     """
     cache_bytes = math.inf if cache_gb is None else cache_gb * 1e9
     folder = HttpFolder(str(root), cache, cache_bytes) if is_url(root) else LocalFolder(Path(root))
-    return TarShards(folder, read_split(folder, splits), decode)
+    return TarShards(folder, read_split(folder, splits), decode, most_classes)
 
 
 # --- order ------------------------------------------------------------------------------------------------------------
@@ -471,6 +498,11 @@ class ShardSampler(Sampler[int]):
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.num_replicas, self.rank, self.repeats = num_replicas, rank, repeats
         self.epoch = 0
+
+    @property
+    def ranges(self) -> int:
+        """Into how many an epoch is cut."""
+        return self.num_replicas
 
     def set_epoch(self, epoch: int):
         self.epoch = epoch

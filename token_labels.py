@@ -10,7 +10,8 @@ means for each token, 49 distributions over all classes, is computed on the devi
 import math
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,14 +162,14 @@ class TokenLabelTransform:
     handed to RoIAlign with x and y exchanged, so that labels of other places than the image's are learnt.
 
     Args:
-        transform: timm's training transform, whose operations it makes its own.
+        transform: timm's training transform; a copy of it is followed.
         num_classes: Classes that the maps may hold.
         shape: (2, k, h, w) of all maps.
         stride: Pixels of a token along each side.
     """
 
     def __init__(self, transform: Compose, num_classes: int, shape: tuple[int, ...], stride: int):
-        self.steps, self.num_classes, self.shape = transform.transforms, num_classes, shape
+        self.steps, self.num_classes, self.shape = deepcopy(transform.transforms), num_classes, shape
         size = next(step.size for step in self.steps if isinstance(step, RandomResizedCropAndInterpolation))
         # Each token reads as many points as RoIAlign takes of the whole map, since what it shows may be rotated.
         self.height, self.width = (
@@ -214,11 +215,12 @@ class TokenLabelTransform:
         return out
 
 
-def add_label_maps(dataset: Any, root: str | Path, num_classes: int, stride: int):
-    """Make a training set of an image folder yield, with each image, its label map and the points that it shows.
+def add_label_maps(dataset: Any, root: str | Path, num_classes: int, stride: int) -> Any:
+    """A training set of an image folder that yields, with each image, its label map and the points that it shows.
 
     Args:
-        dataset: A `datasets.ImageDataset` whose source is an ImageFolder.
+        dataset: A `datasets.ImageDataset` whose source is an ImageFolder, with timm's training transform; it stays as
+            it is.
         root: The folder of label maps.
         num_classes: Classes that the maps may hold.
         stride: Pixels of a token along each side.
@@ -226,9 +228,10 @@ def add_label_maps(dataset: Any, root: str | Path, num_classes: int, stride: int
     Raises:
         UserError: The folder has no map of the first image.
     """
-    dataset.source = LabelledFolder(dataset.source, Path(root))
-    shape = tuple(read_label_map(dataset.source.path(0), num_classes).shape)
-    dataset.transform = TokenLabelTransform(dataset.transform, num_classes, shape, stride)
+    source = LabelledFolder(dataset.source, Path(root))
+    shape = tuple(read_label_map(source.path(0), num_classes).shape)
+    transform = TokenLabelTransform(dataset.transform, num_classes, shape, stride)
+    return replace(dataset, source=source, transform=transform)
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ import math
 import os
 import sys
 from collections import Counter
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -31,9 +30,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import datasets
-import main as training
+from engine import Numerics
+from networks import check_model, create_teacher, model_data_config
 from token_labels import label_map_dtype, label_map_path
-from utils import UserError, start_process
+from utils import UserError, run_script, start_process
 
 
 def dense_logits(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -106,23 +106,12 @@ def missing_maps(images: list[Path], output: Path) -> tuple[list[int], list[Path
     return missing, [paths[i] for i in missing]
 
 
-def create_teacher(args: argparse.Namespace, num_classes: int, device: torch.device) -> torch.nn.Module:
-    """The teacher with its weights, in evaluation."""
-    if args.checkpoint is None:
-        training.check_released_classes(args.model, num_classes, "give a teacher of these classes by --checkpoint")
-    kwargs = dict(num_classes=num_classes, **training.size_kwargs(args.model, args.input_size))
-    teacher = training.build_model(args.model, args.checkpoint is None, kwargs)
-    if args.checkpoint is not None:
-        training.load_from(teacher, args.checkpoint, args.model_key)
-    return teacher.eval().to(device)
-
-
 @torch.inference_mode()
 def make(args: argparse.Namespace):
     """Make the maps that are missing; prints how many there are, and how often they agree with the folders."""
-    training.check_model(args.model)
+    check_model(args.model)
     process = start_process(args.device)
-    config = training.model_data_config(args.model)
+    config = model_data_config(args.model)
     transform = datasets.build_transform(
         train=False,
         input_size=args.input_size,
@@ -132,17 +121,21 @@ def make(args: argparse.Namespace):
         crop_pct=1.0,
         crop_mode="squash",
     )
-    dataset = datasets.build_dataset(
-        "image_folder", args.data_path, args.split, transform, skip_bad_images=args.skip_bad_images
-    )
-    dataset.train = False  # an image that is skipped gets no map, rather than the next one's
+    # An image that is skipped gets no map, rather than the next one's.
+    on_bad = "mask" if args.skip_bad_images else "raise"
+    dataset = datasets.build_dataset("image_folder", args.data_path, args.split, transform, on_bad=on_bad)
     folder = Path(dataset.source.root)
     images = [Path(path).relative_to(folder) for path, _ in dataset.source.samples]
     indices, paths = missing_maps(images, args.output)
     print(f"{len(images)} images in {folder}, {len(images) - len(indices)} of which have a map in {args.output}")
     if not indices:
         return
-    teacher = create_teacher(args, len(dataset.classes), process.device)
+    args.output.mkdir(parents=True, exist_ok=True)
+    advice = "give a teacher of these classes by --checkpoint"
+    teacher = create_teacher(
+        args.model, len(dataset.classes), args.input_size, args.checkpoint, args.model_key, advice
+    )
+    teacher.eval().to(process.device)
     loader = datasets.build_loader(
         Subset(dataset, indices),
         train=False,
@@ -152,10 +145,10 @@ def make(args: argparse.Namespace):
         mean=config["mean"],
         std=config["std"],
     )
-    dtype = training.amp_dtype(args.amp, process.device)
+    numerics = Numerics.on(process.device, args.amp)
     made = agree = 0
     for batch, (pictures, targets) in enumerate(tqdm(loader, desc="label maps", disable=not sys.stderr.isatty())):
-        with torch.autocast(process.device.type, dtype=dtype) if dtype else nullcontext():
+        with numerics.autocast():
             logits = dense_logits(teacher, pictures)
         agree += int((logits.float().mean(dim=(2, 3)).argmax(dim=1) == targets).sum())
         maps = label_maps(logits, args.topk).cpu()
@@ -164,7 +157,8 @@ def make(args: argparse.Namespace):
             if target >= 0:
                 save(path, label_map)
                 made += 1
-    training.report_unreadable(dataset.bad_images)
+    if dataset.bad_images:
+        print(f"skipped {dataset.bad_images} images that could not be read")
     share = 100 * agree / max(made, 1)
     print(f"made {made} maps of {tuple(maps.shape[1:])}; {share:.1f}% of them are of their folder's class")
 
@@ -188,12 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("input_size", "topk", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    try:
-        make(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return run_script(lambda: make(args))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python scripts/make_shards.py /path/to/imagenet-1k /path/to/shards --size 1000
 
-Writes SPLIT-000000.tar and so on, and at the end `_info.json`, which gives the number of samples in each shard and its
-sha256. The images of a split are shuffled first, so that every shard holds all classes; the same folder, size and seed
-give the same bytes. Classes are numbered in the order of their names; their number is printed for --nb_classes.
+Writes SPLIT-000000.tar and so on, and at the end `_info.json`, which gives the number of classes, and of each shard the
+number of samples and the sha256. The images of a split are shuffled first, so that every shard holds all classes; the
+same folder, size and seed give the same bytes. Classes are numbered in the order of their names.
 """
 import argparse
 import io
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets import build_dataset, check_same_classes
 from shards import INFO_NAMES, sha256_of
-from utils import UserError
+from utils import UserError, replace_file, run_script
 
 
 def write_shard(path: Path, samples: list[tuple[int, Path, int]]):
@@ -72,7 +72,8 @@ def make_shards(folder: Path, output: Path, splits: list[str], size: int, seed: 
         check_same_classes(classes, source.classes)
     output.mkdir(parents=True, exist_ok=True)
     info = {split: write_split(split, dataset.source.samples, output, size, seed) for split, dataset in sources.items()}
-    (output / INFO_NAMES[0]).write_text(json.dumps({"splits": info}, indent=1))
+    listed = json.dumps(dict(num_classes=len(classes), splits=info), indent=1)
+    replace_file(output / INFO_NAMES[0], lambda file: file.write(listed.encode()))
     return classes
 
 
@@ -86,13 +87,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.size < 1:
         parser.error(f"--size must be at least 1, got {args.size}")
-    try:
+
+    def run():
         classes = make_shards(args.folder, args.output, args.splits, args.size, args.seed)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    print(f"train with --data_set wds/NAME --data_path {args.output} --nb_classes {len(classes)}")
-    return 0
+        print(f"{len(classes)} classes; train with --data_set wds/NAME --data_path {args.output}")
+
+    return run_script(run)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """datasets.py: what is read, what a bad input says, and that an epoch is a function of seed, epoch and rank."""
+import errno
 import gc
 import hashlib
 import io
 import multiprocessing
+import os
 import pickle
 import random
 import subprocess
@@ -17,12 +19,12 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import auto_augment
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.datasets import CIFAR10, CIFAR100
 
 import datasets
 from datasets import build_dataset, build_loader, build_transform, check_same_classes, load_image
-from utils import UserError
+from utils import LostDataError, UserError
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)
 CPU = torch.device("cpu")
@@ -193,6 +195,15 @@ def test_cifar(tmp_path, monkeypatch, kind, name, labels):
         build_dataset(name, tmp_path, "val")
 
 
+def test_hidden_folders_are_no_classes(folder, tmp_path):
+    classes = build_dataset("image_folder", folder, "train").classes
+    (folder / "train" / ".ipynb_checkpoints").mkdir()
+    assert build_dataset("image_folder", folder, "train").classes == classes
+    (tmp_path / "alone" / "train" / ".hidden").mkdir(parents=True)
+    with pytest.raises(UserError, match="needs class folders"):
+        build_dataset("image_folder", tmp_path / "alone", "train")
+
+
 def test_cifar_missing(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="CIFAR10 is not in"):
         build_dataset("CIFAR10", tmp_path / "nowhere", "train")
@@ -342,11 +353,40 @@ def test_file_that_has_gone(folder):
         dataset[0]
 
 
+def make_reading_fail(monkeypatch, where, number):
+    """The system answers `number` where an image file is opened, or read."""
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("builtins.open" if where == "open" else "PIL.PngImagePlugin.PngImageFile.load_read", fail)
+
+
+@pytest.mark.parametrize("where", ["open", "read"])
+@pytest.mark.parametrize("name", ["EMFILE", "EIO", "ESTALE", "ENOMEM", "EACCES", "ENOTCONN"])
+def test_a_fault_of_the_system_is_no_bad_image(folder, monkeypatch, where, name):
+    """An outage of the storage must not become images that are passed over."""
+    dataset = build_dataset("IMNET", folder, "val", on_bad="mask")
+    number = getattr(errno, name)
+    make_reading_fail(monkeypatch, where, number)
+    with pytest.raises(LostDataError, match=rf"^cannot read .*ant/0\.png: {os.strerror(number)}; see to the machine"):
+        dataset[0]
+    assert dataset.bad_images == 0
+
+
+def test_a_seek_that_damaged_bytes_ask_for_is_no_fault_of_the_system(folder, monkeypatch):
+    """PIL's JPEG 2000 decoder passes the system's answer to it on."""
+    make_reading_fail(monkeypatch, "read", errno.EINVAL)
+    with pytest.raises(UserError, match=r"ant/0\.png: .*Invalid argument; remove it, or pass --skip_bad_images"):
+        build_dataset("IMNET", folder, "val")[0]
+    dataset = build_dataset("IMNET", folder, "val", on_bad="mask")
+    assert dataset[0][1] == -1 and dataset.bad_images == 1
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_skipping_in_evaluation_masks(folder, num_workers):
     for file in ("0.png", "2.png"):
         (folder / "val" / "ant" / file).write_bytes(b"")
-    dataset = build_dataset("IMNET", folder, "val", transform(), skip_bad_images=True)
+    dataset = build_dataset("IMNET", folder, "val", transform(), on_bad="mask")
     assert dataset.bad_images == 0
     images, targets = read_all(loader_of(dataset, train=False, num_workers=num_workers))
     assert targets.tolist() == [-1, 0, -1, 1, 1, 1, 1] and targets.dtype == torch.int64
@@ -359,17 +399,25 @@ def test_skipping_in_evaluation_masks(folder, num_workers):
 def test_skipping_in_training_takes_the_next_good_image(folder, num_workers):
     for i in (3, 4):
         (folder / "train" / "ant" / f"{i}.png").write_bytes(b"")
-    dataset = build_dataset("IMNET", folder, "train", transform(True), skip_bad_images=True)
+    dataset = build_dataset("IMNET", folder, "train", transform(True), on_bad="next")
     _, targets = read_all(loader_of(dataset, batch_size=5, num_workers=num_workers))
     assert sorted(targets.tolist()) == [0] * 3 + [1] * 7
     assert dataset.bad_images == 3  # 3 and then 4 for index 3, and 4 for index 4
-    plain = build_dataset("IMNET", folder, "train", skip_bad_images=True)
+    plain = build_dataset("IMNET", folder, "train", on_bad="next")
     assert np.array_equal(np.array(plain[3][0]), noise(seed=5))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_what_becomes_of_a_bad_image_does_not_depend_on_the_split(folder, split):
+    (folder / split / "ant" / "0.png").write_bytes(b"")
+    masked, following = (build_dataset("IMNET", folder, split, on_bad=on_bad)[0] for on_bad in ("mask", "next"))
+    assert masked[1] == -1 and not np.any(masked[0])
+    assert following[1] == 0 and np.array_equal(np.array(following[0]), noise(seed=1))
 
 
 def test_counting_in_spawned_workers(folder):
     (folder / "val" / "ant" / "0.png").write_bytes(b"")
-    dataset = build_dataset("IMNET", folder, "val", transform(), skip_bad_images=True)
+    dataset = build_dataset("IMNET", folder, "val", transform(), on_bad="mask")
     list(DataLoader(dataset, num_workers=1, multiprocessing_context="spawn"))
     assert dataset.bad_images == 1
 
@@ -377,7 +425,7 @@ def test_counting_in_spawned_workers(folder):
 def test_nothing_but_bad_images(folder):
     for file in (folder / "train").rglob("*.png"):
         file.write_bytes(b"")
-    dataset = build_dataset("IMNET", folder, "train", skip_bad_images=True)
+    dataset = build_dataset("IMNET", folder, "train", on_bad="next")
     with pytest.raises(UserError, match="none of the 10 images can be read"):
         dataset[0]
 
@@ -543,6 +591,21 @@ def test_repeated_augmentation(folder):
     assert [index for index, _ in loaders[0].sampler] != indices[0]
     other_seed = loader_of(dataset, batch_size=5, world_size=2, repeated_aug=True, seed=1)
     assert [index for index, _ in other_seed.sampler] != indices[0]
+
+
+def test_a_source_may_order_its_images_itself():
+    class InOrder(list):
+        def sampler(self, world_size, rank, repeats):
+            sampler = DistributedSampler(self, world_size, rank, shuffle=False)
+            sampler.repeats = repeats
+            return sampler
+
+    image = Image.new("RGB", (8, 8))
+    dataset = datasets.ImageDataset(InOrder((image, i) for i in range(6)), transform=transform())
+    for rank in range(2):
+        loader = loader_of(dataset, batch_size=3, rank=rank, world_size=2, repeated_aug=rank == 1)
+        assert read_all(loader)[1].tolist() == list(range(rank, 6, 2))
+        assert loader.sampler.sampler.repeats == (3 if rank else 1) and loader.ranges == 1
 
 
 def test_random_erasing_is_for_training(folder, train_set):

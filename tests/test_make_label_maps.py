@@ -244,7 +244,7 @@ def test_fine_tuning_from_a_plain_model(photos, maps, tmp_path):
     plain = timm.create_model("biformer_nano", num_classes=11)
     torch.save(plain.state_dict(), tmp_path / "plain.pth")
     assert run(*SMALL, *SHORT, "--model", "biformer_nano", "--data_path", photos, "--token_label", maps,
-               "--epochs", "1", "--lr", "1e-9", "--disable_eval", "--finetune", tmp_path / "plain.pth",
+               "--epochs", "1", "--lr", "1e-9", "--min_lr", "0", "--disable_eval", "--finetune", tmp_path / "plain.pth",
                "--output_dir", tmp_path / "run") == 0
     tuned = torch.load(tmp_path / "run" / "last.pth", weights_only=True)["model"]
     name = "stages.2.blocks.0.attn.qkv.weight"

@@ -30,11 +30,14 @@ def content(dataset):
 
 def test_shards_hold_what_the_folder_holds(photos, tmp_path):
     assert main([str(photos), str(tmp_path / "shards"), "--size", "4"]) == 0
-    splits = json.loads((tmp_path / "shards" / "_info.json").read_text())["splits"]
+    info = json.loads((tmp_path / "shards" / "_info.json").read_text())
+    splits = info["splits"]
+    assert info["num_classes"] == 2
     assert splits["train"]["shard_lengths"] == [4, 4, 2] and splits["val"]["shard_lengths"] == [4, 1]
     for split in ("train", "val"):
         shards = build_dataset("wds/photos", tmp_path / "shards", split)
         assert content(shards) == content(build_dataset("image_folder", photos, split))
+        assert shards.num_classes == 2 and shards.classes is None
         assert splits[split]["sha256"] == [sha256_of(tmp_path / "shards" / name) for name in splits[split]["filenames"]]
     train = build_dataset("wds/photos", tmp_path / "shards", "train")
     assert len({train[i][1] for i in range(4)}) == 2, "the first shard mixes the classes"
@@ -49,6 +52,16 @@ def test_the_same_bytes_again_and_others_by_another_seed(photos, tmp_path):
     assert one == again != other
     with tarfile.open(tmp_path / "a" / "train-000000.tar") as tar:
         assert {(member.mtime, member.uid, member.uname) for member in tar} == {(0, 0, "")}
+
+
+def test_the_list_is_there_whole_or_not_at_all(photos, tmp_path, monkeypatch):
+    def fail(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        main([str(photos), str(tmp_path / "shards")])
+    assert {path.suffix for path in (tmp_path / "shards").iterdir()} == {".tar"}
 
 
 def test_mistakes(photos, tmp_path, capsys):
@@ -66,3 +79,9 @@ def test_mistakes(photos, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(photos), str(tmp_path / "b"), "--size", "0"])
     assert "--size must be at least 1" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written(photos, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main([str(photos), str(tmp_path / "file" / "x")]) == 1
+    assert "file/x: Not a directory" in capsys.readouterr().err

@@ -58,8 +58,8 @@ def write_shards(root, lengths=LENGTHS, hashes=False):
     return root
 
 
-def write_info(root, splits):
-    (root / "_info.json").write_text(json.dumps({"splits": splits}))
+def write_info(root, splits, **others):
+    (root / "_info.json").write_text(json.dumps({"splits": splits, **others}))
 
 
 def read_info(root):
@@ -306,7 +306,7 @@ def test_unreadable_images_in_evaluation(folder, num_workers):
     spoil_images(folder)
     assert complaint_of(loader_of(val_set(folder), train=False, num_workers=num_workers)) == (
         f"cannot read 0.png in {folder}/validation-0.tar: not an image; remove it, or pass --skip_bad_images")
-    dataset = val_set(folder, skip_bad_images=True)
+    dataset = val_set(folder, on_bad="mask")
     _, targets = read_all(loader_of(dataset, train=False, num_workers=num_workers))
     assert targets.tolist() == [-1, 1, -1, *range(3, 10)] and dataset.bad_images == 2
 
@@ -315,7 +315,7 @@ def test_unreadable_images_in_training(folder):
     info = read_info(folder)
     write_info(folder, {"train": info["validation"]})
     spoil_images(folder)
-    dataset = train_set(folder, skip_bad_images=True)
+    dataset = train_set(folder, on_bad="next")
     assert sorted(read_all(loader_of(dataset, batch_size=5))[1].tolist()) == [1, 1, 3, 3, *range(4, 10)]
     assert dataset.bad_images == 2
 
@@ -353,7 +353,7 @@ DAMAGES = [
 def test_damaged_shards_are_named_and_never_skipped(folder, damage, complaint):
     damage(folder / "validation-0.tar")
     for num_workers in (0, 1):
-        loader = loader_of(val_set(folder, skip_bad_images=True), train=False, num_workers=num_workers)
+        loader = loader_of(val_set(folder, on_bad="mask"), train=False, num_workers=num_workers)
         assert re.fullmatch(f"{folder}/validation-0.tar:? {complaint}.*", complaint_of(loader))
 
 
@@ -361,7 +361,33 @@ def test_damaged_shards_are_named_and_never_skipped(folder, damage, complaint):
 def test_class_that_is_no_index(folder, text):
     write_tar(folder / "validation-1.tar", [("x.png", png(0)), ("x.cls", text)])
     with pytest.raises(ShardError, match=r"the .cls of x.png in .*validation-1.tar should be a class index, and is b"):
-        val_set(folder, skip_bad_images=True)[3]
+        val_set(folder, on_bad="mask")[3]
+
+
+@pytest.mark.parametrize("listed, given, most, source", [
+    (9, None, 9, "num_classes of _info.json"),
+    (9, 20, 9, "num_classes of _info.json"),
+    (None, 8, 8, "the model's; see --nb_classes"),
+    (None, None, None, None),
+])
+def test_class_beyond_those_that_there_are(folder, listed, given, most, source):
+    write_info(folder, read_info(folder), **({} if listed is None else dict(num_classes=listed)))
+    dataset = val_set(folder, on_bad="mask", most_classes=given)
+    assert dataset.num_classes == listed
+    if most is None:
+        assert dataset[9][1] == 9
+        return
+    assert dataset[most - 1][1] == most - 1
+    complaint = rf"00{most}.png in .*tar is of class {most}, which must be below {most}, {source}$"
+    with pytest.raises(ShardError, match=complaint):
+        dataset[most]
+
+
+@pytest.mark.parametrize("number", [0, -1, 2.5, "many"])
+def test_number_of_classes_that_is_none(folder, number):
+    write_info(folder, read_info(folder), num_classes=number)
+    with pytest.raises(ShardError, match=f"num_classes should be a number of at least 1, and is {number!r}"):
+        val_set(folder)
 
 
 def test_shard_that_shrinks_while_it_is_open(folder):
@@ -411,7 +437,7 @@ def test_list_of_shards_by_its_other_name(folder):
 
 
 def test_local_shard_that_goes_after_the_start(folder):
-    dataset = val_set(folder, skip_bad_images=True)
+    dataset = val_set(folder, on_bad="mask")
     (folder / "validation-0.tar").unlink()
     with pytest.raises(ShardError, match=r"validation-0.tar cannot be opened: No such file"):
         dataset[0]
@@ -447,7 +473,7 @@ def test_a_transfer_that_breaks_is_tried_again(folder, server, copies, name):
     (folder / "other").mkdir()
     write_shards(folder / "other")
     with pytest.raises(ShardError, match=rf"other/{name} cannot be fetched: the server stopped after \d+ of \d+ bytes"):
-        val_set(f"{server.url}/other", skip_bad_images=True)[0]
+        val_set(f"{server.url}/other", on_bad="mask")[0]
     assert copies() == ["validation-0.tar"]
 
 
@@ -462,7 +488,7 @@ def test_what_a_killed_process_left_is_no_shard(folder, server, tmp_path, copies
 
 
 def test_a_server_that_refuses_and_one_that_is_gone(folder, server):
-    dataset = val_set(server.url, skip_bad_images=True)
+    dataset = val_set(server.url, on_bad="mask")
     (folder / "validation-0.tar").unlink()
     with pytest.raises(ShardError, match=r"validation-0.tar cannot be fetched: HTTP Error 404: .*; see that"):
         dataset[0]
@@ -499,7 +525,7 @@ def test_hashes_are_checked(folder, server, copies):
     splits["validation"]["sha256"][:2] = sha256_of(folder / "validation-0.tar"), "0" * 64
     write_info(folder, splits)
     with pytest.raises(ShardError, match=r"validation-1.tar is not the file whose sha256"):
-        val_set(server.url, skip_bad_images=True)[3]
+        val_set(server.url, on_bad="mask")[3]
     assert val_set(server.url)[0][1] == 8
     assert copies() == ["validation-0.tar"] * 2
 

@@ -215,6 +215,31 @@ def test_scores_are_roi_align(tmp_path, box, flip):
     torch.testing.assert_close(found, expected.flip(3) if flip else expected, atol=1e-5, rtol=1e-5)
 
 
+def test_the_data_set_without_maps_stays_as_it_is(position_map):
+    """And the one with maps has its own count of bad images."""
+    root = position_map.parent
+    (root / "train" / "a").mkdir(parents=True)
+    position_image(160, 240).save(root / "train" / "a" / "map.png")
+    (root / "a").mkdir()
+    position_map.rename(root / "a" / "map.pt")
+    transform = datasets.build_transform(
+        train=True, input_size=64, mean=(0,) * 3, std=(1,) * 3, auto_augment="rand-m9-n20"
+    )
+    plain = datasets.build_dataset("image_folder", root, "train", transform, on_bad="next")
+    expected, target = plain[0, 7]
+    labelled = token_labels.add_label_maps(plain, root, 3, 32)
+    image, label_map, points = labelled[0, 7][0]
+    assert torch.equal(image, expected) and label_map.shape == (2, 3, 40, 60) and points.shape[2] == 2
+    assert labelled.classes == ["a"] and labelled.on_bad == "next" and target == 0
+    traced = len(labelled.transform.trace)
+    assert plain.transform is transform and torch.equal(plain[0, 7][0], expected)
+    assert len(labelled.transform.trace) == traced > 2
+    (root / "train" / "a" / "map.png").write_bytes(b"")
+    with pytest.raises(UserError, match="none of the 1 images"):
+        labelled[0]
+    assert (labelled.bad_images, plain.bad_images) == (1, 0)
+
+
 # --- mixing -----------------------------------------------------------------------------------------------------------
 
 
