@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 QUICKSTART_OUTPUT := outputs/quickstart
 BENCHMARKS ?= benchmarks
+GPU_TESTS = $(shell grep -l 'mark\.gpu' tests/test_*.py)
 
 .PHONY: help quickstart test test-gpu test-faults lint benchmark benchmark-gpu benchmark-cpu clean
 
@@ -38,7 +39,9 @@ test: $(VENV)/.requirements-dev  ## run the tests on the CPU
 	$(BIN)/python -m pytest -m "not gpu"
 
 test-gpu:  ## run the tests of the kernels, and others that need a CUDA GPU, with the Python that is there
-	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m pytest tests/test_ops_triton.py tests/test_datasets.py::test_on_cuda
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m pytest tests/test_ops_triton.py
+	@# Files without such tests are not read: they may import what is not there.
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m pytest -m gpu $(filter-out tests/test_ops_triton.py,$(GPU_TESTS))
 
 test-faults: $(VENV)/.requirements-dev  ## kill, starve and damage training runs, and compare them with runs left alone
 	$(BIN)/python tests/faults.py --output benchmarks/faults.md

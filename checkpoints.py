@@ -27,7 +27,7 @@ class HostileFileError(UserError):
 
 
 def fetch(source: str) -> Path:
-    """The local file of a path or URL; URLs are downloaded once, into torch.hub's folder.
+    """The local file of a path or URL; URLs are downloaded into torch.hub's folder, once for all processes.
 
     A URL that ends in `#sha256=` and (the beginning of) a file's hash is downloaded and compared with it.
 
@@ -43,14 +43,23 @@ def fetch(source: str) -> Path:
     name = f"{hashlib.sha256(source.encode()).hexdigest()[:16]}-{Path(urlparse(source).path).name}"
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        url, _, fragment = source.partition("#")
-        expected = fragment.removeprefix("sha256=").lower() if fragment.startswith("sha256=") else None
         try:
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=expected)
+            _download(source, path)
         except (OSError, RuntimeError) as error:
             raise UserError(f"{source}: cannot be downloaded ({error}); fetch it by hand and pass the file") from error
     return path
+
+
+def _download(source: str, path: Path):
+    """Download `source` to `path`, unless another process of this machine does, for which this one waits."""
+    url, _, fragment = source.partition("#")
+    expected = fragment.removeprefix("sha256=").lower() if fragment.startswith("sha256=") else None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f"{path.name}.lock"), "wb") as lock:
+        with suppress(OSError):  # a file system without locks: each process then downloads a copy of its own
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=expected)
 
 
 def read_checkpoint(source: str) -> dict[str, Any]:
@@ -112,6 +121,17 @@ def model_weights(checkpoint: dict[str, Any], key: str | None = None) -> dict[st
     if not weights:
         raise UserError("the checkpoint holds no weights")
     return weights
+
+
+def other_classes(checkpoint: dict[str, Any], classes: list[str] | None) -> str | None:
+    """How the classes that a checkpoint of ours was trained on differ from `classes`; None where nothing says so."""
+    trained_on = checkpoint.get("classes")
+    if trained_on is None or classes is None or trained_on == classes:
+        return None
+    if len(trained_on) != len(classes):
+        return f"was trained on {len(trained_on)} classes, the data has {len(classes)}"
+    index = next(i for i, (ours, theirs) in enumerate(zip(classes, trained_on, strict=True)) if ours != theirs)
+    return f"was trained on other classes: number {index} was {trained_on[index]!r}, and is {classes[index]!r} here"
 
 
 def load_weights(

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
 from typing import Any
@@ -25,6 +26,36 @@ class NonFiniteLossError(UserError):
 def _is_watched(process: Process) -> bool:
     """A progress bar is for a person at a terminal; a log file gets plain lines alone."""
     return process.is_main and sys.stderr.isatty()
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """In which precision and memory layout a network computes.
+
+    Args:
+        device_type: "cuda" or "cpu".
+        amp_dtype: Low precision of autocast; None for none.
+        channels_last: Give the network channels-last images.
+    """
+
+    device_type: str = "cpu"
+    amp_dtype: torch.dtype | None = None
+    channels_last: bool = False
+
+    @classmethod
+    def on(cls, device: torch.device, amp: str, channels_last: bool = False) -> "Numerics":
+        """Those that `--amp` means on a device: "bf16", "fp16", "off", or "auto" for bf16 where a GPU has it."""
+        if amp == "auto":
+            amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "off"
+        return cls(device.type, dict(bf16=torch.bfloat16, fp16=torch.float16, off=None)[amp], channels_last)
+
+    def autocast(self) -> torch.autocast:
+        """The context in which the network is called."""
+        return torch.autocast(self.device_type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
+
+    def arrange(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) images in the network's memory layout."""
+        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
 
 
 class Meter:
@@ -139,26 +170,6 @@ def _as_float(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor 
     return tuple(x.float() for x in outputs) if isinstance(outputs, tuple) else outputs.float()
 
 
-def _backward(
-    loss: torch.Tensor,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    clip_grad: float | None,
-    update: bool,
-):
-    """Accumulate the gradients of `loss`, and step the optimizer where an update is due."""
-    scaler.scale(loss).backward()
-    if not update:
-        return
-    if clip_grad is not None:
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad()
-
-
 def check_finite(model: torch.nn.Module, epoch: int):
     """A finite loss may still have had a gradient that was not; such weights must not reach a checkpoint.
 
@@ -172,108 +183,136 @@ def check_finite(model: torch.nn.Module, epoch: int):
         )
 
 
-def train_one_epoch(
-    model: torch.nn.Module,
-    loss_fn: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
-    loader: Iterable,
-    optimizer: torch.optim.Optimizer,
-    schedule: Scheduler,
-    scaler: torch.amp.GradScaler,
-    process: Process,
-    log: RunLog,
-    *,
-    epoch: int,
-    epochs: int,
-    seed: int = 0,
-    start_step: int = 0,
-    meter: Meter | None = None,
-    after_step: Callable[[int], None] | None = None,
-    amp_dtype: torch.dtype | None = None,
-    channels_last: bool = False,
-    mixup: Mixup | None = None,
-    ema: ModelEmaV3 | None = None,
-    ema_source: torch.nn.Module | None = None,
-    update_freq: int = 1,
-    clip_grad: float | None = None,
-    log_every: int = 50,
-) -> dict[str, float]:
-    """Train for one epoch, or for the rest of one.
-
-    All generators start anew at every step, from the seed, the epoch, the step and the rank: a run that goes on at any
-    step draws what it would have drawn.
+@dataclass
+class Trainer:
+    """What trains a network, and stays the same from epoch to epoch.
 
     Args:
-        model: The model as trained, with its wrappers.
+        model: The model, without wrappers.
+        network: The model as it is called, with its wrappers.
         loss_fn: (logits, targets, images) -> scalar; a tuple of logits where the model returns one in training.
-        loader: Normalised (B, 3, H, W) images on the device and (B,) targets, from the batch of `start_step` on; its
-            length is that of the whole epoch.
         optimizer, schedule, scaler: Stepped once every `update_freq` batches; the scaler is disabled except for fp16.
         process: This process.
         log: Where curves go.
-        epoch, epochs: This epoch, from 0, and their number.
+        epochs: Epochs of the run.
         seed: The run's.
-        start_step: Optimizer steps of this epoch that have been taken before.
-        meter: Their losses; a new one by default.
-        after_step: Called after each optimizer step with their number in this epoch; what it raises ends the epoch.
-        amp_dtype: Low precision of autocast; None for none.
-        channels_last: Give the model channels-last images.
+        numerics: Precision and memory layout; by default float32 on the CPU.
         mixup: timm's mixup or cutmix, or one for targets that are not class indices.
-        ema, ema_source: Average to update, and the model without wrappers that it averages.
+        ema: Exponential moving average of the model's weights to update.
         update_freq: Batches per optimizer step; batches at the end that make no whole step are left out.
         clip_grad: Largest norm of the gradients.
         log_every: Optimizer steps between two log lines.
-
-    Returns:
-        "loss" (mean over the epoch and the processes), "images_per_second", "seconds", and the last "lr".
-
-    Raises:
-        NonFiniteLossError: At the next log line after the loss was lost; at the end of the epoch if the weights were.
     """
-    model.train()
-    steps = len(loader) // update_freq
-    first_step = epoch * steps
-    autocast = torch.autocast(process.device.type, dtype=amp_dtype) if amp_dtype else nullcontext()
-    memory_format = torch.channels_last if channels_last else torch.preserve_format
-    meter = meter or Meter(process)
-    bar = tqdm(total=steps, initial=start_step, desc=f"epoch {epoch}", leave=False, disable=not _is_watched(process))
-    optimizer.zero_grad()
-    batch_end = time.perf_counter()
-    # No batch left is no pass at all: it would start the processes that read.
-    batches = islice(loader, (steps - start_step) * update_freq) if start_step < steps else ()
-    for batch, (images, targets) in enumerate(batches, start=start_step * update_freq):
-        data_seconds = time.perf_counter() - batch_end
-        step, micro_batch = divmod(batch, update_freq)
-        update = micro_batch == update_freq - 1
-        if micro_batch == 0:
-            seed_everything(seed, epoch, step, process.rank)
-            schedule.step_update(first_step + step)
 
-        images = images.to(memory_format=memory_format)
-        if mixup is not None:
-            images, targets = mixup(images, targets)
-        with model.no_sync() if process.is_distributed and not update else nullcontext():
-            with autocast:
-                loss = loss_fn(_as_float(model(images)), targets, images)
-            _backward(loss / update_freq, model, optimizer, scaler, clip_grad, update)
-        meter.add(loss.detach(), len(images), data_seconds, first_step + step, optimizer.param_groups[0]["lr"])
+    model: torch.nn.Module
+    network: torch.nn.Module
+    loss_fn: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    optimizer: torch.optim.Optimizer
+    schedule: Scheduler
+    scaler: torch.amp.GradScaler
+    process: Process
+    log: RunLog
+    epochs: int
+    seed: int = 0
+    numerics: Numerics = Numerics()
+    mixup: Mixup | None = None
+    ema: ModelEmaV3 | None = None
+    update_freq: int = 1
+    clip_grad: float | None = None
+    log_every: int = 50
 
-        if update:
-            if ema is not None:
-                ema.update(ema_source)
-            bar.update()
-            done = step + 1
-            if done % log_every == 0 or done == steps:
-                values = meter.read(epoch)
-                log.scalars("train", values, first_step + done)
-                seconds_left = values["batch_seconds"] * update_freq * (epochs * steps - first_step - done)
-                if process.is_main:
-                    tqdm.write(_log_line(values, epoch, done, steps, seconds_left))
-            if after_step is not None:
-                after_step(done)
+    def train_one_epoch(
+        self,
+        loader: Iterable,
+        epoch: int,
+        start_step: int = 0,
+        meter: Meter | None = None,
+        after_step: Callable[[int], None] | None = None,
+    ) -> dict[str, float]:
+        """Train for one epoch, or for the rest of one.
+
+        All generators start anew at every step, from the seed, the epoch, the step and the rank: a run that goes on at
+        any step draws what it would have drawn.
+
+        Args:
+            loader: Normalised (B, 3, H, W) images on the device and (B,) targets, from the batch of `start_step` on;
+                its length is that of the whole epoch.
+            epoch: This epoch, from 0.
+            start_step: Optimizer steps of this epoch that have been taken before.
+            meter: Their losses; a new one by default.
+            after_step: Called after each optimizer step with their number in this epoch; what it raises ends the epoch.
+
+        Returns:
+            "loss" (mean over the epoch and the processes), "images_per_second", "seconds", and the last "lr".
+
+        Raises:
+            NonFiniteLossError: At the next log line after the loss was lost; at the end of the epoch if the weights
+                were.
+        """
+        self.network.train()
+        steps = len(loader) // self.update_freq
+        first_step = epoch * steps
+        meter = meter or Meter(self.process)
+        watched = _is_watched(self.process)
+        bar = tqdm(total=steps, initial=start_step, desc=f"epoch {epoch}", leave=False, disable=not watched)
+        self.optimizer.zero_grad()
         batch_end = time.perf_counter()
-    bar.close()
-    check_finite(model, epoch)
-    return meter.epoch_means()
+        # No batch left is no pass at all: it would start the processes that read.
+        batches = islice(loader, (steps - start_step) * self.update_freq) if start_step < steps else ()
+        for batch, (images, targets) in enumerate(batches, start=start_step * self.update_freq):
+            data_seconds = time.perf_counter() - batch_end
+            step, micro_batch = divmod(batch, self.update_freq)
+            update = micro_batch == self.update_freq - 1
+            if micro_batch == 0:
+                seed_everything(self.seed, epoch, step, self.process.rank)
+                self.schedule.step_update(first_step + step)
+            loss = self._backward(images, targets, update)
+            meter.add(loss, len(images), data_seconds, first_step + step, self._learning_rate())
+            if update:
+                self._step()
+                bar.update()
+                done = step + 1
+                if done % self.log_every == 0 or done == steps:
+                    self._write_log_line(meter, epoch, done, steps)
+                if after_step is not None:
+                    after_step(done)
+            batch_end = time.perf_counter()
+        bar.close()
+        check_finite(self.model, epoch)
+        return meter.epoch_means()
+
+    def _backward(self, images: torch.Tensor, targets: torch.Tensor, share: bool) -> torch.Tensor:
+        """Add the gradients of one batch, and share them where they are the last of a step; returns its loss."""
+        images = self.numerics.arrange(images)
+        if self.mixup is not None:
+            images, targets = self.mixup(images, targets)
+        with self.network.no_sync() if self.process.is_distributed and not share else nullcontext():
+            with self.numerics.autocast():
+                loss = self.loss_fn(_as_float(self.network(images)), targets, images)
+            self.scaler.scale(loss / self.update_freq).backward()
+        return loss.detach()
+
+    def _step(self):
+        if self.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update(self.model)
+
+    def _learning_rate(self) -> float:
+        """That of the last layers, where --layer_decay gives the others less."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    def _write_log_line(self, meter: Meter, epoch: int, done: int, steps: int):
+        values = meter.read(epoch)
+        taken = epoch * steps + done
+        self.log.scalars("train", values, taken)
+        seconds_left = values["batch_seconds"] * self.update_freq * (self.epochs * steps - taken)
+        if self.process.is_main:
+            tqdm.write(_log_line(values, epoch, done, steps, seconds_left))
 
 
 @torch.inference_mode()
@@ -282,8 +321,7 @@ def evaluate(
     loader: Iterable,
     process: Process,
     *,
-    amp_dtype: torch.dtype | None = None,
-    channels_last: bool = False,
+    numerics: Numerics = Numerics(),
     distributed: bool = True,
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy and cross-entropy, every image counted once.
@@ -292,8 +330,7 @@ def evaluate(
         model: The model, without wrappers; processes may hold different numbers of batches.
         loader: Normalised (B, 3, H, W) images on the device and (B,) targets; a target below 0 is left out.
         process: This process.
-        amp_dtype: Low precision of autocast; None for none.
-        channels_last: Give the model channels-last images.
+        numerics: Precision and memory layout; by default float32 on the CPU.
         distributed: Add up over all processes; False where each of them reads all the images.
 
     Returns:
@@ -303,13 +340,11 @@ def evaluate(
         UserError: There was no image to evaluate.
     """
     model.eval()
-    autocast = torch.autocast(process.device.type, dtype=amp_dtype) if amp_dtype else nullcontext()
-    memory_format = torch.channels_last if channels_last else torch.preserve_format
     totals = torch.zeros(4, dtype=torch.float64, device=process.device)
     bar = tqdm(loader, desc="evaluation", leave=False, disable=not _is_watched(process))
     for images, targets in bar:
-        with autocast:
-            logits = model(images.to(memory_format=memory_format))
+        with numerics.autocast():
+            logits = model(numerics.arrange(images))
         logits = logits.float()
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
         loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")

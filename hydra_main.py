@@ -45,6 +45,7 @@ OUTPUTS = Path("outputs") / "cls"
 NOT_IN_NAMES = {
     "auto_resume", "data_path", "device", "dist_eval", "dist_timeout", "download", "keep_checkpoints", "log_every",
     "num_workers", "output_dir", "pin_mem", "resume", "save_every", "save_every_minutes", "save_every_steps",
+    "shard_cache", "shard_cache_gb",
 }  # fmt: skip
 # Ports of a run's first process, below those that Linux gives to outgoing connections.
 PORTS = range(20000, 32768)
@@ -105,7 +106,7 @@ ConfigStore.instance().store(
 
 
 @dataclass
-class Order:
+class RunSpec:
     """A run that was asked for.
 
     Args:
@@ -126,9 +127,9 @@ class Order:
         """What main.py reads in it. Raises UsageError where that is a mistake."""
         return options.parse(self.argv)
 
-    def within(self, folder: Path, **flags: Any) -> "Order":
+    def within(self, folder: Path, **flags: Any) -> "RunSpec":
         """The same run, writing to `folder`."""
-        return Order(dict(self.recipe, output_dir=str(folder), **flags), self.slurm)
+        return RunSpec(dict(self.recipe, output_dir=str(folder), **flags), self.slurm)
 
 
 def cluster_names() -> str:
@@ -171,7 +172,7 @@ def as_recipe(config: DictConfig, overrides: list[Override]) -> dict[str, Any]:
     return recipe
 
 
-def read_orders() -> list[Order]:
+def read_orders() -> list[RunSpec]:
     """What hydra makes of this process's command line: a run, several for --multirun, or none for --help.
 
     Raises:
@@ -184,7 +185,7 @@ def read_orders() -> list[Order]:
         said = HydraConfig.get()
         recipe = as_recipe(config, OverridesParser.create().parse_overrides(list(said.overrides.task)))
         slurm = OmegaConf.to_object(config.slurm) if "slurm" in said.runtime.choices else None
-        orders.append(Order(recipe, slurm))
+        orders.append(RunSpec(recipe, slurm))
 
     words = [word for word in sys.argv[1:] if not word.startswith("-") and ("=" in word or word.startswith("~"))]
     try:
@@ -239,14 +240,14 @@ def make_new_folder(folder: Path) -> Path:
 # --- here -----------------------------------------------------------------------------------------------------------
 
 
-def run_here(order: Order) -> int:
+def run_here(order: RunSpec) -> int:
     """Run in this process, one of torchrun's or the only one; returns main.py's exit code.
 
     Raises:
         UsageError: The run is described wrong.
     """
     # A run that torchrun starts again would not find its checkpoints in a new folder; main.py says so.
-    if order.args.output_dir is None and not program.goes_on(order.args):
+    if order.args.output_dir is None and not program.resumes(order.args):
         order = order.within(run_folder(order.recipe))
     return program.main(order.argv)
 
@@ -346,7 +347,7 @@ def is_running(job: str) -> bool:
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() == "RUNNING"
 
 
-def check_submission(order: Order):
+def check_submission(order: RunSpec):
     """Find what would end the run at once, before it waits in a queue.
 
     Raises:
@@ -362,13 +363,13 @@ def check_submission(order: Order):
     if not folder.isprintable() or set(folder) & set("%\\'\""):
         raise UsageError(f"Slurm has its own reading of %, \\ and quotes in paths: {folder}; take another output_dir")
     if args.output_dir is not None and not args.eval:
-        program.output_store(args)
+        program.output_store(args, started=0)
     sbatch_parameters(order.slurm, args.model)
     if shutil.which("sbatch") is None:
         raise UserError("no sbatch here: this is no machine of a Slurm cluster; without +slurm it runs on this machine")
 
 
-def submit(order: Order):
+def submit(order: RunSpec):
     """Submit a checked order, and print where to look for it.
 
     Raises:
@@ -393,7 +394,7 @@ def submit(order: Order):
     print(f"cancel: scancel {job.job_id}")
 
 
-def check_sweep(orders: list[Order]):
+def check_sweep(orders: list[RunSpec]):
     """Raises UsageError where several runs would be in each other's way."""
     if len(orders) > 1 and "LOCAL_RANK" in os.environ:
         raise UsageError("--multirun under torchrun: one run after another needs a torchrun for each")

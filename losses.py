@@ -1,15 +1,14 @@
-"""What training minimises: cross-entropy in timm's forms, token labels, and distillation from a teacher."""
+"""What training minimises: cross-entropy, token labels, and distillation from a teacher."""
 import torch
 import torch.nn.functional as F
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import SoftTargetCrossEntropy
 from torch import nn
 
 
 def create_loss(smoothing: float = 0.0, soft_targets: bool = False) -> nn.Module:
     """Cross-entropy on (B, classes) logits, of class indices or, where mixup made them so, of (B, classes) targets."""
-    if soft_targets:
-        return SoftTargetCrossEntropy()
-    return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
+    # Mixup has smoothed its targets already.
+    return nn.CrossEntropyLoss(label_smoothing=0.0 if soft_targets else smoothing)
 
 
 class TokenLabelLoss(nn.Module):

@@ -3,16 +3,15 @@ import argparse
 import os
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
-import timm
 import torch
-from timm.data import resolve_data_config
+from timm.data import create_transform
 from timm.data.mixup import Mixup
 from timm.optim import list_optimizers
 from timm.utils import ModelEmaV3, distribute_bn
@@ -20,24 +19,34 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 import datasets
-import models  # noqa: F401, registers our models with timm
 import options
 import token_labels
-from checkpoints import CheckpointStore, fetch, is_whole, load_weights, model_weights, read_checkpoint
-from engine import Meter, NonFiniteLossError, evaluate, train_one_epoch
+from checkpoints import CheckpointStore, fetch, is_whole
+from engine import Meter, NonFiniteLossError, Numerics, Trainer, evaluate
 from losses import DistillationLoss, TokenLabelLoss, create_loss
+from networks import (
+    build_model,
+    check_model,
+    check_released_classes,
+    create_teacher,
+    load_from,
+    model_data_config,
+    released_classes,
+    size_kwargs,
+)
 from optim_factory import create_optimizer, create_schedule, scaled_lr
-from runs import Keeper, Leaving, Run
+from runs import Checkpointer, Run, Stopped
 from utils import (
     EXIT_RESUME,
-    LeaveRequest,
     Process,
     RunLog,
+    StopRequest,
     UsageError,
     UserError,
+    check_name,
     end_process,
+    explain_fault,
     fail,
-    fault_of_machine,
     run_and_exit,
     seed_everything,
     start_process,
@@ -45,36 +54,6 @@ from utils import (
 )
 
 # --- models ---------------------------------------------------------------------------------------------------------
-
-
-def check_name(kind: str, name: str, known: list[str]):
-    """Raises UsageError with the nearest names where timm knows no `name`."""
-    if name not in known:
-        close = get_close_matches(name, known, n=3)
-        raise UsageError(f"unknown {kind} {name!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
-
-
-def check_model(name: str):
-    architecture, _, tag = name.partition(".")
-    check_name("model", architecture, timm.list_models())
-    if tag:
-        check_name("weights", name, timm.list_models(f"{architecture}.*", include_tags=True))
-
-
-def size_kwargs(name: str, input_size: int | tuple[int, int]) -> dict:
-    """The input size, for those of timm's models that are built for one size."""
-    return dict(img_size=input_size) if timm.models.get_pretrained_cfg_value(name, "fixed_input_size") else {}
-
-
-def build_model(name: str, pretrained: bool, kwargs: dict) -> torch.nn.Module:
-    """`timm.create_model`, with its errors as ours."""
-    try:
-        return timm.create_model(name, pretrained=pretrained, **kwargs)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{name} cannot be built: {error}") from error
-    except (RuntimeError, OSError) as error:
-        here = "; main.py takes such a file by --finetune, or by --eval --resume" if pretrained else ""
-        raise UserError(f"{name} cannot be built: {error}{here}") from error
 
 
 def create_model(args: argparse.Namespace, num_classes: int | None) -> torch.nn.Module:
@@ -102,90 +81,62 @@ def create_model(args: argparse.Namespace, num_classes: int | None) -> torch.nn.
     return model
 
 
-def family_filter(model: torch.nn.Module) -> Callable | None:
-    """The function by which the model's family, ours or timm's, reads published checkpoints."""
-    return getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-
-
-def load_from(model: torch.nn.Module, source: str, key: str | None, new_classifier: bool = False):
-    """Load the weights of a checkpoint of ours, of a published one, or of a bare state dict."""
-    classifier = model.default_cfg.get("classifier") or () if new_classifier else ()
-    classifier = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    kept = load_weights(model, model_weights(read_checkpoint(source), key), family_filter(model), classifier)
-    if kept:
-        print(f"{source} is of another number of classes: the classifier starts anew")
-
-
-def check_released_classes(name: str, num_classes: int, advice: str):
-    """Raises UserError where the published classifier is of other classes: timm would put a random one in its place."""
-    released = timm.get_pretrained_cfg(name).num_classes
-    if released != num_classes:
-        raise UserError(
-            f"the published weights of {name} are of {released} classes, the data has {num_classes}; {advice}"
-        )
-
-
-def create_teacher(args: argparse.Namespace, num_classes: int) -> torch.nn.Module:
-    """The distillation teacher, with its weights."""
-    kwargs = dict(num_classes=num_classes, **size_kwargs(args.teacher_model, args.input_size))
-    published = args.teacher_path is None
-    if published:
-        check_released_classes(args.teacher_model, num_classes, "fine-tune the teacher, and give it by --teacher_path")
-    teacher = build_model(args.teacher_model, published, kwargs)
-    if not published:
-        load_from(teacher, args.teacher_path, key=None)
-    return teacher
-
-
 # --- data -----------------------------------------------------------------------------------------------------------
-
-
-def model_data_config(name: str) -> dict:
-    """Mean, std, interpolation and crop that the model was published with."""
-    return resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
 
 
 def build_dataset(args: argparse.Namespace, split: str):
     """The train or val data set, with the transform that the flags and the model ask for."""
     train = split == "train"
     config = model_data_config(args.model)
+    policy = None if args.aa == "none" else args.aa
+    if train and policy is not None:
+        check_policy(policy)
     augmentation = dict(
         scale=tuple(args.scale),
         ratio=tuple(args.ratio),
         hflip=args.hflip,
         color_jitter=args.color_jitter,
-        auto_augment=None if args.aa == "none" else args.aa,
+        auto_augment=policy,
     )
-    try:
-        transform = datasets.build_transform(
-            train=train,
-            input_size=args.input_size,
-            mean=config["mean"],
-            std=config["std"],
-            interpolation=args.train_interpolation if train else config["interpolation"],
-            crop_pct=args.crop_pct or config["crop_pct"],
-            **(augmentation if train else {}),
-        )
-    except (AssertionError, KeyError, ValueError) as error:
-        raise UsageError(f"--aa {args.aa}: timm does not know this policy ({error})") from error
+    transform = datasets.build_transform(
+        train=train,
+        input_size=args.input_size,
+        mean=config["mean"],
+        std=config["std"],
+        interpolation=args.train_interpolation if train else config["interpolation"],
+        crop_pct=args.crop_pct or config["crop_pct"],
+        crop_mode=config["crop_mode"],
+        **(augmentation if train else {}),
+    )
     dataset = datasets.build_dataset(
         args.data_set,
         args.data_path,
         split,
         transform,
-        skip_bad_images=args.skip_bad_images,
+        on_bad="raise" if not args.skip_bad_images else "next" if train else "mask",
         download=args.download,
         shard_cache=args.shard_cache,
         shard_cache_gb=args.shard_cache_gb,
+        most_classes=args.nb_classes or released_classes(args.model),
     )
     if train and args.token_label:
-        token_labels.add_label_maps(dataset, args.token_label, class_count(args, dataset), options.TOKEN_STRIDE)
+        classes = class_count(args, dataset)
+        return token_labels.add_label_maps(dataset, args.token_label, classes, options.TOKEN_STRIDE)
     return dataset
+
+
+def check_policy(policy: str):
+    """Raises UsageError where timm knows no such augmentation policy."""
+    try:
+        # With timm's defaults for all else, nothing but the policy can be at fault.
+        create_transform(is_training=True, auto_augment=policy)
+    except (AssertionError, KeyError, ValueError) as error:
+        raise UsageError(f"--aa {policy}: timm does not know this policy ({error})") from error
 
 
 def class_count(args: argparse.Namespace, dataset: Dataset) -> int | None:
     """Classes of the model; None, for the model's own number, where neither the flags nor the data set know."""
-    held = len(dataset.classes) if dataset.classes is not None else None
+    held = dataset.num_classes
     if args.nb_classes is not None and held is not None and args.nb_classes < held:
         raise UsageError(f"--nb_classes {args.nb_classes} is fewer than the {held} classes that the data holds")
     return args.nb_classes or held
@@ -217,17 +168,36 @@ def build_loader(args: argparse.Namespace, dataset, process: Process, train: boo
 # --- a run ----------------------------------------------------------------------------------------------------------
 
 
-def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """The low precision that `--amp` means on this device; None for float32 throughout."""
-    if amp == "auto":
-        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if has_bf16 else None
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+def create_numerics(args: argparse.Namespace, process: Process) -> Numerics:
+    return Numerics.on(process.device, args.amp, args.channels_last)
 
 
 def to_device(model: torch.nn.Module, args: argparse.Namespace, process: Process) -> torch.nn.Module:
     memory_format = torch.channels_last if args.channels_last else torch.preserve_format
     return model.to(process.device, memory_format=memory_format)
+
+
+def check_input(model: torch.nn.Module, args: argparse.Namespace, process: Process):
+    """Try the model on one image of nothing.
+
+    Raises:
+        UsageError: It cannot take such images.
+    """
+    numerics = create_numerics(args, process)
+    image = torch.zeros(1, 3, *image_size(args), device=process.device)
+    try:
+        with torch.no_grad(), numerics.autocast():
+            model.eval()(numerics.arrange(image))
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, RuntimeError, ValueError) as error:
+        height, width = image_size(args)
+        raise UsageError(f"{args.model} cannot take images of 3 x {height} x {width}: {error}") from error
+
+
+def image_size(args: argparse.Namespace) -> tuple[int, int]:
+    """(height, width) of the images."""
+    return args.input_size if isinstance(args.input_size, tuple) else (args.input_size, args.input_size)
 
 
 def count_unreadable(dataset, before: int, process: Process, shared: bool = True) -> int:
@@ -248,8 +218,7 @@ def evaluate_and_report(args, model, dataset, loader, process: Process, what: st
         model,
         loader,
         process,
-        amp_dtype=amp_dtype(args.amp, process.device),
-        channels_last=args.channels_last,
+        numerics=create_numerics(args, process),
         distributed=args.dist_eval,
     )
     unreadable = count_unreadable(dataset, unreadable, process, shared=args.dist_eval)
@@ -270,27 +239,33 @@ def run_evaluation(args: argparse.Namespace, process: Process):
     model = create_model(args, classes)
     source = args.resume or args.finetune
     if source:
-        load_from(model, source, args.model_key)
+        load_from(model, source, args.model_key, trained_on=dataset.classes)
     model = to_device(model, args, process)
+    check_input(model, args, process)
     if args.compile:
         model = torch.compile(model)
     evaluate_and_report(args, model, dataset, build_loader(args, dataset, process, train=False), process)
 
 
-def goes_on(args: argparse.Namespace) -> bool:
+def resumes(args: argparse.Namespace) -> bool:
     """Whether the run goes on from its last checkpoint, if there is one: asked for, or started again by torchrun."""
     return args.auto_resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
-def output_store(args: argparse.Namespace) -> CheckpointStore:
-    """Where the run writes. Raises UserError rather than write over another run."""
+def output_store(args: argparse.Namespace, started: float) -> CheckpointStore:
+    """Where the run writes: `--output_dir`, or a folder named after the time it started, in seconds since 1970.
+
+    Raises:
+        UserError: The folder holds another run.
+    """
     if args.output_dir is None:
-        if goes_on(args):
+        if resumes(args):
             raise UserError("torchrun started the run again, which goes on from its checkpoint if it has --output_dir")
-        return CheckpointStore(Path("outputs") / args.model / time.strftime("%Y%m%d-%H%M%S"), args.keep_checkpoints)
+        name = time.strftime("%Y%m%d-%H%M%S", time.localtime(started))
+        return CheckpointStore(Path("outputs") / args.model / name, args.keep_checkpoints)
     store = CheckpointStore(Path(args.output_dir), args.keep_checkpoints)
     resumed_here = args.resume and Path(args.resume).resolve().parent == store.folder.resolve()
-    if store.holds_run() and not goes_on(args) and not resumed_here:
+    if store.holds_run() and not resumes(args) and not resumed_here:
         raise UserError(
             f"{store.folder} holds a run already; go on with it by --auto_resume, or take another --output_dir"
         )
@@ -299,7 +274,7 @@ def output_store(args: argparse.Namespace) -> CheckpointStore:
 
 def find_start(args: argparse.Namespace, store: CheckpointStore, process: Process) -> Path | None:
     """The checkpoint to go on from, the same on every process; None for the start of a run."""
-    if goes_on(args):
+    if resumes(args):
         newest = store.newest_whole() if process.is_main else None
         step = process.max(-1 if newest is None else newest)
         if step >= 0:
@@ -310,7 +285,8 @@ def find_start(args: argparse.Namespace, store: CheckpointStore, process: Proces
     if not args.resume:
         return None
     path = fetch(args.resume).resolve()
-    if not is_whole(path):
+    # Other formats hold no run, which says who reads them.
+    if zipfile.is_zipfile(path) and not is_whole(path):
         raise UserError(f"{args.resume}: damaged or truncated; go on from the one before it, or fetch it again")
     steps = store.steps()
     if path.parent == store.folder.resolve() and steps and path != store.path(steps[-1]).resolve():
@@ -332,7 +308,8 @@ def print_plan(args: argparse.Namespace, process: Process, run: Run, folder: Pat
 def training_loss(args: argparse.Namespace, num_classes: int, soft_targets: bool, process: Process) -> Callable:
     """(logits, targets, images) -> loss, with the teacher where there is one."""
     if args.token_label:
-        token_loss = TokenLabelLoss(args.token_label_weight)
+        weight = {} if args.token_label_weight is None else dict(weight=args.token_label_weight)
+        token_loss = TokenLabelLoss(**weight)
         return lambda logits, targets, images: token_loss(logits, targets)
     label_loss = create_loss(args.smoothing, soft_targets)
     if args.distillation_type == "none":
@@ -340,7 +317,14 @@ def training_loss(args: argparse.Namespace, num_classes: int, soft_targets: bool
     student, teacher = model_data_config(args.model), model_data_config(args.teacher_model)
     return DistillationLoss(
         label_loss,
-        create_teacher(args, num_classes),
+        create_teacher(
+            args.teacher_model,
+            num_classes,
+            args.input_size,
+            args.teacher_path,
+            key=None,
+            advice="fine-tune the teacher, and give it by --teacher_path",
+        ),
         args.distillation_type,
         args.distillation_alpha,
         args.distillation_tau,
@@ -375,6 +359,16 @@ def create_data(args: argparse.Namespace, process: Process) -> Data:
     return data
 
 
+def check_schedule(args: argparse.Namespace, lr: float):
+    """Raises UsageError where the schedule would start or end above its own peak, `lr`, which is scaled."""
+    for name, value in (("min_lr", args.min_lr), ("warmup_lr", args.warmup_lr if args.warmup_epochs else 0.0)):
+        if value > lr:
+            raise UsageError(
+                f"--{name} {value:g} is above the learning rate of this batch size, {lr:.3g}, by --lr {args.lr:g} "
+                f"for 512 images; lower --{name}, which is not scaled"
+            )
+
+
 def create_run(args: argparse.Namespace, process: Process, data: Data) -> Run:
     """A run at its start: model, average, optimizer."""
     # The same weights in every process, whatever was drawn before.
@@ -383,20 +377,34 @@ def create_run(args: argparse.Namespace, process: Process, data: Data) -> Run:
     if args.finetune:
         load_from(model, args.finetune, args.model_key, new_classifier=True)
     model = to_device(model, args, process)
+    check_input(model, args, process)
     global_batch = args.batch_size * args.update_freq * process.world_size
     lr = scaled_lr(args.lr, global_batch)
+    check_schedule(args, lr)
     own_betas = dict(betas=tuple(args.opt_betas)) if args.opt_betas else {}
     try:
         optimizer = create_optimizer(
             model, args.opt, lr, args.weight_decay, args.momentum, args.layer_decay, eps=args.opt_eps, **own_betas
         )
-    except (AssertionError, ValueError, RuntimeError, ImportError) as error:
+    except (AssertionError, ImportError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(f"--opt {args.opt} cannot be used so: {error}") from error
+    if getattr(optimizer, "is_second_order", False):
+        raise UsageError(f"--opt {args.opt} needs second derivatives, which no training here computes")
     ema = ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None
-    fp16 = amp_dtype(args.amp, process.device) == torch.float16
+    fp16 = create_numerics(args, process).amp_dtype == torch.float16
     scaler = torch.amp.GradScaler(process.device.type, enabled=fp16)
     steps = len(data.train_loader) // args.update_freq
-    return Run(model, ema, optimizer, scaler, steps, global_batch, data.train_loader.ranges, args.best_metric)
+    return Run(
+        model,
+        ema,
+        optimizer,
+        scaler,
+        steps,
+        global_batch,
+        data.train_loader.ranges,
+        args.best_metric,
+        data.train_set.classes,
+    )
 
 
 def wrap(model: torch.nn.Module, args: argparse.Namespace, process: Process) -> torch.nn.Module:
@@ -415,13 +423,10 @@ def settle_buckets(network: torch.nn.Module, run: Run, args: argparse.Namespace,
     if process.world_size < 3:
         return
     buffers = [(buffer, buffer.clone()) for buffer in run.model.buffers()]
-    size = args.input_size if isinstance(args.input_size, tuple) else (args.input_size, args.input_size)
-    images = torch.zeros(args.batch_size, 3, *size, device=process.device)
-    if args.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
-    dtype = amp_dtype(args.amp, process.device)
-    with torch.autocast(process.device.type, dtype=dtype) if dtype else nullcontext():
-        outputs = network.train()(images)
+    images = torch.zeros(args.batch_size, 3, *image_size(args), device=process.device)
+    numerics = create_numerics(args, process)
+    with numerics.autocast():
+        outputs = network.train()(numerics.arrange(images))
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     sum(output.float().sum() for output in outputs).backward()
     run.optimizer.zero_grad()
@@ -465,7 +470,7 @@ def evaluate_run(args, run: Run, data: Data, process: Process) -> dict[str, dict
 
 
 def share_statistics(run: Run, process: Process):
-    """Make batch norm's running statistics the same on all processes: while training, each has its own.
+    """Make batch norm's running statistics the same on all processes: at the last step each saw its own images.
 
     The model's become the mean. The average of the weights keeps the main process's, as checkpoints within an epoch do.
     """
@@ -475,62 +480,76 @@ def share_statistics(run: Run, process: Process):
             distribute_bn(run.ema.module, process.world_size, reduce=False)
 
 
-def train_epoch(args, run: Run, network, loss_fn, mixup, schedule, data: Data, process: Process, log, keeper: Keeper):
-    """Train what is left of the run's epoch, and save it; returns the means of its log line."""
-    meter = Meter(process, run.meter)
-    start_step = run.step
-    data.train_loader.set_epoch(run.epoch, first_batch=start_step * args.update_freq)
-    unreadable = data.train_set.bad_images
-    stats = train_one_epoch(
+def create_trainer(
+    args: argparse.Namespace, run: Run, loss_fn: Callable, mixup: Mixup | None, process: Process, log: RunLog
+) -> Trainer:
+    """What trains the run from where it is: its network with all wrappers, and its schedule."""
+    network = wrap(run.model, args, process)
+    settle_buckets(network, run, args, process)
+    schedule = create_schedule(
+        run.optimizer, args.sched, args.epochs, run.steps, args.warmup_epochs, args.warmup_lr, args.min_lr
+    )
+    if run.global_step:
+        schedule.step_update(run.global_step - 1)
+    return Trainer(
+        run.model,
         network,
         loss_fn,
-        data.train_loader,
         run.optimizer,
         schedule,
         run.scaler,
         process,
         log,
-        epoch=run.epoch,
         epochs=args.epochs,
         seed=args.seed,
-        start_step=start_step,
-        meter=meter,
-        after_step=partial(keeper.after_step, meter),
-        amp_dtype=amp_dtype(args.amp, process.device),
-        channels_last=args.channels_last,
+        numerics=create_numerics(args, process),
         mixup=mixup,
         ema=run.ema,
-        ema_source=run.model,
         update_freq=args.update_freq,
         clip_grad=args.clip_grad,
         log_every=args.log_every,
+    )
+
+
+def train_epoch(trainer: Trainer, run: Run, data: Data, checkpointer: Checkpointer) -> dict[str, float]:
+    """Train what is left of the run's epoch, and save it; returns the means of its log line."""
+    process = trainer.process
+    meter = Meter(process, run.meter)
+    start_step = run.step
+    data.train_loader.set_epoch(run.epoch, first_batch=start_step * trainer.update_freq)
+    unreadable = data.train_set.bad_images
+    stats = trainer.train_one_epoch(
+        data.train_loader, run.epoch, start_step, meter, after_step=partial(checkpointer.after_step, meter)
     )
     unreadable = count_unreadable(data.train_set, unreadable, process)
     if process.is_main:
         report_unreadable(unreadable)
     if start_step < run.steps:
         share_statistics(run, process)
-        keeper.after_epoch(meter, last=run.epoch + 1 == args.epochs)
+        checkpointer.after_epoch(meter, last=run.epoch + 1 == trainer.epochs)
     return stats
 
 
-def evaluate_epoch(args, run: Run, data: Data, process: Process, log: RunLog, keeper: Keeper) -> dict[str, float]:
+def evaluate_epoch(
+    args: argparse.Namespace, run: Run, data: Data, process: Process, log: RunLog, checkpointer: Checkpointer
+) -> dict[str, float]:
     """Evaluate the run after an epoch, and keep it if it is the best; returns what its log line says."""
     results = evaluate_run(args, run, data, process)
     for name, result in results.items():
         log.scalars(name, result, run.global_step)
     named = {f"{'ema_' if name == 'ema' else ''}{k}": v for name, result in results.items() for k, v in result.items()}
     if run.is_best(named):
-        keeper.save_best(named)
+        checkpointer.save_best(named)
     return {f"{name}_{k}": v for name, result in results.items() for k, v in result.items()}
 
 
-def run_training(args: argparse.Namespace, process: Process, request: LeaveRequest):
+def run_training(args: argparse.Namespace, process: Process, request: StopRequest):
     """Train, evaluate after every epoch, and leave checkpoints and logs in the output folder."""
     check_name("optimizer", args.opt, list_optimizers())
     if args.deterministic:
         use_deterministic_algorithms()
-    store = output_store(args)
+    # One time for all processes, whose clocks differ.
+    store = output_store(args, started=process.max(int(time.time())))
     data = create_data(args, process)
     run = create_run(args, process, data)
     mixup = create_mixup(args, run.model.num_classes)
@@ -540,21 +559,18 @@ def run_training(args: argparse.Namespace, process: Process, request: LeaveReque
         source = find_start(args, store, process)
         if source:
             run.load(source, args.opt)
-        network = wrap(run.model, args, process)
-        settle_buckets(network, run, args, process)
-        schedule = create_schedule(
-            run.optimizer, args.sched, args.epochs, run.steps, args.warmup_epochs, args.warmup_lr, args.min_lr
-        )
-        if run.global_step:
-            schedule.step_update(run.global_step - 1)
+            if run.epoch >= args.epochs:
+                if process.is_main:
+                    print(f"nothing is left to train: {source} is at epoch {run.epoch}, and --epochs is {args.epochs}")
+                return
+        log = RunLog(store.folder if process.is_main else None, run.epoch, run.global_step)
+        trainer = create_trainer(args, run, loss_fn, mixup, process, log)
         if process.is_main:
             options.save(args, store.folder / "args.yaml")
             print_plan(args, process, run, store.folder)
             if source:
                 print(f"going on from {source}: epoch {run.epoch}, step {run.step} of {run.steps}")
-        # A run that is over already has logged what there is to log.
-        log = RunLog(store.folder if process.is_main and run.epoch < args.epochs else None, run.epoch, run.global_step)
-        keeper = Keeper(
+        checkpointer = Checkpointer(
             run,
             store,
             process,
@@ -566,16 +582,16 @@ def run_training(args: argparse.Namespace, process: Process, request: LeaveReque
         )
         try:
             while run.epoch < args.epochs:
-                keeper.between_epochs()
-                stats = train_epoch(args, run, network, loss_fn, mixup, schedule, data, process, log, keeper)
+                checkpointer.between_epochs()
+                stats = train_epoch(trainer, run, data, checkpointer)
                 record = dict(epoch=run.epoch, step=run.global_step, **{f"train_{k}": v for k, v in stats.items()})
                 if data.val_loader is not None:
-                    record.update(evaluate_epoch(args, run, data, process, log, keeper))
+                    record.update(evaluate_epoch(args, run, data, process, log, checkpointer))
                 log.epoch(record)
                 run.next_epoch()
         except NonFiniteLossError as error:
             raise UserError(f"{error}; {store.kept()}") from error
-        except Leaving:
+        except Stopped:
             log.close()
             raise
         if process.is_main:
@@ -596,23 +612,23 @@ def main(argv: list[str] | None = None) -> int:
         if args.eval:
             run_evaluation(args, process)
         else:
-            with LeaveRequest().heard() as request:
+            with StopRequest().heard() as request:
                 run_training(args, process, request)
         end_process()
     except UserError as error:
         return fail(str(error), error.exit_code)
-    except Leaving as leaving:
+    except Stopped as stopped:
         end_process()
-        sys.stderr.write(f"{leaving}\n")
+        sys.stderr.write(f"{stopped}\n")
         return EXIT_RESUME
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except (OSError, RuntimeError) as error:
-        fault = fault_of_machine(error)
+        fault = explain_fault(error)
         if fault is None:
             raise
-        return fail(f"{fault}; what was saved is whole, go on with --auto_resume", 1)
+        return fail(fault, 1)
     return 0
 
 

@@ -7,14 +7,12 @@ import ast
 import math
 import os
 import sys
-from collections.abc import Iterable
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
-from utils import UsageError, replace_file
+from utils import UsageError, nearest, replace_file
 
 IMAGE_FOLDERS = ("image_folder", "IMNET")
 DATA_SETS = ("IMNET", "image_folder", "CIFAR10", "CIFAR100", "digits")
@@ -45,7 +43,8 @@ def _model(text: str) -> str:
     return PUBLISHED_NAMES.get(text, text)
 
 
-def _input_size(text: str) -> int | tuple[int, int]:
+def image_size(text: str) -> int | tuple[int, int]:
+    """A side, or (height, width), of `SIDE` or `HEIGHTxWIDTH` in pixels, as `--input_size` takes them."""
     try:
         sizes = tuple(int(side) for side in text.lower().split("x"))
     except ValueError:
@@ -81,12 +80,6 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint at the one of `known` that was meant, to end an error with; empty where none is near."""
-    close = get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
 def build_parser() -> argparse.ArgumentParser:
     """All flags and their defaults."""
     parser = _Parser(
@@ -102,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("model", "biformer_small", alias="arch", type=_model, metavar="MODEL",
          help=f"any model that timm knows, ours included; as published too: {', '.join(PUBLISHED_NAMES)}")
     flag("model_kwargs", [], type=_key_value, nargs="*", metavar="KEY=VALUE", help="arguments of the model")
-    flag("input_size", 224, type=_input_size, metavar="PIXELS", help="side of the image, or HEIGHTxWIDTH")
+    flag("input_size", 224, type=image_size, metavar="PIXELS", help="side of the image, or HEIGHTxWIDTH")
     flag("nb_classes", type=int, help="number of classes (default: what the data holds)")
     flag("drop", 0.0, type=float, help="dropout before the classifier")
     flag("drop_path", 0.1, type=float, help="stochastic depth of the last block")
@@ -143,9 +136,9 @@ def build_parser() -> argparse.ArgumentParser:
     flag("epochs", 300, type=int)
     flag("batch_size", 128, type=int, help="images for each GPU and forward pass")
     flag("update_freq", 1, type=int, help="forward passes for each optimizer step")
-    flag("opt", "adamw", help="any optimizer that timm knows")
+    flag("opt", "adamw", help="any optimizer of timm's that takes plain gradients")
     flag("opt_eps", 1e-8, type=float, help="epsilon of the optimizer")
-    flag("opt_betas", type=float, nargs=2, metavar="BETA", help="betas of the optimizer (default: its own)")
+    flag("opt_betas", type=float, nargs="+", metavar="BETA", help="betas of the optimizer (default: its own)")
     flag("momentum", 0.9, type=float, help="of optimizers that have one")
     flag("weight_decay", 0.05, type=float)
     flag("lr", 5e-4, type=float, help="learning rate for a global batch of 512 images; scaled with it")
@@ -166,7 +159,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("distillation_tau", 1.0, type=float, help="temperature of soft distillation")
 
     flag("token_label", metavar="FOLDER", help="train on the label maps in it (scripts/make_label_maps.py) too")
-    flag("token_label_weight", 0.5, type=float, help="weight of the tokens' loss")
+    flag("token_label_weight", type=float, help="weight of the tokens' loss (default: 0.5)")
 
     flag("eval", False, help="evaluate and stop")
     flag("dist_eval", True, help="share the evaluation among the processes; the result is the same")
@@ -257,14 +250,19 @@ def _check(args: argparse.Namespace):
         if value is not None and not 0 < value < math.inf:
             raise UsageError(f"--{name} must be above 0 and finite, got {value}")
     for name in ("mixup", "cutmix", "weight_decay", "color_jitter", "warmup_lr", "min_lr", "token_label_weight"):
-        if not 0 <= getattr(args, name) < math.inf:
-            raise UsageError(f"--{name} must not be negative, got {getattr(args, name)}")
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise UsageError(f"--{name} must not be negative, got {value}")
     if not all(0 <= beta < 1 for beta in [args.momentum, *(args.opt_betas or [])]):
         raise UsageError("--momentum and --opt_betas must be at least 0 and below 1")
     for name in ("scale", "ratio"):
         low, high = getattr(args, name)
         if not 0 < low <= high < math.inf:
             raise UsageError(f"--{name} takes a range above 0, got {low} {high}")
+    if args.crop_pct is not None and args.crop_pct > 1:
+        raise UsageError(f"--crop_pct is the part of the image that is kept, at most 1, got {args.crop_pct}")
+    if "num_classes" in args.model_kwargs:
+        raise UsageError("--model_kwargs num_classes: the number of classes is the data's, or --nb_classes")
     if args.scale[1] > 1:
         raise UsageError(f"--scale is the cropped part of the image, at most 1, got {args.scale[1]}")
     if args.seed >= 2**32:
@@ -279,7 +277,7 @@ def _check(args: argparse.Namespace):
         raise UsageError(f"--distillation_type {args.distillation_type} needs a --teacher_model")
     if args.distillation_type == "none" and args.teacher_model is not None:
         raise UsageError("--teacher_model needs --distillation_type soft or hard")
-    if args.token_label is not None and not args.eval:
+    if not args.eval:
         _check_token_label(args)
     if args.eval and not (args.resume or args.finetune or args.load_release):
         raise UsageError("--eval needs weights: --resume CHECKPOINT, or --load_release for the published ones")
@@ -292,6 +290,10 @@ def _check(args: argparse.Namespace):
 
 
 def _check_token_label(args: argparse.Namespace):
+    if args.token_label is None:
+        if args.token_label_weight is not None:
+            raise UsageError("--token_label_weight needs --token_label, the folder of the label maps")
+        return
     if args.data_set not in IMAGE_FOLDERS:
         raise UsageError(f"--token_label needs a folder of images, --data_set {IMAGE_FOLDERS[0]}, not {args.data_set}")
     if args.distillation_type != "none":

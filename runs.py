@@ -1,4 +1,5 @@
 """A training run as something that can be left at any step and gone on with: what it holds, and when it is saved."""
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,14 +8,14 @@ from typing import Any
 import torch
 from timm.utils import ModelEmaV3
 
-from checkpoints import CheckpointStore, load_weights, model_weights, read_checkpoint
+from checkpoints import CheckpointStore, load_weights, model_weights, other_classes, read_checkpoint
 from engine import Meter, check_finite
-from utils import LeaveRequest, Process, UserError
+from utils import Process, StopRequest, UserError
 
-HYPERPARAMETERS = ("lr", "lr_scale", "weight_decay", "momentum", "betas", "eps")
+HYPERPARAMETERS = ("lr", "lr_scale", "weight_decay", "momentum", "betas", "eps", "fused")
 
 
-class Leaving(Exception):
+class Stopped(Exception):
     """The run was asked to leave, and has saved itself."""
 
 
@@ -32,8 +33,9 @@ class Run:
         ranges: Into how many ranges the data of an epoch is cut; see `EpochLoader.ranges`.
         best_metric: Which result of an evaluation decides which weights are the best; one that ends in "loss" is better
             where it is lower.
+        classes: Names of the classes, in order, where the data set knows them.
         epoch, step: This epoch, from 0, and the optimizer steps taken in it.
-        taken: Optimizer steps taken in all, also in epochs that had another number of them.
+        total_steps: Optimizer steps taken in all, also in epochs that had another number of them.
         meter: `Meter.state_dict()` at that step.
         best: The best value of the metric so far.
     """
@@ -46,9 +48,10 @@ class Run:
     global_batch: int
     ranges: int = 1
     best_metric: str = "acc1"
+    classes: list[str] | None = None
     epoch: int = 0
     step: int = 0
-    taken: int = 0
+    total_steps: int = 0
     meter: dict[str, Any] = field(default_factory=dict)
     best: float | None = None
 
@@ -64,6 +67,8 @@ class Run:
     def is_best(self, results: dict[str, float]) -> bool:
         """Whether the evaluation that gave `results` is the best so far, which is noted."""
         value = results[self.best_metric]
+        if not math.isfinite(value):
+            return False
         lower = self.best_metric.endswith("loss")
         if self.best is not None and (value >= self.best if lower else value <= self.best):
             return False
@@ -78,12 +83,13 @@ class Run:
             scaler=self.scaler.state_dict(),
             epoch=self.epoch,
             step=self.step,
-            taken=self.taken,
+            total_steps=self.total_steps,
             steps=self.steps,
             global_batch=self.global_batch,
             ranges=self.ranges,
             meter=self.meter,
             best={self.best_metric: self.best},
+            classes=self.classes,
         )
 
     def load(self, path: Path, opt: str):
@@ -95,6 +101,9 @@ class Run:
         checkpoint = read_checkpoint(str(path))
         if not {"optimizer", "meter", "args"} <= checkpoint.keys():
             raise UserError(f"{path} holds weights alone, not a run to go on with; start from it by --finetune")
+        difference = other_classes(checkpoint, self.classes)
+        if difference:
+            raise UserError(f"{path} {difference}; fine-tune from it by --finetune")
         self._load_weights(checkpoint, path)
         self._load_optimizer(checkpoint["optimizer"], checkpoint["args"]["opt"], opt, path)
         if checkpoint["scaler"]:  # that of a run without fp16 is empty
@@ -123,7 +132,7 @@ class Run:
 
     def _load_position(self, checkpoint: dict[str, Any], path: Path):
         self.epoch, self.step, self.meter = checkpoint["epoch"], checkpoint["step"], checkpoint["meter"]
-        self.taken = checkpoint["taken"]
+        self.total_steps = checkpoint["total_steps"]
         if self.step == checkpoint["steps"]:
             self.step = self.steps
         elif self.step:
@@ -144,7 +153,7 @@ class Run:
             )
 
 
-class Keeper:
+class Checkpointer:
     """Saves a run when a save is due, and ends it when it is asked to leave: on all processes at the same step.
 
     Args:
@@ -161,7 +170,7 @@ class Keeper:
         run: Run,
         store: CheckpointStore,
         process: Process,
-        request: LeaveRequest,
+        request: StopRequest,
         recipe: dict[str, Any],
         every_epochs: int = 1,
         every_steps: int | None = None,
@@ -175,14 +184,16 @@ class Keeper:
         """Save, and leave, where it is time to, after `step` optimizer steps of the epoch.
 
         Raises:
-            Leaving: A signal came to one of the processes.
+            Stopped: A signal came to one of the processes.
         """
-        self.run.taken += step - self.run.step
+        self.run.total_steps += step - self.run.step
         self.run.step = step
         if step == self.run.steps:
             return  # the end of the epoch, which is saved when the processes have shared what they know
         agreed = self._agree()
         if agreed:
+            meter.gather(self.run.epoch)
+            check_finite(self.run.model, self.run.epoch)
             self._save(meter)
         if agreed >= 2:
             self._leave()
@@ -197,7 +208,7 @@ class Keeper:
         """Save and leave, where a signal came while the run did not train.
 
         Raises:
-            Leaving: It did.
+            Stopped: It did.
         """
         if self.process.max(self.request.signal is not None):
             self._write()
@@ -219,14 +230,12 @@ class Keeper:
         return by_steps or (by_time and self.process.is_main)
 
     def _save(self, meter: Meter):
-        meter.gather(self.run.epoch)
-        check_finite(self.run.model, self.run.epoch)
         self.run.meter = meter.state_dict()
         self._write()
 
     def _write(self):
         if self.process.is_main:
-            self.store.save(self.run.taken, self._state())
+            self.store.save(self.run.total_steps, self._state())
         self.saved_at = time.monotonic()
 
     def _state(self) -> dict[str, Any]:
@@ -236,7 +245,7 @@ class Keeper:
         # A launcher that sees one process end may end the others: not before the main one has saved.
         self.process.max(0)
         by = self.request.signal or "a signal to another process"
-        raise Leaving(
+        raise Stopped(
             f"{by}: left epoch {self.run.epoch} after step {self.run.step} of {self.run.steps}, "
-            f"saved as {self.store.path(self.run.taken)}; go on with --auto_resume"
+            f"saved as {self.store.path(self.run.total_steps)}; go on with --auto_resume"
         )

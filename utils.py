@@ -8,10 +8,11 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 from urllib.parse import urlparse
@@ -25,7 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 EXIT_RESUME = 75
 # torch has no class for gloo's errors, and gloo's words do not always name it.
 _OF_PEERS = re.compile(
-    r"gloo|caused pair closure|connection (reset|closed|refused)|nccl.*(remote|time|abort|connection)",
+    r"gloo/|gloo timeout|caused pair closure|connection (reset|closed|refused)|nccl.*(remote|time|abort|connection)",
     re.IGNORECASE | re.DOTALL,
 )
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
@@ -47,12 +48,37 @@ class UsageError(UserError):
     exit_code = 2
 
 
+def nearest(name: str, known: Iterable[str], n: int = 1) -> str:
+    """A hint at those of `known` that may have been meant, to end an error with; empty where none is near."""
+    close = get_close_matches(name, list(known), n, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def check_name(kind: str, name: str, known: Iterable[str]):
+    """Raises UsageError, with the nearest names, where `name` is not among those `known`."""
+    if name not in known:
+        raise UsageError(f"unknown {kind} {name!r}{nearest(name, known, n=3)}")
+
+
 def fail(message: str, exit_code: int) -> int:
     """Print the one line of an error; returns `exit_code`."""
     with suppress(OSError):  # standard error may lie on the disk that is full
         # In one write, so that the lines of several processes do not run together.
         sys.stderr.write(f"error: {' '.join(message.split())}\n")
     return exit_code
+
+
+def run_script(run: Callable[[], Any]) -> int:
+    """Call `run`; returns the exit code: that of a user's mistake, 1 for a file or folder that cannot be used, or 0."""
+    try:
+        run()
+    except UserError as error:
+        return fail(str(error), error.exit_code)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return fail(f"{error.filename}: {error.strerror}", 1)
+    return 0
 
 
 def exit_with(code: int) -> NoReturn:
@@ -78,19 +104,36 @@ def run_and_exit(run: Callable[[], int]) -> NoReturn:
     exit_with(code)
 
 
-def fault_of_machine(error: OSError | RuntimeError) -> str | None:
-    """What happened, in words, where the machine or another process is at fault; None where it may be the code."""
+def explain_fault(error: OSError | RuntimeError) -> str | None:
+    """What happened and what to do, in words, where an error is known; None where it may be a bug of ours."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return (
+            "memory ran out; lower --batch_size and raise --update_freq by as much, which trains the same, or pass "
+            f"--grad_checkpointing ({_first_line(text)})"
+        )
+    if "does not have a deterministic implementation" in text:
+        return f"--deterministic cannot train this network on this device ({_first_line(text)})"
+    fault = _fault_of_machine(error)
+    return fault and f"{fault}; what was saved is whole, go on with --auto_resume"
+
+
+def _fault_of_machine(error: OSError | RuntimeError) -> str | None:
     text = str(error)
     if "DataLoader worker (pid" in text:  # torch raises it from a signal, wherever the run is
         return (
             "a process that reads images was killed, as happens where memory runs out; "
             f"give fewer --num_workers or more memory ({_first_line(text)})"
         )
-    if isinstance(error, dist.DistError) or _OF_PEERS.search(text):
+    if isinstance(error, dist.DistError) or (_world_size() > 1 and _OF_PEERS.search(text)):
         return f"another process of the run ended, or did not answer within --dist_timeout ({_first_line(text)})"
     if isinstance(error, OSError) and error.errno in _DISK_FAULTS:
         return error.strerror + (f": {error.filename}" if error.filename else " in the output folder")
     return None
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def _first_line(text: str) -> str:
@@ -145,7 +188,7 @@ def start_process(device: str = "auto", timeout: float = 30.0) -> Process:
     Raises:
         UserError: The device is not there.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = int(os.environ.get("RANK", 0)), _world_size()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -181,6 +224,21 @@ def use_deterministic_algorithms():
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True)
+    # By default torch would then fill what it allocates, before what computes it writes all of it.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def derive_seed(*key: int) -> int:
+    """Mix integers >= 0 into one 64-bit seed."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
+def seed_generators(seed: int, *manual_seed: Callable[[int], Any]):
+    """Start the generators of Python and NumPy, and those of torch that each `manual_seed` starts, from `seed`."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    for start in manual_seed:
+        start(seed)
 
 
 def seed_everything(seed: int, *salt: int):
@@ -189,10 +247,7 @@ def seed_everything(seed: int, *salt: int):
     Called at every step, it makes the state of the generators a function of the step, so that a checkpoint need not
     store them, and a run may go on with another number of processes.
     """
-    mixed = int(np.random.SeedSequence((seed, *salt)).generate_state(1)[0])
-    random.seed(mixed)
-    np.random.seed(mixed)
-    torch.manual_seed(mixed)
+    seed_generators(derive_seed(seed, *salt) % 2**32, torch.manual_seed)
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -228,7 +283,7 @@ def replace_file(path: Path, write: Callable[[BinaryIO], Any]):
 # --- signals --------------------------------------------------------------------------------------------------------
 
 
-class LeaveRequest:
+class StopRequest:
     """Whether SIGTERM, SIGINT or SIGUSR1 has asked the run to leave. A SIGINT after any of them leaves at once."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -243,7 +298,7 @@ class LeaveRequest:
         self.signal = signal.Signals(number).name
 
     @contextmanager
-    def heard(self) -> Iterator["LeaveRequest"]:
+    def heard(self) -> Iterator["StopRequest"]:
         """Listen, in the main thread."""
         before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
         try:

@@ -12,7 +12,6 @@ import random
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from photos import write_photos  # noqa: E402
+from ports import free_port  # noqa: E402
 from run_state import differences  # noqa: E402
 
 import utils  # noqa: E402
@@ -133,12 +133,6 @@ class Course:
             ranks.append(PROCESSES.Process(target=_train, args=(self.arguments(*more), here, output, file_limit)))
             ranks[-1].start()
         return Attempt(ranks, output)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 # --- faults ---------------------------------------------------------------------------------------------------------

@@ -1,30 +1,35 @@
 import argparse
 import hashlib
+import multiprocessing
 import os
 import resource
 import subprocess
 import sys
+import threading
+import time
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from hostile import Hostile
 from torch import nn
 from web import served
 
-from checkpoints import CheckpointStore, is_whole, load_weights, model_weights, read_checkpoint, save_checkpoint
+from checkpoints import (
+    CheckpointStore,
+    fetch,
+    is_whole,
+    load_weights,
+    model_weights,
+    read_checkpoint,
+    save_checkpoint,
+)
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-class Hostile:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
 
 
 def test_checkpoint_round_trip(tmp_path):
@@ -64,7 +69,7 @@ def test_safetensors(tmp_path):
 @pytest.mark.parametrize("legacy", [False, True])
 def test_hostile_pickle_is_refused_and_not_run(tmp_path, legacy):
     victim = tmp_path / "made_by_the_pickle"
-    state = {"model": Hostile(str(victim))}
+    state = {"model": Hostile(victim)}
     torch.save(state, tmp_path / "c.pth", _use_new_zipfile_serialization=not legacy)
     with pytest.raises(UserError, match="refused, since loading it would run code") as error:
         read_checkpoint(str(tmp_path / "c.pth"))
@@ -102,6 +107,56 @@ def test_not_a_dictionary(tmp_path):
 def test_missing_checkpoint():
     with pytest.raises(UserError, match="no such checkpoint file"):
         read_checkpoint("nowhere.pth")
+
+
+def fetch_and_report(url, start, found):
+    start.wait(30)
+    found.put(fetch(url).read_bytes())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_processes_that_ask_at_once_download_once(tmp_path, monkeypatch):
+    """As the ranks of a run do; each would else wait for as many copies over one line."""
+    content, requests = os.urandom(1000), []
+
+    class Slow(BaseHTTPRequestHandler):
+        def do_GET(self):
+            requests.append(self.path)
+            time.sleep(0.5)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    context = multiprocessing.get_context("fork")
+    start, found = context.Barrier(4), context.Queue()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
+        url = f"http://127.0.0.1:{server.server_port}/weights.pth"
+        ranks = [context.Process(target=fetch_and_report, args=(url, start, found), daemon=True) for _ in range(4)]
+        for rank in ranks:
+            rank.start()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert [found.get(timeout=60) for _ in ranks] == [content] * 4
+        server.shutdown()
+    for rank in ranks:
+        rank.join(10)
+    assert requests == ["/weights.pth"]
+    assert sorted(path.suffix for path in (tmp_path / "checkpoints").iterdir()) == [".lock", ".pth"]
+
+
+def test_a_download_where_files_cannot_be_locked(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, **_: Path(path).write_text(url))
+    assert fetch("https://a.example/x.pth").read_text() == "https://a.example/x.pth"
 
 
 def test_download(tmp_path, monkeypatch):

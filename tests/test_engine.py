@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from engine import NonFiniteLossError, evaluate, train_one_epoch
+from engine import NonFiniteLossError, Numerics, Trainer, evaluate
 from optim_factory import create_schedule
 from utils import Process, RunLog, UserError
 
@@ -34,9 +34,10 @@ def train(model, loader, *, epoch=0, epochs=1, loss_fn=cross_entropy, lr=0.1, op
     optimizer = opt(model.parameters(), lr=lr)
     schedule = create_schedule(optimizer, "cosine", 100, len(loader) // kwargs.get("update_freq", 1), 0, 0.0, lr)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return train_one_epoch(
-        model, loss_fn, loader, optimizer, schedule, scaler, PROCESS, RunLog(None), epoch=epoch, epochs=epochs, **kwargs
+    trainer = Trainer(
+        model, model, loss_fn, optimizer, schedule, scaler, PROCESS, RunLog(None), epochs=epochs, **kwargs
     )
+    return trainer.train_one_epoch(loader, epoch)
 
 
 def test_an_epoch_is_plain_gradient_descent():
@@ -84,7 +85,7 @@ def test_average_of_the_weights():
     model = small_model()
     ema = ModelEmaV3(model, decay=0.5)
     start = model[1].weight.detach().clone()
-    train(model, batches(1), ema=ema, ema_source=model)
+    train(model, batches(1), ema=ema)
     torch.testing.assert_close(ema.module[1].weight, (start + model[1].weight) / 2)
 
 
@@ -108,7 +109,7 @@ def test_low_precision_is_the_models_and_not_the_losses():
         types.append(logits.dtype)
         return F.cross_entropy(logits, targets)
 
-    train(model, batches(1), loss_fn=loss_fn, amp_dtype=torch.bfloat16)
+    train(model, batches(1), loss_fn=loss_fn, numerics=Numerics("cpu", torch.bfloat16))
     assert types == [torch.bfloat16, torch.float32]
 
 
@@ -155,3 +156,13 @@ def test_fewer_than_five_classes():
 def test_nothing_to_evaluate():
     with pytest.raises(UserError, match="no image"):
         evaluate(small_model(), [], PROCESS)
+
+
+def test_the_learning_rate_of_a_log_is_that_of_the_last_layers():
+    model = small_model()
+    groups = [dict(params=[model[1].bias], lr_scale=0.1), dict(params=[model[1].weight], lr_scale=1.0)]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    schedule = create_schedule(optimizer, "cosine", 100, 1, 0, 0.0, 0.1)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    trainer = Trainer(model, model, cross_entropy, optimizer, schedule, scaler, PROCESS, RunLog(None), epochs=1)
+    assert trainer.train_one_epoch(batches(1), 0)["lr"] == pytest.approx(0.1)

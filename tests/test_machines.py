@@ -2,13 +2,11 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from photos import write_photos
+from ports import free_port
 from run_state import differences
 
 import main as program
@@ -22,10 +20,7 @@ RESULT = re.compile(r"\* Acc@1 .*\nAccuracy of the network on the 7 test images:
 
 def on_two_machines(*arguments):
     """main.py by README's line, the same on each machine; exit codes, and what they wrote, the main one's first."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    meet = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"]
+    meet = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}"]
     launchers = []
     for _ in range(2):
         launchers.append(subprocess.Popen(
@@ -36,14 +31,11 @@ def on_two_machines(*arguments):
     return [launcher.returncode for launcher in launchers], sorted(outputs, reverse=True)
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    """13 training images, of which two machines share 12, and 7 to evaluate, of which one gets 4 and the other 3."""
-    return write_photos(tmp_path_factory.mktemp("photos"), train=13, val=7)
-
-
 def test_two_machines_are_one(photos, tmp_path, capfd):
-    """They train what two processes of one machine train, and evaluate each image once."""
+    """They train what two processes of one machine train, and evaluate each image once.
+
+    Of the 13 training images they share 12; of the 7 to evaluate, one gets 4 and the other 3.
+    """
     arguments = [*SMALL, *TRAIN, "--data_path", photos, "--output_dir"]
     codes, outputs = on_two_machines(*arguments, tmp_path / "machines")
     assert codes == [0, 0], outputs

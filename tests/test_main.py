@@ -2,18 +2,21 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
-from photos import write_photos
+from PIL import Image
+from ports import free_port
+from timm.data import create_transform, resolve_data_config
 from web import served
 
 import main as program
+import options
 from checkpoints import CheckpointStore
 from scripts import make_shards
 
@@ -22,12 +25,6 @@ SMALL = ["--model", "biformer_nano", "--input_size", "32", "--batch_size", "4", 
 SHORT = ["--epochs", "2", "--warmup_epochs", "1", "--lr", "1e-2", "--log_every", "2"]
 RESULT = re.compile(r"\* Acc@1 (\d+\.\d{3}) Acc@5 (\d+\.\d{3}) loss (\d+\.\d{3})\n"
                     r"Accuracy of the network on the (\d+) test images: (\d+\.\d)%")
-
-
-@pytest.fixture(scope="session")
-def photos(tmp_path_factory):
-    """13 training and 7 validation images of three classes, each of a colour."""
-    return write_photos(tmp_path_factory.mktemp("photos"), train=13, val=7)
 
 
 def run(capfd, *arguments):
@@ -42,12 +39,9 @@ def train(photos, folder, *arguments):
 
 
 def launch(processes, *arguments, launcher="torch.distributed.run"):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-W", "ignore", "-m", launcher, f"--nproc_per_node={processes}", f"--master_port={port}"]
+    command = [sys.executable, "-W", "ignore", "-m", launcher, f"--nproc_per_node={processes}"]
     return subprocess.run(
-        [*command, "main.py", *map(str, arguments)],
+        [*command, f"--master_port={free_port()}", "main.py", *map(str, arguments)],
         cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
     )
 
@@ -120,7 +114,8 @@ def test_resume_by_name(photos, trained, tmp_path, capfd):
 
 
 def test_what_the_flags_say_wins_over_the_checkpoint(photos, trained, tmp_path):
-    train(photos, tmp_path, "--epochs", "3", "--resume", trained / "last.pth", "--lr", "1e-4", "--weight_decay", "0.3")
+    train(photos, tmp_path, "--epochs", "3", "--resume", trained / "last.pth", "--lr", "1e-4", "--weight_decay", "0.3",
+          "--min_lr", "0", "--warmup_lr", "0")
     groups = weights(tmp_path / "last.pth", "optimizer")["param_groups"]
     assert {group["weight_decay"] for group in groups} == {0.0, 0.3}
     assert all(group["initial_lr"] == pytest.approx(1e-4 * 4 / 512) for group in groups)
@@ -207,7 +202,7 @@ def test_models_of_one_size_get_theirs(photos, tmp_path):
 def test_shards_are_the_folder_again(photos, trained, tmp_path, capfd):
     """The recipe trains on shards; evaluation finds the same in a folder, in its shards, and in those of a server."""
     assert make_shards.main([str(photos), str(tmp_path / "shards"), "--size", "4"]) == 0
-    shards = ["--data_set", "wds/photos", "--nb_classes", "3", "--data_path"]
+    shards = ["--data_set", "wds/photos", "--data_path"]
     train(photos, tmp_path / "run", *shards, tmp_path / "shards")
     with served(tmp_path / "shards") as url:
         cache = ["--shard_cache", tmp_path / "cache", "--shard_cache_gb", "1e-9"]
@@ -218,6 +213,28 @@ def test_shards_are_the_folder_again(photos, trained, tmp_path, capfd):
             results.append(RESULT.search(out).group())
     assert results == results[:1] * 3
     assert len(list((tmp_path / "cache").glob("*.shard"))) == 1, "a bound lets the last one stay"
+
+
+def test_classes_of_shards_that_the_model_has_not(photos, tmp_path, capfd):
+    """As in a folder where the list of shards says how many there are, and at the first of them where it does not."""
+    assert make_shards.main([str(photos), str(tmp_path / "shards"), "--size", "4"]) == 0
+    shards = ["--data_set", "wds/photos", "--data_path", tmp_path / "shards", "--output_dir", tmp_path / "run"]
+    refuses(capfd, 2, "--nb_classes 2 is fewer than the 3 classes that the data holds", *shards, "--nb_classes", "2")
+    info = json.loads((tmp_path / "shards" / "_info.json").read_text())
+    del info["num_classes"]
+    (tmp_path / "shards" / "_info.json").write_text(json.dumps(info))
+    message = ".tar is of class 2, which must be below 2, the model's; see --nb_classes"
+    refuses(capfd, 1, message, *shards, *SHORT, "--nb_classes", "2")
+
+
+def test_without_a_number_the_classes_of_shards_are_the_models(tmp_path):
+    split = dict(num_samples=1, filenames=["0.tar"], shard_lengths=[1])
+    (tmp_path / "_info.json").write_text(json.dumps(dict(splits=dict(val=split))))
+    (tmp_path / "0.tar").touch()
+    args = options.parse(["--data_set", "wds/tiny", "--data_path", str(tmp_path), "--model", "biformer_nano"])
+    dataset = program.build_dataset(args, "val")
+    number = program.create_model(args, program.class_count(args, dataset)).num_classes
+    assert dataset.num_classes is None and dataset.source.most_classes == number == 1000
 
 
 def original_names(state_dict):
@@ -252,6 +269,41 @@ def test_load_release_is_for_the_released_classes(photos, capfd):
     assert code == 1 and "of 1000 classes, the data has 3" in err
 
 
+# --- transforms -----------------------------------------------------------------------------------------------------
+
+
+def modes_of_evaluation():
+    """By each of timm's ways to crop, the first of its pretrained models that is evaluated so."""
+    models = {}
+    for name in timm.list_pretrained():
+        models.setdefault(timm.get_pretrained_cfg(name).crop_mode, name)
+    return models
+
+
+@pytest.mark.parametrize("mode,model", modes_of_evaluation().items())
+def test_evaluation_shows_images_as_timm_does(mode, model):
+    config = resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(model).to_dict())
+    assert config["crop_mode"] == mode
+    size = "x".join(map(str, config["input_size"][1:]))
+    args = options.parse(["--data_set", "digits", "--model", model, "--input_size", size])
+    ours, theirs = program.build_dataset(args, "val").transform, create_transform(**config, use_prefetcher=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 140, 3), np.uint8)
+    assert torch.equal(ours(Image.fromarray(pixels)), theirs(Image.fromarray(pixels)))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_only_an_unknown_policy_is_blamed_on_aa(split, monkeypatch):
+    def fail(**_):
+        raise ValueError("of another kind")
+
+    monkeypatch.setattr("datasets.build_transform", fail)
+    with pytest.raises(ValueError, match=r"^of another kind$"):
+        program.build_dataset(options.parse(["--data_set", "digits"]), split)
+    unknown = options.parse(["--data_set", "digits", "--aa", "nonsense"])
+    with pytest.raises(ValueError, match="--aa nonsense: timm does not know" if split == "train" else "of another"):
+        program.build_dataset(unknown, split)
+
+
 # --- bad input ------------------------------------------------------------------------------------------------------
 
 
@@ -272,6 +324,15 @@ def test_wrong_command_lines(photos, capfd):
     refuses(capfd, 2, "cannot be built", "--model_kwargs", "regions=3", "--data_path", photos)
     refuses(capfd, 2, "cannot be built", "--model_kwargs", "attn_impl=fused", "--data_path", photos)
     refuses(capfd, 2, "unknown weights 'biformer_nano.in22k'", "--model", "biformer_nano.in22k", "--data_path", photos)
+    refuses(capfd, 2, "--min_lr 1e-05 is above the learning rate of this batch size", "--lr", "1e-6",
+            "--warmup_lr", "0", "--data_path", photos)
+    refuses(capfd, 2, "--warmup_lr 1 is above the learning rate", "--warmup_lr", "1", "--data_path", photos, *SHORT)
+    small = ["--data_path", photos, *SHORT]
+    refuses(capfd, 2, "--opt adan cannot be used so", "--opt", "adan", "--opt_betas", "0.9", "0.99", *small)
+    refuses(capfd, 2, "--opt adahessian needs second derivatives", "--opt", "adahessian", *small)
+    refuses(capfd, 2, "convnext_atto cannot take images of 3 x 16 x 16", "--model", "convnext_atto",
+            "--input_size", "16", *small)
+    refuses(capfd, 2, "biformer_nano cannot take images of 3 x 32 x 32", "--model_kwargs", "in_chans=1", *small)
     refuses(capfd, 2, "--nb_classes 2 is fewer than the 3 classes", "--nb_classes", "2", "--data_path", photos)
     refuses(capfd, 1, "published weights of resnet10t are of 1000 classes, the data has 3", "--data_path", photos,
             "--distillation_type", "soft", "--teacher_model", "resnet10t", *SHORT)

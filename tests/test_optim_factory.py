@@ -21,6 +21,12 @@ def test_no_weight_decay_on_norms_and_biases():
         assert (id(parameter) in decayed) == (parameter.ndim > 1)
 
 
+@pytest.mark.parametrize("opt,fused", [("adamw", True), ("adam", True), ("sgd", True), ("lamb", None)])
+def test_one_pass_over_the_weights_where_torch_has_one(opt, fused):
+    optimizer = create_optimizer(timm.create_model("resnet10t"), opt, lr=1e-3, weight_decay=0.05)
+    assert optimizer.param_groups[0].get("fused") is fused
+
+
 def test_layer_decay():
     model = timm.create_model("resnet10t")
     optimizer = create_optimizer(model, "adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.5)

@@ -105,7 +105,8 @@ def test_what_runs_can_be_run_again(tmp_path):
 
 @pytest.mark.parametrize("path", sorted(path.stem for path in RECIPES.glob("*.yaml")))
 def test_recipes(path):
-    args = parse("--config", str(RECIPES / f"{path}.yaml"))
+    label_maps = ["--token_label", "maps"] if path.endswith("token_label") else []
+    args = parse("--config", str(RECIPES / f"{path}.yaml"), *label_maps)
     assert args.model == ("biformer_nano" if path == "quickstart" else path.removesuffix("_token_label"))
 
 
@@ -121,6 +122,9 @@ def test_recipes(path):
         (["--token_label", "maps", "--input_size", "224x250"], "--input_size of whole tokens, multiples of 32 pixels"),
         (["--token_label", "maps", "--aa", "augmix-m5-w4-d2"], "cannot go with --aa augmix"),
         (["--token_label_weight", "-1"], "--token_label_weight must not be negative"),
+        (["--token_label_weight", "1"], "--token_label_weight needs --token_label"),
+        (["--model_kwargs", "num_classes=3"], "the number of classes is the data's, or --nb_classes"),
+        (["--crop_pct", "1.5"], "--crop_pct is the part of the image that is kept, at most 1"),
         (["--batch_size", "0"], "--batch_size must be at least 1, got 0"),
         (["--epochs", "0"], "--epochs must be at least 1, got 0"),
         (["--epochs", "many"], "--epochs: invalid int value: 'many'"),

@@ -6,15 +6,16 @@ import signal
 
 import pytest
 import torch
-from photos import write_photos
 from run_state import differences
+from torch._inductor.exc import InductorError
 from web import served
 
 import main as program
 from checkpoints import CheckpointStore
-from runs import Keeper, Leaving, Run
+from runs import Checkpointer, Run, Stopped
 from scripts import make_shards
-from utils import EXIT_RESUME, LeaveRequest
+from token_labels import label_map_path
+from utils import EXIT_RESUME, StopRequest
 
 # With mixup, cutmix, random erasing, repeated augmentation, stochastic depth and the average of the weights, as by
 # default; batch norm is in the stem.
@@ -22,11 +23,6 @@ COMMAND = ["--model", "biformer_nano", "--input_size", "32", "--batch_size", "2"
            "--num_workers", "0", "--device", "cpu", "--epochs", "2", "--warmup_epochs", "1", "--lr", "1e-2",
            "--log_every", "2", "--model_ema_eval", "--model_ema_decay", "0.9"]
 STEPS = 3
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    return write_photos(tmp_path_factory.mktemp("photos"), train=13, val=7)
 
 
 def train(photos, folder, *arguments):
@@ -44,7 +40,7 @@ def whole(photos, tmp_path_factory):
 def signal_after(monkeypatch, step, number=signal.SIGTERM):
     """Send this process a signal after so many optimizer steps from its start."""
     taken = []
-    after_step = Keeper.after_step
+    after_step = Checkpointer.after_step
 
     def count(self, *arguments):
         taken.append(None)
@@ -52,7 +48,7 @@ def signal_after(monkeypatch, step, number=signal.SIGTERM):
             os.kill(os.getpid(), number)
         after_step(self, *arguments)
 
-    monkeypatch.setattr(Keeper, "after_step", count)
+    monkeypatch.setattr(Checkpointer, "after_step", count)
     return taken
 
 
@@ -165,13 +161,13 @@ def test_nobody_leaves_before_the_main_process_has_saved(tmp_path):
     notes = []
     store = CheckpointStore(tmp_path)
     store.save = lambda step, state: notes.append("saved")
-    request = LeaveRequest()
+    request = StopRequest()
     request.signal = "SIGTERM"
     run = Run(None, None, None, None, steps=3, global_batch=4)
     run.state_dict = dict
-    keeper = Keeper(run, store, Together(notes), request, recipe={})
-    with pytest.raises(Leaving):
-        keeper.between_epochs()
+    checkpointer = Checkpointer(run, store, Together(notes), request, recipe={})
+    with pytest.raises(Stopped):
+        checkpointer.between_epochs()
     assert notes == ["agreed", "saved", "agreed"]
 
 
@@ -189,6 +185,72 @@ def test_going_on_from_the_one_before_a_damaged_one(photos, whole, tmp_path, cap
     out = capfd.readouterr().out
     assert f"{newest} is damaged" in out and "going on from" in out and "epoch 1, step 2 of 3" in out
     assert differences(tmp_path, whole) == []
+
+
+@pytest.fixture(scope="module")
+def label_maps(photos, tmp_path_factory):
+    """A map for each training image, of two classes at each of 3 x 3 places."""
+    root = tmp_path_factory.mktemp("maps")
+    generator = torch.Generator().manual_seed(0)
+    for image in (photos / "train").rglob("*.png"):
+        path = label_map_path(root, image.relative_to(photos / "train"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        classes = torch.rand(3, 3, 3, generator=generator).argsort(0)[:2]
+        torch.save(torch.stack([torch.randn(2, 3, 3, generator=generator), classes]).half(), path)
+    return root
+
+
+@pytest.fixture(params=["fp16", "teacher", "token labels"])
+def means(request, whole, label_maps):
+    """Flags that bring in what has a state, or draws, of its own."""
+    return {
+        "fp16": ["--amp", "fp16"],
+        "teacher": ["--distillation_type", "soft", "--teacher_model", "biformer_nano", "--teacher_path",
+                    whole / "last.pth"],
+        "token labels": ["--token_label", label_maps],
+    }[request.param]
+
+
+def test_left_with_other_means_of_training(photos, whole, tmp_path, monkeypatch, means):
+    assert train(photos, tmp_path / "whole", *means) == 0
+    with monkeypatch.context() as patch:
+        taken = signal_after(patch, 2)
+        assert train(photos, tmp_path / "left", *means) == EXIT_RESUME
+    assert len(taken) == 2
+    assert train(photos, tmp_path / "left", *means, "--auto_resume") == 0
+    assert differences(tmp_path / "left", tmp_path / "whole") == []
+    assert differences(tmp_path / "whole", whole) != [], "the flags change nothing"
+
+
+def test_the_scaler_of_gradients_is_live(photos, tmp_path):
+    """It counts the steps since the last overflow, and an overflow halves its scale: steps never leave it as it was."""
+    assert train(photos, tmp_path, "--amp", "fp16", "--keep_checkpoints", "2") == 0
+    one, other = (torch.load(path, weights_only=True)["scaler"] for path in sorted(tmp_path.glob("checkpoint-*.pth")))
+    assert one != other
+
+
+def why_not_compile():
+    """What TorchInductor misses, a C++ compiler or Python's headers; None where it finds both."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8))
+    except InductorError as error:
+        return str(error).splitlines()[0]
+
+
+def test_compiled(photos, tmp_path, capfd):
+    """Checkpoints are those of the model itself, which trains and evaluates as without the compiler, nearly."""
+    if reason := why_not_compile():
+        pytest.skip(f"torch.compile does not work here: {reason}")
+    command = ["--model", "test_vit", "--model_kwargs", "depth=1", "--epochs", "1", "--warmup_epochs", "0",
+               "--lr", "1e-4", "--min_lr", "0"]
+    assert train(photos, tmp_path / "eager", *command) == 0
+    assert train(photos, tmp_path / "compiled", *command, "--compile") == 0
+    eager, compiled = (
+        torch.load(tmp_path / name / "last.pth", weights_only=True)["model"] for name in ("eager", "compiled")
+    )
+    torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-4)
+    records = [json.loads((tmp_path / name / "log.txt").read_text()) for name in ("eager", "compiled")]
+    assert records[1]["train_loss"] == pytest.approx(records[0]["train_loss"], rel=1e-3)
 
 
 def test_shards_of_a_web_server(photos, tmp_path, monkeypatch):
@@ -262,6 +324,43 @@ def test_the_best_by_any_metric(photos, tmp_path, metric, better):
     best = torch.load(tmp_path / "best.pth", weights_only=True)
     expected = better(records, key=lambda record: record[name])
     assert best["metrics"][metric] == expected[name] and best["epoch"] == expected["epoch"]
+
+
+def test_a_result_that_is_no_number_is_not_the_best():
+    run = Run(None, None, None, None, steps=1, global_batch=1, best_metric="loss")
+    assert [run.is_best(dict(loss=value)) for value in (float("nan"), 1.0, float("nan"), 2.0, 0.5)] == [
+        False, True, False, False, True,
+    ]
+    assert run.best == 0.5
+
+
+def test_fewer_epochs_than_were_trained(photos, whole, tmp_path, capfd):
+    shutil.copytree(whole, tmp_path / "run", symlinks=True)
+    recipe = (tmp_path / "run" / "args.yaml").read_text()
+    assert train(photos, tmp_path / "run", "--auto_resume", "--epochs", "1", "--warmup_epochs", "0") == 0
+    assert "nothing is left to train" in capfd.readouterr().out
+    assert (tmp_path / "run" / "args.yaml").read_text() == recipe
+
+
+@pytest.mark.parametrize("name,kwargs", [("c.pth", dict(_use_new_zipfile_serialization=False)), ("c.pth", {})])
+def test_weights_alone_are_no_run(photos, whole, tmp_path, name, kwargs, capfd):
+    """Whatever their format, they are not said to be damaged."""
+    torch.save(torch.load(whole / "last.pth", weights_only=True)["model"], tmp_path / name, **kwargs)
+    assert train(photos, tmp_path / "out", "--resume", tmp_path / name) == 1
+    assert "holds weights alone, not a run to go on with" in capfd.readouterr().err
+
+
+def test_classes_of_other_names(photos, whole, tmp_path, capfd):
+    other = tmp_path / "photos"
+    shutil.copytree(photos, other)
+    names = sorted(path.name for path in (other / "train").iterdir())
+    for split in ("train", "val"):
+        (other / split / names[0]).rename(other / split / "Zebra")
+    assert train(other, tmp_path / "out", "--resume", whole / "last.pth", "--epochs", "3") == 1
+    assert f"was trained on other classes: number 0 was {names[0]!r}" in capfd.readouterr().err
+    evaluation = [*COMMAND[:4], "--device", "cpu", "--num_workers", "0", "--data_path", str(other), "--eval"]
+    assert program.main([*evaluation, "--resume", str(whole / "last.pth")]) == 0
+    assert "careful: " in capfd.readouterr().out
 
 
 def test_a_full_disk(photos, tmp_path, monkeypatch, capfd):

@@ -23,6 +23,26 @@ def test_seed_everything_is_a_function_of_its_arguments():
     assert len({draw(0, 1, 2), draw(0, 2, 1), draw(1, 1, 2)}) == 3
 
 
+@pytest.mark.parametrize("key, mixed", [
+    ((0, 1, 2), 3071860871404845570), ((5,), 12631478326263854183), ((2**32 - 1, 3, 4, 5), 9581789998422283073),
+])
+def test_seeds_stay_what_they_were(key, mixed):
+    """A run that is gone on with draws what it would have drawn before: the same mix everywhere, of two widths."""
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    assert utils.derive_seed(*key) == mixed
+    narrow = mixed % 2**32
+    random.seed(narrow)
+    np.random.seed(narrow)
+    torch.manual_seed(narrow)
+    expected = draw()
+    utils.seed_everything(*key)
+    assert draw() == expected
+    utils.seed_generators(narrow, torch.manual_seed)
+    assert draw() == expected
+
+
 def test_run_log(tmp_path):
     log = RunLog(tmp_path)
     log.scalars("train", dict(loss=1.0), 3)
@@ -47,14 +67,28 @@ def test_single_process():
 
 @pytest.mark.parametrize("error,words", [
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "a process that reads images was killed"),
-    (RuntimeError("[gloo/transport/tcp/pair.cc:530] Read error: reset by peer"), "another process of the run"),
-    (RuntimeError("Application timeout caused pair closure"), "did not answer within --dist_timeout"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "lower --batch_size"),
+    (RuntimeError("grid_sampler_2d_backward_cuda does not have a deterministic implementation, but you set"),
+     "--deterministic cannot train this network"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "lower --batch_size"),
     (OSError(28, "No space left on device"), "No space left on device in the output folder"),
     (torch.distributed.DistNetworkError("Failed to recv, got 0 bytes."), "another process of the run ended"),
     (OSError(28, "No space left on device", "log.txt"), "No space left on device: log.txt"),
 ])
 def test_faults_of_the_machine_are_told_in_words(error, words):
-    assert words in utils.fault_of_machine(error)
+    assert words in utils.explain_fault(error)
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError("[gloo/transport/tcp/pair.cc:530] Read error: reset by peer"),
+    RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer"),
+    RuntimeError("Application timeout caused pair closure"),
+])
+def test_a_peer_that_is_gone(error, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "did not answer within --dist_timeout" in utils.explain_fault(error)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert utils.explain_fault(error) is None
 
 
 def test_a_bug_ends_the_process_too():
@@ -72,9 +106,10 @@ def test_a_bug_ends_the_process_too():
     RuntimeError("Caught RuntimeError in DataLoader worker process 0."),
     RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
     OSError(2, "no", "x"),
+    OSError(2, "No such file or directory", "/data/gloomy/x"),
 ])
 def test_what_may_be_the_code_is_left_to_a_traceback(error):
-    assert utils.fault_of_machine(error) is None
+    assert utils.explain_fault(error) is None
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, utils.EXIT_RESUME])
