@@ -1,0 +1,198 @@
+"""Name the classes of images by a trained network, one line for each image.
+
+    python scripts/predict.py --checkpoint runs/flowers/best.pth photos/ cat.jpg --output predictions.csv
+    python scripts/predict.py --model convnext_tiny photos/
+
+A checkpoint of this repository knows its model, its image size and its classes. For any other, give --model; if it has
+1000 classes, they are named as those of ImageNet-1K.
+"""
+import argparse
+import csv
+import io
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import datasets
+from checkpoints import read_checkpoint
+from engine import Numerics
+from networks import build_model, check_model, load_checkpoint, model_data_config, size_kwargs
+from options import image_size
+from utils import UsageError, UserError, replace_file, run_script, start_process
+
+
+class Images(Dataset):
+    """(transformed image, its index) of files."""
+
+    def __init__(self, paths: list[Path], transform: datasets.Transform):
+        self.paths, self.transform = paths, transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.transform(datasets.load_image(self.paths[index])), index
+
+
+def find_images(places: list[Path]) -> list[Path]:
+    """The files that were named, and the images in the folders that were, at any depth, in order.
+
+    Raises:
+        UserError: There is none.
+    """
+    found = []
+    for place in places:
+        if not place.exists():
+            raise UserError(f"{place}: no such file or folder")
+        inside = sorted(place.rglob("*")) if place.is_dir() else []
+        found += [path for path in inside if path.suffix.lower() in IMG_EXTENSIONS] if place.is_dir() else [place]
+    if not found:
+        raise UserError(f"no image in {', '.join(map(str, places))}; endings are {', '.join(IMG_EXTENSIONS)}")
+    return found
+
+
+def recipe_of(checkpoint: dict[str, Any], model: str | None) -> dict[str, Any]:
+    """What the network is: the checkpoint's own recipe if it has one, and `model` where that was given.
+
+    Raises:
+        UsageError: Nothing says which model it is.
+    """
+    recipe = checkpoint.get("args")
+    recipe = recipe if isinstance(recipe, dict) else {}
+    if model is not None and model != recipe.get("model"):
+        return dict(model=model)
+    if "model" not in recipe:
+        raise UsageError("the checkpoint does not say which model it is of; give --model")
+    return recipe
+
+
+def input_size(recipe: dict[str, Any], asked: int | tuple[int, int] | None) -> int | tuple[int, int]:
+    """Side, or (height, width), of the images: as asked for, as the network was trained, or as it was published."""
+    if asked is not None:
+        return asked
+    if "input_size" in recipe:
+        return image_size(str(recipe["input_size"]))
+    return model_data_config(recipe["model"])["input_size"][-2:]
+
+
+def class_names(checkpoint: dict[str, Any], num_classes: int) -> list[str]:
+    """The checkpoint's classes, those of ImageNet where they are as many, or numbers."""
+    if checkpoint.get("classes"):
+        return checkpoint["classes"]
+    subset = infer_imagenet_subset(dict(num_classes=num_classes))
+    if subset is None:
+        return [str(index) for index in range(num_classes)]
+    return [ImageNetInfo(subset).index_to_description(index) for index in range(num_classes)]
+
+
+def load_network(args: argparse.Namespace) -> tuple[torch.nn.Module, dict[str, Any], dict[str, Any]]:
+    """The network, its recipe, and the checkpoint that it came from, which is empty for published weights."""
+    if args.checkpoint is None and args.model is None:
+        raise UsageError("give --checkpoint FILE, or --model NAME for published weights")
+    checkpoint = read_checkpoint(args.checkpoint) if args.checkpoint else {}
+    recipe = recipe_of(checkpoint, args.model)
+    check_model(recipe["model"])
+    kwargs = size_kwargs(recipe["model"], input_size(recipe, args.input_size)) | (recipe.get("model_kwargs") or {})
+    num_classes = args.nb_classes or recipe.get("nb_classes") or len(checkpoint.get("classes") or ())
+    if num_classes:
+        kwargs["num_classes"] = num_classes
+    model = build_model(recipe["model"], args.checkpoint is None, kwargs)
+    if args.checkpoint:
+        load_checkpoint(model, checkpoint, args.checkpoint, args.model_key)
+    return model, recipe, checkpoint
+
+
+@torch.inference_mode()
+def predict(args: argparse.Namespace) -> Iterator[tuple[Path, list[tuple[str, float]]]]:
+    """Each image, and its (class, probability) pairs, the most probable first.
+
+    Raises:
+        UserError: The weights or an image cannot be read.
+    """
+    paths = find_images(args.images)
+    process = start_process(args.device)
+    model, recipe, checkpoint = load_network(args)
+    model.eval().to(process.device)
+    names = class_names(checkpoint, model.num_classes)
+    config = model_data_config(recipe["model"])
+    transform = datasets.build_transform(
+        train=False,
+        input_size=input_size(recipe, args.input_size),
+        mean=config["mean"],
+        std=config["std"],
+        interpolation=config["interpolation"],
+        crop_pct=recipe.get("crop_pct") or config["crop_pct"],
+        crop_mode=config["crop_mode"],
+    )
+    loader = datasets.build_loader(
+        Images(paths, transform),
+        train=False,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        device=process.device,
+        mean=config["mean"],
+        std=config["std"],
+    )
+    numerics = Numerics.on(process.device, args.amp)
+    for images, indices in loader:
+        with numerics.autocast():
+            logits = model(images)
+        top = logits.float().softmax(dim=1).topk(min(args.topk, logits.shape[1]))
+        for index, values, classes in zip(indices.tolist(), top.values.tolist(), top.indices.tolist(), strict=True):
+            yield paths[index], [(names[c], value) for c, value in zip(classes, values, strict=True)]
+
+
+def as_csv(rows: list[tuple[Path, list[tuple[str, float]]]]) -> bytes:
+    """A line for each image: its path, and class_1, probability_1, class_2, ..."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    ranks = range(1, len(rows[0][1]) + 1)
+    writer.writerow(["image", *(f"{what}_{rank}" for rank in ranks for what in ("class", "probability"))])
+    for path, guesses in rows:
+        writer.writerow([path, *(x for name, value in guesses for x in (name, f"{value:.6f}"))])
+    return text.getvalue().encode()
+
+
+def write(args: argparse.Namespace):
+    """Print what is predicted, and write it as CSV where it was asked for."""
+    rows = []
+    for path, guesses in predict(args):
+        print(f"{path}: {', '.join(f'{name} {100 * value:.1f} %' for name, value in guesses)}")
+        rows.append((path, guesses))
+    if args.output:
+        replace_file(args.output, lambda file: file.write(as_csv(rows)))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
+    parser.add_argument("--checkpoint", help="the weights, file or URL (default: the published ones of --model)")
+    parser.add_argument("--model", help="any model that timm knows, ours included (default: the checkpoint's)")
+    parser.add_argument("--model_key", help="which weights of a checkpoint to take, model_ema say")
+    parser.add_argument("--nb_classes", type=int, help="where the weights are of another number than the model's own")
+    parser.add_argument("--input_size", type=image_size, metavar="PIXELS",
+                        help="side of the image, or HEIGHTxWIDTH (default: the checkpoint's)")
+    parser.add_argument("--topk", default=5, type=int, help="classes to name for each image")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write them as CSV too")
+    parser.add_argument("--batch_size", default=32, type=int)
+    parser.add_argument("--num_workers", default=min(8, os.cpu_count() or 1), type=int)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"])
+    args = parser.parse_args(argv)
+    for name in ("topk", "batch_size", "nb_classes"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    return run_script(lambda: write(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
