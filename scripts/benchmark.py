@@ -190,7 +190,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                          help="images/s that a GPU trains on (default: the newest record of a GPU in --output)")
     for command in (of_models, of_op):
         command.add_argument("--modes", nargs="+", choices=["infer", "train"], default=["infer", "train"])
-        command.add_argument("--amp", choices=list(networks.AMP), default="off")
+        command.add_argument("--amp", choices=list(suite.DTYPES), default="off")
     for command in (of_models, of_op, of_broad):
         command.add_argument("--batch_size", type=int, default=8)
     for command in (of_models, of_op, of_broad, of_data):

@@ -3,7 +3,7 @@
     python scripts/plot_logs.py outputs/biformer_tiny outputs/debiformer_tiny --output curves.png
 
 Each folder is the `--output_dir` of a run; its name labels the curve. Left the training loss of each epoch, right the
-top-1 accuracy on the validation images.
+top-1 accuracy on the validation images, which runs with `--disable_eval` lack.
 """
 import argparse
 import json
@@ -13,25 +13,26 @@ PANELS = (("train_loss", "training loss"), ("val_acc1", "top-1 accuracy (%)"))
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The epochs of a run, each once: a resumed run may have written one twice, of which the last counts.
+    """The epochs of a run.
 
     Raises:
-        ValueError: There is no log, or nothing in it.
+        ValueError: There is no log, or nothing in it to draw.
     """
     path = folder / "log.txt"
     if not path.is_file():
         raise ValueError(f"no log at {path}")
-    epochs = {}
-    for line in path.read_text().splitlines():
-        entry = json.loads(line)
-        epochs[entry["epoch"]] = entry
-    if not epochs:
-        raise ValueError(f"{path} is empty")
-    return [epochs[epoch] for epoch in sorted(epochs)]
+    log = [json.loads(line) for line in path.read_text().splitlines()]
+    if not any(key in entry for entry in log for key, _ in PANELS):
+        raise ValueError(f"{path} holds no {' and no '.join(key for key, _ in PANELS)}")
+    return log
 
 
 def draw(folders: list[Path]):
-    """A matplotlib Figure of two panels against the epochs done."""
+    """A matplotlib Figure of what the logs hold against the epochs done, a panel for each of `PANELS`.
+
+    Raises:
+        ValueError: A log is missing, or there is nothing in it to draw.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -40,7 +41,8 @@ def draw(folders: list[Path]):
     for folder in folders:
         log = read_log(folder)
         for axes, (key, _) in zip(panels, PANELS, strict=True):
-            epochs, values = zip(*((entry["epoch"] + 1, entry[key]) for entry in log), strict=True)
+            held = [entry for entry in log if key in entry]
+            epochs, values = [entry["epoch"] + 1 for entry in held], [entry[key] for entry in held]
             axes.plot(epochs, values, marker="o", label=folder.name)
     for axes, (_, label) in zip(panels, PANELS, strict=True):
         axes.set_xlabel("epochs")
@@ -57,10 +59,9 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--output", type=Path, default=Path("curves.png"))
     args = parser.parse_args(argv)
     try:
-        figure = draw(args.folders)
-    except ValueError as error:
+        draw(args.folders).savefig(args.output)
+    except (OSError, ValueError) as error:
         parser.error(str(error))
-    figure.savefig(args.output)
     print(args.output)
 
 

@@ -7,18 +7,29 @@ from scripts import plot_logs
 
 def write(folder, epochs):
     folder.mkdir()
-    lines = [json.dumps(dict(epoch=epoch, train_loss=loss, val_acc1=accuracy)) for epoch, loss, accuracy in epochs]
-    (folder / "log.txt").write_text("\n".join(lines) + "\n")
+    entries = (dict(epoch=epoch, train_loss=loss, val_acc1=accuracy) for epoch, loss, accuracy in epochs)
+    held = ({name: value for name, value in entry.items() if value is not None} for entry in entries)
+    (folder / "log.txt").write_text("".join(json.dumps(entry) + "\n" for entry in held))
     return folder
 
 
 def test_curves_are_those_of_the_logs(tmp_path):
-    resumed = write(tmp_path / "resumed", [(0, 2.0, 20), (1, 1.8, 30), (1, 1.7, 31), (2, 1.5, 40)])
+    one = write(tmp_path / "one", [(0, 2.0, 20), (1, 1.7, 31), (2, 1.5, 40)])
     other = write(tmp_path / "other", [(0, 2.2, 10)])
-    loss, accuracy = plot_logs.draw([resumed, other]).axes
-    assert [line.get_label() for line in loss.lines] == ["resumed", "other"]
+    loss, accuracy = plot_logs.draw([one, other]).axes
+    assert [line.get_label() for line in loss.lines] == ["one", "other"]
     assert loss.lines[0].get_xydata().tolist() == [[1, 2.0], [2, 1.7], [3, 1.5]]
     assert accuracy.lines[0].get_ydata().tolist() == [20, 31, 40]
+
+
+def test_a_run_without_evaluation_has_its_loss_drawn(tmp_path):
+    never, later = ([(0, 2.0, None), (1, 1.7, accuracy)] for accuracy in (None, 31))
+    runs = [write(tmp_path / "never", never), write(tmp_path / "later", later)]
+    loss, accuracy = plot_logs.draw(runs).axes
+    assert [line.get_xydata().tolist() for line in loss.lines] == [[[1, 2.0], [2, 1.7]]] * 2
+    assert [line.get_xydata().tolist() for line in accuracy.lines] == [[], [[2, 31]]]
+    plot_logs.main([str(tmp_path / "never"), "--output", str(tmp_path / "curves.png")])
+    assert (tmp_path / "curves.png").exists()
 
 
 def test_writes_a_picture(tmp_path):
@@ -26,10 +37,12 @@ def test_writes_a_picture(tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("content", [None, ""])
-def test_mistakes_are_explained(tmp_path, content, capsys):
+@pytest.mark.parametrize("content, complaint", [
+    (None, "no log at"), ("", "holds no train_loss and no val_acc1"), ('{"epoch": 0}\n', "holds no train_loss and no"),
+])
+def test_mistakes_are_explained(tmp_path, content, complaint, capsys):
     if content is not None:
         (tmp_path / "log.txt").write_text(content)
     with pytest.raises(SystemExit):
         plot_logs.main([str(tmp_path)])
-    assert "log" in capsys.readouterr().err
+    assert complaint in capsys.readouterr().err.splitlines()[-1]

@@ -17,17 +17,9 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.io import ImageReadMode, decode_image
 
-from datasets import (
-    ImageDataset,
-    build_dataset,
-    build_loader,
-    build_transform,
-    derive_seed,
-    load_image,
-    seed_generators,
-    seeded,
-)
+from datasets import ImageDataset, build_dataset, build_loader, build_transform, load_image, seeded
 from options import build_parser
+from utils import derive_seed, seed_generators
 
 from .timing import interleave, machine, summarize
 from .trial import Trial
@@ -198,7 +190,7 @@ def transforms() -> dict[str, Callable[[Image.Image], torch.Tensor]]:
 
 
 def _dataset(source: Encoded, transform: Callable) -> ImageDataset:
-    return ImageDataset(source, None, transform, train=True, skip_bad_images=False)
+    return ImageDataset(source, transform=transform)
 
 
 def _in_process(dataset: ImageDataset) -> Callable[[], None]:
@@ -225,7 +217,7 @@ def _seeding(count: int) -> Callable[[], None]:
     """What the loader adds to each image: a seed in the main process, and generators started from it in a worker."""
     def run():
         for index in range(count):
-            seed_generators(derive_seed(0, 0, index), [torch.default_generator])
+            seed_generators(derive_seed(0, 0, index), torch.default_generator.manual_seed)
 
     return run
 

@@ -8,13 +8,13 @@ import timm
 import torch
 import torch.nn.functional as F
 
-import models  # noqa: F401, registers our models with timm
+from engine import Numerics
+from networks import size_kwargs  # the root's, which registers our models with timm
 
 from .timing import interleave, peak_memory, summarize, warm
 from .trial import NO_TIME, Trial
 
 INFER, TRAIN = "infer", "train"
-AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 NUM_CLASSES = 1000
 
 
@@ -32,7 +32,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model is run. `side` is of the images, `amp` a key of AMP."""
+    """How a model is run. `side` is of the images, `amp` as of `engine.Numerics.on`."""
     mode: str
     batch: int
     side: int = 224
@@ -57,16 +57,11 @@ class Group:
     compile_seconds: float = 0.0
 
 
-def swin_kwargs(model: str, side: int) -> tuple:
-    """What a model needs to take images of `side` where its own size is fixed."""
-    return (("img_size", side),) if timm.models.get_pretrained_cfg_value(model, "fixed_input_size") else ()
-
-
 @lru_cache(maxsize=9)
 def _create(contender: Contender, side: int, device: torch.device) -> torch.nn.Module:
     """A model on the device; cached, since drawing the weights of the large ones takes seconds."""
     torch.manual_seed(0)
-    kwargs = dict(swin_kwargs(contender.model, side)) | dict(contender.kwargs)
+    kwargs = size_kwargs(contender.model, side) | dict(contender.kwargs)
     model = timm.create_model(contender.model, num_classes=NUM_CLASSES, **kwargs)
     for module in model.modules():
         # Some factories turn it on and some do not; here all train without.
@@ -81,12 +76,12 @@ def build(contender: Contender, setting: Setting, device: torch.device) -> tuple
     model = _create(contender, setting.side, device).to(memory_format=memory_format).train(setting.mode == TRAIN)
     model.zero_grad()
     shape = (setting.batch, 3, setting.side, setting.side)
-    images = torch.randn(shape, device=device).to(memory_format=memory_format)
+    numerics = Numerics.on(device, setting.amp, setting.channels_last)
+    images = numerics.arrange(torch.randn(shape, device=device))
     network = torch.compile(model) if setting.compile else model
-    dtype = AMP[setting.amp]
 
     def infer():
-        with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        with torch.inference_mode(), numerics.autocast():
             network(images)
 
     if setting.mode == INFER:
@@ -96,7 +91,7 @@ def build(contender: Contender, setting: Setting, device: torch.device) -> tuple
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def train():
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        with numerics.autocast():
             loss = F.cross_entropy(network(images), targets)
         loss.backward()
         optimizer.step()

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from utils import replace_file
+
 from .trial import NO_TIME, DeviceLost, Trial, describe, release
 
 # Importing everything, and waking a GPU, takes this long at most.
@@ -194,7 +196,4 @@ def run(
 
 def write_json(path: Path, record: dict):
     """Replace a file whole: a kill leaves the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    partial.replace(path)
+    replace_file(path, lambda file: file.write((json.dumps(record, indent=1) + "\n").encode()))

@@ -24,7 +24,7 @@ class Scale:
     """How much of everything a machine can do in minutes.
 
     Args:
-        amp: A key of networks.AMP, and of DTYPES for the op.
+        amp: Of the models, as of `engine.Numerics.on`; a key of DTYPES for the op.
         batch: Images at 224, and of the op.
         photo: (height, width) of the large image that the op sees the maps of, and how many at once.
         sides: Of growing images, multiples of 224; the number of pixels in a batch stays the same.
