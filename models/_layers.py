@@ -3,10 +3,11 @@
 Maps are held channels last, so that linear layers, layer norms, routing and depthwise convolutions all read the same
 memory and nothing is transposed between them.
 """
+import operator
 from collections.abc import Callable, Sequence
 
 import torch
-from timm.layers import ClassifierHead, DropPath, trunc_normal_
+from timm.layers import ClassifierHead, DropPath, register_notrace_function, trunc_normal_
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import nn
@@ -42,6 +43,18 @@ def check_divides(name: str, divisors: int | Sequence[int], what: str, numbers: 
 def channels_last(x: torch.Tensor) -> torch.Tensor:
     """(B, C, H, W) in channels-last memory; torch.func.vmap knows of no memory formats, but of permutations."""
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+@register_notrace_function
+def channels_last_image(x: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) in channels-last memory, of which torch.compile takes H and W for constants.
+
+    A graph for each image size takes seconds to compile. One for all sizes takes minutes, if it succeeds: each stage's
+    regions add another rounded division, and the compiler reasons about all of them, nested, at every reshape.
+    """
+    for side in x.shape[2:]:
+        operator.index(side)
+    return channels_last(x)
 
 
 class Block(nn.Module):
@@ -257,7 +270,7 @@ class HierarchicalNetwork(nn.Module):
         last_index = len(self.stages) - 1
         stages = self.stages[: max_index + 1] if stop_early else self.stages
         intermediates = []
-        x = self.stem(channels_last(x))
+        x = self.stem(channels_last_image(x))
         for i, stage in enumerate(stages):
             x = stage(x)
             if i in take_indices:
@@ -285,7 +298,7 @@ class HierarchicalNetwork(nn.Module):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in_chans, H, W) -> (B, num_features, H / 32, W / 32), normed and not pooled."""
-        x = self.stem(channels_last(x))
+        x = self.stem(channels_last_image(x))
         return self.norm(self.stages(x))
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
