@@ -91,7 +91,7 @@ def class_names(checkpoint: dict[str, Any], num_classes: int) -> list[str]:
     subset = infer_imagenet_subset(dict(num_classes=num_classes))
     if subset is None:
         return [str(index) for index in range(num_classes)]
-    return [ImageNetInfo(subset).index_to_description(index) for index in range(num_classes)]
+    return ImageNetInfo(subset).label_descriptions()
 
 
 def load_network(args: argparse.Namespace) -> tuple[torch.nn.Module, dict[str, Any], dict[str, Any]]:
