@@ -36,7 +36,8 @@ quickstart: $(VENV)/.requirements  ## train biformer_nano on handwritten digits,
 	@echo "checkpoint: $(QUICKSTART_OUTPUT)/last.pth"
 
 test: $(VENV)/.requirements-dev  ## run the tests on the CPU
-	$(BIN)/python -m pytest -m "not gpu"
+	@# A thread for each of the processes: more threads than cores spin for one another.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" --numprocesses auto --maxprocesses 8 --dist loadfile
 
 test-gpu:  ## run the tests of the kernels, and others that need a CUDA GPU, with the Python that is there
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m pytest tests/test_ops_triton.py

@@ -33,7 +33,7 @@ pytestmark = [
 
 
 def command(*words, **kwargs):
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, **kwargs)
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, **kwargs)
 
 
 def submit(folder, *overrides):
@@ -54,7 +54,7 @@ def log(folder, job, rank=0):
     return path.read_text() if path.exists() else ""
 
 
-def wait(condition, folder, job, seconds=90):
+def wait(condition, folder, job, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"{state(job)}\n{log(folder, job)}"
