@@ -99,7 +99,7 @@ class Offsets(nn.Module):
             query.permute(0, 3, 1, 2), weight, None, self.conv.stride, self.conv.padding, groups=weight.shape[0]
         )
         x = x.permute(0, 2, 3, 1).unflatten(-1, (self.num_groups, -1))
-        return self.proj(self.act(self.norm(x))).squeeze(-1).permute(0, 3, 1, 2)
+        return self.proj(self.act(self.norm(x)))[..., 0].permute(0, 3, 1, 2)
 
 
 def _cell_centres(count: int, like: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 from run_state import differences
-from torch._inductor.exc import InductorError
+from torch._dynamo.exc import BackendCompilerFailed
 from web import served
 
 import main as program
@@ -233,7 +233,7 @@ def why_not_compile():
     """What TorchInductor misses, a C++ compiler or Python's headers; None where it finds both."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8))
-    except InductorError as error:
+    except BackendCompilerFailed as error:
         return str(error).splitlines()[0]
 
 
