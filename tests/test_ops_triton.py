@@ -291,7 +291,7 @@ def test_compiles_into_one_graph(size):
 def test_exports():
     attention = small_module()
     x = torch.randn(2, 5, 7, 16, device=DEVICE)
-    program = torch.export.export(attention, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    program = torch.export.export(attention, (x,), dynamic_shapes=({0: torch.export.Dim("batch", max=64)},))
     assert any("routed_attention.forward" in str(node.target) for node in program.graph.nodes)
     torch.testing.assert_close(program.module()(x[:1]), attention(x[:1]))
 
@@ -460,6 +460,9 @@ def test_what_it_cannot_do_is_explained(monkeypatch):
     assert unsupported("triton") == "the package triton is not installed"
 
 
+@pytest.mark.skipif(
+    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3), reason="the kernels are not compiled by this Triton"
+)
 def test_kernels_compile_for_gpus_without_spilling():
     """Ahead of time, for compute capability 8.0 and 9.0; not in the interpreter, so in a process of its own."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

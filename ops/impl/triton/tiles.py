@@ -83,10 +83,10 @@ def known_strides(strides, OF_8: tl.constexpr):
     """
     image_stride, row_stride, col_stride, head_stride = strides
     if OF_8:
-        image_stride = tl.multiple_of(image_stride.to(tl.int64), 8)
-        row_stride = tl.multiple_of(row_stride.to(tl.int64), 8)
-        col_stride = tl.multiple_of(col_stride.to(tl.int64), 8)
-        head_stride = tl.multiple_of(head_stride.to(tl.int64), 8)
+        image_stride = tl.multiple_of(tl.cast(image_stride, tl.int64), 8)
+        row_stride = tl.multiple_of(tl.cast(row_stride, tl.int64), 8)
+        col_stride = tl.multiple_of(tl.cast(col_stride, tl.int64), 8)
+        head_stride = tl.multiple_of(tl.cast(head_stride, tl.int64), 8)
     return image_stride, row_stride, col_stride, head_stride
 
 
