@@ -32,8 +32,8 @@ def build_model(name: str, pretrained: bool, kwargs: dict) -> torch.nn.Module:
     except (TypeError, ValueError) as error:
         raise UsageError(f"{name} cannot be built: {error}") from error
     except (RuntimeError, OSError) as error:
-        here = "; main.py takes such a file by --finetune, or by --eval --resume" if pretrained else ""
-        raise UserError(f"{name} cannot be built: {error}{here}") from error
+        advice = "; a file of weights is taken by --finetune of main.py, and by --checkpoint of scripts/predict.py"
+        raise UserError(f"{name} cannot be built: {error}{advice if pretrained else ''}") from error
 
 
 def family_filter(model: torch.nn.Module) -> Callable | None:
