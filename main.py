@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from timm.data import create_transform
 from timm.data.mixup import Mixup
+from timm.layers import to_2tuple
 from timm.optim import list_optimizers
 from timm.utils import ModelEmaV3, distribute_bn
 from torch.nn.parallel import DistributedDataParallel
@@ -184,20 +185,15 @@ def check_input(model: torch.nn.Module, args: argparse.Namespace, process: Proce
         UsageError: It cannot take such images.
     """
     numerics = create_numerics(args, process)
-    image = torch.zeros(1, 3, *image_size(args), device=process.device)
+    height, width = to_2tuple(args.input_size)
+    image = torch.zeros(1, 3, height, width, device=process.device)
     try:
         with torch.no_grad(), numerics.autocast():
             model.eval()(numerics.arrange(image))
     except torch.OutOfMemoryError:
         raise
     except (AssertionError, RuntimeError, ValueError) as error:
-        height, width = image_size(args)
         raise UsageError(f"{args.model} cannot take images of 3 x {height} x {width}: {error}") from error
-
-
-def image_size(args: argparse.Namespace) -> tuple[int, int]:
-    """(height, width) of the images."""
-    return args.input_size if isinstance(args.input_size, tuple) else (args.input_size, args.input_size)
 
 
 def count_unreadable(dataset, before: int, process: Process, shared: bool = True) -> int:
@@ -423,7 +419,7 @@ def settle_buckets(network: torch.nn.Module, run: Run, args: argparse.Namespace,
     if process.world_size < 3:
         return
     buffers = [(buffer, buffer.clone()) for buffer in run.model.buffers()]
-    images = torch.zeros(args.batch_size, 3, *image_size(args), device=process.device)
+    images = torch.zeros(args.batch_size, 3, *to_2tuple(args.input_size), device=process.device)
     numerics = create_numerics(args, process)
     with numerics.autocast():
         outputs = network.train()(numerics.arrange(images))

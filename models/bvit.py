@@ -24,7 +24,7 @@ from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import nn
 
-from ._layers import split_qkv
+from ._layers import check_divides, split_qkv
 from ._released import build_with_released_weights, imagenet_cfg, rename_published, unwrap
 
 __all__ = ["BViT"]
@@ -148,8 +148,7 @@ class BViT(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        if num_heads < 1 or embed_dim % num_heads:
-            raise ValueError(f"num_heads must divide embed_dim {embed_dim}, got {num_heads}")
+        check_divides("num_heads", num_heads, "embed_dim", embed_dim)
         if stem_stride < 1:
             raise ValueError(f"stem_stride must be at least 1, got {stem_stride}")
         dd = dict(device=device, dtype=dtype)
