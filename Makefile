@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 QUICKSTART_OUTPUT := outputs/quickstart
 BENCHMARKS ?= benchmarks
-GPU_TESTS = $(shell grep -l 'mark\.gpu' tests/test_*.py)
+GPU_TESTS = $(shell grep -rl 'mark\.gpu' tests --include='test_*.py')
 
 .PHONY: help quickstart test test-gpu test-faults lint benchmark benchmark-gpu benchmark-cpu clean
 
@@ -40,12 +40,12 @@ test: $(VENV)/.requirements-dev  ## run the tests on the CPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" --numprocesses auto --maxprocesses 8 --dist loadfile
 
 test-gpu:  ## run the tests of the kernels, and others that need a CUDA GPU, with the Python that is there
-	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m pytest tests/test_ops_triton.py
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m pytest tests/ops/test_triton.py
 	@# Files without such tests are not read: they may import what is not there.
-	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m pytest -m gpu $(filter-out tests/test_ops_triton.py,$(GPU_TESTS))
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m pytest -m gpu $(filter-out tests/ops/test_triton.py,$(GPU_TESTS))
 
 test-faults: $(VENV)/.requirements-dev  ## kill, starve and damage training runs, and compare them with runs left alone
-	$(BIN)/python tests/faults.py --output benchmarks/faults.md
+	$(BIN)/python tests/helpers/faults.py --output benchmarks/faults.md
 
 lint: $(VENV)/.requirements-dev  ## check the style
 	$(BIN)/ruff check .

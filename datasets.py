@@ -29,7 +29,7 @@ from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, get_worker_info
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
-from shards import open_shards
+from training.data.shards import open_shards
 from utils import LostDataError, UserError, derive_seed, is_url, seed_generators
 
 # What the system answers of one file: it is not there, or its damaged bytes made a decoder seek to no place in it.

@@ -35,7 +35,7 @@ from omegaconf.errors import OmegaConfBaseException
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment, clean_env, environment_variables
 
 import main as program
-import options
+from training import options
 from utils import EXIT_RESUME, UsageError, UserError, exit_with, fail, run_and_exit
 
 ROOT = Path(__file__).resolve().parent

@@ -20,12 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 import datasets
-import options
-import token_labels
-from checkpoints import CheckpointStore, fetch, is_whole
 from engine import Meter, NonFiniteLossError, Numerics, Trainer, evaluate
-from losses import DistillationLoss, TokenLabelLoss, create_loss
-from networks import (
+from optim_factory import create_optimizer, create_schedule, scaled_lr
+from tasks.classification import token_labels
+from tasks.classification.losses import DistillationLoss, TokenLabelLoss, create_loss
+from tasks.networks import (
     build_model,
     check_model,
     check_released_classes,
@@ -35,8 +34,9 @@ from networks import (
     released_classes,
     size_kwargs,
 )
-from optim_factory import create_optimizer, create_schedule, scaled_lr
-from runs import Checkpointer, Run, Stopped
+from training import options
+from training.checkpoints import CheckpointStore, fetch, is_whole
+from training.run import Checkpointer, Run, Stopped
 from utils import (
     EXIT_RESUME,
     Process,

@@ -14,7 +14,7 @@ from torch import nn
 
 from ops import conv_channels_last
 
-from ._released import build_with_released_weights, rename_published, unwrap
+from ._pretrained import build_with_released_weights, rename_published, unwrap
 
 
 def split_qkv(qkv: torch.Tensor, num_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

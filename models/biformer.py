@@ -23,7 +23,7 @@ from ._layers import (
     rename_biformer,
     split_qkv,
 )
-from ._released import imagenet_cfg
+from ._pretrained import imagenet_cfg
 
 __all__ = ["BiFormer"]
 

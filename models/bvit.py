@@ -25,7 +25,7 @@ from timm.models.vision_transformer import init_weights_vit_timm
 from torch import nn
 
 from ._layers import check_divides, split_qkv
-from ._released import build_with_released_weights, imagenet_cfg, rename_published, unwrap
+from ._pretrained import build_with_released_weights, imagenet_cfg, rename_published, unwrap
 
 __all__ = ["BViT"]
 

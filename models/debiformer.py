@@ -26,7 +26,7 @@ from ._layers import (
     check_per_stage,
     rename_biformer,
 )
-from ._released import imagenet_cfg
+from ._pretrained import imagenet_cfg
 
 __all__ = ["DeBiFormer"]
 

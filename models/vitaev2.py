@@ -27,7 +27,7 @@ from ._layers import (
     fit_token_head,
     split_qkv,
 )
-from ._released import imagenet_cfg, rename_published, unwrap
+from ._pretrained import imagenet_cfg, rename_published, unwrap
 
 __all__ = ["ViTAEv2"]
 

@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import datasets
 from engine import Numerics
-from networks import check_model, create_teacher, model_data_config
-from token_labels import label_map_dtype, label_map_path
+from tasks.classification.token_labels import label_map_dtype, label_map_path
+from tasks.networks import check_model, create_teacher, model_data_config
 from utils import UserError, run_script, start_process
 
 

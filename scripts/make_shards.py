@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets import build_dataset, check_same_classes
-from shards import INFO_NAMES, sha256_of
+from training.data.shards import INFO_NAMES, sha256_of
 from utils import UserError, replace_file, run_script
 
 

@@ -23,10 +23,10 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import datasets
-from checkpoints import read_checkpoint
 from engine import Numerics
-from networks import build_model, check_model, load_checkpoint, model_data_config, size_kwargs
-from options import image_size
+from tasks.networks import build_model, check_model, load_checkpoint, model_data_config, size_kwargs
+from training.checkpoints import read_checkpoint
+from training.options import image_size
 from utils import UsageError, UserError, replace_file, run_script, start_process
 
 

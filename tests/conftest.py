@@ -3,7 +3,8 @@ import os
 
 import pytest
 import torch
-from photos import write_photos
+
+from helpers.photos import write_photos
 
 # It must be chosen before Triton is imported.
 if not torch.cuda.is_available():

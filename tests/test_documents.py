@@ -2,29 +2,20 @@
 import re
 import shlex
 from decimal import ROUND_HALF_UP, Decimal
-from pathlib import Path
 
 import pytest
-import test_biformer
-import test_bvit
-import test_debiformer
-import test_vitaev2
 import timm
 import yaml
-from published import gmacs
 
 import models  # noqa: F401
-import options
+from helpers import ROOT
+from helpers.costs import ALL as COSTS
+from helpers.published import gmacs
+from training import options
 
-ROOT = Path(__file__).resolve().parent.parent
 README, TRAINING, INSTALL = ((ROOT / f"{name}.md").read_text() for name in ("README", "TRAINING", "INSTALL"))
 DOCUMENTS = {"README.md": README, "TRAINING.md": TRAINING, "INSTALL.md": INSTALL}
 SMALLEST = "biformer_nano"
-COSTS = {
-    name: (parameters, cost)
-    for family in (test_biformer, test_bvit, test_debiformer, test_vitaev2)
-    for name, (parameters, cost, *_) in family.COSTS.items()
-}
 
 
 def table(text, first_column):

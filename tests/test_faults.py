@@ -2,7 +2,7 @@
 import random
 import signal
 
-import faults
+from helpers import faults
 
 
 def test_five_faults_cost_nothing(tmp_path):

@@ -1,14 +1,12 @@
 import subprocess
 import sys
-from pathlib import Path
 
 import timm
 import torch
 
 import hubconf
 import models  # noqa: F401
-
-ROOT = Path(__file__).resolve().parent.parent
+from helpers import ROOT
 
 
 def test_models_through_torch_hub():

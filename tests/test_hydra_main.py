@@ -11,10 +11,10 @@ import submitit
 import yaml
 
 import hydra_main
-import options
+from helpers import ROOT
+from training import options
 from utils import EXIT_RESUME, UsageError
 
-ROOT = Path(__file__).resolve().parent.parent
 DIGITS = ["data_set=digits", "model=biformer_nano", "input_size=32", "device=cpu", "num_workers=0"]
 SBATCH = """#!/bin/sh
 echo "$@" > "$(dirname "$0")/called"

@@ -4,11 +4,11 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from helpers import ROOT
+
 OURS = {
     "checkpoints", "datasets", "engine", "hydra_main", "losses", "main", "models", "networks", "ops",
     "optim_factory", "options", "runs", "scripts", "shards", "token_labels", "utils",

@@ -4,14 +4,12 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
-
-from ports import free_port
-from run_state import differences
 
 import main as program
+from helpers import ROOT
+from helpers.ports import free_port
+from helpers.run_state import differences
 
-ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run"]
 SMALL = ["--model", "biformer_nano", "--input_size", "32", "--num_workers", "1", "--device", "cpu"]
 TRAIN = ["--batch_size", "2", "--epochs", "2", "--warmup_epochs", "1", "--lr", "1e-2", "--log_every", "1"]

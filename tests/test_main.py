@@ -4,23 +4,22 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
-from ports import free_port
 from timm.data import create_transform, resolve_data_config
-from web import served
 
 import main as program
-import options
-from checkpoints import CheckpointStore
+from helpers import ROOT
+from helpers.ports import free_port
+from helpers.web import served
 from scripts import make_shards
+from training import options
+from training.checkpoints import CheckpointStore
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--model", "biformer_nano", "--input_size", "32", "--batch_size", "4", "--num_workers", "0", "--device", "cpu"]
 SHORT = ["--epochs", "2", "--warmup_epochs", "1", "--lr", "1e-2", "--log_every", "2"]
 RESULT = re.compile(r"\* Acc@1 (\d+\.\d{3}) Acc@5 (\d+\.\d{3}) loss (\d+\.\d{3})\n"

@@ -5,16 +5,15 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from hostile import Hostile
-from photos import write_photos
 
 import main as program
+from helpers import ROOT
+from helpers.hostile import Hostile
+from helpers.photos import write_photos
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--model", "biformer_nano", "--input_size", "32", "--batch_size", "4", "--num_workers", "0", "--device", "cpu"]
 SHORT = ["--epochs", "1", "--warmup_epochs", "0", "--lr", "1e-2"]
 # Calls that run what they read, and the argument without which they do not, where there is one.

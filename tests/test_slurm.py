@@ -5,12 +5,12 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from helpers import ROOT
+
 RUN = [
     "model=biformer_nano", "data_set=digits", "input_size=32", "batch_size=64", "epochs=2", "warmup_epochs=0",
     "lr=1e-3", "num_workers=0", "device=cpu", "log_every=1",

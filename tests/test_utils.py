@@ -2,16 +2,14 @@ import json
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import utils
+from helpers import ROOT
 from utils import Process, RunLog, UserError
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_seed_everything_is_a_function_of_its_arguments():

@@ -18,7 +18,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.io import ImageReadMode, decode_image
 
 from datasets import ImageDataset, build_dataset, build_loader, build_transform, load_image, seeded
-from options import build_parser
+from training.options import build_parser
 from utils import derive_seed, seed_generators
 
 from .timing import interleave, machine, summarize

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from engine import Numerics
-from networks import size_kwargs  # the root's, which registers our models with timm
+from tasks.networks import size_kwargs  # the root's, which registers our models with timm
 
 from .timing import interleave, peak_memory, summarize, warm
 from .trial import NO_TIME, Trial

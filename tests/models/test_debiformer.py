@@ -3,17 +3,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from published import assert_agrees, gmacs, published_state_dict
 
 import models
+from helpers.costs import DEBIFORMER as COSTS
+from helpers.published import assert_agrees, gmacs, published_state_dict
 from models.debiformer import DeformableAgentAttention, ResidualConv2d, checkpoint_filter_fn
 
 # parameters, GMACs at 224, of which the paper's table says 2.6, 5.4 and 11.8
-COSTS = {
-    "debiformer_tiny": (21_495_598, 2.65),
-    "debiformer_small": (44_008_028, 5.44),
-    "debiformer_base": (95_501_926, 11.74),
-}
 
 
 @pytest.mark.parametrize(

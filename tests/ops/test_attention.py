@@ -2,9 +2,9 @@ import itertools
 
 import pytest
 import torch
-from routed_reference import eager_attention
-from routed_reference import routed_attention as reference
 
+from helpers.routed_reference import eager_attention
+from helpers.routed_reference import routed_attention as reference
 from ops import IMPLS, RegionGrid, choose_impl, route_regions, routed_attention
 
 # `triton` has tests of its own, in test_ops_triton.py

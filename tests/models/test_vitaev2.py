@@ -3,17 +3,13 @@ import argparse
 import pytest
 import timm
 import torch
-from published import assert_agrees, gmacs, published_state_dict
 
 import models
+from helpers.costs import VITAEV2 as COSTS
+from helpers.published import assert_agrees, gmacs, published_state_dict
 from models.vitaev2 import Attention, NormalCell, checkpoint_filter_fn
 
 # parameters, GMACs at 224
-COSTS = {
-    "vitaev2_s": (19_355_688, 5.78),
-    "vitaev2_48m": (48_674_632, 13.39),
-    "vitaev2_b": (89_693_352, 24.44),
-}
 SHALLOW = dict(
     depths=(1, 1, 1, 1),
     dims=(16, 32, 64, 128),

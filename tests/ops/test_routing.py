@@ -1,7 +1,7 @@
 import pytest
 import torch
-from routed_reference import region_means as reference_means
 
+from helpers.routed_reference import region_means as reference_means
 from ops import RegionGrid, region_means, route_regions
 
 

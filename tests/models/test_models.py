@@ -10,7 +10,7 @@ from timm.models._features_fx import create_feature_extractor
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 
 import models
-import networks
+from tasks import networks
 
 ALIASES = {"debi_tiny", "debi_small", "debi_base"}
 OURS = {name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("models.")}

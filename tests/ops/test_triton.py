@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import models  # noqa: F401, registers our models with timm
+from helpers import ROOT
 from ops import BiLevelRoutingAttention, RegionGrid, choose_impl, route_regions, routed_attention, unsupported
 
 triton = pytest.importorskip("triton")
@@ -26,7 +26,6 @@ from ops.impl.triton.tuning import MAX_BITS, is_dense, make_plan  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ROOT = Path(__file__).resolve().parent.parent
 
 # (query map, query regions, key map, key regions, top-k)
 SMALL = {

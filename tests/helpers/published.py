@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from fvcore.nn import FlopCountAnalysis
 from fvcore.nn.jit_handles import get_shape
-from golden import fill_, image
 
-DATA = Path(__file__).parent / "data"
+from helpers.golden import fill_, image
+
+DATA = Path(__file__).parents[1] / "data"
 
 
 def golden_tensors(name: str) -> dict[str, np.ndarray]:

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from photos import write_photos
 from PIL import Image
 
+from helpers.photos import write_photos
 from scripts import benchmark
 from scripts.bench import loader, tables
 

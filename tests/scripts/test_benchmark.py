@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from faulty_tasks import measure as faulty
 from torch.autograd import DeviceType
 from torch.nn.attention.flex_attention import flex_attention
 
+from helpers.faulty_tasks import measure as faulty
 from models.bvit import broad_attention
 from ops import RegionGrid, route_regions, routed_attention
 from scripts import benchmark

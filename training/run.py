@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from timm.utils import ModelEmaV3
 
-from checkpoints import CheckpointStore, load_weights, model_weights, other_classes, read_checkpoint
 from engine import Meter, check_finite
+from training.checkpoints import CheckpointStore, load_weights, model_weights, other_classes, read_checkpoint
 from utils import Process, StopRequest, UserError
 
 HYPERPARAMETERS = ("lr", "lr_scale", "weight_decay", "momentum", "betas", "eps", "fused")

@@ -7,13 +7,13 @@ import pytest
 import timm
 import torch
 import yaml
-from photos import write_photos
 from PIL import Image
 from torch import nn
 
 import main as program
+from helpers.photos import write_photos
 from scripts import make_label_maps
-from token_labels import TokenTargets, label_map_path, read_label_map
+from tasks.classification.token_labels import TokenTargets, label_map_path, read_label_map
 from utils import UserError
 
 RESULT = re.compile(r"\* Acc@1 (\d+\.\d{3}) Acc@5 \d+\.\d{3} loss (\d+\.\d{3})")

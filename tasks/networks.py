@@ -8,7 +8,7 @@ import torch
 from timm.data import resolve_data_config
 
 import models  # noqa: F401, registers our models with timm
-from checkpoints import load_weights, model_weights, other_classes, read_checkpoint
+from training.checkpoints import load_weights, model_weights, other_classes, read_checkpoint
 from utils import UsageError, UserError, check_name
 
 

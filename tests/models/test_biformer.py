@@ -1,19 +1,14 @@
 import pytest
 import timm
 import torch
-from published import assert_agrees, gmacs, published_state_dict, save_published
 
 import models  # noqa: F401
+from helpers.costs import BIFORMER as COSTS
+from helpers.published import assert_agrees, gmacs, published_state_dict, save_published
 from models.biformer import checkpoint_filter_fn
 
 PUBLISHED = ["biformer_tiny", "biformer_small", "biformer_base", "biformer_stl", "biformer_stl_nchw"]
 # parameters, GMACs at 224
-COSTS = {
-    "biformer_tiny": (13_142_760, 2.23),
-    "biformer_small": (25_536_232, 4.49),
-    "biformer_base": (56_804_968, 9.79),
-    "biformer_stl": (28_372_552, 4.59),
-}
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from timm.data.auto_augment import NAME_TO_OP, AugmentOp, RandAugment
 from torchvision.ops import roi_align
 
 import datasets
-import token_labels
-from token_labels import TokenLabelMixup, TokenLabelTransform, TokenTargets, read_label_map
+from tasks.classification import token_labels
+from tasks.classification.token_labels import TokenLabelMixup, TokenLabelTransform, TokenTargets, read_label_map
 from utils import UserError
 
 

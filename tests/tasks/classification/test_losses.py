@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
-from losses import DistillationLoss, TokenLabelLoss, create_loss
+from tasks.classification.losses import DistillationLoss, TokenLabelLoss, create_loss
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -6,8 +6,8 @@ import torch
 
 import main as program
 from datasets import build_transform, load_image
-from networks import model_data_config
 from scripts import predict
+from tasks.networks import model_data_config
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from hostile import Hostile
 from torch import nn
-from web import served
 
-from checkpoints import (
+from helpers import ROOT
+from helpers.hostile import Hostile
+from helpers.web import served
+from training.checkpoints import (
     CheckpointStore,
     fetch,
     is_whole,
@@ -28,8 +29,6 @@ from checkpoints import (
     save_checkpoint,
 )
 from utils import UserError
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_checkpoint_round_trip(tmp_path):

@@ -21,16 +21,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from photos import write_photos  # noqa: E402
-from ports import free_port  # noqa: E402
-from run_state import differences  # noqa: E402
-
 import utils  # noqa: E402
-from checkpoints import CheckpointStore  # noqa: E402
+from helpers.photos import write_photos  # noqa: E402
+from helpers.ports import free_port  # noqa: E402
+from helpers.run_state import differences  # noqa: E402
+from training.checkpoints import CheckpointStore  # noqa: E402
 
 PATIENCE = 120  # seconds after which a run that does not end is said to hang
 COMMAND = [

@@ -6,15 +6,15 @@ import signal
 
 import pytest
 import torch
-from run_state import differences
 from torch._dynamo.exc import BackendCompilerFailed
-from web import served
 
 import main as program
-from checkpoints import CheckpointStore
-from runs import Checkpointer, Run, Stopped
+from helpers.run_state import differences
+from helpers.web import served
 from scripts import make_shards
-from token_labels import label_map_path
+from tasks.classification.token_labels import label_map_path
+from training.checkpoints import CheckpointStore
+from training.run import Checkpointer, Run, Stopped
 from utils import EXIT_RESUME, StopRequest
 
 # With mixup, cutmix, random erasing, repeated augmentation, stochastic depth and the average of the weights, as by
@@ -368,7 +368,7 @@ def test_a_full_disk(photos, tmp_path, monkeypatch, capfd):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("checkpoints.save_checkpoint", full)
+        patch.setattr("training.checkpoints.save_checkpoint", full)
         assert train(photos, tmp_path) == 1
     assert "No space left on device; no checkpoint was written yet" in capfd.readouterr().err
     assert train(photos, tmp_path, "--auto_resume") == 0

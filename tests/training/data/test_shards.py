@@ -19,9 +19,9 @@ from PIL import Image
 from test_datasets import different_images, draw, loader_of, noise, random_states, read_all, same, transform
 from torch.utils.data import DataLoader
 
-import shards
 from datasets import build_dataset, load_image
-from shards import LocalFolder, ShardError, ShardSampler, open_shards, read_split, sha256_of
+from training.data import shards
+from training.data.shards import LocalFolder, ShardError, ShardSampler, open_shards, read_split, sha256_of
 from utils import UserError
 
 LENGTHS = {"train": (5, 3, 0, 4, 4), "validation": (3, 1, 4, 2)}

@@ -5,10 +5,10 @@ import timm
 import yaml
 
 import models  # noqa: F401
-import options
+from training import options
 from utils import UsageError
 
-RECIPES = Path(__file__).resolve().parent.parent / "configs" / "train"
+RECIPES = Path(__file__).resolve().parents[2] / "configs" / "train"
 REQUIRED = ["--data_path", "data"]
 
 

@@ -5,19 +5,16 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from golden import image
-from published import gmacs, golden_tensors, published_state_dict, relative_error, save_published
 from timm.layers import resample_abs_pos_embed
 
 import main
 import models  # noqa: F401
+from helpers.costs import BVIT as COSTS
+from helpers.golden import image
+from helpers.published import gmacs, golden_tensors, published_state_dict, relative_error, save_published
 from models.bvit import broad_attention, checkpoint_filter_fn
 
 # parameters; GMACs at 224 for the class token, and for all tokens
-COSTS = {
-    "bvit_5m": (5_710_948, 1.28, 1.46),
-    "bvit_22m": (22_037_284, 4.63, 4.99),
-}
 SMALL = dict(embed_dim=24, depth=3, num_heads=2, num_classes=5)
 
 

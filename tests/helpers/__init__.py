@@ -1,0 +1,4 @@
+"""What several tests share."""
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
