@@ -1,64 +1,108 @@
-"""Optimizer and learning-rate schedule, by timm's factories."""
+"""Optimizer, parameter groups and learning rate schedule, by timm's factories."""
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
+from torch import nn
 
 LR_BATCH = 512
-# Those that torch can step in one pass over the weights: biformer_small's adamw takes a sixth of the time on a CPU.
+# Optimizers that torch steps in one pass over the weights: biformer_small's adamw takes a sixth of the time on a CPU.
 _FUSED = ("adam", "adamw", "sgd")
 
 
 def scaled_lr(lr: float, global_batch: int) -> float:
-    """The learning rate for a global batch, by the linear rule: `lr` is that of 512 images."""
+    """The learning rate for a global batch, by the linear rule: `lr` is for 512 images."""
     return lr * global_batch / LR_BATCH
 
 
+def parameter_groups(model: nn.Module, weight_decay: float, decay_groups: str) -> list[dict]:
+    """The parameters with and without weight decay.
+
+    Args:
+        model: Any network, without wrappers.
+        weight_decay: Weight decay of those that have one.
+        decay_groups: "layernorm" for no weight decay on layer norms alone, as the published detection and segmentation
+            recipes have it ("norm" in their parameters' names, which the batch norms' do not contain); "none" for
+            weight decay on everything.
+    """
+    norms = [name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
+    excluded = [f"{name}.*" for name in norms] if decay_groups == "layernorm" else []
+    return param_groups_weight_decay(
+        model, weight_decay, weight_decay_exclude_1d=False, no_weight_decay_list=excluded
+    )
+
+
 def create_optimizer(
-    model: torch.nn.Module,
+    model: nn.Module,
     opt: str,
     lr: float,
     weight_decay: float,
     momentum: float = 0.9,
     layer_decay: float | None = None,
+    decay_groups: str = "timm",
     **kwargs,
 ) -> torch.optim.Optimizer:
-    """An optimizer over the model's parameter groups: no weight decay on biases, norms and what the model names.
+    """An optimizer over the model's parameter groups.
 
     Args:
-        model: A timm model, not wrapped.
-        opt: One of timm's optimizers, "adamw" say.
+        model: A network, without wrappers; of timm's interface where `decay_groups` is "timm".
+        opt: One of timm's optimizers, for example "adamw".
         lr: Learning rate of a step, not scaled any further.
-        weight_decay: Weight decay of all other parameters.
+        weight_decay: Weight decay.
         momentum: For the optimizers that have one.
         layer_decay: Factor of the learning rate from one layer to the one before it, as in fine-tuning.
+        decay_groups: What has no weight decay: "timm" (biases, norms, and what the model names), or as in
+            `parameter_groups`.
         kwargs: `eps` and `betas` where they are not the optimizer's own.
     """
     if opt in _FUSED:
         kwargs = dict(fused=True, **kwargs)
+    parameters = model if decay_groups == "timm" else parameter_groups(model, weight_decay, decay_groups)
     return create_optimizer_v2(
-        model, opt=opt, lr=lr, weight_decay=weight_decay, momentum=momentum, layer_decay=layer_decay, **kwargs
+        parameters, opt=opt, lr=lr, weight_decay=weight_decay, momentum=momentum, layer_decay=layer_decay, **kwargs
     )
 
 
-def create_schedule(
-    optimizer: torch.optim.Optimizer,
-    sched: str,
-    epochs: int,
-    steps_per_epoch: int,
-    warmup_epochs: int,
-    warmup_lr: float,
-    min_lr: float,
-) -> Scheduler:
-    """A schedule that `schedule.step_update(step)` moves to any optimizer step, from 0 up; it has no other state."""
-    schedule, _ = create_scheduler_v2(
-        optimizer,
-        sched=sched,
-        num_epochs=epochs,
-        warmup_epochs=warmup_epochs,
-        warmup_lr=warmup_lr,
-        min_lr=min_lr,
-        step_on_epochs=False,
-        updates_per_epoch=steps_per_epoch,
-    )
-    return schedule
+@dataclass(frozen=True)
+class Schedule:
+    """A learning rate schedule; all times are optimizer steps.
+
+    Args:
+        kind: "cosine", "poly" or "tanh", which fall to `min_lr` at `total`; or "step", which decays at `milestones`.
+        total: Length of the run.
+        warmup: Length of the linear warm-up, during which the schedule goes on counting.
+        warmup_lr: Learning rate at step 0, where there is a warm-up.
+        min_lr: Learning rate at the end.
+        power: Of "poly".
+        milestones: Steps from which "step" multiplies the learning rate by `decay_rate` once more.
+        decay_rate: Of "step".
+    """
+
+    kind: str
+    total: int
+    warmup: int = 0
+    warmup_lr: float = 0.0
+    min_lr: float = 0.0
+    power: float = 1.0
+    milestones: Sequence[int] = ()
+    decay_rate: float = 0.1
+
+    def build(self, optimizer: torch.optim.Optimizer) -> Scheduler:
+        """timm's scheduler, which `step_update(step)` moves to any step, from 0 up; it has no other state."""
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched="multistep" if self.kind == "step" else self.kind,
+            num_epochs=self.total,
+            warmup_epochs=self.warmup,
+            warmup_lr=self.warmup_lr,
+            min_lr=self.min_lr,
+            # timm compares a milestone with the step after.
+            decay_milestones=[step + 1 for step in self.milestones],
+            decay_rate=self.power if self.kind == "poly" else self.decay_rate,
+            step_on_epochs=False,
+            updates_per_epoch=1,
+        )
+        return scheduler

@@ -1,0 +1,1 @@
+"""What can be trained: one folder for each task, each with its `training.task.Task`."""

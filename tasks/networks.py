@@ -8,116 +8,145 @@ import torch
 from timm.data import resolve_data_config
 
 import models  # noqa: F401, registers our models with timm
-from training.checkpoints import load_weights, model_weights, other_classes, read_checkpoint
+from storage.weights import WeightsError, class_difference, load_weights, read_checkpoint, unwrap
 from utils import UsageError, UserError, check_name
+
+# Names that models were published under, where timm's style differs.
+PUBLISHED_NAMES = {"BViT-5": "bvit_5m", "BViT-22": "bvit_22m"}
+
+
+class PretrainedWeightsError(UserError):
+    """The published weights of a model cannot be loaded."""
+
+
+class PretrainedClassesError(UserError):
+    """The published classifier of a model has other classes than the data."""
 
 
 def check_model(name: str):
-    """Raises UsageError where timm knows no model, or no weights, of this name."""
+    """Raises UsageError where timm has no model, or no weights, of this name."""
     architecture, _, tag = name.partition(".")
     check_name("model", architecture, timm.list_models())
     if tag:
         check_name("weights", name, timm.list_models(f"{architecture}.*", include_tags=True))
 
 
-def size_kwargs(name: str, input_size: int | tuple[int, int]) -> dict:
-    """The input size, for those of timm's models that are built for one size."""
+def size_kwargs(name: str, input_size: int | tuple[int, int]) -> dict[str, Any]:
+    """The input size, for timm's models that are built for one size."""
     return dict(img_size=input_size) if timm.models.get_pretrained_cfg_value(name, "fixed_input_size") else {}
 
 
-def build_model(name: str, pretrained: bool, kwargs: dict) -> torch.nn.Module:
+def build_model(name: str, pretrained: bool, kwargs: dict[str, Any]) -> torch.nn.Module:
     """`timm.create_model`, with its errors as ours."""
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except (TypeError, ValueError) as error:
         raise UsageError(f"{name} cannot be built: {error}") from error
     except (RuntimeError, OSError) as error:
-        advice = "; a file of weights is taken by --finetune of main.py, and by --checkpoint of scripts/predict.py"
-        raise UserError(f"{name} cannot be built: {error}{advice if pretrained else ''}") from error
+        raise (PretrainedWeightsError if pretrained else UserError)(f"{name} cannot be built: {error}") from error
+
+
+def takes(name: str, kwargs: dict[str, Any], without: set[str]) -> bool:
+    """Whether a model can be built with these arguments except those in `without`; draws no random number."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            build_model(name, False, {key: value for key, value in kwargs.items() if key not in without})
+    except UserError:
+        return False
+    return True
 
 
 def family_filter(model: torch.nn.Module) -> Callable | None:
-    """The function by which the model's family, ours or timm's, reads published checkpoints."""
+    """The function with which the model's family, ours or timm's, reads published checkpoints."""
     return getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
 
 
-def load_from(
-    model: torch.nn.Module,
-    source: str,
-    key: str | None,
-    new_classifier: bool = False,
-    trained_on: list[str] | None = None,
-):
-    """Load the weights of a checkpoint of ours, of a published one, or of a bare state dict.
-
-    Args:
-        model: The model, not wrapped.
-        source: File or URL.
-        key: Which weights to take; None for the model's.
-        new_classifier: Keep the model's own classifier where that of the checkpoint is of other classes.
-        trained_on: Classes that the checkpoint should know; a line is printed where it names others.
+def read(source: str) -> dict[str, Any]:
+    """A checkpoint file or URL.
 
     Raises:
-        UserError: The file cannot be read, or its weights do not fit.
+        UserError: It cannot be read.
     """
-    load_checkpoint(model, read_checkpoint(source), source, key, new_classifier, trained_on)
+    try:
+        return read_checkpoint(source)
+    except WeightsError as error:
+        raise UserError(str(error)) from error
+
+
+def load_from(model: torch.nn.Module, source: str, key: str | None = None, **kwargs: Any):
+    """`load_checkpoint` of a file or URL."""
+    load_checkpoint(model, read(source), source, key, **kwargs)
 
 
 def load_checkpoint(
     model: torch.nn.Module,
     checkpoint: dict[str, Any],
     source: str,
-    key: str | None,
+    key: str | None = None,
     new_classifier: bool = False,
     trained_on: list[str] | None = None,
 ):
-    """`load_from` of a `checkpoint` that was read from `source` already."""
+    """Load the weights of a checkpoint of ours, of a published one, or of a bare state dict.
+
+    Args:
+        model: The model, without wrappers.
+        checkpoint: What was read from `source`.
+        source: File or URL, for messages.
+        key: Which weights to take; None for the model's.
+        new_classifier: Keep the model's own classifier where the checkpoint's has another number of classes.
+        trained_on: Classes that the checkpoint should have been trained on; a warning is printed where it names others.
+
+    Raises:
+        UserError: The weights do not fit.
+    """
     classifier = model.default_cfg.get("classifier") or () if new_classifier else ()
     classifier = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    if load_weights(model, model_weights(checkpoint, key), family_filter(model), classifier):
-        print(f"{source} is of another number of classes: the classifier starts anew")
-    difference = other_classes(checkpoint, trained_on)
-    if difference:
-        print(f"careful: {source} {difference}")
+    try:
+        kept = load_weights(model, unwrap(checkpoint, key), family_filter(model), classifier)
+    except WeightsError as error:
+        raise UserError(str(error)) from error
+    if kept:
+        print(f"{source} has another number of classes: the classifier is re-initialised")
+    if difference := class_difference(checkpoint, trained_on):
+        print(f"warning: {source} {difference}")
 
 
-def released_classes(name: str) -> int:
-    """How many classes the published classifier has, and with it a model of which no other number is asked."""
+def pretrained_num_classes(name: str) -> int:
+    """The number of classes of the published classifier, which a model has unless another number is asked for."""
     return timm.get_pretrained_cfg(name).num_classes
 
 
-def check_released_classes(name: str, num_classes: int, advice: str):
-    """Raises UserError where the published classifier is of other classes: timm would put a random one in its place."""
-    released = released_classes(name)
-    if released != num_classes:
-        raise UserError(
-            f"the published weights of {name} are of {released} classes, the data has {num_classes}; {advice}"
+def check_pretrained_classes(name: str, num_classes: int):
+    """Raises PretrainedClassesError where timm would replace the published classifier by a random one."""
+    pretrained = pretrained_num_classes(name)
+    if pretrained != num_classes:
+        raise PretrainedClassesError(
+            f"the published weights of {name} have {pretrained} classes, the data has {num_classes}"
         )
 
 
-def model_data_config(name: str) -> dict:
+def model_data_config(name: str) -> dict[str, Any]:
     """Mean, std, interpolation and crop that the model was published with."""
     return resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
 
 
 def create_teacher(
-    name: str, num_classes: int, input_size: int | tuple[int, int], source: str | None, key: str | None, advice: str
+    name: str, num_classes: int, input_size: int | tuple[int, int], source: str | None, key: str | None = None
 ) -> torch.nn.Module:
-    """A model that is to teach, with the weights of the checkpoint `source`, or its published ones.
+    """A model to learn from, with the weights of the checkpoint `source`, or its published ones.
 
     Args:
         name: Any of timm's.
-        num_classes: Of the data.
+        num_classes: Classes of the data.
         input_size: Of the images that it will see.
         source: File or URL; None for the published weights.
         key: Which weights of the checkpoint to take.
-        advice: What to do where the published weights are of other classes.
 
     Raises:
         UserError: There are no weights, or they do not fit.
     """
     if source is None:
-        check_released_classes(name, num_classes, advice)
+        check_pretrained_classes(name, num_classes)
     teacher = build_model(name, source is None, dict(num_classes=num_classes, **size_kwargs(name, input_size)))
     if source is not None:
         load_from(teacher, source, key)

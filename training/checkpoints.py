@@ -1,189 +1,48 @@
-"""Checkpoint files: written whole or not at all, read without running anything that is in them."""
-import argparse
+"""The checkpoints of a run: written whole or not at all, found again, and saved when a save is due."""
 import fcntl
-import hashlib
 import os
-import pickle
 import re
 import shutil
+import time
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import urlparse
 
-import safetensors.torch
 import torch
-from timm.models import clean_state_dict
 
-from utils import UserError, is_url, replace_file
+from storage.weights import HostileFileError, WeightsError, fetch, read_checkpoint
+from utils import UserError, replace_file
 
-# --- reading --------------------------------------------------------------------------------------------------------
-
-
-class HostileFileError(UserError):
-    """A file that would run code if it were unpickled."""
-
-
-def fetch(source: str) -> Path:
-    """The local file of a path or URL; URLs are downloaded into torch.hub's folder, once for all processes.
-
-    A URL that ends in `#sha256=` and (the beginning of) a file's hash is downloaded and compared with it.
-
-    Raises:
-        UserError: There is no such file, the download failed, or the file is another one.
-    """
-    if not is_url(source):
-        path = Path(source)
-        if not path.is_file():
-            raise UserError(f"{source}: no such checkpoint file")
-        return path
-    # The name alone would not do: sharing services serve every file under the same one.
-    name = f"{hashlib.sha256(source.encode()).hexdigest()[:16]}-{Path(urlparse(source).path).name}"
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
-    if not path.exists():
-        try:
-            _download(source, path)
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"{source}: cannot be downloaded ({error}); fetch it by hand and pass the file") from error
-    return path
+from .distributed import Distributed, restart_count
+from .log import Meter, check_finite
+from .options import CheckpointOptions
+from .run import Run
+from .signals import SignalHandler
 
 
-def _download(source: str, path: Path):
-    """Download `source` to `path`, unless another process of this machine does, for which this one waits."""
-    url, _, fragment = source.partition("#")
-    expected = fragment.removeprefix("sha256=").lower() if fragment.startswith("sha256=") else None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f"{path.name}.lock"), "wb") as lock:
-        with suppress(OSError):  # a file system without locks: each process then downloads a copy of its own
-            fcntl.lockf(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=expected)
+class FolderInUseError(UserError):
+    """The output folder holds another run."""
 
 
-def read_checkpoint(source: str) -> dict[str, Any]:
-    """Read a checkpoint file or URL. Nothing in it is executed: tensors and plain values are all that is accepted.
-
-    Raises:
-        UserError: It is missing, truncated, no checkpoint, or holds Python objects that would have to be run.
-    """
-    path = fetch(source)
-    try:
-        return _read_file(path)
-    except UserError:
-        if is_url(source):
-            # A page that says no, or half a file: the next try must not find it in the cache.
-            path.unlink(missing_ok=True)
-        raise
+class LaterCheckpointsError(UserError):
+    """The output folder holds checkpoints that are later than the one to resume from."""
 
 
-def _read_file(path: Path) -> dict[str, Any]:
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        # Published checkpoints store their command line as a Namespace, which is inert.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # on damaged bytes the unpickler raises nearly anything
-        if isinstance(error, pickle.UnpicklingError) and "unsupported global" in str(error).lower():
-            raise HostileFileError(
-                f"{path}: refused, since loading it would run code ({', '.join(_foreign_objects(path))}); "
-                "ask its author for a file of tensors alone"
-            ) from error
-        raise UserError(f"{path}: not a PyTorch checkpoint, or a truncated one; fetch it again") from error
-    if not isinstance(checkpoint, dict):
-        raise UserError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
-    return checkpoint
+class NoFolderError(UserError):
+    """torchrun restarted a run that has no output folder to resume in."""
 
 
-def _foreign_objects(path: Path) -> list[str]:
-    """Python objects that a checkpoint would have called, where its format lets us look."""
-    try:
-        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # an old format, or a damaged file
-        return ["it holds Python objects"]
+class DamagedCheckpointError(UserError):
+    """A checkpoint is damaged or truncated."""
 
 
-def model_weights(checkpoint: dict[str, Any], key: str | None = None) -> dict[str, torch.Tensor]:
-    """The weights in a checkpoint: under `key`, else under "model" or "state_dict", else the checkpoint itself.
-
-    Raises:
-        UserError: There is no `key`, or what was found are no weights.
-    """
-    if key is not None and not isinstance(checkpoint.get(key), dict):
-        found = ", ".join(sorted(k for k, v in checkpoint.items() if isinstance(v, dict)))
-        raise UserError(f"the checkpoint holds no {key!r}; it holds {found or 'bare weights'}")
-    keys = [key] if key is not None else ["model", "state_dict"]
-    weights = next((checkpoint[k] for k in keys if isinstance(checkpoint.get(k), dict)), checkpoint)
-    weights = {k: v for k, v in weights.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
-    weights = clean_state_dict(weights)
-    if not weights:
-        raise UserError("the checkpoint holds no weights")
-    return weights
+class Stopped(Exception):
+    """The run was asked to leave, and has saved itself."""
 
 
-def other_classes(checkpoint: dict[str, Any], classes: list[str] | None) -> str | None:
-    """How the classes that a checkpoint of ours was trained on differ from `classes`; None where nothing says so."""
-    trained_on = checkpoint.get("classes")
-    if trained_on is None or classes is None or trained_on == classes:
-        return None
-    if len(trained_on) != len(classes):
-        return f"was trained on {len(trained_on)} classes, the data has {len(classes)}"
-    index = next(i for i, (ours, theirs) in enumerate(zip(classes, trained_on, strict=True)) if ours != theirs)
-    return f"was trained on other classes: number {index} was {trained_on[index]!r}, and is {classes[index]!r} here"
-
-
-def load_weights(
-    model: torch.nn.Module,
-    weights: dict[str, torch.Tensor],
-    filter_fn: Callable | None = None,
-    new_classifier: tuple[str, ...] = (),
-) -> bool:
-    """Load `weights` in full, after the model family's own renaming of published names.
-
-    Args:
-        model: The model, not wrapped.
-        weights: Name to tensor.
-        filter_fn: timm's `checkpoint_filter_fn` of the family.
-        new_classifier: Names of the classifier layers, to keep the model's own where the class count differs.
-
-    Returns:
-        Whether the classifier was kept.
-
-    Raises:
-        UserError: The weights are of another architecture; lists the first mismatches.
-    """
-    expected = model.state_dict()
-    if filter_fn is not None:
-        # What is not of the family can trip its filter; the list of mismatches below then says what it is.
-        with suppress(Exception):
-            weights = filter_fn(weights, model)
-    kept = False
-    for classifier in new_classifier:
-        for leaf in ("weight", "bias"):
-            name = f"{classifier}.{leaf}"
-            if name in weights and name in expected and weights[name].shape != expected[name].shape:
-                weights = {**weights, name: expected[name]}
-                kept = True
-    mismatches = [f"{name} is missing" for name in expected if name not in weights]
-    mismatches += [f"{name} is unknown" for name in weights if name not in expected]
-    mismatches += [
-        f"{name} is {tuple(value.shape)} instead of {tuple(expected[name].shape)}"
-        for name, value in weights.items()
-        if name in expected and value.shape != expected[name].shape
-    ]
-    if mismatches:
-        more = f", and {len(mismatches) - 3} more" if len(mismatches) > 3 else ""
-        raise UserError(
-            f"the checkpoint does not fit {type(model).__name__} with {getattr(model, 'num_classes', '?')} classes: "
-            f"{'; '.join(mismatches[:3])}{more}"
-        )
-    model.load_state_dict(weights)
-    return kept
-
-
-# --- the checkpoints of a run ---------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
 class _Output:
@@ -206,7 +65,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]):
     """Write `state` (tensors, numbers, strings, and containers of them) so that `path` is never half written.
 
     Raises:
-        OSError: It cannot be written; what was there is as it was.
+        OSError: It cannot be written; what was there is intact.
     """
 
     def write(file: BinaryIO):
@@ -219,8 +78,8 @@ def save_checkpoint(path: Path, state: dict[str, Any]):
     replace_file(path, write)
 
 
-def is_whole(path: Path) -> bool:
-    """Whether a checkpoint of ours can be read, every byte as it was written: torch.load does not look at checksums.
+def is_intact(path: Path) -> bool:
+    """Whether a checkpoint of ours can be read and its checksums are right, which torch.load does not look at.
 
     Raises:
         UserError: The system cannot read the file, or it holds code.
@@ -235,16 +94,16 @@ def is_whole(path: Path) -> bool:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:
                 return False
-        _read_file(path)
-    except HostileFileError:
-        raise
+        read_checkpoint(str(path))
+    except HostileFileError as error:
+        raise UserError(str(error)) from error
     except Exception:  # damaged bytes make zipfile raise nearly anything
         return False
     return True
 
 
 class CheckpointStore:
-    """The checkpoints of one run in its folder, named by the number of optimizer steps taken.
+    """The checkpoints of one run in its folder, each named after the number of optimizer steps taken.
 
     `last.pth` is a link to the newest, `best.pth` a file of its own.
 
@@ -262,7 +121,7 @@ class CheckpointStore:
         return self.folder / f"checkpoint-{step:08d}.pth"
 
     def steps(self) -> list[int]:
-        """Those of the checkpoints that are there, the newest last."""
+        """The steps of the checkpoints that are there, the newest last."""
         names = (re.fullmatch(r"checkpoint-(\d{8,})\.pth", path.name) for path in self.folder.glob("checkpoint-*.pth"))
         return sorted(int(name[1]) for name in names if name)
 
@@ -272,7 +131,7 @@ class CheckpointStore:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Make the folder this process's own, and sweep up what a run that was killed left half written.
+        """Lock the folder for this process, and remove what a killed run left half written.
 
         Raises:
             UserError: Another process writes there.
@@ -284,26 +143,26 @@ class CheckpointStore:
             raise UserError(f"cannot write to {self.folder}: {error.strerror}") from error
         with lock as file:
             try:
-                # A process's own: those that read images inherit files, and outlive one that is killed by seconds.
+                # This lock is the process's own: data loading processes inherit open files, and outlive it by seconds.
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"another run is writing to {self.folder}; end it, or take another folder") from None
+                raise UserError(f"another run is writing to {self.folder}; stop it, or take another folder") from None
             except OSError:
                 pass  # a file system without locks
             for path in self.folder.glob(".*.pth.*"):
                 path.unlink()
             yield
 
-    def newest_whole(self) -> int | None:
-        """The newest checkpoint that is whole; those after it are renamed to `*.damaged`, with a line about each.
+    def newest_intact(self) -> int | None:
+        """The step of the newest intact checkpoint; later ones are renamed to `*.damaged`, with a line about each.
 
         Raises:
-            UserError: There are checkpoints, and none is whole.
+            UserError: There are checkpoints, and none is intact.
         """
         damaged = []
         for step in reversed(self.steps()):
             path = self.path(step)
-            if is_whole(path):
+            if is_intact(path):
                 for other in damaged:
                     other.rename(other.with_suffix(".pth.damaged"))
                     print(f"{other} is damaged, and set aside as {other.name}.damaged")
@@ -311,14 +170,14 @@ class CheckpointStore:
                 return step
             damaged.append(path)
         if damaged:
-            raise UserError(f"no checkpoint in {self.folder} is whole; to start anew, take another folder")
+            raise UserError(f"no checkpoint in {self.folder} is intact; to start a new run, take another folder")
         return None
 
     def save(self, step: int, state: dict[str, Any]):
         """Write the checkpoint after `step` optimizer steps, point `last.pth` to it, and remove the oldest.
 
         Raises:
-            UserError: It cannot be written; those before are as they were.
+            UserError: It cannot be written; earlier checkpoints are intact.
         """
         path = self.path(step)
         self._write(path, state)
@@ -340,7 +199,7 @@ class CheckpointStore:
         """Write `best.pth`.
 
         Raises:
-            UserError: It cannot be written; the one before is as it was.
+            UserError: It cannot be written; the one before is intact.
         """
         self._write(self.best, state)
 
@@ -354,3 +213,166 @@ class CheckpointStore:
         """What an error message says of the last checkpoint."""
         steps = self.steps()
         return f"the last checkpoint is {self.path(steps[-1])}" if steps else "no checkpoint was written yet"
+
+
+# --- where a run writes, and what it resumes from ---------------------------------------------------------------------
+
+
+def resumes(options: CheckpointOptions) -> bool:
+    """Whether the run resumes from its newest checkpoint, if there is one: asked for, or restarted by torchrun."""
+    return options.auto_resume or restart_count() > 0
+
+
+def open_store(options: CheckpointOptions, name: str, started: float) -> CheckpointStore:
+    """The checkpoints of the output folder or, by default, of a folder named after the model and the start time.
+
+    Args:
+        options: What was asked for.
+        name: The model's.
+        started: When the run started, in seconds since 1970; the same on every process.
+
+    Raises:
+        FolderInUseError: The folder holds another run.
+        NoFolderError: torchrun restarted the run, and there is no output folder.
+    """
+    if options.output_dir is None:
+        if resumes(options):
+            raise NoFolderError("torchrun restarted the run, which can only resume in a folder that was named")
+        folder = Path("outputs") / name / time.strftime("%Y%m%d-%H%M%S", time.localtime(started))
+        return CheckpointStore(folder, options.keep_checkpoints)
+    store = CheckpointStore(Path(options.output_dir), options.keep_checkpoints)
+    resumed_here = options.resume and Path(options.resume).resolve().parent == store.folder.resolve()
+    if store.holds_run() and not resumes(options) and not resumed_here:
+        raise FolderInUseError(f"{store.folder} holds a run already")
+    return store
+
+
+def find_start(options: CheckpointOptions, store: CheckpointStore, distributed: Distributed) -> Path | None:
+    """The checkpoint to resume from, the same on every process; None for the start of a run.
+
+    Raises:
+        UserError: It is not there, is damaged, or is older than what the output folder holds.
+    """
+    if resumes(options):
+        newest = store.newest_intact() if distributed.is_main else None
+        step = distributed.max(-1 if newest is None else newest)
+        if step >= 0:
+            path = store.path(step)
+            if not path.exists():
+                raise UserError(f"{path} is not seen by every process; machines must share the output folder")
+            return path
+    return _named_start(options.resume, store) if options.resume else None
+
+
+def _named_start(source: str, store: CheckpointStore) -> Path:
+    try:
+        path = fetch(source).resolve()
+    except WeightsError as error:
+        raise UserError(str(error)) from error
+    # Files of other formats hold no run; reading them says so.
+    if zipfile.is_zipfile(path) and not is_intact(path):
+        raise DamagedCheckpointError(f"{source}: damaged or truncated")
+    steps = store.steps()
+    if path.parent == store.folder.resolve() and steps and path != store.path(steps[-1]).resolve():
+        raise LaterCheckpointsError(f"{store.folder} holds later checkpoints than {path.name}")
+    return path
+
+
+# --- when to save -----------------------------------------------------------------------------------------------------
+
+
+class Checkpointer:
+    """Saves a run when a save is due, and ends it when it is asked to leave: on all processes at the same step.
+
+    Args:
+        run: The run.
+        store: Where the main process writes.
+        distributed: This process.
+        signals: Whether a signal has come.
+        recipe: What was asked for, to be saved with the run.
+        options: How often to save.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        store: CheckpointStore,
+        distributed: Distributed,
+        signals: SignalHandler,
+        recipe: dict[str, Any],
+        options: CheckpointOptions,
+    ):
+        self.run, self.store, self.distributed, self.signals = run, store, distributed, signals
+        self.recipe, self.options = recipe, options
+        self.saved_at = time.monotonic()
+
+    def after_step(self, meter: Meter):
+        """Save, and leave, where it is time to.
+
+        Raises:
+            Stopped: A signal came to one of the processes.
+        """
+        clock = self.run.clock
+        if clock.epoch_is_over:
+            return  # saved by `after_epoch`, once the processes have shared batch norm's statistics
+        agreed = self._agree()
+        if agreed:
+            meter.gather(clock.epoch)
+            check_finite(self.run.model, clock.epoch)
+            self._save(meter)
+        if agreed >= 2:
+            self._leave()
+
+    def after_epoch(self, meter: Meter):
+        """Save the trained epoch, before its evaluation: nothing that happens there costs the epoch."""
+        clock = self.run.clock
+        if self._agree() or clock.is_last_epoch or (clock.epoch + 1) % self.options.save_every == 0:
+            self._save(meter)
+
+    def between_epochs(self):
+        """Save and leave, where a signal came while the run did not train.
+
+        Raises:
+            Stopped: It did.
+        """
+        if self.distributed.max(self.signals.signal is not None):
+            self._write()
+            self._leave()
+
+    def save_best(self, metrics: dict[str, float]):
+        """Save the run as its best, with the metrics of its evaluation."""
+        if self.distributed.is_main:
+            self.store.save_best(dict(self._state(), metrics=metrics))
+
+    def _agree(self) -> int:
+        """2 where a process was asked to leave, 1 where a save is due, else 0; the same on all processes."""
+        return self.distributed.max(2 * (self.signals.signal is not None) + self._is_due())
+
+    def _is_due(self) -> bool:
+        every_steps, every_minutes = self.options.save_every_steps, self.options.save_every_minutes
+        by_steps = every_steps is not None and self.run.clock.global_step % every_steps == 0
+        # The main process's clock counts; the others learn from it.
+        by_time = every_minutes is not None and time.monotonic() - self.saved_at >= 60 * every_minutes
+        return by_steps or (by_time and self.distributed.is_main)
+
+    def _save(self, meter: Meter):
+        self.run.meter = meter.state_dict()
+        self._write()
+
+    def _write(self):
+        if self.distributed.is_main:
+            self.store.save(self.run.clock.steps_taken, self._state())
+        self.saved_at = time.monotonic()
+
+    def _state(self) -> dict[str, Any]:
+        return dict(self.run.state_dict(), args=self.recipe)
+
+    def _leave(self):
+        # A launcher that sees one process end may end the others: not before the main one has saved.
+        self.distributed.max(0)
+        clock = self.run.clock
+        by = self.signals.signal or "a signal to another process"
+        raise Stopped(
+            f"{by}: stopped in epoch {clock.epoch} after step {clock.step} of {clock.epoch_steps}, "
+            f"saved as {self.store.path(clock.steps_taken)}"
+        )

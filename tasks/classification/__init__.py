@@ -1,0 +1,1 @@
+"""Image classification, with mixup, distillation and token labels."""

@@ -1,20 +1,38 @@
-"""What training minimises: cross-entropy, token labels, and distillation from a teacher."""
+"""Losses of a classifier: cross-entropy, token labels, and distillation from a teacher."""
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.loss import SoftTargetCrossEntropy
 from torch import nn
 
 
-def create_loss(smoothing: float = 0.0, soft_targets: bool = False) -> nn.Module:
-    """Cross-entropy on (B, classes) logits, of class indices or, where mixup made them so, of (B, classes) targets."""
-    # Mixup has smoothed its targets already.
-    return nn.CrossEntropyLoss(label_smoothing=0.0 if soft_targets else smoothing)
+class Criterion:
+    """The training loss of a classifier: mixes the batch, calls the network, and compares in float32.
+
+    Args:
+        loss: (logits, targets) -> scalar; a tuple of logits where the network returns one in training.
+        mixup: timm's mixup and cutmix, or one for targets that are not class indices; None for none.
+        sees_images: Give the loss the images too.
+    """
+
+    def __init__(self, loss: nn.Module, mixup: Callable | None = None, sees_images: bool = False):
+        self.loss, self.mixup, self.sees_images = loss, mixup, sees_images
+
+    def __call__(self, network: nn.Module, images: torch.Tensor, targets: Any) -> torch.Tensor:
+        """(B, 3, H, W) images and their targets -> scalar."""
+        if self.mixup is not None:
+            images, targets = self.mixup(images, targets)
+        outputs = network(images)
+        logits = tuple(x.float() for x in outputs) if isinstance(outputs, tuple) else outputs.float()
+        return self.loss(logits, targets, images) if self.sees_images else self.loss(logits, targets)
 
 
 class TokenLabelLoss(nn.Module):
-    """Cross-entropy of the image, plus `weight` times the mean one of its tokens.
+    """Cross-entropy of the image, plus `weight` times the mean cross-entropy of its tokens.
 
-    Of Jiang et al., https://arxiv.org/abs/2104.10858, where the weight is 0.5.
+    Jiang et al., "All Tokens Matter", https://arxiv.org/abs/2104.10858, where the weight is 0.5.
     """
 
     def __init__(self, weight: float = 0.5):
@@ -30,6 +48,24 @@ class TokenLabelLoss(nn.Module):
         return of_image + self.weight * of_tokens
 
 
+class Renormalize(nn.Module):
+    """Images that were normalised with one mean and standard deviation, as if normalised with others."""
+
+    def __init__(
+        self, mean: Sequence[float], std: Sequence[float], other_mean: Sequence[float], other_std: Sequence[float]
+    ):
+        super().__init__()
+        mean, std, other_mean, other_std = (
+            torch.tensor(x).view(1, -1, 1, 1) for x in (mean, std, other_mean, other_std)
+        )
+        self.register_buffer("scale", std / other_std)
+        self.register_buffer("shift", (mean - other_mean) / other_std)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) -> (B, 3, H, W)."""
+        return images * self.scale + self.shift
+
+
 class DistillationLoss(nn.Module):
     """(1 - alpha) * the loss on the labels + alpha * the distance to a teacher's prediction.
 
@@ -42,8 +78,7 @@ class DistillationLoss(nn.Module):
         kind: "soft" or "hard".
         alpha: Weight of the teacher, 0 to 1.
         temperature: Divides the logits of both, for "soft".
-        mean, std: What the student's images were normalised with.
-        teacher_mean, teacher_std: What the teacher's are to be normalised with.
+        images: The student's images -> the teacher's; by default they are the same.
     """
 
     def __init__(
@@ -53,10 +88,7 @@ class DistillationLoss(nn.Module):
         kind: str,
         alpha: float = 0.5,
         temperature: float = 1.0,
-        mean: tuple[float, ...] = (0.0,),
-        std: tuple[float, ...] = (1.0,),
-        teacher_mean: tuple[float, ...] = (0.0,),
-        teacher_std: tuple[float, ...] = (1.0,),
+        images: nn.Module | None = None,
     ):
         super().__init__()
         if kind not in ("soft", "hard"):
@@ -66,16 +98,12 @@ class DistillationLoss(nn.Module):
         self.kind = kind
         self.alpha = alpha
         self.temperature = temperature
-        mean, std, teacher_mean, teacher_std = (
-            torch.tensor(x).view(1, -1, 1, 1) for x in (mean, std, teacher_mean, teacher_std)
-        )
-        self.register_buffer("scale", std / teacher_std)
-        self.register_buffer("shift", (mean - teacher_mean) / teacher_std)
+        self.images = images or nn.Identity()
 
     def forward(self, logits: torch.Tensor, targets: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         """(B, classes) logits, targets as the label loss takes them, (B, 3, H, W) images -> scalar."""
         with torch.no_grad():
-            teacher_logits = self.teacher(images * self.scale + self.shift)
+            teacher_logits = self.teacher(self.images(images))
         if self.kind == "hard":
             distance = F.cross_entropy(logits, teacher_logits.argmax(dim=1))
         else:

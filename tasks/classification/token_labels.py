@@ -249,6 +249,12 @@ class TokenTargets:
     maps: torch.Tensor
     points: torch.Tensor
 
+    @classmethod
+    def zeros(cls, size: int, rows: int, cols: int, device: torch.device) -> "TokenTargets":
+        """Those of `size` images of `rows` x `cols` tokens, each of class 0."""
+        maps = torch.zeros(size, 2, 1, rows, cols, device=device)
+        return cls(maps, torch.zeros(size, rows, cols, 2, device=device))
+
     def to(self, **kwargs: Any) -> "TokenTargets":
         """A copy on another device, as of a tensor."""
         return TokenTargets(self.maps.to(**kwargs), self.points.to(**kwargs))

@@ -1,0 +1,1 @@
+"""Data loading that can resume at any batch, and WebDataset shards."""

@@ -1,0 +1,29 @@
+"""The errors of this task, and what a user of the command line can do about them."""
+import datasets
+from utils import UsageError, UserError
+
+from .. import networks
+
+
+class UnknownPolicyError(UsageError):
+    """timm knows no such augmentation policy."""
+
+
+class TooFewClassesError(UsageError):
+    """Fewer classes were asked for than the data holds."""
+
+
+class TeacherClassesError(UserError):
+    """The published classifier of a teacher has other classes than the data."""
+
+
+ADVICE = {
+    datasets.UnreadableImageError: "remove it, or pass --skip_bad_images",
+    datasets.MissingDataError: "or pass --download",
+    networks.PretrainedWeightsError: "--finetune takes a file of weights",
+    networks.PretrainedClassesError: "fine-tune them first, or give their number with --nb_classes if the data's first "
+                                     "classes are the same",
+    TeacherClassesError: "fine-tune the teacher, and give it with --teacher_path",
+    TooFewClassesError: "raise --nb_classes, or leave it out",
+    UnknownPolicyError: "--aa takes timm's policies, or none",
+}

@@ -1,0 +1,61 @@
+"""How the images of a timm model are prepared for evaluation: the one pipeline of main.py and of the scripts."""
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from timm.data.loader import fast_collate
+from torch.utils.data import DataLoader, Dataset
+
+import datasets
+from training.data.loader import EpochLoader, build_loader
+from training.distributed import Distributed
+from training.options import LoaderOptions
+
+from ..networks import model_data_config
+
+
+@dataclass(frozen=True)
+class ImagePipeline:
+    """Images as a model was published to take them, at a size.
+
+    Args:
+        model: Any of timm's.
+        input_size: Side, or (height, width), in pixels.
+        crop_pct: Part of the image that is kept; None for the model's own.
+        crop_mode: See `datasets.build_transform`; None for the model's own.
+    """
+
+    model: str
+    input_size: int | tuple[int, int]
+    crop_pct: float | None = None
+    crop_mode: str | None = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return model_data_config(self.model)
+
+    def transform(self, train: bool = False, interpolation: str | None = None, **augmentation: Any):
+        """PIL RGB image -> uint8 tensor (3, H, W); the arguments are those of `datasets.build_transform`."""
+        config = self.config
+        return datasets.build_transform(
+            train=train,
+            input_size=self.input_size,
+            mean=config["mean"],
+            std=config["std"],
+            interpolation=interpolation or config["interpolation"],
+            crop_pct=self.crop_pct or config["crop_pct"],
+            crop_mode=self.crop_mode or config["crop_mode"],
+            **augmentation,
+        )
+
+    def on_device(self, distributed: Distributed, **erasing: Any) -> partial:
+        """DataLoader -> normalised (B, 3, H, W) images and targets on the device; a `training.data.loader.Transfer`."""
+        mean, std = self.config["mean"], self.config["std"]
+        return partial(datasets.NormalizedImages, mean=mean, std=std, device=distributed.device, **erasing)
+
+    def loader(self, dataset: Dataset, options: LoaderOptions, distributed: Distributed) -> EpochLoader:
+        """Batches of a data set whose transform is this pipeline's, each image once over all processes, in order."""
+        transfer: partial[DataLoader] = self.on_device(distributed)
+        return build_loader(
+            dataset, options, distributed, train=False, collate_fn=fast_collate, transfer=transfer
+        )

@@ -1,0 +1,181 @@
+"""What may be said of a run that trains or evaluates a classifier: the groups of flags that only this task has."""
+import argparse
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from training.flags import Group, flag, fraction, key_value, not_negative, positive
+from training.options import Settings
+from utils import UsageError
+
+from ..networks import PUBLISHED_NAMES
+
+IMAGE_FOLDERS = ("image_folder", "IMNET")
+DATA_SETS = ("IMNET", "image_folder", "CIFAR10", "CIFAR100", "digits")
+# Pixels of a token along each side of the last map, in every model that has a token head.
+TOKEN_STRIDE = 32
+
+
+def _data_set(text: str) -> str:
+    if text in DATA_SETS or text.startswith("wds/"):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is no data set; choose from {', '.join(DATA_SETS)}, wds/NAME")
+
+
+def _model(text: str) -> str:
+    return PUBLISHED_NAMES.get(text, text)
+
+
+def image_size(text: str) -> int | tuple[int, int]:
+    """A side, or (height, width), of `SIDE` or `HEIGHTxWIDTH` in pixels, as `--input_size` takes them."""
+    try:
+        sizes = tuple(int(side) for side in text.lower().split("x"))
+    except ValueError:
+        sizes = ()
+    if len(sizes) not in (1, 2) or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"takes a side or HEIGHTxWIDTH in pixels, not {text!r}")
+    return sizes[0] if len(sizes) == 1 else sizes
+
+
+@dataclass(frozen=True)
+class ModelOptions(Group):
+    """Model"""
+
+    model: str = flag(
+        "biformer_small", f"any model that timm knows, ours included; as published too: {', '.join(PUBLISHED_NAMES)}",
+        alias="arch", type=_model, metavar="MODEL",
+    )
+    model_kwargs: dict[str, Any] = flag({}, "arguments of the model", type=key_value, nargs="*", metavar="KEY=VALUE")
+    input_size: int | tuple[int, int] = flag(224, "side of the image, or HEIGHTxWIDTH", type=image_size,
+                                             metavar="PIXELS")
+    nb_classes: int | None = flag(None, "number of classes (default: what the data holds)", type=int, check=positive)
+    drop: float = flag(0.0, "dropout before the classifier", type=float, check=fraction)
+    drop_path: float = flag(0.1, "stochastic depth of the last block", type=float, check=fraction)
+    grad_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
+    load_release: bool = flag(False, "start from the published weights of the model")
+
+    def check(self):
+        if "num_classes" in self.model_kwargs:
+            raise UsageError("--model_kwargs num_classes: the number of classes is the data's, or --nb_classes")
+
+
+@dataclass(frozen=True)
+class DataOptions(Group):
+    """Data"""
+
+    data_set: str = flag("IMNET", f"{', '.join(DATA_SETS)} or wds/NAME (WebDataset shards)", type=_data_set)
+    data_path: str | None = flag(None, "where the data set is: for image folders, train/ and val/; for shards, a "
+                                       "folder or its URL", metavar="FOLDER")
+    shard_cache: str | None = flag(None, "copies of shards from a URL (default: shards in torch.hub's folder)",
+                                   metavar="FOLDER")
+    shard_cache_gb: float | None = flag(None, "remove the oldest of them beyond this (default: none)", type=float,
+                                        metavar="GB", check=positive)
+    download: bool = flag(False, "download CIFAR where it is missing")
+    skip_bad_images: bool = flag(False, "skip images that cannot be read, and count them")
+
+    def check(self):
+        if self.data_path is None and self.data_set != "digits":
+            raise UsageError(f"--data_path is missing: the folder of the data set {self.data_set}")
+
+
+def _range(value: list[float]) -> str | None:
+    low, high = value
+    return None if 0 < low <= high < math.inf else "takes a range above 0"
+
+
+@dataclass(frozen=True)
+class AugmentationOptions(Group):
+    """Augmentation and regularisation"""
+
+    scale: list[float] = flag([0.08, 1.0], "area of the random crop", type=float, nargs=2, metavar=("MIN", "MAX"),
+                              check=_range)
+    ratio: list[float] = flag([3 / 4, 4 / 3], "aspect ratio of the random crop", type=float, nargs=2,
+                              metavar=("MIN", "MAX"), check=_range)
+    hflip: float = flag(0.5, "probability of a horizontal flip", type=float, check=fraction)
+    color_jitter: float = flag(0.4, "strength of colour jitter, where --aa is none", type=float, check=not_negative)
+    aa: str = flag("rand-m9-mstd0.5-inc1", "timm's AutoAugment or RandAugment policy, or none")
+    train_interpolation: str = flag("bicubic", "interpolation of the random crop",
+                                    choices=["bicubic", "bilinear", "random"])
+    crop_pct: float | None = flag(None, "part of the image that evaluation crops (default: the model's own)",
+                                  type=float, check=positive)
+    repeated_aug: bool = flag(True, "repeated augmentation: a third of the images an epoch, each augmented three ways")
+    reprob: float = flag(0.25, "probability of random erasing", type=float, check=fraction)
+    remode: str = flag("pixel", "what random erasing fills in", choices=["const", "rand", "pixel"])
+    mixup: float = flag(0.8, "alpha of mixup, 0 for none", type=float, check=not_negative)
+    cutmix: float = flag(1.0, "alpha of cutmix, 0 for none", type=float, check=not_negative)
+    mixup_prob: float = flag(1.0, "probability of mixup or cutmix", type=float, check=fraction)
+    mixup_switch_prob: float = flag(0.5, "probability of cutmix where both are on", type=float, check=fraction)
+    smoothing: float = flag(0.1, "label smoothing", type=float, check=fraction)
+
+    def check(self):
+        if self.crop_pct is not None and self.crop_pct > 1:
+            raise UsageError(f"--crop_pct is the part of the image that is kept, at most 1, got {self.crop_pct}")
+        if self.scale[1] > 1:
+            raise UsageError(f"--scale is the cropped part of the image, at most 1, got {self.scale[1]}")
+
+
+@dataclass(frozen=True)
+class DistillationOptions(Group):
+    """Distillation"""
+
+    distillation_type: str = flag("none", "how to learn from --teacher_model", choices=["none", "soft", "hard"])
+    teacher_model: str | None = flag(None, "any model that timm knows", type=_model)
+    teacher_path: str | None = flag(None, "the teacher's weights (default: its published ones)", metavar="CHECKPOINT")
+    distillation_alpha: float = flag(0.5, "weight of the teacher, 0 to 1", type=float, check=fraction)
+    distillation_tau: float = flag(1.0, "temperature of soft distillation", type=float, check=positive)
+
+    def check(self):
+        if self.distillation_type != "none" and self.teacher_model is None:
+            raise UsageError(f"--distillation_type {self.distillation_type} needs a --teacher_model")
+        if self.distillation_type == "none" and self.teacher_model is not None:
+            raise UsageError("--teacher_model needs --distillation_type soft or hard")
+
+
+@dataclass(frozen=True)
+class TokenLabelOptions(Group):
+    """Token labels"""
+
+    token_label: str | None = flag(None, "train on the label maps in it (scripts/make_label_maps.py) too",
+                                   metavar="FOLDER")
+    token_label_weight: float | None = flag(None, "weight of the tokens' loss (default: 0.5)", type=float,
+                                            check=not_negative)
+
+
+@dataclass(frozen=True)
+class ClassificationSettings(Settings):
+    """All that may be said of a run that trains or evaluates a classifier."""
+
+    model: ModelOptions
+    data: DataOptions
+    augmentation: AugmentationOptions
+    distillation: DistillationOptions
+    token_label: TokenLabelOptions
+
+    def check(self):
+        weights = [self.checkpoint.resume, self.checkpoint.finetune, self.model.load_release]
+        if self.evaluation.eval and not any(weights):
+            raise UsageError("--eval needs weights: --resume CHECKPOINT, or --load_release for the published ones")
+        if sum(map(bool, weights)) > 1:
+            raise UsageError("--resume, --finetune and --load_release are three sources of weights; give one")
+        if not self.evaluation.eval:
+            self._check_training()
+
+    def _check_training(self):
+        mixes = self.augmentation.mixup or self.augmentation.cutmix
+        if mixes and self.loader.batch_size % 2:
+            raise UsageError(f"mixup and cutmix pair images: --batch_size must be even, got {self.loader.batch_size}")
+        if self.token_label.token_label is not None:
+            self._check_token_label()
+        elif self.token_label.token_label_weight is not None:
+            raise UsageError("--token_label_weight needs --token_label, the folder of the label maps")
+
+    def _check_token_label(self):
+        name, size = self.data.data_set, self.model.input_size
+        if name not in IMAGE_FOLDERS:
+            raise UsageError(f"--token_label needs a folder of images, --data_set {IMAGE_FOLDERS[0]}, not {name}")
+        if self.distillation.distillation_type != "none":
+            raise UsageError("--token_label is learning from a teacher already: leave out --distillation_type")
+        if any(side % TOKEN_STRIDE for side in (size if isinstance(size, tuple) else (size,))):
+            raise UsageError(f"--token_label needs an --input_size of whole tokens, multiples of {TOKEN_STRIDE} pixels")
+        if self.augmentation.aa.startswith("augmix"):
+            raise UsageError("--token_label cannot go with --aa augmix, which mixes several views of an image")

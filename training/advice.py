@@ -1,0 +1,31 @@
+"""What a user of the command line can do about an error that was raised by a module which knows no flags."""
+from collections.abc import Mapping
+
+from utils import UserError
+
+from . import checkpoints, distributed, log, run, signals
+
+ADVICE: Mapping[type[UserError], str] = {
+    distributed.DeviceError: "--device auto takes what is there",
+    checkpoints.FolderInUseError: "resume it with --auto_resume, or take another --output_dir",
+    checkpoints.LaterCheckpointsError: "take another --output_dir",
+    checkpoints.NoFolderError: "give --output_dir",
+    checkpoints.DamagedCheckpointError: "resume from the one before it, or download it again",
+    run.NoRunError: "fine-tune from it with --finetune",
+    run.NoEmaError: "resume with --model_ema false",
+    run.OptimizerMismatchError: "--opt, --layer_decay, --decay_groups and --weight_decay must be as in that run",
+    run.BatchMismatchError: "keep --batch_size x processes x --update_freq, or resume from the end of an epoch",
+    run.ShardMismatchError: "keep the number of processes, or resume from the end of an epoch",
+    log.NonFiniteLossError: "try a lower --lr, longer --warmup_epochs, --clip_grad 5 or --amp off",
+    signals.OutOfMemoryFault: "lower --batch_size and raise --update_freq by as much, which trains the same, or pass "
+                              "--grad_checkpointing",
+    signals.NondeterministicFault: "leave out --deterministic",
+    signals.WorkerFault: "give fewer --num_workers or more memory",
+    signals.PeerFault: "--dist_timeout says how long a process waits for another",
+    signals.MachineFault: "what was saved is intact, resume with --auto_resume",
+}
+
+
+def with_advice(error: UserError, advice: Mapping[type[UserError], str] = ADVICE) -> str:
+    """The text of an error, and what to do about an error of its class and of the classes that it derives from."""
+    return "; ".join([str(error), *(advice[kind] for kind in type(error).__mro__ if kind in advice)])

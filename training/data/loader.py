@@ -1,0 +1,285 @@
+"""Data loading that is seeded and can resume at any batch: every random choice about a sample follows from (seed,
+epoch, position in the epoch), never from what was read before or by which process.
+"""
+import ctypes
+import os
+import random
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from multiprocessing import parent_process
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from timm.data.distributed_sampler import RepeatAugSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate, get_worker_info
+
+from utils import UserError, derive_seed, seed_generators
+
+from ..distributed import Distributed
+from ..options import LoaderOptions
+
+_PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
+
+
+# --- randomness -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Seed the generators of Python, NumPy and torch (CPU, and `device` if it is CUDA); restores them at the end."""
+    # torch.manual_seed would also reseed every CUDA device, for good
+    generators = [torch.default_generator]
+    if device is not None and device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generators.append(torch.cuda.default_generators[index])
+    before = random.getstate(), np.random.get_state(), [generator.get_state() for generator in generators]
+    seed_generators(seed, *(generator.manual_seed for generator in generators))
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        for generator, state in zip(generators, before[2], strict=True):
+            generator.set_state(state)
+
+
+def seeded_sample(seed: int) -> AbstractContextManager[None]:
+    """`seeded`, but without restoring in a worker: nothing else draws there, and NumPy's state takes 60 us a time."""
+    if get_worker_info() is None:
+        return seeded(seed)
+    seed_generators(seed, torch.default_generator.manual_seed)
+    return nullcontext()
+
+
+class SeededSampler(Sampler):
+    """Yields (index, seed) for each index of `sampler`, which has a method `set_epoch`.
+
+    The seed follows from the index's position among the indices of all processes: augmentation is the same on any
+    number of processes.
+    """
+
+    def __init__(self, sampler: Sampler, seed: int, rank: int, world_size: int):
+        self.sampler, self.seed, self.rank, self.world_size = sampler, seed, rank, world_size
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, start: int = 0):
+        """Make the next pass that of `epoch`, without its first `start` indices."""
+        self.epoch, self.start = epoch, start
+        self.sampler.set_epoch(self.seed + epoch)  # RepeatAugSampler takes no seed of its own
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for position, index in enumerate(self.sampler):
+            if position >= self.start:
+                yield index, derive_seed(self.seed, self.epoch, position * self.world_size + self.rank)
+
+    def __len__(self) -> int:
+        """Indices of a whole epoch."""
+        return len(self.sampler)
+
+    @property
+    def ranges(self) -> int:
+        """Into how many ranges an epoch is cut, one for each process; 1 where its indices are dealt out in turn."""
+        return getattr(self.sampler, "ranges", 1)
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+class Transfer(Protocol):
+    """Brings the batches of a DataLoader to the device, and does there what a task does to whole batches."""
+
+    def start(self, key: tuple[int, ...], first_batch: int):
+        """Begin the epoch of `key` (seed, epoch, rank) at its batch `first_batch`."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches on the device."""
+
+
+class ToDevice:
+    """Moves the tensors of (nested tuples, lists and dictionaries of) a batch to a device."""
+
+    def __init__(self, loader: DataLoader, device: torch.device):
+        self.loader, self.device = loader, device
+
+    def start(self, key: tuple[int, ...], first_batch: int):
+        """Nothing here is random."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self._move(batch) for batch in self.loader)
+
+    def _move(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.to(self.device, non_blocking=True)
+        if isinstance(value, dict):
+            return {key: self._move(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self._move(item) for item in value)
+        return value
+
+
+class EpochLoader:
+    """Batches on the device; each epoch follows from the seed, the epoch and the rank alone.
+
+    Args:
+        loader: Its generator seeds the data loading processes.
+        transfer: DataLoader -> `Transfer`.
+        seed: The run's.
+        rank: This process's.
+    """
+
+    def __init__(self, loader: DataLoader, transfer: Callable[[DataLoader], Transfer], seed: int = 0, rank: int = 0):
+        self.loader, self.transfer, self.seed, self.rank = loader, transfer(loader), seed, rank
+        self.set_epoch(0)
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+        return len(self.loader)
+
+    @property
+    def sampler(self) -> Iterable:
+        return self.loader.sampler
+
+    @property
+    def ranges(self) -> int:
+        """As of `SeededSampler`."""
+        return self.sampler.ranges if isinstance(self.sampler, SeededSampler) else 1
+
+    def set_epoch(self, epoch: int, first_batch: int = 0):
+        """Make the next pass that of `epoch`, from its batch `first_batch` on; earlier ones are not read."""
+        self.epoch, self.first_batch = epoch, first_batch
+
+    def __iter__(self) -> Iterator[Any]:
+        self._start_epoch()
+        try:
+            yield from self.transfer
+            return
+        except UserError as error:
+            # From a worker its text is a traceback that ends in the line we want, and its frames hold the iterator in
+            # a cycle. Left to the garbage collector, the iterator would wait five seconds for each of its workers.
+            line = re.split(r"^[\w.]+Error: ", str(error), flags=re.MULTILINE)[-1].strip()
+            kind = type(error)
+            error.__traceback__ = None
+        raise kind(line)
+
+    def _start_epoch(self):
+        key = self.seed, self.epoch, self.rank
+        self.loader.generator.manual_seed(derive_seed(*key))
+        self.transfer.start(key, self.first_batch)
+        if isinstance(self.sampler, SeededSampler):
+            self.sampler.set_epoch(self.epoch, start=self.first_batch * self.loader.batch_size)
+
+
+# --- workers ----------------------------------------------------------------------------------------------------------
+
+
+def _follow_main_process(worker: int):
+    # A terminal and Slurm send signals to every process; the run's main process decides what comes of them.
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_exit_on_sigterm_of_main, daemon=True).start()
+        # A worker that waits for a lock which a killed process held would outlive the main process for ever.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _exit_on_sigterm_of_main():
+    # When it exits, the main process sends its workers a SIGTERM and waits for them.
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent_process().pid:
+        pass
+    os._exit(128 + signal.SIGTERM)
+
+
+def training_sampler(dataset: Dataset, distributed: Distributed, repeats: int = 1) -> Sampler:
+    """The order in which this process trains on a data set, each sample `repeats` (1 or 3) times; has `set_epoch`.
+
+    A data set that is not to be read in any order has a method `sampler(world_size, rank, repeats)` of its own.
+    """
+    world_size, rank = distributed.world_size, distributed.rank
+    if hasattr(dataset, "sampler"):
+        return dataset.sampler(world_size, rank, repeats)
+    if repeats > 1:
+        # by default the sampler rounds down to a multiple of 256 samples, most of a small data set
+        return RepeatAugSampler(dataset, world_size, rank, num_repeats=repeats, selected_round=0)
+    # drop_last: rather leave out a few samples than see some of them twice
+    return DistributedSampler(dataset, world_size, rank, drop_last=True)
+
+
+def build_loader(
+    dataset: Dataset,
+    options: LoaderOptions,
+    distributed: Distributed,
+    *,
+    train: bool,
+    seed: int = 0,
+    repeats: int = 1,
+    collate_fn: Callable = default_collate,
+    transfer: Callable[[DataLoader], Transfer] | None = None,
+) -> EpochLoader:
+    """Batches of a data set for one process.
+
+    In training every process gets the same number of full batches, shuffled. In evaluation each sample comes once over
+    all processes, in order; the last batch may be small, and one process may get fewer batches than another, or none.
+
+    Args:
+        dataset: Samples by index; in training by (index, seed), where augmentation is a function of the seed.
+        options: Batch size, data loading processes, page-locked memory.
+        distributed: This process, among those that share the data.
+        train: Which of the two.
+        seed: The run's.
+        repeats: How many times an epoch trains on a sample, 1 or 3; on different processes, or side by side on one.
+        collate_fn: List of samples -> batch.
+        transfer: DataLoader -> `Transfer`; by default the tensors of a batch are moved to the device.
+
+    Raises:
+        UserError: The training set is smaller than one batch over all processes.
+    """
+    size, world_size = options.batch_size, distributed.world_size
+    if train and len(dataset) < size * world_size:
+        raise UserError(
+            f"the training set has {len(dataset)} images, fewer than one batch of {size * world_size} "
+            f"({size} on each of {world_size} process(es)); use a smaller batch size"
+        )
+    sampler = range(distributed.rank, len(dataset), world_size)
+    if train:
+        sampler = SeededSampler(training_sampler(dataset, distributed, repeats), seed, distributed.rank, world_size)
+    device = distributed.device
+    loader = DataLoader(
+        dataset,
+        batch_size=size,
+        sampler=sampler,
+        num_workers=options.num_workers,
+        collate_fn=collate_fn,
+        pin_memory=options.pin_mem and device.type == "cuda",
+        drop_last=train,
+        persistent_workers=options.num_workers > 0,
+        generator=torch.Generator(),  # the global one would otherwise be drawn from each epoch
+        worker_init_fn=_follow_main_process,
+    )
+    return EpochLoader(loader, transfer or (lambda loader: ToDevice(loader, device)), seed, distributed.rank)
+
+
+def bad_images(dataset: Dataset) -> int:
+    """How many images a data set has skipped so far, if it counts them."""
+    return getattr(dataset, "bad_images", 0)
+
+
+@contextmanager
+def report_skipped(dataset: Dataset, shared: Distributed, is_main: bool) -> Iterator[None]:
+    """Print, at the end, how many images were skipped since the start.
+
+    Args:
+        dataset: What is read.
+        shared: This process, among those that share the images.
+        is_main: Whether this process prints.
+    """
+    before = bad_images(dataset)
+    yield
+    count = int(shared.sum(torch.tensor(bad_images(dataset) - before, device=shared.device)))
+    if is_main and count:
+        print(f"skipped {count} images that could not be read")

@@ -1,0 +1,264 @@
+"""Command lines and recipes, read into frozen dataclasses whose fields say everything about their flags.
+
+    @dataclass(frozen=True)
+    class Loader(Group):
+        "Data loading"                                  # the group's title in --help
+        batch_size: int = flag(128, "images for each GPU and forward pass", type=int, check=at_least(1))
+
+    @dataclass(frozen=True)
+    class Settings:
+        loader: Loader
+
+    settings = parse(Settings, ["--batch_size", "64"])  # settings.loader.batch_size == 64
+
+Order of precedence: the command line, then the recipe given by `--config`, then the defaults.
+"""
+import argparse
+import ast
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, get_type_hints
+
+import yaml
+
+from utils import UsageError, nearest
+
+Settings = TypeVar("Settings")
+Check = Callable[[Any], str | None]
+
+# --- what a field says of its flag ------------------------------------------------------------------------------------
+
+
+def flag(default: Any, help: str = "", *, check: Check | None = None, alias: str | None = None, **argument: Any) -> Any:
+    """A dataclass field that is also a flag.
+
+    Args:
+        default: Its value where nothing is given; a boolean makes a flag that may stand alone.
+        help: One line for --help.
+        check: Value -> what is wrong with it ("must be at least 1"), or None.
+        alias: A second name.
+        argument: `type`, `choices`, `nargs`, `metavar` of `argparse.ArgumentParser.add_argument`.
+    """
+    metadata = dict(help=help, check=check, alias=alias, argument=argument)
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def at_least(least: int) -> Check:
+    return lambda value: None if value >= least else f"must be at least {least}"
+
+
+def not_negative(value: float) -> str | None:
+    return None if 0 <= value < math.inf else "must not be negative"
+
+
+def positive(value: float) -> str | None:
+    return None if 0 < value < math.inf else "must be above 0 and finite"
+
+
+def fraction(value: float) -> str | None:
+    return None if 0 <= value <= 1 else "must be 0 to 1"
+
+
+class Group:
+    """Base of a group of flags: checks each field, then what fields say together, whenever one is made.
+
+    Raises:
+        UsageError: A value is out of range, or two contradict each other; names the flags.
+    """
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, check = getattr(self, field.name), field.metadata["check"]
+            wrong = check(value) if check is not None and value is not None else None
+            if wrong:
+                raise UsageError(f"--{field.name} {wrong}, got {value}")
+        self.check()
+
+    def check(self):
+        """Raises UsageError where fields contradict each other."""
+
+
+# --- types of values --------------------------------------------------------------------------------------------------
+
+
+def boolean(text: str) -> bool:
+    if text.lower() in ("true", "yes", "on", "1"):
+        return True
+    if text.lower() in ("false", "no", "off", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"takes true or false, not {text!r}")
+
+
+def key_value(text: str) -> tuple[str, object]:
+    """KEY=VALUE, where VALUE is a Python literal or else a string."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"takes KEY=VALUE, not {text!r}")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+# --- the parser -------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """The parser of a settings class; raises `UsageError`, one line, where argparse would print its usage and exit."""
+
+    def __init__(self, settings_class: type, **kwargs: Any):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+        self.add_argument("--config", metavar="YAML", help="recipe to start from; flags given here win over it")
+        # Old launchers pass it; the environment says the same.
+        self.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+        for group_class in group_classes(settings_class).values():
+            group = self.add_argument_group(group_class.__doc__.partition("\n")[0])
+            for field in dataclasses.fields(group_class):
+                _add_flag(group, field)
+
+    def names(self) -> list[str]:
+        """All flags but --help."""
+        return [action.dest for action in self._actions if action.dest != "help"]
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def group_classes(settings_class: type) -> dict[str, type[Group]]:
+    """The groups of a settings class by field; those that a class adds come before those of its base."""
+    hints = get_type_hints(settings_class)
+    names = [field.name for field in dataclasses.fields(settings_class)]
+    own = [name for name in names if name in inspect.get_annotations(settings_class)]
+    return {name: hints[name] for name in [*own, *(name for name in names if name not in own)]}
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field):
+    default, argument = _default(field), dict(field.metadata["argument"])
+    if isinstance(default, bool):
+        argument.update(type=boolean, nargs="?", const=True, metavar="BOOL")
+    names = [f"--{name}" for name in (field.name, field.metadata["alias"]) if name]
+    group.add_argument(*names, default=default, help=field.metadata["help"], **argument)
+
+
+def _underscored(token: str) -> str:
+    """--drop-path=0.1 -> --drop_path=0.1"""
+    name, equals, value = token.partition("=")
+    return f"{name.replace('-', '_').replace('__', '--', 1)}{equals}{value}" if token.startswith("--") else token
+
+
+def _split_nulls(tokens: list[str], known: list[str]) -> tuple[list[str], list[str]]:
+    """The tokens without `--flag null` and `--flag=null`, and the flags that were given so."""
+    kept, nulls = [], []
+    for token in tokens:
+        if token == "null" and kept and kept[-1].removeprefix("--") in known:
+            nulls.append(kept.pop().removeprefix("--"))
+        elif token.endswith("=null") and token.removeprefix("--").removesuffix("=null") in known:
+            nulls.append(token.removeprefix("--").removesuffix("=null"))
+        else:
+            kept.append(token)
+    return kept, nulls
+
+
+def given_value(argv: Sequence[str], name: str) -> str | None:
+    """The value of one flag on a command line, before the rest of it is understood; None where it is not given."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument(f"--{name}")
+    try:
+        return getattr(parser.parse_known_args([_underscored(token) for token in argv])[0], name)
+    except argparse.ArgumentError as error:
+        raise UsageError(str(error)) from None
+
+
+def parse(settings_class: type[Settings], argv: Sequence[str], parser: Parser | None = None) -> Settings:
+    """Read a command line, and the recipe that it names. `--flag null` undoes what the recipe says of a flag.
+
+    Args:
+        settings_class: A frozen dataclass whose fields are groups.
+        argv: The words of the command line.
+        parser: Its parser, where --help should say more than the flags.
+
+    Raises:
+        UsageError: A flag, key or value is unknown or out of range; names the nearest one.
+    """
+    parser = parser or Parser(settings_class)
+    known = parser.names()
+    tokens, nulls = _split_nulls([_underscored(token) for token in argv], known)
+    config = given_value(tokens, "config")
+    if config is not None:
+        recipe = read_recipe(config)
+        for name in recipe:
+            if name not in known or name == "config":
+                raise UsageError(f"--config {config}: unknown key {name!r}{nearest(name, known)}")
+        tokens = as_tokens({k: v for k, v in recipe.items() if v is not None and k not in nulls}) + tokens
+    args, unknown = parser.parse_known_args(tokens)
+    if unknown:
+        name = unknown[0].partition("=")[0]
+        if name.startswith("--"):
+            raise UsageError(f"unknown flag {name}{nearest(name, [f'--{flag}' for flag in known])}")
+        raise UsageError(f"{unknown[0]!r} is the value of no flag")
+    return settings_class(**{
+        name: group_class(**{field.name: _value(args, field) for field in dataclasses.fields(group_class)})
+        for name, group_class in group_classes(settings_class).items()
+    })
+
+
+def _value(args: argparse.Namespace, field: dataclasses.Field) -> Any:
+    """What was given for a field; of KEY=VALUE pairs the dictionary."""
+    value = getattr(args, field.name)
+    return dict(value) if isinstance(_default(field), dict) else value
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+
+def read_recipe(path: str) -> dict[str, Any]:
+    """The recipe in a YAML file, its flags in underscores.
+
+    Raises:
+        UsageError: It cannot be read, or is no mapping.
+    """
+    try:
+        recipe = yaml.safe_load(Path(path).read_text()) or {}
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(recipe, dict):
+        raise UsageError(f"--config {path}: must be lines of `flag: value`")
+    return {str(key).replace("-", "_"): value for key, value in recipe.items()}
+
+
+def as_tokens(recipe: dict[str, Any]) -> list[str]:
+    """A recipe, of flag names and plain values, as the words of a command line that says the same."""
+    tokens = []
+    for name, value in recipe.items():
+        if value is None:
+            value = "null"
+        if isinstance(value, dict):
+            value = [f"{k}={v!r}" for k, v in value.items()]
+        values = value if isinstance(value, list) else [value]
+        # --flag=value keeps a negative number from being read as a flag.
+        tokens += [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *map(str, values)]
+    return tokens
+
+
+def as_recipe(settings: Any) -> dict[str, Any]:
+    """The settings as a recipe that `--config` takes; plain values alone."""
+    return dict(_flat(settings))
+
+
+def _flat(settings: Any) -> Iterator[tuple[str, Any]]:
+    for group in (getattr(settings, name) for name in group_classes(type(settings))):
+        for field in dataclasses.fields(group):
+            value = getattr(group, field.name)
+            # A pair is an image size, which a recipe writes as the command line does.
+            yield field.name, "x".join(map(str, value)) if isinstance(value, tuple) else value

@@ -1,0 +1,193 @@
+"""Losses and times of a run: on the device, on the terminal, in log.txt and in TensorBoard."""
+import json
+import math
+import sys
+import time
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils import UserError, replace_file
+
+from .distributed import Distributed
+
+
+class NonFiniteLossError(UserError):
+    """The loss, or a weight, became NaN or infinite."""
+
+
+def check_finite(model: torch.nn.Module, epoch: int):
+    """Check the weights: a finite loss may still have had an infinite gradient, and must not reach a checkpoint.
+
+    Raises:
+        NonFiniteLossError: A weight or a running statistic is NaN or infinite.
+    """
+    finite = [value.isfinite().all() for value in model.state_dict().values() if value.is_floating_point()]
+    if not torch.stack(finite).all():
+        raise NonFiniteLossError(f"weights became NaN or infinite in epoch {epoch}")
+
+
+class Meter:
+    """Losses and times of an epoch: since the last log line, and in all.
+
+    Losses stay on the device until a log line or a checkpoint reads them all at once: no step waits for the device.
+    They are added up one by one, so that the sums do not depend on when they were read.
+    """
+
+    def __init__(self, distributed: Distributed, state: dict[str, Any] | None = None):
+        """The meter of an epoch at its start or, given what `state_dict` returned, at that point of it."""
+        state = state or {}
+        self.distributed = distributed
+        self.loss_sum: float = state.get("loss_sum", 0.0)
+        self.part_sums: dict[str, float] = dict(state.get("part_sums", {}))
+        self.batches: int = state.get("batches", 0)
+        self.images: int = state.get("images", 0)
+        self.lr: float = state.get("lr", 0.0)
+        # Means over the processes of the batches since the last log line.
+        self.losses: list[float] = list(state.get("losses", []))
+        self.unread: list[torch.Tensor] = []
+        self.unread_steps: list[tuple[int, float]] = []
+        self.epoch_start = time.perf_counter() - state.get("seconds", 0.0)
+        self._restart()
+
+    def _restart(self):
+        self.line_batches = 0
+        self.line_images = 0
+        self.line_data_seconds = 0.0
+        self.line_start = time.perf_counter()
+
+    def add(self, losses: dict[str, torch.Tensor], images: int, data_seconds: float, step: int, lr: float):
+        """Count one batch of `images` images: its "loss" and the parts of it, and the step that it belongs to."""
+        self.part_names = [name for name in losses if name != "loss"]
+        self.unread.append(torch.stack([losses["loss"], *(losses[name] for name in self.part_names)]))
+        self.unread_steps.append((step, lr))
+        self.lr = lr
+        self.images += images
+        self.line_batches += 1
+        self.line_images += images
+        self.line_data_seconds += data_seconds
+
+    def gather(self, epoch: int):
+        """Read the losses that are still on the device, on all processes.
+
+        Raises:
+            NonFiniteLossError: On every process alike; names the first step at which any process lost it.
+        """
+        if not self.unread:
+            return
+        read = self.distributed.mean(torch.stack(self.unread).float()).tolist()
+        for (loss, *parts), (step, lr) in zip(read, self.unread_steps, strict=True):
+            if not math.isfinite(loss):
+                raise NonFiniteLossError(
+                    f"the loss became {loss} in epoch {epoch} at step {step}, learning rate {lr:.3g}"
+                )
+            self.loss_sum += loss
+            self.losses.append(loss)
+            for name, part in zip(self.part_names, parts, strict=True):
+                self.part_sums[name] = self.part_sums.get(name, 0.0) + part
+        self.batches += len(read)
+        self.unread, self.unread_steps = [], []
+
+    def read(self, epoch: int) -> dict[str, float]:
+        """Means over the batches since the last log line, and over all processes; starts the next line."""
+        self.gather(epoch)
+        seconds = time.perf_counter() - self.line_start
+        device = self.distributed.device
+        values = dict(
+            loss=sum(self.losses) / len(self.losses),
+            lr=self.lr,
+            images_per_second=self.line_images * self.distributed.world_size / seconds,
+            data_seconds=self.line_data_seconds / self.line_batches,
+            batch_seconds=seconds / self.line_batches,
+            memory_mb=torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0,
+        )
+        self.losses = []
+        self._restart()
+        return values
+
+    def epoch_means(self) -> dict[str, float]:
+        """Last learning rate, mean loss and parts of it, images per second and seconds of the batches read so far."""
+        seconds = time.perf_counter() - self.epoch_start
+        return dict(
+            lr=self.lr,
+            loss=self.loss_sum / self.batches,
+            **{name: total / self.batches for name, total in self.part_sums.items()},
+            images_per_second=self.images * self.distributed.world_size / seconds,
+            seconds=seconds,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values; every loss must have been gathered."""
+        assert not self.unread
+        return dict(
+            loss_sum=self.loss_sum,
+            part_sums=self.part_sums,
+            batches=self.batches,
+            images=self.images,
+            lr=self.lr,
+            losses=self.losses,
+            seconds=time.perf_counter() - self.epoch_start,
+        )
+
+
+def log_line(values: dict[str, float], epoch: int, step: int, steps: int, seconds_left: float) -> str:
+    """One line about the last steps of an epoch."""
+    memory = f"  memory {values['memory_mb']:.0f} MB" if values["memory_mb"] else ""
+    return (
+        f"epoch {epoch} [{step}/{steps}]  loss {values['loss']:.4f}  lr {values['lr']:.3e}  "
+        f"{values['images_per_second']:.0f} images/s  data {values['data_seconds']:.3f} s  "
+        f"batch {values['batch_seconds']:.3f} s{memory}  eta {timedelta(seconds=round(seconds_left))}"
+    )
+
+
+def is_watched(distributed: Distributed) -> bool:
+    """Whether to show a progress bar: to a person at a terminal; a log file gets plain lines alone."""
+    return distributed.is_main and sys.stderr.isatty()
+
+
+class RunLog:
+    """TensorBoard curves and one line of JSON per epoch in `log.txt`; silent on all processes but the main one."""
+
+    def __init__(self, folder: Path | None, epoch: int = 0, step: int = 0):
+        """The log of a run in `folder` that starts, or resumes, in `epoch` after `step` optimizer steps.
+
+        Lines of this epoch and later ones, which the run had logged before it was stopped, are removed.
+        """
+        self.file = None
+        self.tensorboard = None
+        if folder is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.file = folder / "log.txt"
+            self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            self._remove_from(epoch)
+
+    def _remove_from(self, epoch: int):
+        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        kept = []
+        for line in lines:
+            with suppress(json.JSONDecodeError):  # the run was ended in the middle of the line
+                if json.loads(line)["epoch"] < epoch:
+                    kept.append(line)
+        if kept != lines:
+            replace_file(self.file, lambda file: file.write("".join(f"{line}\n" for line in kept).encode()))
+
+    def scalars(self, group: str, values: dict[str, float], step: int):
+        """Points of the curves `group/NAME` at an optimizer step."""
+        if self.tensorboard is not None:
+            for name, value in values.items():
+                self.tensorboard.add_scalar(f"{group}/{name}", value, step)
+
+    def epoch(self, record: dict[str, Any]):
+        """Append the line of an epoch to `log.txt`."""
+        if self.file is not None:
+            self.tensorboard.flush()
+            with open(self.file, "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def close(self):
+        if self.tensorboard is not None:
+            self.tensorboard.close()

@@ -1,0 +1,114 @@
+"""How a run ends: signals that ask it to leave, exit codes, and faults of the machine told in a line."""
+import errno
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from utils import UserError
+
+from .distributed import world_size
+
+# EX_TEMPFAIL of sysexits.h: the run was asked to leave and has saved itself; start it again.
+EXIT_RESUME = 75
+# torch has no class for gloo's errors, and gloo's words do not always name it.
+_OF_PEERS = re.compile(
+    r"gloo/|gloo timeout|caused pair closure|connection (reset|closed|refused)|nccl.*(remote|time|abort|connection)",
+    re.IGNORECASE | re.DOTALL,
+)
+_DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
+
+
+class OutOfMemoryFault(UserError):
+    """The device, or the machine, had no more memory."""
+
+
+class NondeterministicFault(UserError):
+    """An operation has no deterministic implementation on this device."""
+
+
+class MachineFault(UserError):
+    """The machine failed, not the run: a checkpoint that was saved before is intact."""
+
+
+class WorkerFault(MachineFault):
+    """A data loading process was killed."""
+
+
+class PeerFault(MachineFault):
+    """Another process of the run ended, or does not answer."""
+
+
+def fault_of(error: OSError | RuntimeError) -> UserError | None:
+    """An error of torch's or the system's as one of those above; None where it may be a bug of ours."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return OutOfMemoryFault(f"out of memory ({_first_line(text)})")
+    if "does not have a deterministic implementation" in text:
+        return NondeterministicFault(f"this network cannot be trained deterministically here ({_first_line(text)})")
+    if "DataLoader worker (pid" in text:  # torch raises it from a signal handler, wherever the run is
+        return WorkerFault(f"a data loading process was killed, as happens when memory runs out ({_first_line(text)})")
+    if isinstance(error, dist.DistError) or (world_size() > 1 and _OF_PEERS.search(text)):
+        return PeerFault(f"another process of the run ended, or did not answer in time ({_first_line(text)})")
+    if isinstance(error, OSError) and error.errno in _DISK_FAULTS:
+        return MachineFault(error.strerror + (f": {error.filename}" if error.filename else " in the output folder"))
+    return None
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0][:200]
+
+
+def exit_with(code: int) -> NoReturn:
+    """End the process; after an error at once.
+
+    Python would first wait for threads and processes, and the one at fault may never answer.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    if code:
+        os._exit(code)
+    sys.exit(code)
+
+
+def run_and_exit(run: Callable[[], int]) -> NoReturn:
+    """End the process with the exit code that `run` returns, or with 1 and a traceback where it raises."""
+    try:
+        code = run()
+    except Exception:
+        traceback.print_exc()
+        code = UserError.exit_code
+    exit_with(code)
+
+
+class SignalHandler:
+    """Notes a SIGTERM, SIGINT or SIGUSR1 that asks the run to leave. A SIGINT after any of them ends it at once."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self):
+        self.signal: str | None = None
+
+    def _note(self, number: int, frame: Any):
+        if number == signal.SIGINT and self.signal is not None:
+            os.write(2, b"ended at once; the last checkpoint is intact\n")
+            os._exit(128 + number)
+        self.signal = signal.Signals(number).name
+
+    @contextmanager
+    def installed(self) -> Iterator["SignalHandler"]:
+        """Handle these signals, in the main thread."""
+        before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

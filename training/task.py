@@ -1,0 +1,152 @@
+"""What a task must say: all that a run asks of classification, detection, segmentation or a task of your own.
+
+A run goes through a task in this order (`main.py`):
+
+    task = MyTask(settings, distributed, precision)
+    train_set = task.dataset("train")               # and "val"; the task remembers what it learns of the data
+    network = task.network()                        # built, with the weights that it starts from
+    task.check_input(network)                       # a mistake is found before anything is written
+    loss, parts = task.loss(network, batch)         # of every batch that task.loader(train_set, train=True) gives
+    results = engine.evaluate(task, network, ...)   # by task.evaluator(), after every epoch
+
+Optimizer, schedule, EMA, checkpoints, exact resume, logs, signals and processes are the run's own business.
+"""
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch.utils.data import Dataset
+
+from utils import UsageError, UserError
+
+from .data.loader import EpochLoader
+from .distributed import Distributed
+from .options import Settings
+from .precision import Precision
+
+Batch = Any
+
+
+class Evaluator(Protocol):
+    """Accumulates what a network says of a part of the images, and then computes the task's metrics of all of them."""
+
+    def update(self, network: torch.nn.Module, batch: Batch):
+        """Evaluate one batch; called under autocast and without gradients, the network in evaluation mode."""
+
+    def compute(self, distributed: Distributed) -> dict[str, float]:
+        """The metrics over the images of all processes, each counted once, and "images", their number.
+
+        Raises:
+            UserError: There was no image.
+        """
+
+
+class Task(ABC):
+    """A task, for one run.
+
+    Args:
+        settings: What was asked for, of `settings_class`.
+        distributed: This process.
+        precision: The precision and the memory layout of the network.
+
+    Attributes:
+        settings_class: `training.options.Settings` with the task's own groups of flags.
+        metrics: Each metric that the evaluator computes, and whether higher is better; the first decides which weights
+            are the best where nothing else is asked for.
+        eval_processes: The processes that share an evaluation.
+        advice: What a user of the command line can do about the task's own errors, by their class.
+        classes: Names of the classes, once a data set that knows them was opened; saved in checkpoints.
+    """
+
+    settings_class: ClassVar[type[Settings]]
+    metrics: ClassVar[dict[str, bool]]
+    advice: ClassVar[Mapping[type[UserError], str]] = {}
+
+    def __init__(self, settings: Settings, distributed: Distributed, precision: Precision):
+        self.settings, self.distributed, self.precision = settings, distributed, precision
+        # The processes that share an evaluation; without sharing, each of them evaluates everything.
+        self.eval_processes = distributed if settings.evaluation.dist_eval else distributed.alone()
+        self.classes: list[str] | None = None
+
+    @classmethod
+    @abstractmethod
+    def check_names(cls, settings: Settings):
+        """Raises UsageError where the settings name a model that does not exist; needs no data and no device."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What the run is called: the model's name."""
+
+    @abstractmethod
+    def dataset(self, split: str) -> Dataset:
+        """The data set of a split, "train" or "val". One that skips unreadable images counts them in `bad_images`.
+
+        Raises:
+            UserError: It cannot be opened, or does not fit the other split.
+        """
+
+    @abstractmethod
+    def loader(self, dataset: Dataset, train: bool) -> EpochLoader:
+        """Batches of a data set on the device, for this process; see `training.data.loader.build_loader`."""
+
+    @abstractmethod
+    def network(self) -> torch.nn.Module:
+        """The network for the data sets opened before, with the weights that it starts from; on the CPU.
+
+        Raises:
+            UserError: It cannot be built, or the weights do not fit.
+        """
+
+    @abstractmethod
+    def load(self, network: torch.nn.Module, source: str):
+        """Load the checkpoint to evaluate, a file or URL.
+
+        Raises:
+            UserError: It cannot be read, or does not fit.
+        """
+
+    @abstractmethod
+    def loss(self, network: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of a batch, a scalar, and its detached parts by name, for the log; called under autocast.
+
+        `network` has its wrappers on: call it, and call it once. What else the loss needs, a teacher for example, is
+        made in `network`, where a mistake is still found before anything is written.
+        """
+
+    @abstractmethod
+    def evaluator(self) -> Evaluator:
+        """A new evaluator."""
+
+    @abstractmethod
+    def dummy_batch(self, size: int, train: bool) -> Batch:
+        """A batch of `size` images as `loader` gives them, of zeros, on the device."""
+
+    @property
+    def input_description(self) -> str:
+        """What a batch holds, for messages."""
+        return "such input"
+
+    def count(self, batch: Batch) -> int:
+        """The number of images in a batch."""
+        return len(batch[0])
+
+    def report(self, results: dict[str, float], what: str):
+        """Print an evaluation's results; `what` says whose they are: "network" or "model EMA"."""
+        values = " ".join(f"{name} {results[name]:.3f}" for name in self.metrics)
+        print(f"* {values} of the {what} on {results['images']} images")
+
+    def check_input(self, network: torch.nn.Module):
+        """Evaluate one image of zeros.
+
+        Raises:
+            UsageError: The network cannot take it.
+        """
+        try:
+            with torch.no_grad(), self.precision.autocast():
+                self.evaluator().update(network.eval(), self.dummy_batch(1, train=False))
+        except torch.OutOfMemoryError:
+            raise
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise UsageError(f"{self.name} cannot take {self.input_description}: {error}") from error
