@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 import datasets
 from engine import Meter, NonFiniteLossError, Numerics, Trainer, evaluate
 from optim_factory import create_optimizer, create_schedule, scaled_lr
+from storage.weights import fetch
 from tasks.classification import token_labels
 from tasks.classification.losses import DistillationLoss, TokenLabelLoss, create_loss
 from tasks.networks import (
@@ -35,7 +36,7 @@ from tasks.networks import (
     size_kwargs,
 )
 from training import options
-from training.checkpoints import CheckpointStore, fetch, is_whole
+from training.checkpoints import CheckpointStore, is_whole, translate_weights_errors
 from training.run import Checkpointer, Run, Stopped
 from utils import (
     EXIT_RESUME,
@@ -280,7 +281,8 @@ def find_start(args: argparse.Namespace, store: CheckpointStore, process: Proces
             return path
     if not args.resume:
         return None
-    path = fetch(args.resume).resolve()
+    with translate_weights_errors():
+        path = fetch(args.resume).resolve()
     # Other formats hold no run, which says who reads them.
     if zipfile.is_zipfile(path) and not is_whole(path):
         raise UserError(f"{args.resume}: damaged or truncated; go on from the one before it, or fetch it again")

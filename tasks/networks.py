@@ -8,7 +8,8 @@ import torch
 from timm.data import resolve_data_config
 
 import models  # noqa: F401, registers our models with timm
-from training.checkpoints import load_weights, model_weights, other_classes, read_checkpoint
+from storage.weights import class_difference, load_weights, read_checkpoint, unwrap
+from training.checkpoints import translate_weights_errors
 from utils import UsageError, UserError, check_name
 
 
@@ -41,6 +42,7 @@ def family_filter(model: torch.nn.Module) -> Callable | None:
     return getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
 
 
+@translate_weights_errors()
 def load_from(
     model: torch.nn.Module,
     source: str,
@@ -63,6 +65,7 @@ def load_from(
     load_checkpoint(model, read_checkpoint(source), source, key, new_classifier, trained_on)
 
 
+@translate_weights_errors()
 def load_checkpoint(
     model: torch.nn.Module,
     checkpoint: dict[str, Any],
@@ -74,9 +77,9 @@ def load_checkpoint(
     """`load_from` of a `checkpoint` that was read from `source` already."""
     classifier = model.default_cfg.get("classifier") or () if new_classifier else ()
     classifier = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    if load_weights(model, model_weights(checkpoint, key), family_filter(model), classifier):
+    if load_weights(model, unwrap(checkpoint, key), family_filter(model), classifier):
         print(f"{source} is of another number of classes: the classifier starts anew")
-    difference = other_classes(checkpoint, trained_on)
+    difference = class_difference(checkpoint, trained_on)
     if difference:
         print(f"careful: {source} {difference}")
 

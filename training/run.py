@@ -9,7 +9,8 @@ import torch
 from timm.utils import ModelEmaV3
 
 from engine import Meter, check_finite
-from training.checkpoints import CheckpointStore, load_weights, model_weights, other_classes, read_checkpoint
+from storage.weights import class_difference, load_weights, read_checkpoint, unwrap
+from training.checkpoints import CheckpointStore, translate_weights_errors
 from utils import Process, StopRequest, UserError
 
 HYPERPARAMETERS = ("lr", "lr_scale", "weight_decay", "momentum", "betas", "eps", "fused")
@@ -92,6 +93,7 @@ class Run:
             classes=self.classes,
         )
 
+    @translate_weights_errors()
     def load(self, path: Path, opt: str):
         """Go on where the checkpoint `path` was written, with the optimizer `opt`.
 
@@ -101,7 +103,7 @@ class Run:
         checkpoint = read_checkpoint(str(path))
         if not {"optimizer", "meter", "args"} <= checkpoint.keys():
             raise UserError(f"{path} holds weights alone, not a run to go on with; start from it by --finetune")
-        difference = other_classes(checkpoint, self.classes)
+        difference = class_difference(checkpoint, self.classes)
         if difference:
             raise UserError(f"{path} {difference}; fine-tune from it by --finetune")
         self._load_weights(checkpoint, path)
@@ -112,11 +114,11 @@ class Run:
         self.best = checkpoint["best"].get(self.best_metric)
 
     def _load_weights(self, checkpoint: dict[str, Any], path: Path):
-        load_weights(self.model, model_weights(checkpoint))
+        load_weights(self.model, unwrap(checkpoint))
         if self.ema is not None:
             if checkpoint.get("model_ema") is None:
                 raise UserError(f"{path} holds no average of the weights; go on with --model_ema false")
-            load_weights(self.ema.module, model_weights(checkpoint, "model_ema"))
+            load_weights(self.ema.module, unwrap(checkpoint, "model_ema"))
 
     def _load_optimizer(self, saved: dict[str, Any], saved_opt: str, opt: str, path: Path):
         own = self.optimizer.state_dict()
