@@ -4,7 +4,7 @@ from pathlib import Path
 
 dependencies = ["torch", "timm", "einops"]
 
-for _name in ("models", "ops"):
+for _name in ("models", "ops", "storage"):
     _file = importlib.import_module(_name).__file__
     if _file is None or Path(_file).resolve().parent != Path(__file__).resolve().parent / _name:
         raise ImportError(

@@ -1,15 +1,16 @@
 """What a model's registration says, and weights that were released outside of timm's hub."""
-import argparse
-import hashlib
-import pickle
 import re
-import shutil
 from pathlib import Path
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import PretrainedCfg, build_model_with_cfg, load_state_dict, resolve_pretrained_cfg
+from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_cfg
 from torch import nn
+
+if "." in __package__:  # installed, as routedvit.models
+    from ..storage.weights import WeightsError, read_checkpoint, unwrap
+else:  # from the checkout
+    from storage.weights import WeightsError, read_checkpoint, unwrap
 
 # Tags say what weights were trained on. A config without `url` has none for timm, and `list_models(pretrained=True)`
 # leaves it out; under "in1k" its authors nonetheless offer weights, on the page in `origin_url`, to be had by hand.
@@ -34,13 +35,6 @@ def imagenet_cfg(**kwargs) -> dict:
         classifier="head.fc",
     )
     return common | kwargs
-
-
-def unwrap(checkpoint: dict) -> dict[str, torch.Tensor]:
-    """The weights of a checkpoint, which may lie bare in it, or as "model" or "state_dict"."""
-    for key in ("model", "state_dict"):
-        checkpoint = checkpoint.get(key, checkpoint)
-    return checkpoint
 
 
 def rename_published(state_dict: dict[str, torch.Tensor], renames: list[tuple[str, str]]) -> dict[str, torch.Tensor]:
@@ -89,19 +83,7 @@ def build_with_released_weights(model_cls: type[nn.Module], variant: str, pretra
     from_elsewhere = cfg.source in ("hf-hub", "local-dir") or cfg.state_dict or (cfg.hf_hub_id and not cfg.file)
     if from_elsewhere:
         return build_model_with_cfg(model_cls, variant, pretrained, pretrained_cfg_overlay=overlay, **kwargs)
-    build = _build_from_file if cfg.file else _build_from_url
-    return build(model_cls, variant, cfg, overlay, **kwargs)
-
-
-def _build_from_file(
-    model_cls: type[nn.Module], variant: str, cfg: PretrainedCfg, overlay: dict, **kwargs
-) -> nn.Module:
-    try:
-        # The published files hold the command line of their training, an inert Namespace, beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            weights = load_state_dict(cfg.file, use_ema=False, weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise RuntimeError(f"{cfg.file} cannot be read as weights: {_one_line(error)}") from error
+    weights = _read_weights(variant, cfg, kwargs.pop("cache_dir", None))
     overlay = dict(overlay, file=None, state_dict=weights)
     model = build_model_with_cfg(model_cls, variant, True, pretrained_cfg_overlay=overlay, **kwargs)
     # The model's own description says where the weights came from, and need not hold them once more.
@@ -109,25 +91,14 @@ def _build_from_file(
     return model
 
 
-def _build_from_url(
-    model_cls: type[nn.Module], variant: str, cfg: PretrainedCfg, overlay: dict, **kwargs
-) -> nn.Module:
-    # A folder for each address: file-sharing services serve all files under the same name.
-    folder = f"{variant}-{hashlib.sha256(cfg.url.encode()).hexdigest()[:8]}"
-    cache = Path(kwargs.pop("cache_dir", None) or torch.hub.get_dir()) / "checkpoints" / folder
+def _read_weights(variant: str, cfg: PretrainedCfg, cache_dir: str | Path | None) -> dict[str, torch.Tensor]:
+    """The weights in the file, or behind the URL, of a config. Raises RuntimeError, which says what to do instead."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return build_model_with_cfg(
-                model_cls, variant, True, cache_dir=str(cache), pretrained_cfg_overlay=overlay, **kwargs
-            )
-    except (OSError, EOFError, pickle.UnpicklingError) as error:
-        # What was downloaded may be a page that says so; it must not be taken for the weights the next time.
-        shutil.rmtree(cache, ignore_errors=True)
+        return unwrap(read_checkpoint(str(cfg.file or cfg.url), cache_dir))
+    except WeightsError as error:
+        if cfg.file:
+            raise RuntimeError(f"{cfg.file} cannot be read as weights: {error}") from error
         raise RuntimeError(
-            f"the weights of {variant} could not be had from {cfg.url} ({_one_line(error)}). Download them by hand, "
+            f"the weights of {variant} could not be had from {cfg.url} ({error}). Download them by hand, "
             f"from {cfg.origin_url}, and {_pass_the_file(variant)}"
         ) from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:500] or type(error).__name__

@@ -195,25 +195,21 @@ class DeformableAgentAttention(nn.Module):
         """(B, H, W, dim) -> (B, H, W, heads, 32)."""
         return x.unflatten(-1, (self.num_heads, -1))
 
-    def _grids(self, agents: torch.Tensor, x: torch.Tensor) -> tuple[RegionGrid, RegionGrid]:
-        return tuple(RegionGrid.fit(*y.shape[1:3], self.num_regions) for y in (agents, x))
+    def _route(self, agent_query: torch.Tensor, key: torch.Tensor) -> Routing:
+        agent_grid, grid = (RegionGrid.fit(*y.shape[1:3], self.num_regions) for y in (agent_query, key))
+        return route_regions(agent_query, key, agent_grid, grid, self.topk)
 
     def routing(self, x: torch.Tensor) -> Routing:
         """Where the agents of a (B, H, W, dim) map are read, and the regions that they attend to."""
         query, key, _ = self.qkv(x).chunk(3, dim=-1)
         agents, points = self.make_agents(x, query)
-        grids = self._grids(agents, x)
-        agent_query = self._heads(self.agent_query(agents))
-        return Routing(route_regions(agent_query, self._heads(key), *grids, self.topk), *grids, points)
+        return self._route(self._heads(self.agent_query(agents)), self._heads(key))._replace(points=points)
 
     def _attend_to_regions(self, agents: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """(B, Ha, Wa, dim): what the agents find in the regions that they are routed to."""
         agent_query, key = self._heads(self.agent_query(agents)), self._heads(key)
-        grids = self._grids(agents, key)
-        routes = route_regions(agent_query, key, *grids, self.topk)
-        return routed_attention(
-            agent_query, key, self._heads(value), routes, *grids, self.scale, self.attn_impl
-        ).flatten(3)
+        routing = self._route(agent_query, key)
+        return routed_attention(agent_query, key, self._heads(value), routing, self.scale, self.attn_impl).flatten(3)
 
     def _position_bias(self, points: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """(B, heads, H * W, Ha * Wa): the table, read at half the way from each agent to each token."""

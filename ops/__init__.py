@@ -1,12 +1,13 @@
 """Routed attention as functions on tensors, and a module built of them.
 
     RegionGrid.fit(H, W, regions)       how a map of any size is cut into regions
-    route_regions(...)                  which key regions each query region attends to
-    routed_attention(...)               attention along those routes
+    route_regions(...) -> Routing       which key regions each query region attends to
+    routed_attention(..., routing)      attention along those routes
     BiLevelRoutingAttention(...)        all of it as a module, (B, H, W, C) in and out
 """
 from .attention import IMPLS, choose_impl, routed_attention, unsupported
-from .bra import BiLevelRoutingAttention, conv_channels_last
+from .bra import BiLevelRoutingAttention
+from .layout import conv_channels_last
 from .regions import RegionGrid
 from .routing import Routing, region_means, route_regions
 

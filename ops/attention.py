@@ -5,7 +5,7 @@ from importlib import metadata
 import torch
 
 from .impl import gather, masked
-from .regions import RegionGrid
+from .routing import Routing
 
 
 def _triton(*args):
@@ -72,14 +72,15 @@ def unsupported(impl: str, query: torch.Tensor | None = None) -> str | None:
     return None
 
 
-def choose_impl(query: torch.Tensor, routes: torch.Tensor, query_grid: RegionGrid, key_grid: RegionGrid) -> str:
-    """The implementation that `impl="auto"` takes for (B, Hq, Wq, heads, head_dim) queries and (B, Rq, K) routes.
+def choose_impl(query: torch.Tensor, routing: Routing) -> str:
+    """The implementation that `impl="auto"` takes for (B, Hq, Wq, heads, head_dim) queries and their routing.
 
     On a GPU `triton`, except where every region is routed to every other: that is dense attention, for which `masked`
     calls PyTorch's own kernel without a mask. Elsewhere the one that touches fewer keys for each query: `masked`
     attends to all Hk * Wk keys; `gather` attends to K * Tk keys, and copies each of them once for the Tq queries of a
-    region, so that small query regions make it dear.
+    region, which is expensive where query regions are small.
     """
+    routes, query_grid, key_grid, _ = routing
     everything_routed = routes.shape[-1] == key_grid.num_regions
     if query.device.type == "cuda" and not everything_routed and not unsupported("triton", query):
         return "triton"
@@ -89,7 +90,8 @@ def choose_impl(query: torch.Tensor, routes: torch.Tensor, query_grid: RegionGri
     return "masked" if masked_cost <= gather_cost else "gather"
 
 
-def _check(query, key, value, routes, query_grid, key_grid):
+def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, routing: Routing):
+    routes, query_grid, key_grid, _ = routing
     if query.ndim != 5 or key.ndim != 5:
         raise ValueError(
             "query and key must be (batch, height, width, heads, head_dim), "
@@ -118,9 +120,7 @@ def routed_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    routes: torch.Tensor,
-    query_grid: RegionGrid,
-    key_grid: RegionGrid,
+    routing: Routing,
     scale: float | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
@@ -134,11 +134,9 @@ def routed_attention(
         query: (B, Hq, Wq, heads, head_dim).
         key: (B, Hk, Wk, heads, head_dim).
         value: (B, Hk, Wk, heads, head_dim).
-        routes: (B, Rq, K) int64, for each query region K different key regions, as `route_regions` gives them. The
-            indices are not checked, which would wait for the device; what comes of one that is there twice is
-            undefined.
-        query_grid: Regions of the query map.
-        key_grid: Regions of the key map; both maps may differ in size and in regions.
+        routing: The key regions of each query region, as `route_regions` gives them; both maps may differ in size and
+            in regions. The indices are not checked, which would wait for the device; the result for a region that is
+            listed twice is undefined.
         scale: Factor of the logits, head_dim ** -0.5 unless given.
         impl: "triton" (fused, for GPUs), "gather" (the paper's formulation, plain products), "masked" (dense attention
             under a mask), or "auto" (see `choose_impl`).
@@ -149,12 +147,12 @@ def routed_attention(
     Raises:
         ValueError: Shapes, types or devices do not fit each other, or `impl` cannot run; the message says why.
     """
-    _check(query, key, value, routes, query_grid, key_grid)
+    _check(query, key, value, routing)
     if impl == "auto":
-        impl = choose_impl(query, routes, query_grid, key_grid)
+        impl = choose_impl(query, routing)
     reason = unsupported(impl, query)
     if reason is not None:
         raise ValueError(f"impl={impl!r} cannot run: {reason}")
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    return _BACKENDS[impl](query, key, value, routes, query_grid, key_grid, scale)
+    return _BACKENDS[impl](query, key, value, routing, scale)

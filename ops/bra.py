@@ -1,17 +1,11 @@
 """Bi-level routing attention as a ready module."""
-from collections.abc import Callable
-
 import torch
 from torch import nn
 
 from .attention import routed_attention, unsupported
+from .layout import conv_channels_last
 from .regions import RegionGrid
 from .routing import Routing, route_regions
-
-
-def conv_channels_last(conv: Callable[[torch.Tensor], torch.Tensor], x_BHWC: torch.Tensor) -> torch.Tensor:
-    """Apply a convolution to a (B, H, W, C) map, without a copy on either side."""
-    return conv(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class BiLevelRoutingAttention(nn.Module):
@@ -81,8 +75,11 @@ class BiLevelRoutingAttention(nn.Module):
     def routing(self, x: torch.Tensor) -> Routing:
         """The regions that each region of a (B, H, W, dim) map attends to."""
         query, key, _ = self._project(x)
-        grid = RegionGrid.fit(*x.shape[1:3], self.num_regions)
-        return Routing(route_regions(query, key, grid, grid, self.topk), grid, grid)
+        return self._route(query, key)
+
+    def _route(self, query: torch.Tensor, key: torch.Tensor) -> Routing:
+        grid = RegionGrid.fit(*query.shape[1:3], self.num_regions)
+        return route_regions(query, key, grid, grid, self.topk)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, W, dim) -> (B, H, W, dim).
@@ -91,8 +88,7 @@ class BiLevelRoutingAttention(nn.Module):
             ValueError: The input is of another shape.
         """
         query, key, value = self._project(x)
-        grid = RegionGrid.fit(*x.shape[1:3], self.num_regions)
-        routes = route_regions(query, key, grid, grid, self.topk)
-        attended = routed_attention(query, key, value, routes, grid, grid, self.scale, self.attn_impl).flatten(3)
+        routing = self._route(query, key)
+        attended = routed_attention(query, key, value, routing, self.scale, self.attn_impl).flatten(3)
         lepe = conv_channels_last(self.lepe, value.flatten(3))
         return self.proj(attended + lepe)

@@ -9,13 +9,13 @@ from .regions import RegionGrid
 
 
 class Routing(NamedTuple):
-    """Where an attention looks: for pictures and studies.
+    """Which regions of the keys' map each region of the queries' map attends to.
 
-    routes: (B, Rq, K) int64, the key regions of each query region, the most similar first.
+    routes: (B, Rq, K) int64, the key regions of each query region, all different, the most similar first.
     query_grid: Regions of the queries' map.
     key_grid: Regions of the keys' map.
     points: Where the queries were read if they are not the map's own tokens, (B, groups, Hq, Wq, 2) as (y, x), from -1
-        (the first row or column) to 1 (the last).
+        (the first row or column) to 1 (the last). For visualisation: attention does not look at it.
     """
     routes: torch.Tensor
     query_grid: RegionGrid
@@ -44,7 +44,7 @@ def region_means(x_BHWND: torch.Tensor, grid: RegionGrid) -> torch.Tensor:
 @torch.no_grad()
 def route_regions(
     query: torch.Tensor, key: torch.Tensor, query_grid: RegionGrid, key_grid: RegionGrid, topk: int
-) -> torch.Tensor:
+) -> Routing:
     """The `topk` key regions whose mean key is the most similar to each query region's mean query.
 
     No gradient flows through the routing, and it is computed in float32 at least, whatever autocast says. The paper
@@ -58,7 +58,7 @@ def route_regions(
         topk: Regions to keep for each query region; all are kept where there are fewer.
 
     Returns:
-        (B, Rq, min(topk, Rk)) int64 region indices, the most similar first.
+        The routes, (B, Rq, min(topk, Rk)), and the grids.
 
     Raises:
         ValueError: `topk` is not positive, a map is not of its grid's size, or the maps do not fit each other.
@@ -78,4 +78,5 @@ def route_regions(
     has_autocast = query.device.type != "meta"
     with torch.autocast(query.device.type, enabled=False) if has_autocast else nullcontext():
         scores_BRR = region_means(query, query_grid) @ region_means(key, key_grid).transpose(1, 2)
-    return scores_BRR.topk(min(topk, key_grid.num_regions), dim=-1).indices
+    routes_BRK = scores_BRR.topk(min(topk, key_grid.num_regions), dim=-1).indices
+    return Routing(routes_BRK, query_grid, key_grid)

@@ -17,7 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets import build_dataset, check_same_classes
-from training.data.shards import INFO_NAMES, sha256_of
+from storage.remote import sha256_of
+from training.data.shards import INFO_NAMES
 from utils import UserError, replace_file, run_script
 
 

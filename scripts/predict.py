@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import datasets
 from engine import Numerics
+from storage.weights import read_checkpoint
 from tasks.networks import build_model, check_model, load_checkpoint, model_data_config, size_kwargs
-from training.checkpoints import read_checkpoint
+from training.checkpoints import translate_weights_errors
 from training.options import image_size
 from utils import UsageError, UserError, replace_file, run_script, start_process
 
@@ -98,7 +99,8 @@ def load_network(args: argparse.Namespace) -> tuple[torch.nn.Module, dict[str, A
     """The network, its recipe, and the checkpoint that it came from, which is empty for published weights."""
     if args.checkpoint is None and args.model is None:
         raise UsageError("give --checkpoint FILE, or --model NAME for published weights")
-    checkpoint = read_checkpoint(args.checkpoint) if args.checkpoint else {}
+    with translate_weights_errors():
+        checkpoint = read_checkpoint(args.checkpoint) if args.checkpoint else {}
     recipe = recipe_of(checkpoint, args.model)
     check_model(recipe["model"])
     kwargs = size_kwargs(recipe["model"], input_size(recipe, args.input_size)) | (recipe.get("model_kwargs") or {})

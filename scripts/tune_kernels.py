@@ -45,8 +45,8 @@ class Pass:
     def __init__(self, grid: RegionGrid, topk: int, dense: bool, backward: bool, args: argparse.Namespace):
         shape = (args.batch_size, grid.height, grid.width, 3, args.heads, args.head_dim)
         maps = torch.randn(shape, device=DEVICE, dtype=DTYPES[args.dtype]).unbind(3)
-        routes = route_regions(*maps[:2], grid, grid, topk)
-        routes, bits = op.route_bits(routes, grid, grid) if dense else (routes, None)
+        routing = route_regions(*maps[:2], grid, grid, topk)
+        routes, bits = op.route_bits(routing) if dense else (routing.routes, None)
         settings = ([grid.rows, grid.cols], [grid.rows, grid.cols], args.head_dim**-0.5)
         out, lse = op.forward(*maps, routes, bits, *settings)
         grad_out = torch.randn_like(out)

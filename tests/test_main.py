@@ -222,7 +222,7 @@ def test_classes_of_shards_that_the_model_has_not(photos, tmp_path, capfd):
     info = json.loads((tmp_path / "shards" / "_info.json").read_text())
     del info["num_classes"]
     (tmp_path / "shards" / "_info.json").write_text(json.dumps(info))
-    message = ".tar is of class 2, which must be below 2, the model's; see --nb_classes"
+    message = ".tar is of class 2, which must be below 2, the number of classes of the model"
     refuses(capfd, 1, message, *shards, *SHORT, "--nb_classes", "2")
 
 

@@ -7,6 +7,7 @@ import torch
 from einops import rearrange
 
 from ..regions import RegionGrid
+from ..routing import Routing
 
 
 def _region_rows(x_BHWND: torch.Tensor, grid: RegionGrid) -> torch.Tensor:
@@ -41,12 +42,11 @@ def routed_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    routes: torch.Tensor,
-    query_grid: RegionGrid,
-    key_grid: RegionGrid,
+    routing: Routing,
     scale: float,
 ) -> torch.Tensor:
     """See `ops.routed_attention`."""
+    routes, query_grid, key_grid, _ = routing
     num_heads = query.shape[-2]
     topk = routes.shape[-1]
     rows = _row_index(routes, key_grid.num_regions, num_heads)

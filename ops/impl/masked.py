@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 
 from ..regions import RegionGrid
+from ..routing import Routing
 
 
 def _route_mask(
@@ -35,12 +36,11 @@ def routed_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    routes: torch.Tensor,
-    query_grid: RegionGrid,
-    key_grid: RegionGrid,
+    routing: Routing,
     scale: float,
 ) -> torch.Tensor:
     """See `ops.routed_attention`."""
+    routes, query_grid, key_grid, _ = routing
     everything_routed = routes.shape[-1] == key_grid.num_regions
     mask = None if everything_routed else _route_mask(routes, query_grid, key_grid, query.dtype)
     query_BNLD, key_BNLD, value_BNLD = (x.flatten(1, 2).transpose(1, 2) for x in (query, key, value))

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from ops import IMPLS, RegionGrid, choose_impl, route_regions, routed_attention, unsupported
+from ops import IMPLS, RegionGrid, Routing, choose_impl, route_regions, routed_attention, unsupported
 
 from . import flex
 from .timing import input_sets, interleave_queued, peak_memory, quartiles, summarize, timed, warm
@@ -130,7 +130,7 @@ def build(name: str, case: AttentionCase, sets: list[Inputs], routes: torch.Tens
     reason = unsupported(name, sets[0].query)
     if reason is not None:
         raise Unsupported(reason)
-    attend = partial(routed_attention, routes=routes, query_grid=case.grid, key_grid=case.grid, impl=name)
+    attend = partial(routed_attention, routing=Routing(routes, case.grid, case.grid), impl=name)
     return Call(attend, sets, case.mode), 0.0
 
 
@@ -188,9 +188,10 @@ def measure(case: AttentionCase, trial: Trial) -> list[dict]:
     grid = case.grid
     bytes_per_set = 4 * case.batch * case.height * case.width * case.heads * case.head_dim * case.dtype.itemsize
     sets = [Inputs.random(case, trial.device, seed) for seed in range(input_sets(bytes_per_set, trial.device))]
-    routes = route_regions(sets[0].query, sets[0].key, grid, grid, case.topk)
+    routing = route_regions(sets[0].query, sets[0].key, grid, grid, case.topk)
+    routes = routing.routes
     least = work(case, routes)
-    chosen = choose_impl(sets[0].query, routes, grid, grid)
+    chosen = choose_impl(sets[0].query, routing)
     calls, details = {}, {}
     try:
         reference = reference_of_first_image(case, sets[0], routes)

@@ -20,7 +20,8 @@ def region_means(x, grid):
     ).flatten(2)
 
 
-def routed_attention(query, key, value, routes, query_grid, key_grid, scale):
+def routed_attention(query, key, value, routing, scale):
+    routes, query_grid, key_grid, _ = routing
     query, key, value = query.double(), key.double(), value.double()
     out = torch.empty_like(query)
     query_tokens, key_tokens = tokens_of_regions(query_grid), tokens_of_regions(key_grid)
@@ -35,8 +36,9 @@ def routed_attention(query, key, value, routes, query_grid, key_grid, scale):
     return out
 
 
-def eager_attention(query, key, value, routes, query_grid, key_grid, scale):
+def eager_attention(query, key, value, routing, scale):
     """The same in the inputs' own precision: dense, masked token by token, one plain operation after the other."""
+    routes, query_grid, key_grid, _ = routing
     region_of_query = torch.empty(query_grid.height, query_grid.width, dtype=torch.long)
     region_of_key = torch.empty(key_grid.height, key_grid.width, dtype=torch.long)
     for region_of, grid in ((region_of_query, query_grid), (region_of_key, key_grid)):

@@ -96,7 +96,7 @@ def test_pretrained_from_a_url(published_file, monkeypatch, tmp_path):
         model = timm.create_model("biformer_tiny", pretrained=True, pretrained_cfg_overlay=overlay)
     expected = published_state_dict("biformer_tiny")["head.bias"].float()
     assert model.head.fc.bias.equal(expected)
-    assert len(list((tmp_path / "hub" / "checkpoints").glob("biformer_tiny-*/biformer_tiny.pth"))) == 1
+    assert len(list((tmp_path / "hub" / "checkpoints").glob("*-biformer_tiny.pth"))) == 1
 
 
 @pytest.mark.parametrize("content", [None, b"<html>sign in</html>"])
@@ -107,7 +107,7 @@ def test_a_dead_link_says_what_to_do(content, monkeypatch, tmp_path):
         page.write_bytes(content)
     with pytest.raises(RuntimeError, match=r"Download them by hand.*pretrained_cfg_overlay=dict\(file="):
         timm.create_model("biformer_small", pretrained=True, pretrained_cfg_overlay=dict(url=page.as_uri()))
-    assert not list((tmp_path / "hub").rglob("content"))
+    assert not list((tmp_path / "hub").rglob("*content"))
 
 
 def test_a_dead_link_costs_no_other_file(published_file, monkeypatch, tmp_path):
@@ -115,7 +115,7 @@ def test_a_dead_link_costs_no_other_file(published_file, monkeypatch, tmp_path):
     timm.create_model("biformer_tiny", pretrained=True, pretrained_cfg_overlay=dict(url=published_file.as_uri()))
     with pytest.raises(RuntimeError, match="Download them by hand"):
         timm.create_model("biformer_tiny", pretrained=True, pretrained_cfg_overlay=dict(url="file:///nowhere/x.pth"))
-    assert len(list((tmp_path / "hub").rglob("biformer_tiny.pth"))) == 1
+    assert len(list((tmp_path / "hub").rglob("*-biformer_tiny.pth"))) == 1
 
 
 def test_released_weights_are_known():

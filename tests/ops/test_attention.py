@@ -5,9 +5,9 @@ import torch
 
 from helpers.routed_reference import eager_attention
 from helpers.routed_reference import routed_attention as reference
-from ops import IMPLS, RegionGrid, choose_impl, route_regions, routed_attention
+from ops import IMPLS, RegionGrid, Routing, choose_impl, route_regions, routed_attention
 
-# `triton` has tests of its own, in test_ops_triton.py
+# `triton` has tests of its own, in test_triton.py
 UNFUSED = tuple(impl for impl in IMPLS if impl != "triton")
 # (query map, query regions, key map, key regions, top-k)
 CASES = {
@@ -32,8 +32,8 @@ def make_inputs(case, dtype=torch.float64, heads=2, head_dim=8, batch=2, require
         torch.randn(batch, *size, heads, head_dim, generator=generator, dtype=torch.float64).to(dtype)
         for size in (query_size, key_size, key_size)
     ]
-    routes = route_regions(maps[0], maps[1], query_grid, key_grid, topk)
-    return *(x.requires_grad_(requires_grad) for x in maps), routes, query_grid, key_grid
+    routing = route_regions(maps[0], maps[1], query_grid, key_grid, topk)
+    return *(x.requires_grad_(requires_grad) for x in maps), routing
 
 
 @pytest.mark.parametrize("impl", [*UNFUSED, "auto"])
@@ -58,8 +58,8 @@ def test_gradients_agree_with_the_formula(case, impl):
 @pytest.mark.parametrize("impl", UNFUSED)
 @pytest.mark.parametrize("case", ["ragged", "small queries on a large map"])
 def test_gradcheck(case, impl):
-    query, key, value, *rest = make_inputs(case, heads=1, head_dim=2, batch=1, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda q, k, v: routed_attention(q, k, v, *rest, impl=impl), (query, key, value))
+    query, key, value, routing = make_inputs(case, heads=1, head_dim=2, batch=1, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda q, k, v: routed_attention(q, k, v, routing, impl=impl), (query, key, value))
 
 
 @pytest.mark.parametrize("impl", UNFUSED)
@@ -104,11 +104,11 @@ def test_what_surrounds_the_map_in_memory_does_not_matter(impl):
         larger = torch.full((1, 70, 80, 2, 4), float("nan"), dtype=torch.float64)
         larger[:, :50, :61] = x
         embedded.append(larger[:, :50, :61])
-    routes = route_regions(*maps[:2], grid, grid, 4)
-    assert routes.equal(route_regions(*embedded[:2], grid, grid, 4))
-    out = routed_attention(*maps, routes, grid, grid, impl=impl)
-    torch.testing.assert_close(routed_attention(*embedded, routes, grid, grid, impl=impl), out, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(out, reference(*maps, routes, grid, grid, 4**-0.5), rtol=1e-12, atol=1e-12)
+    routing = route_regions(*maps[:2], grid, grid, 4)
+    assert routing.routes.equal(route_regions(*embedded[:2], grid, grid, 4).routes)
+    out = routed_attention(*maps, routing, impl=impl)
+    torch.testing.assert_close(routed_attention(*embedded, routing, impl=impl), out, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(out, reference(*maps, routing, 4**-0.5), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("impl", UNFUSED)
@@ -118,9 +118,10 @@ def test_amount_of_padding_does_not_matter(rows, cols, impl):
     query, key, value = (torch.randn(1, 10, 11, 2, 4, dtype=torch.float64) for _ in range(3))
     grid = RegionGrid(10, 11, rows, cols)
     routes = torch.arange(grid.num_regions).expand(1, grid.num_regions, -1)
-    out = routed_attention(query, key, value, routes, grid, grid, impl=impl)
+    out = routed_attention(query, key, value, Routing(routes, grid, grid), impl=impl)
     whole = RegionGrid(10, 11, 1, 1)
-    dense = routed_attention(query, key, value, torch.zeros(1, 1, 1, dtype=torch.long), whole, whole, impl="gather")
+    to_itself = Routing(torch.zeros(1, 1, 1, dtype=torch.long), whole, whole)
+    dense = routed_attention(query, key, value, to_itself, impl="gather")
     torch.testing.assert_close(out, dense, rtol=1e-12, atol=1e-12)
 
 
@@ -128,19 +129,19 @@ def test_views_of_one_packed_projection():
     grid = RegionGrid.fit(9, 13, 4)
     qkv = torch.randn(2, 9, 13, 3, 2, 8, dtype=torch.float64)
     query, key, value = qkv.unbind(3)
-    routes = route_regions(query, key, grid, grid, 3)
+    routing = route_regions(query, key, grid, grid, 3)
     for impl in UNFUSED:
-        strided = routed_attention(query, key, value, routes, grid, grid, impl=impl)
-        packed = routed_attention(*(x.contiguous() for x in (query, key, value)), routes, grid, grid, impl=impl)
+        strided = routed_attention(query, key, value, routing, impl=impl)
+        packed = routed_attention(*(x.contiguous() for x in (query, key, value)), routing, impl=impl)
         torch.testing.assert_close(strided, packed, rtol=1e-12, atol=1e-12)
 
 
 def test_ties_are_broken_once_for_all_impls():
     grid = RegionGrid.fit(14, 14)
     query, value = torch.ones(1, 14, 14, 1, 4), torch.randn(1, 14, 14, 1, 4)
-    routes = route_regions(query, query, grid, grid, 4)
-    assert all(len(set(region)) == 4 for region in routes[0].tolist())
-    outs = [routed_attention(query, query, value, routes, grid, grid, impl=impl) for impl in UNFUSED]
+    routing = route_regions(query, query, grid, grid, 4)
+    assert all(len(set(region)) == 4 for region in routing.routes[0].tolist())
+    outs = [routed_attention(query, query, value, routing, impl=impl) for impl in UNFUSED]
     for a, b in itertools.pairwise(outs):
         torch.testing.assert_close(a, b)
 
@@ -163,16 +164,17 @@ def test_empty_batch(impl):
 def test_auto_gathers_from_large_regions_and_masks_small_ones():
     def chosen(side, topk):
         grid = RegionGrid.fit(side, side)
-        return choose_impl(torch.empty(1, side, side, 2, 32), torch.empty(1, 49, topk), grid, grid)
+        return choose_impl(torch.empty(1, side, side, 2, 32), Routing(torch.empty(1, 49, topk), grid, grid))
 
     assert [chosen(56, 1), chosen(28, 4), chosen(14, 16)] == ["gather", "gather", "masked"]
 
 
 def test_mistakes_are_explained():
-    query, key, value, routes, query_grid, key_grid = make_inputs("small queries on a large map")
+    query, key, value, routing = make_inputs("small queries on a large map")
+    routes = routing.routes
 
     def call(q=query, k=key, v=value, r=routes, impl="auto"):
-        return routed_attention(q, k, v, r, query_grid, key_grid, impl=impl)
+        return routed_attention(q, k, v, routing._replace(routes=r), impl=impl)
 
     with pytest.raises(ValueError, match="no such implementation; choose from triton, gather, masked or auto"):
         call(impl="fused")

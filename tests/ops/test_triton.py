@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import models  # noqa: F401, registers our models with timm
 from helpers import ROOT
-from ops import BiLevelRoutingAttention, RegionGrid, choose_impl, route_regions, routed_attention, unsupported
+from ops import BiLevelRoutingAttention, RegionGrid, Routing, choose_impl, route_regions, routed_attention, unsupported
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -98,7 +98,7 @@ def bfloat16_products_in_the_interpreter(monkeypatch):
 
 
 def make_inputs(case, dtype, heads=2, head_dim=32, batch=1):
-    """Views of packed projections where the maps are one, routes, and both grids."""
+    """Views of packed projections where the maps are one, and their routing."""
     query_size, query_regions, key_size, key_regions, topk = case
     generator = torch.Generator().manual_seed(0)
 
@@ -110,7 +110,7 @@ def make_inputs(case, dtype, heads=2, head_dim=32, batch=1):
         query, key, value = random(batch, *query_size, 3).unbind(3)
     else:
         query, (key, value) = random(batch, *query_size), random(batch, *key_size, 2).unbind(3)
-    return query, key, value, route_regions(query, key, query_grid, key_grid, topk), query_grid, key_grid
+    return query, key, value, route_regions(query, key, query_grid, key_grid, topk)
 
 
 def run(attention, inputs, dtype, **kwargs):
@@ -231,19 +231,19 @@ def test_extreme_logits():
     # small integers: their products are exact, in whatever order they are added
     torch.manual_seed(0)
     query, key, value = torch.randint(-3, 4, (3, 1, 16, 16, 1, 16)).float().to(DEVICE)
-    routes = torch.tensor([[[3], [3], [3], [0]]], device=DEVICE)
+    routing = Routing(torch.tensor([[[3], [3], [3], [0]]], device=DEVICE), grid, grid)
     for dense in (False, True):
-        out = fused(query * 64, key * 64, value, routes, grid, grid, 1.0, dense=dense)
-        expected = routed_attention(query * 64, key * 64, value, routes, grid, grid, 1.0, impl="gather")
+        out = fused(query * 64, key * 64, value, routing, 1.0, dense=dense)
+        expected = routed_attention(query * 64, key * 64, value, routing, 1.0, impl="gather")
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_keys_that_no_query_chose_have_no_gradient():
     grid = RegionGrid.fit(8, 8, 2)
     query, key, value = (torch.randn(1, 8, 8, 1, 16, device=DEVICE, requires_grad=True) for _ in range(3))
-    routes = torch.ones(1, 4, 1, dtype=torch.int64, device=DEVICE)
+    routing = Routing(torch.ones(1, 4, 1, dtype=torch.int64, device=DEVICE), grid, grid)
     for dense in (False, True):
-        out = fused(query, key, value, routes, grid, grid, 0.3, dense=dense)
+        out = fused(query, key, value, routing, 0.3, dense=dense)
         for grad in torch.autograd.grad(out.square().sum(), (key, value)):
             assert grad[:, :4, 4:].abs().min() > 0
             grad[:, :4, 4:] = 0
@@ -251,16 +251,17 @@ def test_keys_that_no_query_chose_have_no_gradient():
 
 
 def test_empty_batch():
-    query, key, value, routes, *grids = make_inputs(SMALL["ragged"], torch.float32, batch=0)
+    query, key, value, routing = make_inputs(SMALL["ragged"], torch.float32, batch=0)
     query.requires_grad_()
-    out = fused(query, key, value, routes, *grids, 0.3)
+    out = fused(query, key, value, routing, 0.3)
     assert out.shape == query.shape and torch.autograd.grad(out.sum(), query)[0].shape == query.shape
 
 
 def op_arguments(dense, requires_grad=True):
-    *maps, routes, query_grid, key_grid = make_inputs(SMALL["ragged"], torch.float32, heads=1, head_dim=16)
+    *maps, routing = make_inputs(SMALL["ragged"], torch.float32, heads=1, head_dim=16)
+    routes, query_grid, key_grid, _ = routing
     maps = [x.detach().clone().requires_grad_(requires_grad) for x in maps]
-    routes, bits = fused_op.route_bits(routes, query_grid, key_grid) if dense else (routes, None)
+    routes, bits = fused_op.route_bits(routing) if dense else (routes, None)
     return *maps, routes, bits, [query_grid.rows, query_grid.cols], [key_grid.rows, key_grid.cols], 0.3
 
 
@@ -334,7 +335,7 @@ def test_memory(name):
     """One float for each query and head, and in the backward pass another, beside inputs, outputs and routes."""
     inputs = make_inputs(LARGE[name], torch.bfloat16, batch=4)
     query, key, value = (x.detach().requires_grad_() for x in inputs[:3])
-    routes = inputs[3]
+    routes = inputs[3].routes
     floats = 4 * query[..., 0].numel()
     inverse = 6 * 8 * routes.numel() + 2**20
     fused(query, key, value, *inputs[3:], scale=0.3)
@@ -362,8 +363,9 @@ def test_more_regions_than_bits_are_refused():
 @pytest.mark.parametrize("name", ["ragged", "small queries on a large map", "large queries on a small map"])
 def test_route_bits(name):
     """A query and a key share a bit where the key's region is among the routes; what pads the tables shares none."""
-    *_, routes, query_grid, key_grid = make_inputs(SMALL[name], torch.float32, batch=2)
-    query_bits, key_bits = fused_op.route_bits(routes, query_grid, key_grid)
+    routing = make_inputs(SMALL[name], torch.float32, batch=2)[3]
+    routes, query_grid, key_grid, _ = routing
+    query_bits, key_bits = fused_op.route_bits(routing)
     regions = [
         [y // g.region_height * g.cols + x // g.region_width for y in range(g.height) for x in range(g.width)]
         for g in (query_grid, key_grid)
@@ -439,12 +441,13 @@ def test_plans_are_even_only_where_no_place_is_empty(name, inverse):
 
 def test_auto_takes_it_on_a_gpu_unless_attention_is_dense():
     grid = RegionGrid.fit(14, 14)
-    query, routes = torch.empty(1, 14, 14, 2, 32), torch.empty(1, 49, 16)
-    assert choose_impl(query, routes, grid, grid) == "masked"
+    query = torch.empty(1, 14, 14, 2, 32)
+    routing, dense = (Routing(torch.empty(1, 49, topk), grid, grid) for topk in (16, 49))
+    assert choose_impl(query, routing) == "masked"
     if DEVICE == "cuda":
-        assert choose_impl(query.cuda(), routes, grid, grid) == "triton"
-        assert choose_impl(query.cuda(), torch.empty(1, 49, 49), grid, grid) == "masked"
-        assert choose_impl(query.cuda().double(), routes, grid, grid) == "masked"
+        assert choose_impl(query.cuda(), routing) == "triton"
+        assert choose_impl(query.cuda(), dense) == "masked"
+        assert choose_impl(query.cuda().double(), routing) == "masked"
 
 
 def test_what_it_cannot_do_is_explained(monkeypatch):

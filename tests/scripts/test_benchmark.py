@@ -338,8 +338,8 @@ def test_attention_rows_and_reasons(mode):
 
 
 def test_a_wrong_or_unsteady_result_is_noticed(monkeypatch):
-    def unsteady(query, key, value, routes, query_grid, key_grid, impl):
-        out = routed_attention(query, key, value, routes, query_grid, key_grid)
+    def unsteady(query, key, value, routing, impl):
+        out = routed_attention(query, key, value, routing)
         return out if impl == "gather" else out + torch.rand(()) * query.mean()
 
     monkeypatch.setattr(attention, "routed_attention", unsteady)
@@ -361,12 +361,12 @@ def test_flex_attention_is_routed_attention(size, regions, block):
     grid = RegionGrid.fit(*size, regions)
     assert flex.block_size(grid) == block
     query, key, value = torch.randn(2, *size, 3, 2, 16, generator=torch.Generator().manual_seed(0)).unbind(3)
-    routes = route_regions(query, key, grid, grid, 2)
-    mask = flex.block_mask(routes, grid)
+    routing = route_regions(query, key, grid, grid, 2)
+    mask = flex.block_mask(routing.routes, grid)
     ordered = [flex.to_regions(x, grid) for x in (query, key, value)]
     torch.testing.assert_close(flex.from_regions(ordered[0], grid), query, rtol=0, atol=0)
     out = flex.from_regions(flex_attention(*ordered, block_mask=mask), grid)
-    torch.testing.assert_close(out, routed_attention(query, key, value, routes, grid, grid, impl="gather"))
+    torch.testing.assert_close(out, routed_attention(query, key, value, routing, impl="gather"))
 
     # The blocks, which uncompiled flex_attention does not look at, say the same as the mask of single tokens.
     length = ordered[0].shape[2]

@@ -9,7 +9,7 @@ from PIL import Image
 
 from datasets import build_dataset
 from scripts.make_shards import main
-from training.data.shards import sha256_of
+from storage.remote import sha256_of
 
 
 @pytest.fixture

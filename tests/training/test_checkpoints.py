@@ -1,33 +1,16 @@
-import argparse
-import hashlib
-import multiprocessing
-import os
 import resource
 import subprocess
 import sys
-import threading
-import time
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
-from torch import nn
 
 from helpers import ROOT
 from helpers.hostile import Hostile
-from helpers.web import served
-from training.checkpoints import (
-    CheckpointStore,
-    fetch,
-    is_whole,
-    load_weights,
-    model_weights,
-    read_checkpoint,
-    save_checkpoint,
-)
+from storage.weights import read_checkpoint
+from training.checkpoints import CheckpointStore, is_whole, save_checkpoint
 from utils import UserError
 
 
@@ -53,193 +36,6 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         save_checkpoint(tmp_path / "c.pth", dict(epoch=2))
     assert read_checkpoint(str(tmp_path / "c.pth"))["epoch"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["c.pth"]
-
-
-def test_published_checkpoint_with_its_command_line(tmp_path):
-    torch.save({"model": {"w": torch.ones(1)}, "args": argparse.Namespace(lr=1)}, tmp_path / "c.pth")
-    assert read_checkpoint(str(tmp_path / "c.pth"))["args"].lr == 1
-
-
-def test_safetensors(tmp_path):
-    safetensors.torch.save_file({"w": torch.ones(2)}, tmp_path / "c.safetensors")
-    assert read_checkpoint(str(tmp_path / "c.safetensors"))["w"].equal(torch.ones(2))
-
-
-@pytest.mark.parametrize("legacy", [False, True])
-def test_hostile_pickle_is_refused_and_not_run(tmp_path, legacy):
-    victim = tmp_path / "made_by_the_pickle"
-    state = {"model": Hostile(victim)}
-    torch.save(state, tmp_path / "c.pth", _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(UserError, match="refused, since loading it would run code") as error:
-        read_checkpoint(str(tmp_path / "c.pth"))
-    assert not victim.exists() and "\n" not in str(error.value)
-    assert legacy or "mkdir" in str(error.value)
-
-
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"<html>sign in</html>", b"\x80\x02}q"])
-def test_what_is_no_checkpoint(tmp_path, content):
-    (tmp_path / "c.pth").write_bytes(content)
-    with pytest.raises(UserError, match="not a PyTorch checkpoint") as error:
-        read_checkpoint(f"{tmp_path}/../{tmp_path.name}/c.pth")
-    assert "\n" not in str(error.value)
-    assert (tmp_path / "c.pth").read_bytes() == content  # what is the user's stays
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_truncated_checkpoint(tmp_path, suffix):
-    path = tmp_path / f"c{suffix}"
-    if suffix == ".pth":
-        torch.save({"model": {"w": torch.randn(1000)}}, path)
-    else:
-        safetensors.torch.save_file({"w": torch.randn(1000)}, path)
-    path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(UserError, match="truncated"):
-        read_checkpoint(str(path))
-
-
-def test_not_a_dictionary(tmp_path):
-    torch.save(torch.ones(3), tmp_path / "c.pth")
-    with pytest.raises(UserError, match="holds a Tensor, not a checkpoint"):
-        read_checkpoint(str(tmp_path / "c.pth"))
-
-
-def test_missing_checkpoint():
-    with pytest.raises(UserError, match="no such checkpoint file"):
-        read_checkpoint("nowhere.pth")
-
-
-def fetch_and_report(url, start, found):
-    start.wait(30)
-    found.put(fetch(url).read_bytes())
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="forks")
-def test_processes_that_ask_at_once_download_once(tmp_path, monkeypatch):
-    """As the ranks of a run do; each would else wait for as many copies over one line."""
-    content, requests = os.urandom(1000), []
-
-    class Slow(BaseHTTPRequestHandler):
-        def do_GET(self):
-            requests.append(self.path)
-            time.sleep(0.5)
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_):
-            pass
-
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    context = multiprocessing.get_context("fork")
-    start, found = context.Barrier(4), context.Queue()
-    with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
-        url = f"http://127.0.0.1:{server.server_port}/weights.pth"
-        ranks = [context.Process(target=fetch_and_report, args=(url, start, found), daemon=True) for _ in range(4)]
-        for rank in ranks:
-            rank.start()
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        assert [found.get(timeout=60) for _ in ranks] == [content] * 4
-        server.shutdown()
-    for rank in ranks:
-        rank.join(10)
-    assert requests == ["/weights.pth"]
-    assert sorted(path.suffix for path in (tmp_path / "checkpoints").iterdir()) == [".lock", ".pth"]
-
-
-def test_a_download_where_files_cannot_be_locked(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError(37, "No locks available")
-
-    monkeypatch.setattr("fcntl.lockf", refuse)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, **_: Path(path).write_text(url))
-    assert fetch("https://a.example/x.pth").read_text() == "https://a.example/x.pth"
-
-
-def test_download(tmp_path, monkeypatch):
-    """Two files of one name at different addresses are two files in the cache."""
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, **_: torch.save({"url": url}, path))
-    assert read_checkpoint("https://a.org/content")["url"] == "https://a.org/content"
-    assert read_checkpoint("https://b.org/content")["url"] == "https://b.org/content"
-
-    def refuse(url, path, **_):
-        raise OSError("unreachable")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
-    assert read_checkpoint("https://a.org/content")["url"] == "https://a.org/content"
-    with pytest.raises(UserError, match=r"https://c.org/x.pth: cannot be downloaded \(unreachable\)"):
-        read_checkpoint("https://c.org/x.pth")
-
-
-def test_a_bad_download_is_not_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, **_: Path(path).write_text("no"))
-    with pytest.raises(UserError, match="not a PyTorch checkpoint"):
-        read_checkpoint("https://a.org/c.pth")
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, **_: torch.save({"epoch": 1}, path))
-    assert read_checkpoint("https://a.org/c.pth")["epoch"] == 1
-
-
-def test_a_filter_that_trips_over_foreign_weights():
-    def filter_fn(weights, model):
-        return {"weight": weights["stem.weight"]}
-
-    weights = {"x": torch.ones(1), "weight": torch.ones(1, 1), "bias": torch.ones(1)}
-    with pytest.raises(UserError, match="x is unknown"):
-        load_weights(nn.Linear(1, 1), weights, filter_fn)
-
-
-def test_model_weights_layouts():
-    w = torch.ones(1)
-    for checkpoint in ({"model": {"w": w}, "epoch": 1}, {"state_dict": {"module.w": w}}, {"w": w}):
-        assert model_weights(checkpoint) == {"w": w}
-    both = {"model": {"w": w}, "model_ema": {"w": 2 * w}}
-    assert model_weights(both, "model_ema")["w"].item() == 2
-    with pytest.raises(UserError, match="holds no 'ema'; it holds model, model_ema"):
-        model_weights(both, "ema")
-    with pytest.raises(UserError, match="no weights"):
-        model_weights({"epoch": 3})
-    with pytest.raises(UserError, match="no weights"):
-        model_weights({1: w})
-
-
-def test_load_weights_names_the_first_mismatches():
-    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
-    weights = {"0.weight": torch.zeros(3, 5), "0.bias": torch.zeros(3), "1.weight": torch.zeros(4, 3)}
-    weights["x"] = torch.ones(1)
-    with pytest.raises(UserError) as error:
-        load_weights(model, weights)
-    for part in ("1.bias is missing", "x is unknown", "0.weight is (3, 5) instead of (3, 2)"):
-        assert part in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_load_weights_with_a_new_classifier():
-    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
-    before = model[1].weight.clone()
-    weights = {"0.weight": torch.zeros(3, 2), "0.bias": torch.zeros(3), "1.weight": torch.zeros(9, 3),
-               "1.bias": torch.zeros(9)}
-    assert load_weights(model, weights, new_classifier=("1",))
-    assert model[1].weight.equal(before) and (model[0].weight == 0).all()
-    with pytest.raises(UserError):
-        load_weights(model, weights)
-
-
-def test_a_download_is_compared_with_its_hash(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
-    torch.save({"epoch": 1}, tmp_path / "c.pth")
-    digest = hashlib.sha256((tmp_path / "c.pth").read_bytes()).hexdigest()
-    with served(tmp_path) as server:
-        url = f"{server}/c.pth"
-        assert read_checkpoint(f"{url}#sha256={digest}")["epoch"] == 1
-        with pytest.raises(UserError, match=r"cannot be downloaded .*invalid hash value"):
-            read_checkpoint(f"{url}#sha256={digest[::-1]}")
-
-
-# --- the checkpoints of a run ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -273,6 +69,14 @@ def test_no_damage_makes_reading_fail(store):
         store.path(6).write_bytes(flipped)
         verdicts.add(is_whole(store.path(6)))
     assert verdicts == {True, False}  # True: of bytes that say nothing
+
+
+def test_a_hostile_file_is_not_called_damaged(store):
+    store.save(3, state(3))
+    torch.save({"model": Hostile(store.folder / "made")}, store.path(6))
+    with pytest.raises(UserError, match="refused, since loading it would run code"):
+        store.newest_whole()
+    assert store.steps() == [3, 6] and not (store.folder / "made").exists()
 
 
 def test_what_the_system_cannot_read_is_not_called_damaged(store, monkeypatch):
@@ -379,7 +183,7 @@ def test_what_a_killed_run_left_half_written_is_swept_up(store):
 
 def test_two_runs_do_not_share_a_folder(store):
     code = (
-        "import sys, pathlib, checkpoints\n"
+        "import sys, pathlib; from training import checkpoints\n"
         "with checkpoints.CheckpointStore(pathlib.Path(sys.argv[1])).locked(): print('mine')"
     )
     other = partial(

@@ -11,20 +11,14 @@ WebDataset's (https://github.com/webdataset/webdataset). That package reads stre
 from, and runs what an address starting with `pipe:` says; here a sample has an index, and is read where it lies in its
 tar file.
 """
-import fcntl
 import hashlib
-import http.client
 import json
 import math
 import os
 import tarfile
-import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import islice
@@ -35,6 +29,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Sampler
 
+from storage.remote import HashMismatchError, RemoteCache, TransferError, read_bytes
 from utils import LostDataError, is_url
 
 INFO_NAMES = ("_info.json", "info.json")
@@ -44,21 +39,18 @@ IMAGE_EXTENSIONS = ("jpg", "png", "webp", "jpeg", "bmp", "tif", "tiff", "ppm", "
 WINDOW_SHARDS = 8
 # Workers read ahead, from one window into the next.
 OPEN_SHARDS = 2 * WINDOW_SHARDS
-HTTP_TIMEOUT = 60  # seconds without a byte
-RETRY_SECONDS = (1, 2, 4, 8)
 
 
 class ShardError(LostDataError):
     """A whole shard or its list is missing or wrong: more than an image that could be passed over."""
 
 
-def sha256_of(path: Path) -> str:
-    """Hash of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+class ShardCacheError(ShardError):
+    """The folder for copies of shards cannot be written."""
+
+
+class ShardClassError(ShardError):
+    """A sample is of a class beyond those that there are."""
 
 
 # --- where shards lie -------------------------------------------------------------------------------------------------
@@ -89,114 +81,52 @@ class LocalFolder:
         except OSError as error:
             raise ShardError(f"{self.root / name} cannot be opened: {error.strerror}") from None
 
-    def discard(self, name: str, sha256: str | None):
-        """Nothing: a damaged file of the user's is the user's."""
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold `path` against the other processes of this machine; the system lets go for one that dies."""
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-class TransferError(Exception):
-    """A file did not come whole; `status` is the server's answer, None if it gave none or stopped in the middle."""
-
-    def __init__(self, reason: object, status: int | None = None):
-        super().__init__(str(reason))
-        self.status = status
-
-    @property
-    def may_pass(self) -> bool:
-        return self.status is None or self.status >= 500 or self.status in (408, 429)
-
-
-def _blocks(url: str) -> Iterator[bytes]:
-    """What `url` holds, in blocks; raises TransferError."""
-    received = 0
-    try:
-        with urllib.request.urlopen(url, timeout=HTTP_TIMEOUT) as response:
-            expected = response.headers["Content-Length"]
-            while block := response.read(2**20):
-                received += len(block)
-                yield block
-    except urllib.error.HTTPError as error:
-        raise TransferError(error, error.code) from None
-    except (OSError, http.client.HTTPException) as error:  # of all kinds, for the connection, TLS and the protocol
-        raise TransferError(error) from None
-    if expected is not None and received != int(expected):
-        raise TransferError(f"the server stopped after {received} of {expected} bytes")
-
-
-def _fetch(url: str, file: BinaryIO):
-    """Write what `url` holds to `file`; tries again where that may help, then raises TransferError."""
-    for pause in (*RETRY_SECONDS, None):
-        file.seek(0)
-        file.truncate()
-        try:
-            for block in _blocks(url):
-                file.write(block)
-            return
-        except TransferError as error:
-            if pause is None or not error.may_pass:
-                raise
-            time.sleep(pause)
-
 
 class HttpFolder:
-    """Shards in a folder of a web server, each copied into `cache` when it is first opened.
+    """Shards in a folder of a web server, each copied into `cache` when it is first opened; see `RemoteCache`.
 
-    A copy is there whole or not at all, and is made by one process while others wait for it. Its name holds a hash of
-    its address and its `sha256`, so that where a list gives hashes an old copy never stands for a new shard.
+    A copy's name holds a hash of its address and its `sha256`, so that where a list gives hashes an old copy never
+    stands for a new shard.
 
     Args:
         url: The folder.
-        cache: Folder for the copies, best on a disk of this machine. Files there of other names are left alone.
-        cache_bytes: Before a copy would exceed this sum, those that were opened longest ago are removed.
+        cache: Folder for the copies.
+        cache_bytes: How much they may take; those opened longest ago are removed.
     """
 
     def __init__(self, url: str, cache: Path, cache_bytes: float = math.inf):
-        self.url, self.cache, self.cache_bytes = url.rstrip("/"), cache, cache_bytes
+        self.url, self.cache = url.rstrip("/"), RemoteCache(cache, cache_bytes)
 
     def __str__(self) -> str:
         return self.url
 
     def read(self, name: str) -> bytes | None:
         """The bytes of a small file, or None if there is no such file."""
-        content = BytesIO()
         try:
-            _fetch(self._url(name), content)
+            return read_bytes(self._url(name))
         except TransferError as error:
             if error.status == 404:
                 return None
             raise self._unreachable(name, error) from None
-        return content.getvalue()
 
     def missing(self, names: Sequence[str]) -> list[str]:
-        """None: to ask for each would take long."""
+        """None: asking the server for each would take long."""
         return []
 
     def open(self, name: str, sha256: str | None) -> BinaryIO:
-        """A shard, opened to be read: what is open stays readable when its copy is removed."""
-        copy = self._copy(name, sha256)
+        """A shard, opened for reading; it stays readable when its copy is removed."""
         try:
-            self.cache.mkdir(parents=True, exist_ok=True)
-            with suppress(FileNotFoundError):
-                return self._open_copy(copy)
-            with _locked(copy.with_suffix(".lock")):
-                with suppress(FileNotFoundError):  # another process has just made it
-                    return self._open_copy(copy)
-                return self._download(name, sha256, copy)
+            return self.cache.open(self._url(name), self._copy(name, sha256), sha256)
+        except HashMismatchError:
+            raise ShardError(f"{self._url(name)} is not the file whose sha256 the list of shards gives") from None
         except TransferError as error:
             raise self._unreachable(name, error) from None
         except OSError as error:
-            raise ShardError(f"{name} cannot be kept in {self.cache}: {error.strerror}; give a --shard_cache") from None
+            raise ShardCacheError(f"{name} cannot be kept in {self.cache.folder}: {error.strerror}") from None
 
     def discard(self, name: str, sha256: str | None):
-        """Remove a copy that turned out to be no good, so that the next run does not find it."""
-        self._copy(name, sha256).unlink(missing_ok=True)
+        """Remove a copy that turned out to be unusable, so that the next run downloads it again."""
+        self.cache.discard(self._copy(name, sha256))
 
     def _unreachable(self, name: str, error: TransferError) -> ShardError:
         return ShardError(f"{self._url(name)} cannot be fetched: {error}; see that the server has it, then start again")
@@ -204,47 +134,9 @@ class HttpFolder:
     def _url(self, name: str) -> str:
         return f"{self.url}/{urllib.parse.quote(name)}"
 
-    def _copy(self, name: str, sha256: str | None) -> Path:
+    def _copy(self, name: str, sha256: str | None) -> str:
         key = hashlib.sha256(f"{self._url(name)} {sha256}".encode()).hexdigest()[:16]
-        return self.cache / f"{PurePosixPath(name).name}-{key}.shard"
-
-    def _open_copy(self, copy: Path) -> BinaryIO:
-        file = copy.open("rb")
-        with suppress(OSError):  # a cache that may not be written to serves as well
-            os.utime(copy)
-        return file
-
-    def _download(self, name: str, sha256: str | None, copy: Path) -> BinaryIO:
-        # Under the lock, so that this name is no other's; what a killed process left is written over.
-        part = copy.with_suffix(".part")
-        try:
-            with open(part, "wb") as file:
-                _fetch(self._url(name), file)
-                file.flush()
-                os.fsync(file.fileno())
-            if sha256 is not None and sha256_of(part) != sha256:
-                raise ShardError(f"{self._url(name)} is not the file whose sha256 the list of shards gives")
-            self._make_room(part.stat().st_size)
-            file = part.open("rb")  # before another process could remove the copy to make room for its own
-            os.replace(part, copy)
-            return file
-        finally:
-            part.unlink(missing_ok=True)
-
-    def _make_room(self, size: int):
-        if self.cache_bytes == math.inf:
-            return
-        copies = []
-        for path in self.cache.glob("*.shard"):
-            with suppress(FileNotFoundError):
-                status = path.stat()
-                copies.append((status.st_mtime, status.st_size, path))
-        total = size + sum(length for _, length, _ in copies)
-        for _, length, path in sorted(copies):
-            if total <= self.cache_bytes:
-                break
-            path.unlink(missing_ok=True)
-            total -= length
+        return f"{PurePosixPath(name).name}-{key}.shard"
 
 
 # --- what a shard holds -----------------------------------------------------------------------------------------------
@@ -413,8 +305,9 @@ class TarShards(Sequence):
             raise ShardError(f"the .cls of {name} should be a class index, and is {text[:20]!r}")
         target = int(text)
         if target >= self.most_classes:
-            source = f"num_classes of {self.split.info}" if self.split.num_classes else "the model's; see --nb_classes"
-            raise ShardError(f"{name} is of class {target}, which must be below {self.most_classes}, {source}")
+            listed = self.split.num_classes
+            source = f"num_classes of {self.split.info}" if listed else "the number of classes of the model"
+            raise ShardClassError(f"{name} is of class {target}, which must be below {self.most_classes}, {source}")
         return target
 
     def _shard(self, number: int) -> tuple[BinaryIO, list[Sample]]:
@@ -437,7 +330,8 @@ class TarShards(Sequence):
                 )
         except ShardError:
             file.close()
-            self.folder.discard(name, sha256)
+            if isinstance(self.folder, HttpFolder):  # a damaged file of the user's stays
+                self.folder.discard(name, sha256)
             raise
         return file, samples
 

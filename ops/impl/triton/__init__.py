@@ -6,7 +6,7 @@ of an image, which then take the place of the routes. Imported when it is first 
 """
 import torch
 
-from ...regions import RegionGrid
+from ...routing import Routing
 from .op import forward, route_bits
 from .tuning import is_dense
 
@@ -15,9 +15,7 @@ def routed_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    routes: torch.Tensor,
-    query_grid: RegionGrid,
-    key_grid: RegionGrid,
+    routing: Routing,
     scale: float,
     dense: bool | None = None,
 ) -> torch.Tensor:
@@ -26,8 +24,9 @@ def routed_attention(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    routes, query_grid, key_grid, _ = routing
     if dense is None:
         dense = is_dense(query_grid, key_grid, routes.shape[2])
-    routes, bits = route_bits(routes, query_grid, key_grid) if dense else (routes, None)
+    routes, bits = route_bits(routing) if dense else (routes, None)
     grids = [query_grid.rows, query_grid.cols], [key_grid.rows, key_grid.cols]
     return forward(query, key, value, routes, bits, *grids, scale)[0]

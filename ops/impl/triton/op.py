@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import triton
 
 from ...regions import RegionGrid
+from ...routing import Routing
 from . import kernels
 from .tuning import MAX_BITS, Plan, make_plan
 
@@ -67,10 +68,16 @@ def _of_tokens(x_BR: torch.Tensor, grid: RegionGrid) -> torch.Tensor:
     return F.pad(x_BL, (0, -x_BL.shape[1] % kernels.MAX_BLOCK.value))
 
 
-def route_bits(
-    routes_BRK: torch.Tensor, query_grid: RegionGrid, key_grid: RegionGrid
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each query the regions that it is routed to as bits, and for each key the bit of its region."""
+def route_bits(routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each query the regions that it is routed to as bits, and for each key the bit of its region.
+
+    Returns:
+        (B, Lq) and (1, Lk) int64, over the tokens of the maps in row-major order and zeros behind them.
+
+    Raises:
+        ValueError: There are more key regions than bits.
+    """
+    routes_BRK, query_grid, key_grid, _ = routing
     if key_grid.num_regions > MAX_BITS:
         raise ValueError(f"routes as bits have room for {MAX_BITS} key regions, got {key_grid.num_regions}")
     query_bits_BR = torch.bitwise_left_shift(1, routes_BRK).sum(-1)

@@ -20,8 +20,18 @@ from test_datasets import different_images, draw, loader_of, noise, random_state
 from torch.utils.data import DataLoader
 
 from datasets import build_dataset, load_image
+from storage import remote
+from storage.remote import sha256_of
 from training.data import shards
-from training.data.shards import LocalFolder, ShardError, ShardSampler, open_shards, read_split, sha256_of
+from training.data.shards import (
+    LocalFolder,
+    ShardCacheError,
+    ShardClassError,
+    ShardError,
+    ShardSampler,
+    open_shards,
+    read_split,
+)
 from utils import UserError
 
 LENGTHS = {"train": (5, 3, 0, 4, 4), "validation": (3, 1, 4, 2)}
@@ -93,7 +103,7 @@ def folder(tmp_path):
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """Serves tmp_path; what it serves is copied into tmp_path/cache by default, and retries do not wait."""
-    monkeypatch.setattr(shards, "RETRY_SECONDS", (0, 0))
+    monkeypatch.setattr(remote, "RETRY_SECONDS", (0, 0))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tmp_path))
@@ -367,7 +377,7 @@ def test_class_that_is_no_index(folder, text):
 @pytest.mark.parametrize("listed, given, most, source", [
     (9, None, 9, "num_classes of _info.json"),
     (9, 20, 9, "num_classes of _info.json"),
-    (None, 8, 8, "the model's; see --nb_classes"),
+    (None, 8, 8, "the number of classes of the model"),
     (None, None, None, None),
 ])
 def test_class_beyond_those_that_there_are(folder, listed, given, most, source):
@@ -379,7 +389,7 @@ def test_class_beyond_those_that_there_are(folder, listed, given, most, source):
         return
     assert dataset[most - 1][1] == most - 1
     complaint = rf"00{most}.png in .*tar is of class {most}, which must be below {most}, {source}$"
-    with pytest.raises(ShardError, match=complaint):
+    with pytest.raises(ShardClassError, match=complaint):
         dataset[most]
 
 
@@ -562,7 +572,7 @@ def test_the_cache_can_be_bounded(folder, server, tmp_path):
 def test_a_cache_that_cannot_be_written(folder, server, tmp_path):
     (tmp_path / "file").touch()
     dataset = val_set(server.url, shard_cache=tmp_path / "file")
-    with pytest.raises(ShardError, match=r"validation-0.tar cannot be kept in .*file: .*; give a --shard_cache"):
+    with pytest.raises(ShardCacheError, match=r"validation-0.tar cannot be kept in .*file: File exists$"):
         dataset[0]
 
 

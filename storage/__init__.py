@@ -1,0 +1,1 @@
+"""Files: downloads with a cache (`storage.remote`) and weights of networks (`storage.weights`)."""

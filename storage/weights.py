@@ -1,0 +1,210 @@
+"""Weights of networks: checkpoint files from paths and URLs, read without running anything that is in them."""
+import argparse
+import hashlib
+import pickle
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+
+from .remote import RemoteCache, TransferError
+
+# Prefixes that torch.compile and DistributedDataParallel put before parameter names, in either order.
+_WRAPPERS = ("_orig_mod.", "module.", "_orig_mod.")
+
+
+class WeightsError(ValueError):
+    """Weights cannot be had, read, or loaded; one line that says why."""
+
+
+class HostileFileError(WeightsError):
+    """A file that would run code if it were unpickled."""
+
+
+def _is_url(source: str) -> bool:
+    return urlparse(source).scheme in ("http", "https", "file")
+
+
+def _copy_name(source: str) -> str:
+    # The last part of the address would not do: file-sharing services serve every file under the same one.
+    return f"{hashlib.sha256(source.encode()).hexdigest()[:16]}-{Path(urlparse(source).path).name}"
+
+
+def _cache(cache_dir: str | Path | None) -> RemoteCache:
+    folder = Path(cache_dir or torch.hub.get_dir()) / "checkpoints"
+    return RemoteCache(folder, on_download=lambda url: print(f"downloading {url} to {folder}", file=sys.stderr))
+
+
+def fetch(source: str, cache_dir: str | Path | None = None) -> Path:
+    """The local file of a path or URL; a URL is downloaded once for all processes of the machine.
+
+    A URL that ends in `#sha256=` and (the beginning of) the file's hash is downloaded and compared with it.
+
+    Args:
+        source: Path or URL.
+        cache_dir: Copies are kept in the folder `checkpoints` of this one; by default in torch.hub's.
+
+    Raises:
+        WeightsError: There is no such file, the download failed, or it is another file than the hash says.
+    """
+    if not _is_url(source):
+        path = Path(source)
+        if not path.is_file():
+            raise WeightsError(f"{source}: no such checkpoint file")
+        return path
+    url, _, fragment = source.partition("#")
+    expected = fragment.removeprefix("sha256=") if fragment.startswith("sha256=") else None
+    try:
+        return _cache(cache_dir).path(url, _copy_name(source), expected)
+    except (OSError, TransferError) as error:
+        raise WeightsError(f"{source}: cannot be downloaded ({error}); fetch it by hand and pass the file") from error
+
+
+def read_checkpoint(source: str, cache_dir: str | Path | None = None) -> dict[str, Any]:
+    """The content of a checkpoint file or URL; nothing in it is executed, only tensors and plain values are accepted.
+
+    The copy of a URL that cannot be read is removed, so that the next attempt downloads it again.
+
+    Args:
+        source: Path or URL of what torch.save or safetensors wrote.
+        cache_dir: As `fetch` takes it.
+
+    Raises:
+        WeightsError: It is missing, truncated, or no checkpoint; HostileFileError where reading it would run code.
+    """
+    path = fetch(source, cache_dir)
+    try:
+        return read_file(path)
+    except WeightsError:
+        if _is_url(source):  # a page that says no, or half a file
+            _cache(cache_dir).discard(path.name)
+        raise
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """`read_checkpoint` of a local file."""
+    try:
+        if path.suffix == ".safetensors":
+            import safetensors.torch
+
+            return safetensors.torch.load_file(path)
+        # Published checkpoints store their command line as a Namespace, which is inert.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # on damaged bytes the unpickler raises nearly anything
+        if isinstance(error, pickle.UnpicklingError) and "unsupported global" in str(error).lower():
+            raise HostileFileError(
+                f"{path}: refused, since loading it would run code ({', '.join(_foreign_objects(path))}); "
+                "ask its author for a file of tensors alone"
+            ) from error
+        raise WeightsError(f"{path}: not a PyTorch checkpoint, or a truncated one; fetch it again") from error
+    if not isinstance(checkpoint, dict):
+        raise WeightsError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
+    return checkpoint
+
+
+def _foreign_objects(path: Path) -> list[str]:
+    """Python objects that loading a file would have called, where its format lists them."""
+    try:
+        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # an old format, or a damaged file
+        return ["it holds Python objects"]
+
+
+def _bare(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.removeprefix(wrapper)
+    return name
+
+
+def unwrap(checkpoint: dict[str, Any], key: str | None = None) -> dict[str, torch.Tensor]:
+    """The weights in a checkpoint: under `key`, else under "model" or "state_dict", else the checkpoint itself.
+
+    Prefixes of DistributedDataParallel and torch.compile are removed from the names. The dictionary is that of the
+    checkpoint, not a copy, where it holds nothing else and its names have no such prefix.
+
+    Raises:
+        WeightsError: There is no `key`, or what was found are no weights.
+    """
+    if key is not None and not isinstance(checkpoint.get(key), dict):
+        found = ", ".join(sorted(k for k, v in checkpoint.items() if isinstance(v, dict)))
+        raise WeightsError(f"the checkpoint holds no {key!r}; it holds {found or 'bare weights'}")
+    keys = [key] if key is not None else ["model", "state_dict"]
+    content = next((checkpoint[k] for k in keys if isinstance(checkpoint.get(k), dict)), checkpoint)
+    weights = {_bare(k): v for k, v in content.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+    if not weights:
+        raise WeightsError("the checkpoint holds no weights")
+    return content if content.keys() == weights.keys() else weights
+
+
+def class_difference(checkpoint: dict[str, Any], classes: list[str] | None) -> str | None:
+    """How the classes that a checkpoint of ours was trained on differ from `classes`, or None.
+
+    None too where the checkpoint or the data does not name its classes.
+    """
+    trained_on = checkpoint.get("classes")
+    if trained_on is None or classes is None or trained_on == classes:
+        return None
+    if len(trained_on) != len(classes):
+        return f"was trained on {len(trained_on)} classes, the data has {len(classes)}"
+    index = next(i for i, (ours, theirs) in enumerate(zip(classes, trained_on, strict=True)) if ours != theirs)
+    return f"was trained on other classes: number {index} was {trained_on[index]!r}, and is {classes[index]!r} here"
+
+
+def load_weights(
+    model: torch.nn.Module,
+    weights: dict[str, torch.Tensor],
+    filter_fn: Callable | None = None,
+    new_classifier: tuple[str, ...] = (),
+) -> bool:
+    """Load `weights` in full, after the model family's own renaming of published names.
+
+    Args:
+        model: The model, not wrapped.
+        weights: Name to tensor.
+        filter_fn: timm's `checkpoint_filter_fn` of the family.
+        new_classifier: Names of the classifier layers, to keep the model's own where the class count differs.
+
+    Returns:
+        Whether the model's own classifier was kept.
+
+    Raises:
+        WeightsError: The weights are of another architecture; lists the first mismatches.
+    """
+    expected = model.state_dict()
+    if filter_fn is not None:
+        # Weights of another family can make its filter fail; the list of mismatches below then says what is wrong.
+        with suppress(Exception):
+            weights = filter_fn(weights, model)
+    kept = False
+    for classifier in new_classifier:
+        for leaf in ("weight", "bias"):
+            name = f"{classifier}.{leaf}"
+            if name in weights and name in expected and weights[name].shape != expected[name].shape:
+                weights = {**weights, name: expected[name]}
+                kept = True
+    mismatches = _mismatches(expected, weights)
+    if mismatches:
+        more = f", and {len(mismatches) - 3} more" if len(mismatches) > 3 else ""
+        raise WeightsError(
+            f"the checkpoint does not fit {type(model).__name__} with {getattr(model, 'num_classes', '?')} classes: "
+            f"{'; '.join(mismatches[:3])}{more}"
+        )
+    model.load_state_dict(weights)
+    return kept
+
+
+def _mismatches(expected: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> list[str]:
+    return [
+        *(f"{name} is missing" for name in expected if name not in weights),
+        *(f"{name} is unknown" for name in weights if name not in expected),
+        *(
+            f"{name} is {tuple(value.shape)} instead of {tuple(expected[name].shape)}"
+            for name, value in weights.items()
+            if name in expected and value.shape != expected[name].shape
+        ),
+    ]

@@ -1,0 +1,240 @@
+"""storage/weights.py: checkpoints of many kinds, from files and URLs, and nothing run that is in them."""
+import argparse
+import hashlib
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from helpers.hostile import Hostile
+from helpers.web import served
+from storage import remote
+from storage.weights import (
+    HostileFileError,
+    WeightsError,
+    class_difference,
+    fetch,
+    load_weights,
+    read_checkpoint,
+    unwrap,
+)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """torch.hub's folder; downloads that fail are tried again without waiting."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(remote, "RETRY_SECONDS", (0,))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    return tmp_path / "hub"
+
+
+def test_published_checkpoint_with_its_command_line(tmp_path):
+    torch.save({"model": {"w": torch.ones(1)}, "args": argparse.Namespace(lr=1)}, tmp_path / "c.pth")
+    assert read_checkpoint(str(tmp_path / "c.pth"))["args"].lr == 1
+
+
+def test_safetensors(tmp_path):
+    safetensors.torch.save_file({"w": torch.ones(2)}, tmp_path / "c.safetensors")
+    assert read_checkpoint(str(tmp_path / "c.safetensors"))["w"].equal(torch.ones(2))
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_hostile_pickle_is_refused_and_not_run(tmp_path, legacy):
+    victim = tmp_path / "made_by_the_pickle"
+    state = {"model": Hostile(victim)}
+    torch.save(state, tmp_path / "c.pth", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(HostileFileError, match="refused, since loading it would run code") as error:
+        read_checkpoint(str(tmp_path / "c.pth"))
+    assert not victim.exists() and "\n" not in str(error.value)
+    assert legacy or "mkdir" in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"<html>sign in</html>", b"\x80\x02}q"])
+def test_what_is_no_checkpoint(tmp_path, content):
+    (tmp_path / "c.pth").write_bytes(content)
+    with pytest.raises(WeightsError, match="not a PyTorch checkpoint") as error:
+        read_checkpoint(f"{tmp_path}/../{tmp_path.name}/c.pth")
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "c.pth").read_bytes() == content  # what is the user's stays
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_truncated_checkpoint(tmp_path, suffix):
+    path = tmp_path / f"c{suffix}"
+    if suffix == ".pth":
+        torch.save({"model": {"w": torch.randn(1000)}}, path)
+    else:
+        safetensors.torch.save_file({"w": torch.randn(1000)}, path)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(WeightsError, match="truncated"):
+        read_checkpoint(str(path))
+
+
+def test_not_a_dictionary(tmp_path):
+    torch.save(torch.ones(3), tmp_path / "c.pth")
+    with pytest.raises(WeightsError, match="holds a Tensor, not a checkpoint"):
+        read_checkpoint(str(tmp_path / "c.pth"))
+
+
+def test_missing_checkpoint():
+    with pytest.raises(WeightsError, match="no such checkpoint file"):
+        read_checkpoint("nowhere.pth")
+
+
+def test_a_filter_that_trips_over_foreign_weights():
+    def filter_fn(weights, model):
+        return {"weight": weights["stem.weight"]}
+
+    weights = {"x": torch.ones(1), "weight": torch.ones(1, 1), "bias": torch.ones(1)}
+    with pytest.raises(WeightsError, match="x is unknown"):
+        load_weights(nn.Linear(1, 1), weights, filter_fn)
+
+
+def test_unwrap_layouts():
+    w = torch.ones(1)
+    for checkpoint in ({"model": {"w": w}, "epoch": 1}, {"state_dict": {"module.w": w}}, {"w": w}):
+        assert unwrap(checkpoint) == {"w": w}
+    both = {"model": {"w": w}, "model_ema": {"w": 2 * w}}
+    assert unwrap(both, "model_ema")["w"].item() == 2
+    with pytest.raises(WeightsError, match="holds no 'ema'; it holds model, model_ema"):
+        unwrap(both, "ema")
+    with pytest.raises(WeightsError, match="no weights"):
+        unwrap({"epoch": 3})
+    with pytest.raises(WeightsError, match="no weights"):
+        unwrap({1: w})
+    for compiled in ("_orig_mod.module.w", "module._orig_mod.w"):
+        assert unwrap({compiled: w}) == {"w": w}
+
+
+def test_unwrap_copies_nothing():
+    weights = {"w": torch.ones(1)}
+    for checkpoint in (weights, {"model": weights}, {"state_dict": weights}):
+        assert unwrap(checkpoint) is weights
+
+
+def test_load_weights_names_the_first_mismatches():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
+    weights = {"0.weight": torch.zeros(3, 5), "0.bias": torch.zeros(3), "1.weight": torch.zeros(4, 3)}
+    weights["x"] = torch.ones(1)
+    with pytest.raises(WeightsError) as error:
+        load_weights(model, weights)
+    for part in ("1.bias is missing", "x is unknown", "0.weight is (3, 5) instead of (3, 2)"):
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_load_weights_with_a_new_classifier():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
+    before = model[1].weight.clone()
+    weights = {"0.weight": torch.zeros(3, 2), "0.bias": torch.zeros(3), "1.weight": torch.zeros(9, 3),
+               "1.bias": torch.zeros(9)}
+    assert load_weights(model, weights, new_classifier=("1",))
+    assert model[1].weight.equal(before) and (model[0].weight == 0).all()
+    with pytest.raises(WeightsError):
+        load_weights(model, weights)
+
+
+def test_class_difference():
+    checkpoint = dict(classes=["cat", "dog"])
+    assert class_difference(checkpoint, ["cat", "dog"]) is None
+    assert class_difference({}, ["cat"]) is class_difference(checkpoint, None) is None
+    assert class_difference(checkpoint, ["cat"]) == "was trained on 2 classes, the data has 1"
+    assert class_difference(checkpoint, ["cat", "cow"]) == (
+        "was trained on other classes: number 1 was 'dog', and is 'cow' here")
+
+
+# --- from a URL -------------------------------------------------------------------------------------------------------
+
+
+def test_a_url_is_downloaded_once(tmp_path, hub, capfd):
+    """Two files of one name at different addresses are two files in the cache."""
+    for place in "ab":
+        (tmp_path / place).mkdir()
+        torch.save({"place": place}, tmp_path / place / "content")
+    with served(tmp_path) as url:
+        for place in "ab":
+            assert read_checkpoint(f"{url}/{place}/content")["place"] == place
+    assert capfd.readouterr().err.count("downloading http") == 2
+    assert read_checkpoint(f"{url}/a/content")["place"] == "a", "the server is gone"
+    with pytest.raises(WeightsError, match=r"http.*/c.pth: cannot be downloaded \(.*refused.*; fetch it by hand"):
+        read_checkpoint(f"{url}/c.pth")
+
+
+def test_a_cache_of_ones_own(tmp_path, hub):
+    torch.save({"epoch": 1}, tmp_path / "c.pth")
+    for _ in range(2):
+        assert read_checkpoint((tmp_path / "c.pth").as_uri(), tmp_path / "own")["epoch"] == 1
+    assert len(list((tmp_path / "own" / "checkpoints").glob("*-c.pth"))) == 1 and not hub.exists()
+
+
+def test_a_bad_download_is_not_kept(tmp_path, hub):
+    page = tmp_path / "c.pth"
+    page.write_text("no")
+    with served(tmp_path) as url:
+        with pytest.raises(WeightsError, match="not a PyTorch checkpoint"):
+            read_checkpoint(f"{url}/c.pth")
+        torch.save({"epoch": 1}, page)
+        assert read_checkpoint(f"{url}/c.pth")["epoch"] == 1
+
+
+def test_a_download_is_compared_with_its_hash(tmp_path, hub):
+    torch.save({"epoch": 1}, tmp_path / "c.pth")
+    digest = hashlib.sha256((tmp_path / "c.pth").read_bytes()).hexdigest()
+    with served(tmp_path) as server:
+        url = f"{server}/c.pth"
+        for expected in (digest, digest[:8], digest.upper()):
+            assert read_checkpoint(f"{url}#sha256={expected}")["epoch"] == 1
+        with pytest.raises(WeightsError, match=r"cannot be downloaded .*invalid hash value"):
+            read_checkpoint(f"{url}#sha256={digest[::-1]}")
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, hub):
+    hub.touch()
+    with served(tmp_path) as url, pytest.raises(WeightsError, match=r"cannot be downloaded \(.*Not a directory"):
+        fetch(f"{url}/hub")
+
+
+def fetch_and_report(url, start, found):
+    start.wait(30)
+    found.put(fetch(url).read_bytes())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_processes_that_ask_at_once_download_once(hub):
+    """As the ranks of a run do; each would else wait for as many copies over one line."""
+    content, requests = os.urandom(1000), []
+
+    class Slow(BaseHTTPRequestHandler):
+        def do_GET(self):
+            requests.append(self.path)
+            time.sleep(0.5)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    context = multiprocessing.get_context("fork")
+    start, found = context.Barrier(4), context.Queue()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
+        url = f"http://127.0.0.1:{server.server_port}/weights.pth"
+        ranks = [context.Process(target=fetch_and_report, args=(url, start, found), daemon=True) for _ in range(4)]
+        for rank in ranks:
+            rank.start()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert [found.get(timeout=60) for _ in ranks] == [content] * 4
+        server.shutdown()
+    for rank in ranks:
+        rank.join(10)
+    assert requests == ["/weights.pth"]
+    assert sorted(path.suffix for path in (hub / "checkpoints").iterdir()) == [".lock", ".pth"]
