@@ -17,6 +17,7 @@ from .. import networks
 from . import losses, token_labels
 from .errors import ADVICE, TeacherClassesError, TooFewClassesError, UnknownPolicyError
 from .images import ImagePipeline
+from .losses import Criterion
 from .metrics import Accuracy
 from .options import TOKEN_STRIDE, ClassificationSettings
 
@@ -166,7 +167,7 @@ class ClassificationTask(Task):
 
     # --- loss ---------------------------------------------------------------------------------------------------------
 
-    def _criterion(self, num_classes: int) -> "Criterion":
+    def _criterion(self, num_classes: int) -> Criterion:
         options, token_label = self.settings.augmentation, self.settings.token_label
         mixing = dict(prob=options.mixup_prob, switch_prob=options.mixup_switch_prob)
         if token_label.token_label:
