@@ -13,12 +13,11 @@ help:
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed"; exit 1; }
-	@# Debian packs ensurepip apart. Where it is missing, a pip outside can put one into the environment; root can fetch it.
+	@# Debian packs ensurepip apart. Where it is missing, a pip outside can put one into the environment.
 	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 \
 	|| { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; } \
-	|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "installing python3-venv, which $(VENV) needs" \
-	     && apt-get update -qq && apt-get install -y -qq python3-venv && $(PYTHON) -m venv --clear $(VENV); } \
-	|| { rm -rf $(VENV); echo "cannot make $(VENV): python -m venv needs pip; on Debian: apt install python3-venv"; exit 1; }
+	|| { rm -rf $(VENV); echo "cannot create $(VENV): $(PYTHON) -m venv found no pip. On Debian and Ubuntu, run as root:"; \
+	     $(PYTHON) -c 'import sys; print("  apt-get install python%d.%d-venv" % sys.version_info[:2])'; exit 1; }
 
 $(VENV)/.requirements: requirements.txt | $(BIN)/python
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt

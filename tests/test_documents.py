@@ -1,6 +1,7 @@
-"""What README and TRAINING say of models, recipes, commands and faults is what the repository holds."""
+"""Numbers, recipes, commands, links and paths in the documents are those of the repository."""
 import re
 import shlex
+import sys
 from decimal import ROUND_HALF_UP, Decimal
 
 import pytest
@@ -11,11 +12,34 @@ import models  # noqa: F401
 from helpers import ROOT
 from helpers.costs import ALL as COSTS
 from helpers.published import gmacs
-from training import options
 
-README, TRAINING, INSTALL = ((ROOT / f"{name}.md").read_text() for name in ("README", "TRAINING", "INSTALL"))
-DOCUMENTS = {"README.md": README, "TRAINING.md": TRAINING, "INSTALL.md": INSTALL}
+PATHS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
+DOCUMENTS = {str(path.relative_to(ROOT)): path.read_text() for path in PATHS}
+README, TRAINING = DOCUMENTS["README.md"], DOCUMENTS["TRAINING.md"]
 SMALLEST = "biformer_nano"
+
+
+def parse(words):
+    """Read the words of a command line of main.py; raises where it is not understood."""
+    from training import options
+
+    return options.parse(words)
+
+
+def parse_overrides(words, monkeypatch):
+    """Read the words of a command line of hydra_main.py, and the command lines of main.py that it stands for."""
+    import hydra_main
+
+    monkeypatch.setattr(sys, "argv", ["hydra_main.py", *words])
+    for order in hydra_main.read_orders():
+        parse(order.argv)
+
+
+# --- Markdown -------------------------------------------------------------------------------------------------------
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def table(text, first_column):
@@ -26,13 +50,9 @@ def table(text, first_column):
     rows = {}
     for line in lines:
         if not line.startswith("|"):
-            return rows
-        rows[cells(line)[0].split()[0]] = dict(zip(titles, cells(line), strict=True))
+            break
+        rows[cells(line)[0].split()[0].strip("`")] = dict(zip(titles, cells(line), strict=True))
     return rows
-
-
-def cells(line):
-    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def section(text, heading):
@@ -40,14 +60,49 @@ def section(text, heading):
     return re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#+ |\Z)", text, re.M | re.S).group(1)
 
 
-def linked_recipe(cell):
-    """The path in `[text](path)`, and the recipe there."""
-    path = re.search(r"\((.+)\)", cell).group(1)
-    return path, yaml.safe_load((ROOT / path).read_text())
+def blocks(text):
+    """What stands in a document between fences without a language: commands, and what they print."""
+    return "".join(re.findall(r"^```\n(.*?)^```", text, re.M | re.S))
+
+
+def without_blocks(text):
+    return re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+
+
+def anchors(text):
+    """GitHub's anchors of a document's headings."""
+    headings = re.findall(r"^#+ (.+)$", without_blocks(text), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def commands(program):
+    """The words behind a program in the documents' command lines, each line once."""
+    found = {}
+    for line in "\n".join(blocks(text) for text in DOCUMENTS.values()).replace("\\\n", " ").splitlines():
+        if re.match(r"(\w+=\S+ +)*(python|torchrun|routedvit) ", line):
+            words = shlex.split(line, comments=True)
+            at = words.index(program) + 1 if program in words else len(words)
+            if words[at:] not in ([], ["..."], ["--help"]):
+                found[" ".join(words)] = words[at:]
+    return [pytest.param(words, id=line) for line, words in found.items()]
+
+
+def routed_commands():
+    """The words behind the package's command, as `routedvit` or `-m routedvit`: those of main.py."""
+    return [param for param in commands("routedvit") if re.match(r"routedvit |.* -m routedvit ", param.id)]
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
 
 
 def rounded(value, digits):
     return str(Decimal(str(value)).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP))
+
+
+def linked_recipe(cell):
+    """The path in `[text](path)`, and the recipe there."""
+    path = re.search(r"\((.+)\)", cell).group(1)
+    return path, yaml.safe_load((ROOT / path).read_text())
 
 
 MODELS = table(README, "model")
@@ -76,7 +131,10 @@ def test_costs_of_the_smallest_model():
 def test_published_accuracy_is_the_same_everywhere(name):
     path, _ = linked_recipe(RECIPES[name]["recipe"])
     in_recipe = re.search(r"([\d.]+) % published", (ROOT / path).read_text()).group(1)
-    assert MODELS[name]["Acc@1, published"] == RECIPES[name]["Acc@1 (the paper's)"] == in_recipe
+    assert MODELS[name]["Acc@1, published"] == RECIPES[name]["Acc@1, published"] == in_recipe
+
+
+# --- recipes --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rows", [MODELS, RECIPES], ids=["README", "TRAINING"])
@@ -85,70 +143,59 @@ def test_recipes_are_those_of_their_rows(rows):
         assert linked_recipe(row["recipe"])[1]["model"] == name
 
 
-# How the documents say what a recipe does, and the recipe's key for it.
-PHRASES = {
-    "epochs": r"([\d.]+) epochs at",
-    "input_size": r"epochs at ([\d.]+)",
-    "lr": r"learning rate ([\d.e-]+) for 512 images",
-    "weight_decay": r"weight decay ([\d.]+)",
-    "min_lr": r"cosine schedule to ([\d.e-]+)",
-    "warmup_epochs": r"([\d.]+) epochs of warm-up",
-    "warmup_lr": r"warm-up from ([\d.e-]+)",
-    "mixup": r"mixup ([\d.]+)",
-    "cutmix": r"cutmix ([\d.]+)",
-    "reprob": r"random erasing ([\d.]+)",
-    "smoothing": r"label smoothing ([\d.]+)",
-    "model_ema_decay": r"EMA of the weights with decay ([\d.]+)",
-    "clip_grad": r"gradient clipping ([\d.]+)",
-}
+def value_of(cell):
+    """A number, a boolean or a word. YAML alone would read 1e-5 as a word."""
+    try:
+        return float(cell)
+    except ValueError:
+        return yaml.safe_load(cell)
 
 
-def settings(text):
-    """What a description of a recipe says, by the recipe's keys."""
-    found = {key: re.findall(pattern, text) for key, pattern in PHRASES.items()}
-    assert all(len(values) <= 1 for values in found.values()), found
-    return {key: float(values[0]) for key, values in found.items() if values}
+NOT_FLAGS = ("Acc@1, published", "recipe")
 
 
-def described_recipes():
-    """What TRAINING says of each model's recipe."""
-    text = section(TRAINING, "ImageNet-1K")
-    common = settings(text[: text.index("| model |")])
-    described, difference = {}, ""
-    for name, row in RECIPES.items():
-        cell = row["differs from BiFormer's recipe in"]
-        difference = difference if cell == "the same" else cell
-        changes = settings(difference)
-        assert len(changes) == (difference.count(",") + 1 if difference else 0), f"not understood: {difference}"
-        described[name] = dict(common, **changes, drop_path=float(row["stochastic depth"]))
-    return described
+@pytest.mark.parametrize("name", COSTS)
+def test_recipe_is_as_described(name):
+    """Everything that the two tables of TRAINING say, and nothing else."""
+    common = {flag: value_of(row["value"]) for flag, row in table(section(TRAINING, "ImageNet-1K"), "flag").items()}
+    row = {title: value_of(cell) for title, cell in RECIPES[name].items() if title not in NOT_FLAGS}
+    described = {key: value for key, value in {**common, **row}.items() if value is not None}
+    assert described == linked_recipe(RECIPES[name]["recipe"])[1]
 
 
-@pytest.mark.parametrize("name,described", described_recipes().items())
-def test_recipe_is_as_described(name, described):
-    recipe = linked_recipe(RECIPES[name]["recipe"])[1]
-    assert {key: recipe.get(key) for key in described} == described
-    assert set(PHRASES) - {"clip_grad"} <= set(described)
-    # Beyond what is described, every recipe is BiFormer's.
-    base = yaml.safe_load((ROOT / "configs" / "train" / "biformer_tiny.yaml").read_text())
-    differing = {key for key in {*recipe, *base} if recipe.get(key) != base.get(key)}
-    assert differing <= {"model", *described}
+# --- commands -------------------------------------------------------------------------------------------------------
 
 
-def commands(text):
-    """What stands behind main.py in the command blocks of a document."""
-    blocks = "\n".join(re.findall(r"^```\n(.*?)^```", text, re.M | re.S)).replace("\\\n", " ")
-    lines = [shlex.split(line, comments=True) for line in blocks.splitlines() if re.search(r"(?<!\w)main\.py", line)]
-    found = [line[line.index("main.py") + 1 :] for line in lines]
-    return [words for words in found if words != ["..."]]
-
-
-@pytest.mark.parametrize(
-    "words", [w for text in (README, TRAINING) for w in commands(text)], ids=lambda words: " ".join(words[:4])
-)
+@pytest.mark.parametrize("words", commands("main.py") + routed_commands())
 def test_commands_are_understood(words, monkeypatch):
     monkeypatch.chdir(ROOT)
-    options.parse([word.replace("/MODEL.yaml", "/biformer_tiny.yaml") for word in words])
+    parse([word.replace("/MODEL.yaml", "/biformer_tiny.yaml") for word in words])
+
+
+@pytest.mark.parametrize("words", commands("hydra_main.py"))
+def test_overrides_are_understood(words, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    words = [word.replace("${CLUSTER_ID}", "default") for word in words]
+    parse_overrides([*words, f"hydra.sweep.dir={tmp_path}"], monkeypatch)
+
+
+SCRIPTS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "scripts").glob("*.py"))]
+
+
+@pytest.mark.parametrize("words", [param for script in SCRIPTS for param in commands(script)])
+def test_scripts_have_the_flags_that_they_are_given(words, request):
+    (script,) = (script for script in SCRIPTS if script in request.node.name)
+    source = (ROOT / script).read_text()
+    for word in words:
+        assert not word.startswith("--") or f'"{word}"' in source, word
+
+
+def test_make_has_what_it_is_asked_for():
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+    for name, text in DOCUMENTS.items():
+        in_blocks = re.findall(r"^make ([a-z-]+)", blocks(text), re.M)
+        for target in in_blocks + re.findall(r"`make ([a-z-]+)`", text):
+            assert target in targets, f"{name}: make {target}"
 
 
 def test_evaluation_output_has_no_figures():
@@ -156,25 +203,52 @@ def test_evaluation_output_has_no_figures():
     assert "* Acc@1 ACC1 Acc@5 ACC5 loss LOSS" in section(TRAINING, "Evaluation")
 
 
+# --- records --------------------------------------------------------------------------------------------------------
+
+
 def test_faults_are_those_of_the_record():
-    text, record = section(README, "Reliability"), (ROOT / "benchmarks" / "faults.md").read_text()
+    text, record = DOCUMENTS["docs/reliability.md"], (ROOT / "benchmarks" / "faults.md").read_text()
     rows, recorded = ([line for line in t.splitlines() if line.startswith("|")] for t in (text, record))
     assert sorted(rows) == sorted(recorded) and rows[-1] == recorded[-1]
     assert record.splitlines()[-1] in text
 
 
-def anchors(text):
-    """GitHub's anchors of a document's headings."""
-    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
-    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+def test_readme_is_a_landing_page():
+    assert len(README.split()) <= 1000
+
+
+# --- links and paths ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name,text", DOCUMENTS.items(), ids=list(DOCUMENTS))
 def test_links_lead_somewhere(name, text):
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
-    assert links
-    for link in links:
+    here = (ROOT / name).parent
+    for link in re.findall(r"\]\(([^)]+)\)", without_blocks(text)):
         path, _, anchor = link.partition("#")
-        assert not path or (ROOT / path).exists(), link
+        if link.startswith("http"):
+            continue
+        target = (here / path).resolve() if path else ROOT / name
+        assert target.exists(), link
         if anchor:
-            assert anchor in anchors(DOCUMENTS[path or name]), link
+            assert anchor in anchors(DOCUMENTS[str(target.relative_to(ROOT))]), link
+
+
+# Folders whose files the documents name.
+FOLDERS = "ops|models|storage|training|tasks|scripts|configs|docs|benchmarks|package|tests|.ci"
+
+
+@pytest.mark.parametrize("name,text", DOCUMENTS.items(), ids=list(DOCUMENTS))
+def test_paths_are_there(name, text):
+    """But for those with a name for the reader to fill in, in capitals, and one that he is told to make."""
+    for path in re.findall(rf"`((?:{FOLDERS})/[\w./-]*)`", text):
+        if not re.search(r"[A-Z]{2}|/mine\.yaml$", path):
+            assert (ROOT / path).exists(), path
+
+
+def test_every_file_and_folder_of_the_root_is_in_the_tree():
+    tree = {line.split()[0].rstrip("/") for line in section(README, "Files").splitlines() if "  " in line}
+    for entry in tree:
+        assert (ROOT / entry).exists(), entry
+    generated = {"outputs", "data", "checkpoints", "build", "dist", "__pycache__"}
+    folders = {p.name for p in ROOT.iterdir() if p.is_dir() and not re.match(r"\.|.*\.egg-info$", p.name)} - generated
+    assert tree == folders | {path.name for path in ROOT.glob("*.py")}
