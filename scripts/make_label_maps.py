@@ -13,7 +13,7 @@ scores over class indices in float16 (float32 for more classes than float16 can 
 a map leaves out for scores of 0; so that this comes to the teacher's own probabilities, scores are its logits less the
 logarithm of the mean exponential of those left out.
 
-Started again it goes on where it was interrupted: maps that are there are kept.
+It resumes where it was interrupted: maps that are there are kept.
 """
 import argparse
 import math
@@ -30,10 +30,13 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import datasets
-from engine import Numerics
+from tasks.classification.images import ImagePipeline
 from tasks.classification.token_labels import label_map_dtype, label_map_path
-from tasks.networks import check_model, create_teacher, model_data_config
-from utils import UserError, run_script, start_process
+from tasks.networks import PretrainedClassesError, check_model, create_teacher
+from training.distributed import Distributed, init_distributed
+from training.options import LoaderOptions
+from training.precision import Precision
+from utils import UserError, replace_file, run_script
 
 
 def dense_logits(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -83,13 +86,8 @@ def label_maps(logits: torch.Tensor, topk: int) -> torch.Tensor:
 
 def save(path: Path, label_map: torch.Tensor):
     """Write one map so that `path` is never half written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        torch.save(label_map.clone(), temporary)  # a view would bring its whole batch along
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    label_map = label_map.clone()  # a view would bring its whole batch along
+    replace_file(path, lambda file: torch.save(label_map, file))
 
 
 def missing_maps(images: list[Path], output: Path) -> tuple[list[int], list[Path]]:
@@ -106,49 +104,38 @@ def missing_maps(images: list[Path], output: Path) -> tuple[list[int], list[Path
     return missing, [paths[i] for i in missing]
 
 
+def load_teacher(args: argparse.Namespace, num_classes: int, distributed: Distributed) -> torch.nn.Module:
+    """The teacher on the device, in evaluation mode."""
+    try:
+        teacher = create_teacher(args.model, num_classes, args.input_size, args.checkpoint, args.model_key)
+    except PretrainedClassesError as error:
+        raise UserError(f"{error}; give a teacher of these classes by --checkpoint") from error
+    return teacher.eval().to(distributed.device)
+
+
 @torch.inference_mode()
 def make(args: argparse.Namespace):
     """Make the maps that are missing; prints how many there are, and how often they agree with the folders."""
     check_model(args.model)
-    process = start_process(args.device)
-    config = model_data_config(args.model)
-    transform = datasets.build_transform(
-        train=False,
-        input_size=args.input_size,
-        mean=config["mean"],
-        std=config["std"],
-        interpolation=config["interpolation"],
-        crop_pct=1.0,
-        crop_mode="squash",
-    )
+    distributed = init_distributed(args.device)
+    images = ImagePipeline(args.model, args.input_size, crop_pct=1.0, crop_mode="squash")
     # An image that is skipped gets no map, rather than the next one's.
-    on_bad = "mask" if args.skip_bad_images else "raise"
-    dataset = datasets.build_dataset("image_folder", args.data_path, args.split, transform, on_bad=on_bad)
+    on_error = "mask" if args.skip_bad_images else "raise"
+    dataset = datasets.build_dataset("image_folder", args.data_path, args.split, images.transform(), on_error=on_error)
     folder = Path(dataset.source.root)
-    images = [Path(path).relative_to(folder) for path, _ in dataset.source.samples]
-    indices, paths = missing_maps(images, args.output)
-    print(f"{len(images)} images in {folder}, {len(images) - len(indices)} of which have a map in {args.output}")
+    files = [Path(path).relative_to(folder) for path, _ in dataset.source.samples]
+    indices, paths = missing_maps(files, args.output)
+    print(f"{len(files)} images in {folder}, {len(files) - len(indices)} of which have a map in {args.output}")
     if not indices:
         return
     args.output.mkdir(parents=True, exist_ok=True)
-    advice = "give a teacher of these classes by --checkpoint"
-    teacher = create_teacher(
-        args.model, len(dataset.classes), args.input_size, args.checkpoint, args.model_key, advice
-    )
-    teacher.eval().to(process.device)
-    loader = datasets.build_loader(
-        Subset(dataset, indices),
-        train=False,
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        device=process.device,
-        mean=config["mean"],
-        std=config["std"],
-    )
-    numerics = Numerics.on(process.device, args.amp)
+    teacher = load_teacher(args, len(dataset.classes), distributed)
+    loader_options = LoaderOptions(batch_size=args.batch_size, num_workers=args.num_workers)
+    loader = images.loader(Subset(dataset, indices), loader_options, distributed)
+    precision = Precision.on(distributed.device, args.amp)
     made = agree = 0
     for batch, (pictures, targets) in enumerate(tqdm(loader, desc="label maps", disable=not sys.stderr.isatty())):
-        with numerics.autocast():
+        with precision.autocast():
             logits = dense_logits(teacher, pictures)
         agree += int((logits.float().mean(dim=(2, 3)).argmax(dim=1) == targets).sum())
         maps = label_maps(logits, args.topk).cpu()
@@ -170,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="where the maps go")
     parser.add_argument("--model", required=True, help="the teacher: any model that timm knows, ours included")
     parser.add_argument("--checkpoint", help="its weights, file or URL (default: its published ones)")
-    parser.add_argument("--model_key", help="which weights of a checkpoint to take, model_ema say")
+    parser.add_argument("--model_key", help="which weights of a checkpoint to take, for example model_ema")
     parser.add_argument("--input_size", default=576, type=int, help="side that the images are resized to")
     parser.add_argument("--topk", default=5, type=int, help="classes to keep at each position")
     parser.add_argument("--batch_size", default=32, type=int)

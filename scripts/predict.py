@@ -23,12 +23,21 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import datasets
-from engine import Numerics
-from storage.weights import read_checkpoint
-from tasks.networks import build_model, check_model, load_checkpoint, model_data_config, size_kwargs
-from training.checkpoints import translate_weights_errors
-from training.options import image_size
-from utils import UsageError, UserError, replace_file, run_script, start_process
+from tasks.classification.images import ImagePipeline
+from tasks.classification.options import image_size
+from tasks.networks import (
+    PretrainedWeightsError,
+    build_model,
+    check_model,
+    load_checkpoint,
+    model_data_config,
+    read,
+    size_kwargs,
+)
+from training.distributed import init_distributed
+from training.options import LoaderOptions
+from training.precision import Precision
+from utils import UsageError, UserError, replace_file, run_script
 
 
 class Images(Dataset):
@@ -72,7 +81,7 @@ def recipe_of(checkpoint: dict[str, Any], model: str | None) -> dict[str, Any]:
     if model is not None and model != recipe.get("model"):
         return dict(model=model)
     if "model" not in recipe:
-        raise UsageError("the checkpoint does not say which model it is of; give --model")
+        raise UsageError("the checkpoint does not say which model it belongs to; give --model")
     return recipe
 
 
@@ -99,15 +108,17 @@ def load_network(args: argparse.Namespace) -> tuple[torch.nn.Module, dict[str, A
     """The network, its recipe, and the checkpoint that it came from, which is empty for published weights."""
     if args.checkpoint is None and args.model is None:
         raise UsageError("give --checkpoint FILE, or --model NAME for published weights")
-    with translate_weights_errors():
-        checkpoint = read_checkpoint(args.checkpoint) if args.checkpoint else {}
+    checkpoint = read(args.checkpoint) if args.checkpoint else {}
     recipe = recipe_of(checkpoint, args.model)
     check_model(recipe["model"])
     kwargs = size_kwargs(recipe["model"], input_size(recipe, args.input_size)) | (recipe.get("model_kwargs") or {})
     num_classes = args.nb_classes or recipe.get("nb_classes") or len(checkpoint.get("classes") or ())
     if num_classes:
         kwargs["num_classes"] = num_classes
-    model = build_model(recipe["model"], args.checkpoint is None, kwargs)
+    try:
+        model = build_model(recipe["model"], args.checkpoint is None, kwargs)
+    except PretrainedWeightsError as error:
+        raise UserError(f"{error}; --checkpoint takes a file of weights") from error
     if args.checkpoint:
         load_checkpoint(model, checkpoint, args.checkpoint, args.model_key)
     return model, recipe, checkpoint
@@ -121,33 +132,16 @@ def predict(args: argparse.Namespace) -> Iterator[tuple[Path, list[tuple[str, fl
         UserError: The weights or an image cannot be read.
     """
     paths = find_images(args.images)
-    process = start_process(args.device)
+    distributed = init_distributed(args.device)
     model, recipe, checkpoint = load_network(args)
-    model.eval().to(process.device)
+    model.eval().to(distributed.device)
     names = class_names(checkpoint, model.num_classes)
-    config = model_data_config(recipe["model"])
-    transform = datasets.build_transform(
-        train=False,
-        input_size=input_size(recipe, args.input_size),
-        mean=config["mean"],
-        std=config["std"],
-        interpolation=config["interpolation"],
-        crop_pct=recipe.get("crop_pct") or config["crop_pct"],
-        crop_mode=config["crop_mode"],
-    )
-    loader = datasets.build_loader(
-        Images(paths, transform),
-        train=False,
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        device=process.device,
-        mean=config["mean"],
-        std=config["std"],
-    )
-    numerics = Numerics.on(process.device, args.amp)
-    for images, indices in loader:
-        with numerics.autocast():
-            logits = model(images)
+    images = ImagePipeline(recipe["model"], input_size(recipe, args.input_size), recipe.get("crop_pct"))
+    loader_options = LoaderOptions(batch_size=args.batch_size, num_workers=args.num_workers)
+    precision = Precision.on(distributed.device, args.amp)
+    for batch, indices in images.loader(Images(paths, images.transform()), loader_options, distributed):
+        with precision.autocast():
+            logits = model(batch)
         top = logits.float().softmax(dim=1).topk(min(args.topk, logits.shape[1]))
         for index, values, classes in zip(indices.tolist(), top.values.tolist(), top.indices.tolist(), strict=True):
             yield paths[index], [(names[c], value) for c, value in zip(classes, values, strict=True)]
@@ -179,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
     parser.add_argument("--checkpoint", help="the weights, file or URL (default: the published ones of --model)")
     parser.add_argument("--model", help="any model that timm knows, ours included (default: the checkpoint's)")
-    parser.add_argument("--model_key", help="which weights of a checkpoint to take, model_ema say")
+    parser.add_argument("--model_key", help="which weights of a checkpoint to take, for example model_ema")
     parser.add_argument("--nb_classes", type=int, help="where the weights are of another number than the model's own")
     parser.add_argument("--input_size", type=image_size, metavar="PIXELS",
                         help="side of the image, or HEIGHTxWIDTH (default: the checkpoint's)")

@@ -39,7 +39,7 @@ class OptimizerOptions(Group):
     lr: float = flag(5e-4, "learning rate for a global batch of 512 images; scaled with it", type=float, check=positive)
     weight_decay: float = flag(0.05, "weight decay", type=float, check=not_negative)
     decay_groups: str = flag(
-        "timm", "what has no weight decay: biases, norms and what the model names (timm), layer norms alone, or nothing",
+        "timm", "what has no weight decay: biases, norms and what the model names (timm), layer norms alone, nothing",
         choices=["timm", "layernorm", "none"],
     )
     layer_decay: float | None = flag(None, "factor of the learning rate from one layer to the one before it",
@@ -146,8 +146,8 @@ class CheckpointOptions(Group):
                                             metavar="MINUTES", check=positive)
     keep_checkpoints: int = flag(2, "how many of the newest checkpoints to keep", type=int, metavar="N",
                                  check=at_least(1))
-    best_metric: str | None = flag(None, "what best.pth is best at; ema_METRIC: of the EMA weights (default: the task's "
-                                         "first metric)", metavar="METRIC")
+    best_metric: str | None = flag(None, "what best.pth is best at; ema_METRIC: of the EMA weights (default: the "
+                                         "task's first metric)", metavar="METRIC")
     log_every: int = flag(50, "steps between two log lines", type=int, metavar="STEPS", check=at_least(1))
 
     def check(self):

@@ -201,8 +201,9 @@ def training_sampler(dataset: Dataset, distributed: Distributed, repeats: int = 
     A data set that is not to be read in any order has a method `sampler(world_size, rank, repeats)` of its own.
     """
     world_size, rank = distributed.world_size, distributed.rank
-    if hasattr(dataset, "sampler"):
-        return dataset.sampler(world_size, rank, repeats)
+    own_sampler = getattr(dataset, "sampler", None)
+    if own_sampler is not None:
+        return own_sampler(world_size, rank, repeats)
     if repeats > 1:
         # by default the sampler rounds down to a multiple of 256 samples, most of a small data set
         return RepeatAugSampler(dataset, world_size, rank, num_repeats=repeats, selected_round=0)
