@@ -192,6 +192,11 @@ class Settings:
             self.schedule.check_warmup()
         self.check()
 
+    @property
+    def name(self) -> str:
+        """What the run is called: its model's name."""
+        raise NotImplementedError
+
     def check(self):
         """Raises UsageError where groups contradict each other; for a task to extend."""
 

@@ -75,9 +75,9 @@ class Task(ABC):
         """Raises UsageError where the settings name a model that does not exist; needs no data and no device."""
 
     @property
-    @abstractmethod
     def name(self) -> str:
         """What the run is called: the model's name."""
+        return self.settings.name
 
     @abstractmethod
     def dataset(self, split: str) -> Dataset:

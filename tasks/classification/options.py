@@ -151,6 +151,10 @@ class ClassificationSettings(Settings):
     distillation: DistillationOptions
     token_label: TokenLabelOptions
 
+    @property
+    def name(self) -> str:
+        return self.model.model
+
     def check(self):
         weights = [self.checkpoint.resume, self.checkpoint.finetune, self.model.load_release]
         if self.evaluation.eval and not any(weights):

@@ -54,10 +54,6 @@ class ClassificationTask(Task):
         if settings.distillation.teacher_model:
             networks.check_model(settings.distillation.teacher_model)
 
-    @property
-    def name(self) -> str:
-        return self.settings.model.model
-
     # --- data ---------------------------------------------------------------------------------------------------------
 
     def dataset(self, split: str) -> datasets.ImageDataset | Dataset:
