@@ -1,20 +1,31 @@
 """One epoch of training of any task, and the evaluation of any task."""
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
+from typing import Protocol
 
 import torch
 from timm.scheduler.scheduler import Scheduler
 from tqdm import tqdm
 
-from training.distributed import Distributed
+from training.data.loader import EpochLoader, report_skipped
+from training.distributed import share_statistics
 from training.log import Meter, RunLog, check_finite, is_watched, log_line
-from training.precision import Precision
 from training.run import Run
 from training.task import Batch, Task
 from utils import seed_everything
+
+
+class Saver(Protocol):
+    """What is called while a run trains, to save it; `training.checkpoints.Checkpointer`."""
+
+    def after_step(self, meter: Meter):
+        """After each optimizer step; what it raises ends the epoch."""
+
+    def after_epoch(self, meter: Meter):
+        """After the last step of an epoch, before its evaluation."""
 
 
 @dataclass
@@ -26,8 +37,6 @@ class Trainer:
         run: What is trained, and where it is.
         network: The run's model with its wrappers.
         schedule: The learning rate of any optimizer step.
-        distributed: This process.
-        precision: The precision of the forward pass.
         log: Where curves go.
         seed: The run's.
         update_freq: Batches per optimizer step; batches at the end of an epoch that make no whole step are left out.
@@ -39,50 +48,59 @@ class Trainer:
     run: Run
     network: torch.nn.Module
     schedule: Scheduler
-    distributed: Distributed
-    precision: Precision
     log: RunLog
     seed: int = 0
     update_freq: int = 1
     clip_grad: float | None = None
     log_every: int = 50
 
-    def train_epoch(self, loader: Iterable[Batch], after_step: Callable[[Meter], None] = lambda meter: None) -> Meter:
+    def train_epoch(self, loader: EpochLoader, saver: Saver | None = None) -> dict[str, float]:
         """Train for one epoch, or for the rest of one.
 
         All random generators are seeded at every step from the seed, the epoch, the step and the rank: a run that
         resumes at any step draws what it would have drawn.
 
         Args:
-            loader: Batches on the device, from the first one of the run's current step on.
-            after_step: Called after each optimizer step; what it raises ends the epoch.
+            loader: Batches on the device.
+            saver: Saves the run.
 
         Returns:
-            The losses and times of the epoch.
+            "loss" (mean over the epoch and the processes) and its parts, "images_per_second", "seconds", and the last
+            "lr".
 
         Raises:
             NonFiniteLossError: At the next log line after the loss was lost; at the end of the epoch if the weights
                 were.
         """
-        self.network.train()
-        clock, meter = self.run.clock, Meter(self.distributed, self.run.meter)
+        meter = Meter(self.task.distributed, self.run.meter)
+        if not self.run.clock.epoch_is_over:
+            with report_skipped(loader.dataset, self.task.distributed, self.task.distributed.is_main):
+                self._train_steps(loader, meter, saver)
+            share_statistics(self.run.model, self.run.ema, self.task.distributed)
+            if saver is not None:
+                saver.after_epoch(meter)
+        return meter.epoch_means()
+
+    def _train_steps(self, loader: EpochLoader, meter: Meter, saver: Saver | None):
+        clock = self.run.clock
+        loader.set_epoch(clock.epoch, first_batch=clock.step * self.update_freq)
+        batches = iter(islice(loader, (clock.epoch_steps - clock.step) * self.update_freq))
         bar = tqdm(
             total=clock.epoch_steps, initial=clock.step, desc=f"epoch {clock.epoch}", leave=False,
-            disable=not is_watched(self.distributed),
+            disable=not is_watched(self.task.distributed),
         )
+        self.network.train()
         self.run.optimizer.zero_grad()
-        batches = iter(islice(loader, (clock.epoch_steps - clock.step) * self.update_freq))
-        # An epoch that is over reads no batch: it would start the data loading processes.
         while not clock.epoch_is_over:
             self._train_step(batches, meter)
             clock.advance()
             bar.update()
             if clock.step % self.log_every == 0 or clock.epoch_is_over:
                 self._write_log_line(meter)
-            after_step(meter)
+            if saver is not None:
+                saver.after_step(meter)
         bar.close()
         check_finite(self.run.model, clock.epoch)
-        return meter
 
     def _train_step(self, batches: Iterable[Batch], meter: Meter):
         """Take one optimizer step, on `update_freq` batches."""
@@ -92,7 +110,7 @@ class Trainer:
             batch = next(batches)
             data_seconds = time.perf_counter() - start
             if micro_batch == 0:
-                seed_everything(self.seed, clock.epoch, clock.step, self.distributed.rank)
+                seed_everything(self.seed, clock.epoch, clock.step, self.task.distributed.rank)
                 self.schedule.step_update(clock.global_step)
             losses = self._backward(batch, is_last=micro_batch == self.update_freq - 1)
             meter.add(losses, self.task.count(batch), data_seconds, clock.global_step, self._learning_rate())
@@ -100,8 +118,8 @@ class Trainer:
 
     def _backward(self, batch: Batch, is_last: bool) -> dict[str, torch.Tensor]:
         """Add the gradients of one batch, all-reduced with the last micro-batch of a step; returns its losses."""
-        with self.network.no_sync() if self.distributed.is_distributed and not is_last else nullcontext():
-            with self.precision.autocast():
+        with self.network.no_sync() if self.task.distributed.is_distributed and not is_last else nullcontext():
+            with self.task.precision.autocast():
                 loss, parts = self.task.loss(self.network, batch)
             self.run.scaler.scale(loss / self.update_freq).backward()
         return dict(parts, loss=loss.detach())
@@ -126,29 +144,27 @@ class Trainer:
         values = meter.read(clock.epoch)
         self.log.scalars("train", values, clock.global_step)
         seconds_left = values["batch_seconds"] * self.update_freq * (clock.total - clock.global_step)
-        if self.distributed.is_main:
+        if self.task.distributed.is_main:
             tqdm.write(log_line(values, clock.epoch, clock.step, clock.epoch_steps, seconds_left))
 
 
 @torch.inference_mode()
-def evaluate(
-    task: Task, network: torch.nn.Module, loader: Iterable[Batch], distributed: Distributed, precision: Precision
-) -> dict[str, float]:
+def evaluate(task: Task, network: torch.nn.Module, loader: EpochLoader) -> dict[str, float]:
     """The metrics of a task and "images", their number, every image counted once.
 
     Args:
         task: Computes the metrics.
         network: The network, without wrappers but torch.compile's; processes may hold different numbers of batches.
         loader: Batches on the device.
-        distributed: This process, among those that share the images.
-        precision: The precision of the forward pass.
 
     Raises:
         UserError: There was no image to evaluate.
     """
     network.eval()
     evaluator = task.evaluator()
-    for batch in tqdm(loader, desc="evaluation", leave=False, disable=not is_watched(distributed)):
-        with precision.autocast():
-            evaluator.update(network, batch)
-    return evaluator.compute(distributed)
+    is_main = task.distributed.is_main
+    with report_skipped(loader.dataset, task.eval_processes, is_main):
+        for batch in tqdm(loader, desc="evaluation", leave=False, disable=not is_watched(task.distributed)):
+            with task.precision.autocast():
+                evaluator.update(network, batch)
+    return evaluator.compute(task.eval_processes)

@@ -8,9 +8,19 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
+from utils import UsageError
+
 LR_BATCH = 512
 # Optimizers that torch steps in one pass over the weights: biformer_small's adamw takes a sixth of the time on a CPU.
 _FUSED = ("adam", "adamw", "sgd")
+
+
+class OptimizerError(UsageError):
+    """An optimizer cannot be used with these arguments, or not at all here."""
+
+
+class ScheduleError(UsageError):
+    """A learning rate schedule would start or end above its own peak."""
 
 
 def scaled_lr(lr: float, global_batch: int) -> float:
@@ -57,13 +67,22 @@ def create_optimizer(
         decay_groups: What has no weight decay: "timm" (biases, norms, and what the model names), or as in
             `parameter_groups`.
         kwargs: `eps` and `betas` where they are not the optimizer's own.
+
+    Raises:
+        OptimizerError: The optimizer does not take these arguments, or needs second derivatives.
     """
     if opt in _FUSED:
         kwargs = dict(fused=True, **kwargs)
     parameters = model if decay_groups == "timm" else parameter_groups(model, weight_decay, decay_groups)
-    return create_optimizer_v2(
-        parameters, opt=opt, lr=lr, weight_decay=weight_decay, momentum=momentum, layer_decay=layer_decay, **kwargs
-    )
+    try:
+        optimizer = create_optimizer_v2(
+            parameters, opt=opt, lr=lr, weight_decay=weight_decay, momentum=momentum, layer_decay=layer_decay, **kwargs
+        )
+    except (AssertionError, ImportError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise OptimizerError(f"the optimizer {opt} cannot be used so: {error}") from error
+    if getattr(optimizer, "is_second_order", False):
+        raise OptimizerError(f"the optimizer {opt} needs second derivatives, which no training here computes")
+    return optimizer
 
 
 @dataclass(frozen=True)
@@ -89,6 +108,17 @@ class Schedule:
     power: float = 1.0
     milestones: Sequence[int] = ()
     decay_rate: float = 0.1
+
+    def check(self, lr: float):
+        """Raises ScheduleError where the schedule would start or end above `lr`, the learning rate of its peak."""
+        ends = dict(warmup_lr=self.warmup_lr if self.warmup else 0.0)
+        if self.kind != "step":
+            ends.update(min_lr=self.min_lr)
+        for name, value in ends.items():
+            if value > lr:
+                raise ScheduleError(f"{name} {value:g} is above the learning rate of this batch size, {lr:.3g}")
+        if self.warmup >= self.total:
+            raise ScheduleError(f"a warm-up of {self.warmup} steps leaves nothing of the run's {self.total}")
 
     def build(self, optimizer: torch.optim.Optimizer) -> Scheduler:
         """timm's scheduler, which `step_update(step)` moves to any step, from 0 up; it has no other state."""

@@ -3,7 +3,7 @@ from collections.abc import Mapping
 
 from utils import UserError
 
-from . import checkpoints, distributed, log, run, signals
+from . import checkpoints, distributed, log, run, signals, task
 
 ADVICE: Mapping[type[UserError], str] = {
     distributed.DeviceError: "--device auto takes what is there",
@@ -11,6 +11,7 @@ ADVICE: Mapping[type[UserError], str] = {
     checkpoints.LaterCheckpointsError: "take another --output_dir",
     checkpoints.NoFolderError: "give --output_dir",
     checkpoints.DamagedCheckpointError: "resume from the one before it, or download it again",
+    task.ShortEpochError: "lower --update_freq or --batch_size",
     run.NoRunError: "fine-tune from it with --finetune",
     run.NoEmaError: "resume with --model_ema false",
     run.OptimizerMismatchError: "--opt, --layer_decay, --decay_groups and --weight_decay must be as in that run",

@@ -108,11 +108,20 @@ def key_value(text: str) -> tuple[str, object]:
 # --- the parser -------------------------------------------------------------------------------------------------------
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Leaves out the default where there is none, or where the help says it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        says_default = action.default in (None, [], {}) or "(default" in (action.help or "")
+        return action.help if says_default else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """The parser of a settings class; raises `UsageError`, one line, where argparse would print its usage and exit."""
 
     def __init__(self, settings_class: type, **kwargs: Any):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+        usage = "%(prog)s [--config YAML] [--FLAG VALUE ...]"
+        super().__init__(usage=usage, formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
         self.add_argument("--config", metavar="YAML", help="recipe to start from; flags given here win over it")
         # Old launchers pass it; the environment says the same.
         self.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)

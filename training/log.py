@@ -143,6 +143,28 @@ def log_line(values: dict[str, float], epoch: int, step: int, steps: int, second
     )
 
 
+def print_plan(task: Any, run: Any, peak_lr: float, folder: Path):
+    """Print what is going to be trained.
+
+    Args:
+        task: A `training.task.Task`.
+        run: Its `training.run.Run`.
+        peak_lr: The learning rate after the warm-up.
+        folder: Where the run writes.
+    """
+    settings, clock, world_size = task.settings, run.clock, task.distributed.world_size
+    parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
+    classes = f", {task.num_classes} classes" if task.num_classes else ""
+    in_all = "" if settings.schedule.max_steps is None else f", {clock.total} steps in all"
+    lr, images = settings.optimizer.lr, run.global_batch
+    print(f"{task.name}: {parameters:.2f} M parameters{classes}, on {task.distributed.device}")
+    print(f"{clock.epochs} epochs of {clock.epoch_length} steps of {images} images{in_all}; writes to {folder}")
+    print(
+        f"global batch {images} = {settings.loader.batch_size} images x {world_size} processes "
+        f"x {settings.optimizer.update_freq} accumulated; learning rate {peak_lr:.3e} = {lr:g} x {images} / 512"
+    )
+
+
 def is_watched(distributed: Distributed) -> bool:
     """Whether to show a progress bar: to a person at a terminal; a log file gets plain lines alone."""
     return distributed.is_main and sys.stderr.isatty()

@@ -3,6 +3,7 @@
 A task adds groups of its own (`tasks/classification/options.py`), and checks there what concerns several groups.
 """
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,20 @@ class Settings:
     def name(self) -> str:
         """What the run is called: its model's name."""
         raise NotImplementedError
+
+    def best_metric(self, metrics: Sequence[str]) -> str:
+        """The name of the metric that decides which weights are the best, among a task's metrics; `ema_METRIC` too.
+
+        Raises:
+            UsageError: There is none of that name, or it is not measured.
+        """
+        names = [*metrics, *(f"ema_{name}" for name in metrics)]
+        best = self.checkpoint.best_metric or names[0]
+        if best not in names:
+            raise UsageError(f"--best_metric must be one of {', '.join(names)}, got {best}")
+        if best.startswith("ema_") and not (self.ema.model_ema and self.ema.model_ema_eval):
+            raise UsageError(f"--best_metric {best} needs --model_ema and --model_ema_eval")
+        return best
 
     def check(self):
         """Raises UsageError where groups contradict each other; for a task to extend."""

@@ -95,11 +95,6 @@ class BestMetric:
     name: str
     higher: bool = True
 
-    @classmethod
-    def of(cls, name: str, metrics: dict[str, bool]) -> "BestMetric":
-        """The metric `name` of a task, or `ema_NAME` for the EMA weights'."""
-        return cls(name, metrics[name.removeprefix("ema_")])
-
 
 @dataclass
 class Run:

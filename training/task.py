@@ -13,6 +13,7 @@ Optimizer, schedule, EMA, checkpoints, exact resume, logs, signals and processes
 """
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -26,6 +27,10 @@ from .options import Settings
 from .precision import Precision
 
 Batch = Any
+
+
+class ShortEpochError(UserError):
+    """An epoch has fewer batches than an optimizer step accumulates."""
 
 
 class Evaluator(Protocol):
@@ -57,6 +62,7 @@ class Task(ABC):
         eval_processes: The processes that share an evaluation.
         advice: What a user of the command line can do about the task's own errors, by their class.
         classes: Names of the classes, once a data set that knows them was opened; saved in checkpoints.
+        num_classes: Their number, where the task has classes.
     """
 
     settings_class: ClassVar[type[Settings]]
@@ -68,6 +74,7 @@ class Task(ABC):
         # The processes that share an evaluation; without sharing, each of them evaluates everything.
         self.eval_processes = distributed if settings.evaluation.dist_eval else distributed.alone()
         self.classes: list[str] | None = None
+        self.num_classes: int | None = None
 
     @classmethod
     @abstractmethod
@@ -128,6 +135,11 @@ class Task(ABC):
         """What a batch holds, for messages."""
         return "such input"
 
+    def dummy_loss(self, network: torch.nn.Module) -> torch.Tensor:
+        """The loss of a batch of zeros of the usual size."""
+        with self.precision.autocast():
+            return self.loss(network, self.dummy_batch(self.settings.loader.batch_size, train=True))[0]
+
     def count(self, batch: Batch) -> int:
         """The number of images in a batch."""
         return len(batch[0])
@@ -150,3 +162,31 @@ class Task(ABC):
             raise
         except (AssertionError, RuntimeError, ValueError) as error:
             raise UsageError(f"{self.name} cannot take {self.input_description}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Data:
+    """The loaders of a task's splits; None for a split that the run does not read."""
+
+    train_loader: EpochLoader | None
+    val_loader: EpochLoader | None
+
+    @classmethod
+    def of(cls, task: Task) -> "Data":
+        """The data of a run; no val where it does not evaluate.
+
+        Raises:
+            UserError: It cannot be opened, or is too small for a step.
+        """
+        train_set = task.dataset("train")
+        val_set = None if task.settings.evaluation.disable_eval else task.dataset("val")
+        train_loader = task.loader(train_set, train=True)
+        batches, update_freq = len(train_loader), task.settings.optimizer.update_freq
+        if batches < update_freq:
+            raise ShortEpochError(f"an optimizer step of {update_freq} batches is more than the {batches} of an epoch")
+        return cls(train_loader, None if val_set is None else task.loader(val_set, train=False))
+
+    @classmethod
+    def for_evaluation(cls, task: Task) -> "Data":
+        """The val split alone."""
+        return cls(None, task.loader(task.dataset("val"), train=False))

@@ -45,7 +45,6 @@ class ClassificationTask(Task):
         super().__init__(*args)
         model, augmentation = self.settings.model, self.settings.augmentation
         self.images = ImagePipeline(model.model, model.input_size, augmentation.crop_pct)
-        self.num_classes: int | None = None
         self.criterion: Any = None
 
     @classmethod

@@ -141,6 +141,10 @@ class EpochLoader:
         return len(self.loader)
 
     @property
+    def dataset(self) -> Dataset:
+        return self.loader.dataset
+
+    @property
     def sampler(self) -> Iterable:
         return self.loader.sampler
 
