@@ -1,5 +1,4 @@
 """What a model's registration says, and weights that were released outside of timm's hub."""
-import re
 from pathlib import Path
 
 import torch
@@ -37,16 +36,6 @@ def imagenet_cfg(**kwargs) -> dict:
     return common | kwargs
 
 
-def rename_published(state_dict: dict[str, torch.Tensor], renames: list[tuple[str, str]]) -> dict[str, torch.Tensor]:
-    """The entries of a published checkpoint under our names: every (pattern, replacement) in its turn."""
-    out = {}
-    for name, value in state_dict.items():
-        for pattern, replacement in renames:
-            name = re.sub(pattern, replacement, name)
-        out[name] = value
-    return out
-
-
 def _pass_the_file(variant: str) -> str:
     return (
         f"pass the file: timm.create_model({variant!r}, pretrained=True, "
@@ -66,7 +55,7 @@ def _check_has_weights(variant: str, cfg: PretrainedCfg):
     )
 
 
-def build_with_released_weights(model_cls: type[nn.Module], variant: str, pretrained: bool, **kwargs) -> nn.Module:
+def build_with_pretrained_weights(model_cls: type[nn.Module], variant: str, pretrained: bool, **kwargs) -> nn.Module:
     """timm's `build_model_with_cfg`, for weights that lie behind the `url` of a default config, or in a file.
 
     Takes a local file in timm's way: `create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=path))`.

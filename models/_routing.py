@@ -2,7 +2,7 @@
 import torch
 from torch import nn
 
-from ops import Routing
+from ._ops import Routing
 
 
 @torch.inference_mode()

@@ -9,20 +9,10 @@ from timm.layers import Mlp, calculate_drop_path_rates, register_notrace_module
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from ops import BiLevelRoutingAttention, conv_channels_last
-
-from ._layers import (
-    Block,
-    Downsample,
-    HierarchicalNetwork,
-    Stage,
-    Stem,
-    build_hierarchical,
-    check_divides,
-    check_per_stage,
-    rename_biformer,
-    split_qkv,
-)
+from ._checkpoints import rename_biformer
+from ._hierarchical import HierarchicalNetwork, Stage, build_hierarchical
+from ._layers import Block, Downsample, Stem, check_divides, check_per_stage, split_qkv
+from ._ops import BiLevelRoutingAttention, conv_channels_last
 from ._pretrained import imagenet_cfg
 
 __all__ = ["BiFormer"]

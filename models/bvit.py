@@ -24,8 +24,9 @@ from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import nn
 
+from ._checkpoints import rename_published
 from ._layers import check_divides, split_qkv
-from ._pretrained import build_with_released_weights, imagenet_cfg, rename_published, unwrap
+from ._pretrained import build_with_pretrained_weights, imagenet_cfg, unwrap
 
 __all__ = ["BViT"]
 
@@ -231,7 +232,7 @@ class BViT(nn.Module):
         """
         taken, qkvs = [], []
         for i, block in enumerate(self.blocks[: max(take_indices) + 1] if stop_early else self.blocks):
-            if self.grad_checkpointing and not torch.jit.is_scripting():
+            if self.grad_checkpointing:
                 x, qkv = checkpoint(block, x)
             else:
                 x, qkv = block(x)
@@ -361,7 +362,7 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: BViT) -> di
 
 
 def _create_bvit(variant: str, pretrained: bool = False, **kwargs) -> BViT:
-    return build_with_released_weights(
+    return build_with_pretrained_weights(
         BViT,
         variant,
         pretrained,

@@ -13,19 +13,10 @@ from timm.layers import calculate_drop_path_rates, register_notrace_module, trun
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from ops import BiLevelRoutingAttention, RegionGrid, Routing, conv_channels_last, route_regions, routed_attention
-
-from ._layers import (
-    Block,
-    Downsample,
-    HierarchicalNetwork,
-    Stage,
-    Stem,
-    build_hierarchical,
-    check_divides,
-    check_per_stage,
-    rename_biformer,
-)
+from ._checkpoints import rename_biformer
+from ._hierarchical import HierarchicalNetwork, Stage, build_hierarchical
+from ._layers import Block, Downsample, Stem, check_divides, check_per_stage
+from ._ops import BiLevelRoutingAttention, RegionGrid, Routing, conv_channels_last, route_regions, routed_attention
 from ._pretrained import imagenet_cfg
 
 __all__ = ["DeBiFormer"]

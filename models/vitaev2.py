@@ -15,19 +15,11 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import window_partition, window_reverse
 from torch import nn
 
-from ops import conv_channels_last
-
-from ._layers import (
-    HierarchicalNetwork,
-    Stage,
-    build_hierarchical,
-    channels_last,
-    check_divides,
-    check_per_stage,
-    fit_token_head,
-    split_qkv,
-)
-from ._pretrained import imagenet_cfg, rename_published, unwrap
+from ._checkpoints import fit_token_head, rename_published
+from ._hierarchical import HierarchicalNetwork, Stage, build_hierarchical
+from ._layers import channels_last, check_divides, check_per_stage, split_qkv
+from ._ops import conv_channels_last
+from ._pretrained import imagenet_cfg, unwrap
 
 __all__ = ["ViTAEv2"]
 

@@ -1,0 +1,218 @@
+"""Networks of stages, each of which halves the map: timm's contract for classifiers and feature extractors."""
+from collections.abc import Callable
+
+import torch
+from timm.layers import ClassifierHead, trunc_normal_
+from timm.models import checkpoint_seq
+from timm.models._features import feature_take_indices
+from torch import nn
+
+from ._layers import channels_last_image
+from ._pretrained import build_with_pretrained_weights
+
+
+class Stage(nn.Module):
+    """Optional downsampling, then blocks. NCHW in and out, channels last in memory."""
+
+    def __init__(self, downsample: nn.Module, blocks: list[nn.Module]):
+        super().__init__()
+        self.grad_checkpointing = False
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, C', H', W')."""
+        x = self.downsample(x).permute(0, 2, 3, 1)
+        x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+        return x.permute(0, 3, 1, 2)
+
+
+class HierarchicalNetwork(nn.Module):
+    """Stem, stages, norm and classifier, with timm's contract for image classifiers and feature extractors.
+
+    Takes (B, in_chans, H, W) images from 32 x 32 up.
+
+    Args:
+        stem: What comes before the stages, NCHW in and out.
+        stages: Each (B, C, H, W) -> (B, C', H', W').
+        dims: Channels after each stage.
+        norm: Applied to the last stage's map.
+        in_chans: Image channels.
+        num_classes: Classes; 0 leaves the head out.
+        global_pool: Pooling of the head, "avg", "max", ..., or "" for none.
+        drop_rate: Dropout before the classifier.
+        token_head: Have a second classifier, of every token of the last map, for training with token labels (Jiang et
+            al., https://arxiv.org/abs/2104.10858).
+    """
+
+    def __init__(
+        self,
+        stem: nn.Module,
+        stages: list[nn.Module],
+        dims: tuple[int, ...],
+        norm: nn.Module,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        token_head: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.num_features = dims[-1]
+        self.feature_info = [
+            dict(num_chs=dim, reduction=2 ** (i + 2), module=f"stages.{i}") for i, dim in enumerate(dims)
+        ]
+        self.stem = stem
+        self.stages = nn.Sequential(*stages)
+        self.norm = norm
+        self.head = ClassifierHead(
+            self.num_features, num_classes, global_pool, drop_rate, device=device, dtype=dtype
+        )
+        self.head_hidden_size = self._pooled_features()
+        self.token_head = self._make_token_head(device=device, dtype=dtype) if token_head else None
+        self.apply(self._init_weights)
+
+    @staticmethod
+    def _init_weights(module: nn.Module):
+        if isinstance(module, nn.Linear):
+            trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def _make_token_head(self, **dd) -> nn.Module:
+        return nn.Linear(self.num_features, self.num_classes, **dd) if self.num_classes else nn.Identity()
+
+    def _pooled_features(self) -> int:
+        return self.num_features * self.head.global_pool.feat_mult()
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        return dict(
+            stem=r"^stem",
+            blocks=r"^stages\.(\d+)" if coarse else [
+                (r"^stages\.(\d+)\.downsample", (0,)),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^norm", (99999,)),
+            ],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True):
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None):
+        """Replace the classifiers by new ones of `num_classes` classes (0: none), and the pooling if one is given."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, pool_type=global_pool)
+        self.head_hidden_size = self._pooled_features()
+        if self.token_head is not None:
+            parameter = next(self.parameters())
+            self.token_head = self._make_token_head(device=parameter.device, dtype=parameter.dtype)
+            self.token_head.apply(self._init_weights)
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """The maps after the chosen stages, and the final features.
+
+        Args:
+            x: (B, in_chans, H, W) images.
+            indices: The last n stages if a number, all if None, else the stages listed.
+            norm: Apply the final norm to the last stage's map.
+            stop_early: Stop after the last stage asked for; the final features are then that stage's map.
+            output_fmt: "NCHW", the one format there is.
+            intermediates_only: Return the maps alone.
+
+        Returns:
+            [(B, C_i, H_i, W_i), ...], or ((B, C, H / 32, W / 32) features, that list).
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        last_index = len(self.stages) - 1
+        stages = self.stages[: max_index + 1] if stop_early else self.stages
+        intermediates = []
+        x = self.stem(channels_last_image(x))
+        for i, stage in enumerate(stages):
+            x = stage(x)
+            if i in take_indices:
+                intermediates.append(self.norm(x) if norm and i == last_index else x)
+        if intermediates_only:
+            return intermediates
+        if i == last_index:
+            x = self.norm(x)
+        return x, intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the layers that the stages in `indices` do not need; returns those stages' indices."""
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        truncated = max_index < len(self.stages) - 1
+        self.stages = self.stages[: max_index + 1]
+        if prune_norm or truncated:
+            self.norm = nn.Identity()
+        if truncated:
+            self.num_features = self.head.in_features = self.feature_info[max_index]["num_chs"]
+        if prune_head or truncated:
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, in_chans, H, W) -> (B, num_features, H / 32, W / 32), normed and not pooled."""
+        x = self.stem(channels_last_image(x))
+        return self.norm(self.stages(x))
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """(B, num_features, h, w) -> (B, num_classes) logits, or (B, num_features) before the classifier."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """(B, in_chans, H, W) -> (B, num_classes) logits.
+
+        In training mode a network with a token head also returns the tokens' logits: (B, num_classes) and
+        (B, H / 32, W / 32, num_classes). Evaluation leaves them out, so that the logits are those of the network
+        without that head; LV-ViT's and VOLO's add half of their maximum over the tokens.
+        """
+        x = self.forward_features(x)
+        logits = self.forward_head(x)
+        if self.token_head is None or not self.training:
+            return logits
+        return logits, self.token_head(x.permute(0, 2, 3, 1))
+
+
+def build_hierarchical(
+    model_cls: type[HierarchicalNetwork],
+    variant: str,
+    pretrained: bool,
+    checkpoint_filter_fn: Callable[[dict, nn.Module], dict],
+    **kwargs,
+) -> HierarchicalNetwork:
+    """`build_with_pretrained_weights`, with the maps after all four stages as the default of `features_only`."""
+    return build_with_pretrained_weights(
+        model_cls,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
+        **kwargs,
+    )
