@@ -3,9 +3,9 @@
     python hydra_main.py model=biformer_small drop_path=0.15 data_path=./data/in1k
     python hydra_main.py model=biformer_small drop_path=0.15 data_path=./data/in1k +slurm=default slurm.nodes=2
 
-hydra reads the overrides and composes the cluster's settings, submitit submits; what the run does is main.py's alone.
-Its flags are the keys here, from its own parser, and what is not given is not passed on: recipes, given by
-`config=FILE`, and defaults keep their order.
+hydra reads the overrides and composes the cluster's settings, submitit submits the job, and main.py runs it. The keys are
+main.py's flags. Only what is given is passed on, so that overrides win over a recipe (`config=FILE`), and a recipe over
+the defaults.
 """
 import hashlib
 import os
@@ -44,18 +44,18 @@ from utils import UsageError, UserError, fail, nearest
 ROOT = Path(__file__).resolve().parent
 CONFIGS = ROOT / "configs"
 OUTPUTS = Path("outputs") / "cls"
-# Where and how a run runs and is watched, not what it is: of no use in the name of its folder.
+# Flags that do not change the result of a run; the name of its folder leaves them out.
 NOT_IN_NAMES = {
     "auto_resume", "data_path", "device", "dist_eval", "dist_timeout", "download", "keep_checkpoints", "log_every",
     "num_workers", "output_dir", "pin_mem", "resume", "save_every", "save_every_minutes", "save_every_steps",
     "shard_cache", "shard_cache_gb",
 }  # fmt: skip
-# Ports of a run's first process, below those that Linux gives to outgoing connections.
+# Ports for a run's first process, below the range that Linux uses for outgoing connections.
 PORTS = range(20000, 32768)
 MANY = 10**6
 
 
-# --- what can be said -----------------------------------------------------------------------------------------------
+# --- the keys -------------------------------------------------------------------------------------------------------
 
 
 def flag_defaults() -> dict[str, Any]:
@@ -63,7 +63,7 @@ def flag_defaults() -> dict[str, Any]:
     parsers = [flags.Parser(program.choose_task(["--task", name]).settings_class) for name in program.TASKS]
     defaults = {name: parser.get_default(name) for parser in parsers for name in parser.names()}
     del defaults["local_rank"]
-    # None can become a mapping of any keys, which hydra would not let a mapping of none.
+    # hydra lets None become a mapping with any keys, but adds no keys to an empty mapping.
     return dict(defaults, model_kwargs=None)
 
 
@@ -83,7 +83,7 @@ ConfigStore.instance().store(
 )
 
 
-# --- what was said --------------------------------------------------------------------------------------------------
+# --- the overrides --------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -91,7 +91,7 @@ class RunSpec:
     """A run that was asked for.
 
     Args:
-        recipe: The flags of main.py that were given, and their values; None for one that is to have its default.
+        recipe: The flags of main.py that were given, and their values; None stands for the default.
         slurm: The cluster's settings; None for a run on this machine.
     """
 
@@ -105,7 +105,7 @@ class RunSpec:
 
     @property
     def settings(self) -> Settings:
-        """What main.py reads in it. Raises UsageError where that is a mistake."""
+        """main.py's settings. Raises UsageError where a flag is wrong."""
         return program.parse(self.argv)[1]
 
     @property
@@ -113,9 +113,9 @@ class RunSpec:
         """The job's name: the model's."""
         return self.settings.name
 
-    def within(self, folder: Path, **flags: Any) -> "RunSpec":
-        """The same run, writing to `folder`."""
-        return RunSpec(dict(self.recipe, output_dir=str(folder), **flags), self.slurm)
+    def within(self, folder: Path, **changes: Any) -> "RunSpec":
+        """The same run, writing to `folder`, with other flags changed."""
+        return RunSpec(dict(self.recipe, output_dir=str(folder), **changes), self.slurm)
 
 
 def cluster_names() -> str:
@@ -123,7 +123,7 @@ def cluster_names() -> str:
 
 
 def check_overrides(overrides: list[Override]):
-    """Raises UsageError where an override is of no flag or setting; names the nearest one."""
+    """Raises UsageError where an override names no flag or setting; suggests the nearest one."""
     known, settings = flag_defaults(), [f"slurm.{key.name}" for key in fields(Slurm)]
     has_cluster = any(override.key_or_group == "slurm" for override in overrides)
     for override in overrides:
@@ -131,7 +131,7 @@ def check_overrides(overrides: list[Override]):
         if key.startswith("hydra"):
             continue
         if override.type == OverrideType.DEL:
-            raise UsageError(f"{text}: nothing can be taken out; {key}=null goes back to the default")
+            raise UsageError(f"{text}: keys cannot be deleted; {key}=null restores the default")
         if key == "slurm" and override.value() in ("", None):
             raise UsageError(f"{text} names no cluster; is the variable set? There are: {cluster_names()}")
         if key.startswith("slurm."):
@@ -162,21 +162,21 @@ def read_runs() -> list[RunSpec]:
     """The runs that this process's command line asks for: one, several for --multirun, or none for --help.
 
     Raises:
-        UsageError: Something on it is unknown, or is not hydra's grammar.
+        UsageError: A key is unknown, or an override is not hydra's grammar.
     """
     runs = []
 
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="main")
     def collect(config: DictConfig):
-        said = HydraConfig.get()
-        recipe = as_recipe(config, OverridesParser.create().parse_overrides(list(said.overrides.task)))
-        slurm = OmegaConf.to_object(config.slurm) if "slurm" in said.runtime.choices else None
+        context = HydraConfig.get()
+        recipe = as_recipe(config, OverridesParser.create().parse_overrides(list(context.overrides.task)))
+        slurm = OmegaConf.to_object(config.slurm) if "slurm" in context.runtime.choices else None
         runs.append(RunSpec(recipe, slurm))
 
     words = [word for word in sys.argv[1:] if not word.startswith("-") and ("=" in word or word.startswith("~"))]
     try:
         check_overrides(OverridesParser.create().parse_overrides(words))
-        # hydra then raises, where it would print several lines and exit.
+        # With it hydra raises, where it would otherwise print several lines and exit.
         with environment_variables(HYDRA_FULL_ERROR="1"):
             collect()
     except OverrideParseException as error:
@@ -195,7 +195,7 @@ def read_runs() -> list[RunSpec]:
 
 
 def run_name(recipe: dict[str, Any]) -> str:
-    """KEY.VALUE of what was given, sorted and joined by hyphens, of letters that need no quotes anywhere.
+    """KEY.VALUE of the given flags, sorted and joined by hyphens, in characters that no shell needs quotes for.
 
     >>> run_name(dict(lr="5e-4", batch_size="128", data_path="/in1k"))
     'batch_size.128-lr.5e-4'
@@ -212,7 +212,7 @@ def run_folder(recipe: dict[str, Any]) -> Path:
 
 
 def make_new_folder(folder: Path) -> Path:
-    """Make `folder`, or one beside it where another run that began in the same second has it."""
+    """Make `folder`, or one beside it where another run started in the same second."""
     for number in range(1, MANY):
         path = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
         try:
@@ -230,7 +230,7 @@ def run_here(run: RunSpec) -> int:
     """Run in this process, one of torchrun's or the only one; returns main.py's exit code.
 
     Raises:
-        UsageError: The run is described wrong.
+        UsageError: A flag is wrong.
     """
     # A run that torchrun restarts would not find its checkpoints in a new folder; main.py says so.
     checkpoint = run.settings.checkpoint
