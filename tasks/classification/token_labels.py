@@ -1,11 +1,11 @@
-"""Token labels: dense label maps that go through the crop and the flip of their images, and what is learnt from them.
+"""Token labels: dense label maps that follow the augmentation of their images, and the targets made of them.
 
 "All Tokens Matter: Token Labeling for Training Better Vision Transformers" (Jiang et al.,
-https://arxiv.org/abs/2104.10858). A label map is the top-k prediction of a teacher at every position of a whole image;
-https://github.com/zihangJiang/TokenLabeling has those of ImageNet, `scripts/make_label_maps.py` makes your own.
+https://arxiv.org/abs/2104.10858). A label map holds a teacher's top-k prediction at every position of an image;
+https://github.com/zihangJiang/TokenLabeling offers ImageNet's, `scripts/make_label_maps.py` makes your own.
 
-A worker hands over the map as it is stored and the points of it that the image's tokens show, 10 kB together. What that
-means for each token, 49 distributions over all classes, is computed on the device.
+A data loading process passes on the map as it is stored, and the points of it that the image's tokens show: 10 kB
+together. The tokens' targets, 49 distributions over all classes, are computed on the device.
 """
 import math
 import random
@@ -37,7 +37,7 @@ _NOWHERE = 2.0
 
 
 def label_map_path(root: Path, image: Path) -> Path:
-    """Where the map of an image lies: `image`, its path below its split, with another extension below `root`."""
+    """The path of an image's map: `image`, the image's path below its split, below `root` with another extension."""
     return root / image.with_suffix(".pt")
 
 
@@ -47,10 +47,10 @@ def label_map_dtype(num_classes: int) -> torch.dtype:
 
 
 def read_label_map(path: Path, num_classes: int) -> torch.Tensor:
-    """Read a label map: (2, k, h, w), the logits of the top-k classes over their indices, of rows from the top.
+    """A label map, (2, k, h, w): the logits of the top-k classes, and their indices; rows from the top.
 
     Raises:
-        UserError: It is missing, damaged, no label map, or of other classes; names the file.
+        UserError: It is missing, damaged, no label map, or has other classes; names the file.
     """
     advice = "make it by scripts/make_label_maps.py"
     try:
@@ -65,7 +65,7 @@ def read_label_map(path: Path, num_classes: int) -> torch.Tensor:
     classes = label_map[1]
     if not label_map.isfinite().all() or classes.min() < 0 or classes.max() >= num_classes:
         raise UserError(
-            f"{path}: holds what is no class of {num_classes}, or no number; remove it, and {advice} with a teacher of "
+            f"{path}: holds a class beyond {num_classes}, or a value that is no number; remove it, and {advice} with a teacher of "
             "these classes"
         )
     return label_map.to(label_map_dtype(num_classes))
@@ -74,7 +74,7 @@ def read_label_map(path: Path, num_classes: int) -> torch.Tensor:
 class LabelledFolder:
     """((PIL RGB image, path of its label map), class index) by index.
 
-    The map is not read here: one that is missing is no image that may be skipped.
+    The map is not read here, where its image would be skipped if the map were missing.
 
     Args:
         images: The split's folder of images.
@@ -88,7 +88,7 @@ class LabelledFolder:
         return len(self.images)
 
     def path(self, index: int) -> Path:
-        """Where the label map of an image lies."""
+        """The path of an image's label map."""
         return label_map_path(self.root, Path(self.images.samples[index][0]).relative_to(self.images.root))
 
     def __getitem__(self, index: int) -> tuple[tuple[Image.Image, Path], int]:
@@ -96,8 +96,8 @@ class LabelledFolder:
         return (image, self.path(index)), target
 
 
-# --- what an image shows of its map -----------------------------------------------------------------------------------
-# All matrices are 3 x 3 and say where on its input a point of an operation's output lies; both sides run from -1 to 1,
+# --- which part of its map an image shows -----------------------------------------------------------------------------
+# All matrices are 3 x 3 and map a point of an operation's output to a point of its input; coordinates run from -1 to 1,
 # x before y, as for torch.nn.functional.grid_sample.
 
 
@@ -112,7 +112,7 @@ def _crop_matrix(top: int, left: int, height: int, width: int, size: tuple[int, 
 
 
 class _Probe:
-    """Stands in for an image: instead of moving pixels, PIL's geometric operations say where they come from."""
+    """Stands in for an image: PIL's geometric operations on it return their matrix instead of moving pixels."""
 
     def __init__(self, size: tuple[int, int]):
         self.size = size
@@ -139,7 +139,7 @@ class _Traced:
     def __call__(self, image: Image.Image, *level: float, **kwargs: Any) -> Image.Image:
         width, height = image.size
         pixels = np.array([[width / 2, 0, width / 2], [0, height / 2, height / 2], [0, 0, 1]])
-        # One fixed filter: where there are several, timm draws one of them at every call.
+        # One fixed filter: given several, timm draws one at every call.
         in_pixels = self.operation(_Probe(image.size), *level, **{**kwargs, "resample": Image.Resampling.BILINEAR})
         self.trace.append(np.linalg.inv(pixels) @ in_pixels @ pixels)
         return self.operation(image, *level, **kwargs)
@@ -158,8 +158,8 @@ class TokenLabelTransform:
     """(PIL RGB image, path of its label map) -> (uint8 image, label map, points of the map that the tokens show).
 
     Follows the crop, the flip and the geometric operations of RandAugment or AutoAugment. Random erasing, which comes
-    later, leaves the labels alone. All of it is as published, with two differences: there the crop comes last, and is
-    handed to RoIAlign with x and y exchanged, so that labels of other places than the image's are learnt.
+    later, changes no label. This is as published, with two differences: the published code crops last, and passes the
+    crop to RoIAlign with x and y swapped, so that tokens learn the labels of other places.
 
     Args:
         transform: timm's training transform; a copy of it is followed.
@@ -171,7 +171,7 @@ class TokenLabelTransform:
     def __init__(self, transform: Compose, num_classes: int, shape: tuple[int, ...], stride: int):
         self.steps, self.num_classes, self.shape = deepcopy(transform.transforms), num_classes, shape
         size = next(step.size for step in self.steps if isinstance(step, RandomResizedCropAndInterpolation))
-        # Each token reads as many points as RoIAlign takes of the whole map, since what it shows may be rotated.
+        # Each token reads as many points as RoIAlign takes of the map, since what it shows may be rotated.
         self.height, self.width = (
             side // stride * math.ceil(cells / (side // stride)) for side, cells in zip(size, shape[2:], strict=True)
         )
@@ -193,7 +193,7 @@ class TokenLabelTransform:
         return image, label_map, self._points()
 
     def _points(self) -> torch.Tensor:
-        """Where the points of the last image come from; `_NOWHERE` for those that an operation uncovered."""
+        """The points of the map that the last image shows; `_NOWHERE` where an operation left the image empty."""
         y, x = ((2 * np.arange(count) + 1) / count - 1 for count in (self.height, self.width))
         points = np.stack([*np.broadcast_arrays(x, y[:, None]), np.ones((self.height, self.width))], axis=-1)
         seen = np.ones((self.height, self.width), bool)
@@ -207,7 +207,7 @@ class TokenLabelTransform:
         if isinstance(step, RandomResizedCropAndInterpolation):
             state = random.getstate()
             box = step.get_params(image, step.scale, step.ratio)
-            random.setstate(state)  # from here the crop draws the same box
+            random.setstate(state)  # so that the crop draws the same box
             self.trace.append(_crop_matrix(*box, image.size))
         out = step(image)
         if isinstance(step, RandomHorizontalFlip) and out is not image:
@@ -219,8 +219,7 @@ def add_label_maps(dataset: Any, root: str | Path, num_classes: int, stride: int
     """A training set of an image folder that yields, with each image, its label map and the points that it shows.
 
     Args:
-        dataset: A `datasets.ImageDataset` whose source is an ImageFolder, with timm's training transform; it stays as
-            it is.
+        dataset: A `datasets.ImageDataset` whose source is an ImageFolder, with timm's training transform; not changed.
         root: The folder of label maps.
         num_classes: Classes that the maps may hold.
         stride: Pixels of a token along each side.
@@ -243,7 +242,8 @@ class TokenTargets:
 
     Attributes:
         maps: (B, 2, k, h, w).
-        points: float32 (B, rows, columns, 2), a few of each token along each side; beyond -1 to 1 where there is none.
+        points: float32 (B, rows, columns, 2), several for each token along each side; outside [-1, 1] where an image is
+            empty.
     """
 
     maps: torch.Tensor
@@ -256,18 +256,18 @@ class TokenTargets:
         return cls(maps, torch.zeros(size, rows, cols, 2, device=device))
 
     def to(self, **kwargs: Any) -> "TokenTargets":
-        """A copy on another device, as of a tensor."""
+        """A copy on another device; arguments as of torch.Tensor.to."""
         return TokenTargets(self.maps.to(**kwargs), self.points.to(**kwargs))
 
     def pin_memory(self) -> "TokenTargets":
-        """A copy in page-locked memory; torch's DataLoader asks for it."""
+        """A copy in page-locked memory, for torch's DataLoader."""
         return TokenTargets(self.maps.pin_memory(), self.points.pin_memory())
 
     def scores(self, num_classes: int, rows: int, cols: int) -> torch.Tensor:
         """Logits of each token of the image, float32 (B, num_classes, rows, cols).
 
-        As published: classes beyond the top-k count as 0 and so does what no map tells of, and the mean over a token is
-        RoIAlign's, of bilinear samples.
+        As published: classes beyond the top-k count as 0, as do places outside the map, and a token's value is the mean
+        of bilinear samples, as in RoIAlign.
         """
         scores, classes = self.maps.unbind(1)
         dense = torch.zeros(len(scores), num_classes, *scores.shape[2:], device=scores.device)
@@ -279,7 +279,7 @@ class TokenTargets:
 
 
 def collate(batch: list[tuple[tuple[torch.Tensor, ...], int]]) -> tuple[torch.Tensor, TokenTargets]:
-    """Images and targets of a batch; the classes of the folders are left out, since the maps take their place."""
+    """Images and targets of a batch; the maps take the place of the folders' classes."""
     images, maps, points = default_collate([labelled for labelled, _ in batch])
     return images, TokenTargets(maps, points)
 
@@ -287,10 +287,10 @@ def collate(batch: list[tuple[tuple[torch.Tensor, ...], int]]) -> tuple[torch.Te
 class TokenLabelMixup(Mixup):
     """(images, `TokenTargets`) -> mixed images, and the smoothed distributions that image and tokens are to predict.
 
-    Mixup mixes images and labels with one weight. CutMix is the paper's MixToken: its box is drawn as
-    timm's and moved to the borders of tokens, so that every token is of one image and has that image's label. The paper
-    pastes the tokens after the patch embedding; here pixels are pasted, so that the network need not know. The image's
-    label mixes by the area of the box.
+    Mixup mixes images and labels with one weight. CutMix is the paper's MixToken: its box is drawn as by timm and moved
+    to the borders of tokens, so that every token belongs to one image and has its label. The paper pastes tokens after
+    the patch embedding; here pixels are pasted, so that any network can be trained. The image's label mixes by the area
+    of the box.
 
     Args:
         num_classes: Number of classes.
@@ -317,7 +317,7 @@ class TokenLabelMixup(Mixup):
         self.stride = stride
 
     def _smooth(self, scores: torch.Tensor) -> torch.Tensor:
-        """(..., classes) logits -> probabilities, smoothed as timm smooths the one of a class."""
+        """(..., classes) logits -> probabilities, smoothed as timm smooths one-hot targets."""
         return scores.softmax(dim=-1) * (1 - self.label_smoothing) + self.label_smoothing / self.num_classes
 
     def _box(self, shape: torch.Size, lam: float) -> tuple[int, int, int, int]:
@@ -329,8 +329,7 @@ class TokenLabelMixup(Mixup):
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """Returns (B, 3, H, W) images, and targets: (B, classes) of images, (B, rows, cols, classes) of tokens.
 
-        As published, an image is to predict what its map says of it, the mean over its tokens, and not the class of its
-        folder.
+        As published, an image's target is the mean over its tokens, not the class of its folder.
         """
         rows, cols = (side // self.stride for side in images.shape[2:])
         scores = targets.scores(self.num_classes, rows, cols).permute(0, 2, 3, 1)
