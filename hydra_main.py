@@ -3,9 +3,9 @@
     python hydra_main.py model=biformer_small drop_path=0.15 data_path=./data/in1k
     python hydra_main.py model=biformer_small drop_path=0.15 data_path=./data/in1k +slurm=default slurm.nodes=2
 
-hydra reads the overrides and composes the cluster's settings, submitit submits the job, and main.py runs it. The keys are
-main.py's flags. Only what is given is passed on, so that overrides win over a recipe (`config=FILE`), and a recipe over
-the defaults.
+hydra reads the overrides and composes the cluster's settings, submitit submits the job, and main.py runs it. The keys
+are main.py's flags. Only what is given is passed on, so that overrides win over a recipe (`config=FILE`), and a recipe
+over the defaults.
 """
 import hashlib
 import os
