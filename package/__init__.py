@@ -1,0 +1,20 @@
+"""Routed vision transformers for timm: `import routedvit`, then `timm.create_model("biformer_small")`.
+
+    routedvit.models                    the networks, and `collect_routing`: which regions attend to which
+    routedvit.ops                       routed attention as functions, and `BiLevelRoutingAttention` as a module
+    python -m routedvit --help          train and evaluate, as main.py of the repository does
+"""
+from . import models, ops
+from .models import BiFormer, BViT, DeBiFormer, ViTAEv2, collect_routing
+from .ops import BiLevelRoutingAttention
+
+__all__ = [
+    "BViT",
+    "BiFormer",
+    "BiLevelRoutingAttention",
+    "DeBiFormer",
+    "ViTAEv2",
+    "collect_routing",
+    "models",
+    "ops",
+]

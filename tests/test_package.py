@@ -1,0 +1,216 @@
+"""The package `routedvit`: built, installed into an empty folder, and used from a project with names like ours."""
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from helpers import ROOT
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    tomllib = pytest.importorskip("tomli")
+
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+# Folders of the repository whose modules are in the package; `package/` itself is its top.
+LIBRARY, PROGRAM = ("models", "ops", "storage"), ("configs", "tasks", "training")
+
+
+def requirements(lines):
+    """Name -> the rest of the requirement, without spaces and quotes; extras of our own are left out."""
+    found = {}
+    for line in lines:
+        line = re.sub(r"\s|['\"]", "", line.partition("#")[0])
+        name = re.match(r"[\w-]*", line)[0]
+        if name and name not in ("-r", "routedvit"):
+            found[name] = line.removeprefix(name)
+    return found
+
+
+def requirements_file(name):
+    lines = (ROOT / name).read_text().splitlines()
+    return requirements(line for line in lines if not line.startswith("-r"))
+
+
+def test_requirements_files_say_the_same():
+    project = PYPROJECT["project"]
+    extras = {name: requirements(lines) for name, lines in project["optional-dependencies"].items()}
+    assert requirements(project["dependencies"]).keys() == {"torch", "timm", "einops"}
+    assert requirements(project["dependencies"]) | extras["train"] == requirements_file("requirements.txt")
+    assert extras["slurm"] == requirements_file("requirements-slurm.txt")
+    assert extras["dev"] == requirements_file("requirements-dev.txt")
+
+
+def test_nothing_is_left_out_of_the_package():
+    tools = PYPROJECT["tool"]["setuptools"]
+    others = {"benchmarks", "build", "checkpoints", "data", "docs", "outputs", "package", "scripts", "tests"}
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith((".", "_"))}
+    assert {name for name in folders - others if not name.endswith(".egg-info")} == {*LIBRARY, *PROGRAM}
+    expected = {
+        ".".join((top, *path.parent.relative_to(ROOT).parts))
+        for top, rooms in (("routedvit", LIBRARY), ("routedvit.program", PROGRAM))
+        for room in rooms
+        for path in (ROOT / room).rglob("*")
+        if path.suffix in (".py", ".yaml")
+    }
+    assert set(tools["packages"]) - {"routedvit"} == expected
+    modules = {path.stem for path in ROOT.glob("*.py")} - {"hubconf"}
+    assert {name.rpartition(".")[2] for name in tools["py-modules"]} == modules
+
+
+# --- installed --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A folder that holds the installed package and nothing else; the rest comes from this environment."""
+    folder = tmp_path_factory.mktemp("package")
+    # Of a copy: setuptools leaves what it builds beside the sources.
+    for name in (*LIBRARY, *PROGRAM, "package"):
+        shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (*ROOT.glob("*.py"), ROOT / "pyproject.toml", ROOT / "README.md", ROOT / "LICENSE"):
+        shutil.copy(path, folder / "source")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    built = [*pip, "wheel", "--no-deps", "--no-index", "--no-build-isolation", "-w", folder, folder / "source"]
+    subprocess.run(built, check=True, capture_output=True)
+    (wheel,) = folder.glob("routedvit-*.whl")
+    installed = [*pip, "install", "--no-deps", "--no-index", "--target", folder / "site", wheel]
+    subprocess.run(installed, check=True, capture_output=True)
+    return folder / "site"
+
+
+@pytest.fixture
+def python(site, tmp_path):
+    """Runs Python in a project that has `models`, `ops`, `utils` and `datasets` of its own."""
+    project = tmp_path / "project"
+    for name, content in {
+        "models/__init__.py": "",
+        "models/yolo.py": "class Detect:\n    pass\n",
+        "ops/__init__.py": "OPS = 'theirs'\n",
+        "utils.py": "UTILS = 'theirs'\n",
+        "datasets.py": "DATASETS = 'theirs'\n",
+    }.items():
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text(content)
+    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+
+    def run(*arguments):
+        command = [sys.executable, *map(str, arguments)]
+        return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
+
+    return run
+
+
+def output_of(done):
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+THEIRS = """
+import models, ops, utils, datasets
+from models.yolo import Detect
+"""
+OURS = """
+import routedvit, timm
+from routedvit.ops import BiLevelRoutingAttention
+from routedvit.models import collect_routing
+"""
+USE = """
+import torch
+assert (ops.OPS, utils.UTILS, datasets.DATASETS) == ("theirs",) * 3 and Detect.__module__ == "models.yolo"
+model = timm.create_model("biformer_nano", num_classes=3).eval()
+images = torch.randn(1, 3, 64, 64)
+assert model(images).shape == (1, 3) and "stages.0.blocks.0.attn" in collect_routing(model, images)
+assert isinstance(model.stages[0].blocks[0].attn, BiLevelRoutingAttention)
+import routedvit.storage.weights
+from models.yolo import Detect as again
+assert again is Detect
+print(type(model).__module__, routedvit.__file__)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", [THEIRS + OURS, OURS + THEIRS])
+def test_in_a_project_with_names_like_ours(python, site, order):
+    assert output_of(python("-c", order + USE)) == f"routedvit.models.biformer {site}/routedvit/__init__.py\n"
+
+
+@pytest.mark.slow
+def test_what_it_loads(python):
+    """Nothing that timm does not load, but einops."""
+    code = (
+        "import sys, timm; before = {n.partition('.')[0] for n in sys.modules}; import routedvit;"
+        "print(sorted({n.partition('.')[0] for n in sys.modules} - before - set(sys.stdlib_module_names)));"
+        "print(sorted({'.'.join(n.split('.')[:2]) for n in sys.modules if n.startswith('routedvit.')}))"
+    )
+    ours = "['routedvit.models', 'routedvit.ops', 'routedvit.storage']"
+    assert output_of(python("-c", code)) == f"['einops', 'routedvit']\n{ours}\n"
+
+
+@pytest.mark.slow
+def test_models_are_pickled(python, tmp_path):
+    write = (
+        "import pickle, sys, routedvit, timm, torch; torch.manual_seed(0)\n"
+        "model = timm.create_model('debiformer_tiny', num_classes=3, depths=(1, 1, 1, 1)).eval()\n"
+        "pickle.dump(model, open(sys.argv[1] + '/m.pickle', 'wb')); torch.save(model, sys.argv[1] + '/m.pt')\n"
+        "print(model(torch.ones(1, 3, 64, 64)).tolist())"
+    )
+    read = (
+        "import models.yolo, pickle, sys, torch\n"
+        "for model in (pickle.load(open(sys.argv[1] + '/m.pickle', 'rb')),\n"
+        "              torch.load(sys.argv[1] + '/m.pt', weights_only=False)):\n"
+        "    print(model(torch.ones(1, 3, 64, 64)).tolist())"
+    )
+    written = output_of(python("-c", write, tmp_path))
+    assert output_of(python("-c", read, tmp_path)) == 2 * written
+
+
+# --- its commands -----------------------------------------------------------------------------------------------------
+
+TINY = {
+    "model": "biformer_nano", "data_set": "digits", "input_size": 32, "epochs": 1, "warmup_epochs": 0, "device": "cpu",
+    "num_workers": 1,
+}  # fmt: skip
+FLAGS = [word for name, value in TINY.items() for word in (f"--{name}", value)]
+
+
+@pytest.mark.slow
+def test_training(python, tmp_path):
+    assert "--drop_path" in output_of(python("-m", "routedvit", "--help"))
+    done = python("-m", "routedvit", *FLAGS, "--output_dir", tmp_path / "run")
+    assert "Acc@1" in output_of(done) and "Overwriting" not in done.stderr
+    again = python("-m", "routedvit", *FLAGS, "--eval", "--resume", tmp_path / "run" / "best.pth")
+    assert "Accuracy of the network on the 360 test images" in output_of(again)
+
+
+@pytest.mark.slow
+def test_training_described_by_overrides(python, site, tmp_path):
+    overrides = [f"{name}={value}" for name, value in TINY.items()]
+    done = python(site / "bin" / "routedvit-hydra", *overrides, f"output_dir={tmp_path / 'run'}")
+    assert "Acc@1" in output_of(done) and (tmp_path / "run" / "last.pth").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments, message", [
+    (["--model", "biformer_nan"], "unknown model 'biformer_nan'; did you mean biformer_nano"),
+    (["--epoch", "3"], "unknown flag --epoch; did you mean --epochs?"),
+])  # fmt: skip
+def test_mistakes_are_one_line(python, site, arguments, message):
+    done = python(site / "bin" / "routedvit", "--data_set", "digits", *arguments)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith(f"error: {message}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command, module, extra", [("main", "tqdm", "train"), ("hydra", "submitit", "slurm")])
+def test_a_missing_extra_is_named(python, command, module, extra):
+    code = (
+        "import importlib.util as util; find = util.find_spec\n"
+        f"util.find_spec = lambda name, *rest: None if name == {module!r} else find(name, *rest)\n"
+        f"from routedvit.__main__ import {command}; {command}()"
+    )
+    done = python("-c", code)
+    expected = f"error: {module} not found; install what this needs: pip install 'routedvit[{extra}]'\n"
+    assert (done.returncode, done.stderr) == (1, expected)
