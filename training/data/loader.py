@@ -118,7 +118,8 @@ class ToDevice:
         if isinstance(value, dict):
             return {key: self._move(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
-            return type(value)(self._move(item) for item in value)
+            items = [self._move(item) for item in value]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)  # a namedtuple has names
         return value
 
 
