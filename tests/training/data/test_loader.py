@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DistributedSampler
 
 from datasets import ImageDataset, build_dataset
-from helpers.loading import loader_of, process, read_all, transform
+from helpers.loading import different_images, draw, loader_of, process, random_states, read_all, same, transform
 from helpers.photos import write_noise
 from training.data.loader import ToDevice, _follow_main_process, seeded
 from utils import UserError
@@ -32,10 +32,6 @@ def folder(tmp_path):
 @pytest.fixture
 def train_set(folder):
     return build_dataset("IMNET", folder, "train", transform(True, auto_augment="augmix-m5-w3"))
-
-
-def same(one, other):
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_an_epoch_does_not_depend_on_workers_or_on_what_came_before(train_set):
@@ -69,15 +65,6 @@ def test_ranks_get_equally_many_full_batches(train_set):
         assert counts == [[3]] * 3
 
 
-def draw(image):
-    """In place of a transform: the numbers that it would draw."""
-    return torch.randint(256, (3, 4, 4), dtype=torch.uint8)
-
-
-def different_images(images):
-    return len({tuple(image.flatten().tolist()) for image in images})
-
-
 def test_every_image_of_every_epoch_and_rank_has_draws_of_its_own(folder):
     dataset = build_dataset("IMNET", folder, "train", draw)
     images, indices = [], []
@@ -90,10 +77,6 @@ def test_every_image_of_every_epoch_and_rank_has_draws_of_its_own(folder):
     assert different_images(torch.cat(images)) == 3 * 3 * 2
     for epoch in range(2):
         assert len(set(chain(*indices[epoch::2]))) == 9, "ranks must not share an image"
-
-
-def random_states():
-    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
 
 def test_global_generators_are_left_alone(train_set):
@@ -152,19 +135,19 @@ def test_on_cuda(train_set):
 
 
 def test_repeated_augmentation(folder):
-    """Ten images three times over two ranks: an image's turns lie next to each other, on both ranks, and differ."""
+    """Ten images three times over two ranks: an image's repeats lie next to each other, on both ranks, and differ."""
     dataset = build_dataset("IMNET", folder, "train", transform(True))
     loaders = [loader_of(dataset, batch_size=5, distributed=process(rank, 2), repeats=3) for rank in range(2)]
     indices = [[index for index, _ in loader.sampler] for loader in loaders]
     seeds = [seed for loader in loaders for _, seed in loader.sampler]
     assert len(set(seeds)) == 10
-    turns = [pair for pairs in zip(*indices, strict=True) for pair in pairs]
-    assert turns == [index for index in dict.fromkeys(turns) for _ in range(3)][:10]
+    repeats = [pair for pairs in zip(*indices, strict=True) for pair in pairs]
+    assert repeats == [index for index in dict.fromkeys(repeats) for _ in range(3)][:10]
     images = torch.cat([images for loader in loaders for images, _ in loader])
     by_rank = indices[0] + indices[1]
-    turns_of_first = images[[i for i, index in enumerate(by_rank) if index == by_rank[0]]]
-    assert len(turns_of_first) == 3
-    assert different_images(turns_of_first) == 3
+    repeats_of_first = images[[i for i, index in enumerate(by_rank) if index == by_rank[0]]]
+    assert len(repeats_of_first) == 3
+    assert different_images(repeats_of_first) == 3
     loaders[0].set_epoch(1)
     list(loaders[0])
     assert [index for index, _ in loaders[0].sampler] != indices[0]
