@@ -1,5 +1,6 @@
 """The errors of this task, and what a user of the command line can do about them."""
 import datasets
+from training.data import shards
 from utils import UsageError, UserError
 
 from .. import networks
@@ -25,5 +26,7 @@ ADVICE = {
                                      "classes are the same",
     TeacherClassesError: "fine-tune the teacher, and give it with --teacher_path",
     TooFewClassesError: "raise --nb_classes, or leave it out",
+    shards.ShardCacheError: "give a --shard_cache",
+    shards.ShardClassError: "see --nb_classes",
     UnknownPolicyError: "--aa takes timm's policies, or none",
 }
