@@ -48,9 +48,9 @@ def test_cifar_that_is_missing(complaint, tmp_path):
 
 
 def test_fewer_classes_than_the_data_holds(complaint, data):
-    told = complaint("--data_path", data, "--nb_classes", "2")
-    assert told == (2, "2 classes were asked for, fewer than the 3 that the data holds; raise --nb_classes, or leave it "
-                       "out")
+    code, text = complaint("--data_path", data, "--nb_classes", "2")
+    assert code == 2
+    assert text == "2 classes were asked for, fewer than the 3 that the data holds; raise --nb_classes, or leave it out"
 
 
 def test_an_unknown_policy(complaint, data):

@@ -15,8 +15,8 @@ from training.precision import Precision
 
 def task_of(*argv):
     """The task of a command line, on the CPU."""
-    argv = [*map(str, argv), "--model", "biformer_nano", "--input_size", "32", "--batch_size", "4", "--num_workers", "0"]
-    settings = flags.parse(ClassificationSettings, argv)
+    small = ["--model", "biformer_nano", "--input_size", "32", "--batch_size", "4", "--num_workers", "0"]
+    settings = flags.parse(ClassificationSettings, [*small, *map(str, argv)])
     return ClassificationTask(settings, Distributed(torch.device("cpu")), Precision())
 
 
