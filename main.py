@@ -192,7 +192,7 @@ def train(task: Task, signals: SignalHandler):
             print_plan(task, run, scaled_lr(settings.optimizer.lr, run.global_batch), store.folder)
             if source:
                 print(f"resuming from {source}: epoch {clock.epoch}, step {clock.step} of {clock.epoch_steps}")
-        with closing(log):
+        with closing(log), store.named_in_losses():
             train_until_over(
                 trainer, data, Checkpointer(run, store, distributed, signals, recipe, settings.checkpoint)
             )

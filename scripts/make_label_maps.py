@@ -169,7 +169,14 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("input_size", "topk", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    return run_script(lambda: make(args))
+
+    def run():
+        try:
+            make(args)
+        except datasets.UnreadableImageError as error:
+            raise UserError(f"{error}; remove it, or pass --skip_bad_images") from error
+
+    return run_script(run)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def test_a_hostile_checkpoint_is_refused_by_every_flag(photos, tmp_path, capfd, 
     assert not (tmp_path / "owned").exists()
 
 
-def test_a_hostile_checkpoint_to_go_on_from(photos, tmp_path, capfd):
+def test_a_hostile_checkpoint_to_resume_from(photos, tmp_path, capfd):
     (tmp_path / "out").mkdir()
     torch.save(dict(model={}, args=Hostile(tmp_path / "owned")), tmp_path / "out" / "checkpoint-00000003.pth")
     common = [*SMALL, *SHORT, "--data_path", str(photos), "--output_dir", str(tmp_path / "out"), "--auto_resume"]
@@ -105,7 +105,7 @@ def test_paths_are_names_and_nothing_else(tmp_path):
                  ["--eval", "--resume", str(out / "last.pth")]):
         done = subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
-    assert "going on from" not in done.stdout and "7 test images" in done.stdout
+    assert "resuming from" not in done.stdout and "7 test images" in done.stdout
     assert len(json.loads((out / "log.txt").read_text())) > 5
     assert sorted(p.name for p in tmp_path.iterdir()) == [odd.name]
 

@@ -1,5 +1,6 @@
 """The errors of this task, and what a user of the command line can do about them."""
 import datasets
+from training.data import shards
 from utils import UsageError, UserError
 
 from .. import networks
@@ -13,6 +14,10 @@ class TooFewClassesError(UsageError):
     """Fewer classes were asked for than the data holds."""
 
 
+class NoTokenHeadError(UsageError):
+    """Token labels were asked for, and the model has no head for them."""
+
+
 class TeacherClassesError(UserError):
     """The published classifier of a teacher has other classes than the data."""
 
@@ -23,7 +28,10 @@ ADVICE = {
     networks.PretrainedWeightsError: "--finetune takes a file of weights",
     networks.PretrainedClassesError: "fine-tune them first, or give their number with --nb_classes if the data's first "
                                      "classes are the same",
+    NoTokenHeadError: "--token_label needs one",
     TeacherClassesError: "fine-tune the teacher, and give it with --teacher_path",
     TooFewClassesError: "raise --nb_classes, or leave it out",
+    shards.ShardCacheError: "give a --shard_cache",
+    shards.ShardClassError: "see --nb_classes",
     UnknownPolicyError: "--aa takes timm's policies, or none",
 }

@@ -15,7 +15,7 @@ from utils import UsageError
 
 from .. import networks
 from . import losses, token_labels
-from .errors import ADVICE, TeacherClassesError, TooFewClassesError, UnknownPolicyError
+from .errors import ADVICE, NoTokenHeadError, TeacherClassesError, TooFewClassesError, UnknownPolicyError
 from .images import ImagePipeline
 from .losses import Criterion
 from .metrics import Accuracy
@@ -151,7 +151,7 @@ class ClassificationTask(Task):
         except UsageError:
             if not networks.takes(self.name, kwargs, without={"drop_path_rate"}):
                 if networks.takes(self.name, kwargs, without={"drop_path_rate", "token_head"}):
-                    raise UsageError(f"{self.name} has no token head, as BiFormer and its kin have") from None
+                    raise NoTokenHeadError(f"{self.name} has no token head, as BiFormer and its kin have") from None
                 raise
         print(f"{self.name} has no stochastic depth: drop path is left out")
         kwargs = {key: value for key, value in kwargs.items() if key != "drop_path_rate"}

@@ -100,7 +100,7 @@ def test_tokens_that_are_no_square_map():
 
 @pytest.mark.parametrize("num_classes,topk", [(40, 5), (6, 5), (4, 5)])
 def test_label_maps_keep_the_teachers_probabilities(num_classes, topk):
-    """With the classes that are left out at 0, as training takes them, the others get what the teacher gave them."""
+    """Classes that are left out count as 0 in training; the others then have the teacher's probabilities."""
     logits = 3 * torch.randn(2, num_classes, 4, 4) + 7
     maps = make_label_maps.label_maps(logits, topk)
     assert maps.shape == (2, 2, min(topk, num_classes), 4, 4) and maps.dtype == torch.float16
@@ -121,7 +121,7 @@ def test_many_classes_are_stored_in_float32():
 # --- the script -------------------------------------------------------------------------------------------------------
 
 
-def test_maps_lie_beside_their_images(photos, weights, maps):
+def test_maps_lie_as_their_images_do(photos, weights, maps):
     images = [path.relative_to(photos / "train") for path in sorted((photos / "train").rglob("*.png"))]
     assert {path for path in maps.rglob("*") if path.is_file()} == {label_map_path(maps, image) for image in images}
     model = teacher("test_resnet")
@@ -138,7 +138,7 @@ def test_maps_lie_beside_their_images(photos, weights, maps):
         assert path.stat().st_size < 5000, "the file holds more than its own map"
 
 
-def test_it_goes_on_where_it_was_interrupted(photos, weights, maps, capfd):
+def test_it_resumes_where_it_was_interrupted(photos, weights, maps, capfd):
     kept, lost = sorted(maps.rglob("*.pt"))[:2]
     before = kept.stat().st_mtime_ns, torch.load(lost)
     lost.unlink()
@@ -168,7 +168,7 @@ def test_mistakes_are_explained(photos, weights, tmp_path, arguments, message, c
 
 def test_published_weights_of_other_classes(photos, tmp_path, capfd):
     assert make_label_maps.main(["--data_path", str(photos), "--output", str(tmp_path), "--model", "test_resnet"]) == 1
-    assert "of 1000 classes, the data has 3; give a teacher of these classes by --checkpoint" in capfd.readouterr().err
+    assert "have 1000 classes, the data has 3; give a teacher of these classes by --checkpoint" in capfd.readouterr().err
 
 
 def test_two_images_of_one_name(tmp_path, weights, capfd):
@@ -184,7 +184,8 @@ def test_an_image_that_cannot_be_read(photos, weights, tmp_path, capfd):
         (tmp_path / "train" / f"class{i}").mkdir(parents=True)
         (tmp_path / "train" / f"class{i}" / "a.png").write_bytes(next((photos / "train").glob("*/*.png")).read_bytes())
     (tmp_path / "train" / "class1" / "a.png").write_bytes(b"no image")
-    assert make(tmp_path, tmp_path / "maps", weights) == 1 and "not an image" in capfd.readouterr().err
+    assert make(tmp_path, tmp_path / "maps", weights) == 1
+    assert "not an image; remove it, or pass --skip_bad_images" in capfd.readouterr().err
     assert make(tmp_path, tmp_path / "maps", weights, "--skip_bad_images") == 0
     assert "skipped 1 images" in (out := capfd.readouterr().out) and "made 2 maps" in out
     assert len(list((tmp_path / "maps").rglob("*.pt"))) == 2
@@ -198,7 +199,7 @@ def run(*arguments):
 
 
 @pytest.mark.parametrize("model", [["--model", "biformer_nano"], SMALL_DEBIFORMER], ids=["biformer", "debiformer"])
-def test_train_go_on_and_evaluate_as_a_plain_model(photos, maps, tmp_path, model, capfd):
+def test_train_resume_and_evaluate_as_a_plain_model(photos, maps, tmp_path, model, capfd):
     training = [*SMALL, *SHORT, *model, "--data_path", photos, "--token_label", maps, "--output_dir", tmp_path / "run"]
     assert run(*training, "--epochs", "1") == 0
     assert run(*training, "--epochs", "2", "--auto_resume") == 0
@@ -218,7 +219,7 @@ def test_train_go_on_and_evaluate_as_a_plain_model(photos, maps, tmp_path, model
 
 @pytest.mark.parametrize("mixing", [["--mixup", "0.8", "--cutmix", "1.0"], ["--mixup", "0", "--cutmix", "0"]])
 def test_both_classifiers_learn_what_the_maps_say(photos, tmp_path, mixing):
-    """Maps that are sure of class 2 everywhere move the biases, from 0: the folders of the images have no say."""
+    """Maps that are sure of class 2 everywhere move the biases, from 0: the images' folders do not matter."""
     for image in (photos / "train").rglob("*.png"):
         path = label_map_path(tmp_path / "maps", image.relative_to(photos / "train"))
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -283,4 +284,5 @@ def test_a_folder_without_maps(photos, tmp_path, capfd):
 @pytest.mark.parametrize("model", ["bvit_5m", "test_resnet"])
 def test_a_model_without_a_token_head(photos, maps, tmp_path, model, capfd):
     code = run(*SMALL, "--model", model, "--data_path", photos, "--token_label", maps)
-    assert code == 2 and f"--token_label: {model} has no token head" in capfd.readouterr().err
+    message = f"{model} has no token head, as BiFormer and its kin have; --token_label needs one"
+    assert code == 2 and message in capfd.readouterr().err

@@ -54,7 +54,7 @@ def test_the_same_bytes_again_and_others_by_another_seed(photos, tmp_path):
         assert {(member.mtime, member.uid, member.uname) for member in tar} == {(0, 0, "")}
 
 
-def test_the_list_is_there_whole_or_not_at_all(photos, tmp_path, monkeypatch):
+def test_the_list_is_written_whole_or_not_at_all(photos, tmp_path, monkeypatch):
     def fail(_):
         raise OSError(28, "No space left on device")
 

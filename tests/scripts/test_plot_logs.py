@@ -1,3 +1,4 @@
+"""scripts/plot_logs.py: curves, and mistakes."""
 import json
 
 import pytest

@@ -1,3 +1,4 @@
+"""scripts/predict.py: what is printed is what the network says, of any checkpoint; and mistakes."""
 import csv
 
 import pytest
@@ -28,7 +29,7 @@ def run(capfd, *arguments):
 
 
 def test_a_run_of_ours(photos, trained, tmp_path, capfd):
-    """Its model, image size and classes are the checkpoint's; what is said is what the network says of the image."""
+    """Its model, image size and classes are the checkpoint's; what is printed is what the network says of the image."""
     image = sorted((photos / "val").rglob("*.*"))[0]
     code, out, _ = run(capfd, "--checkpoint", trained, image, photos / "train", "--output", tmp_path / "p.csv",
                        "--topk", "2")
@@ -52,10 +53,10 @@ def test_a_run_of_ours(photos, trained, tmp_path, capfd):
     assert "class_2" in rows[0] and "class_3" not in rows[0]
 
 
-def test_weights_that_say_nothing_of_themselves(photos, tmp_path, capfd):
+def test_weights_that_do_not_say_what_they_belong_to(photos, tmp_path, capfd):
     torch.save(timm.create_model("biformer_nano").state_dict(), tmp_path / "bare.pth")
     code, _, err = run(capfd, "--checkpoint", tmp_path / "bare.pth", photos)
-    assert code == 2 and "does not say which model it is of; give --model" in err
+    assert code == 2 and "does not say which model it belongs to; give --model" in err
     code, out, _ = run(capfd, "--checkpoint", tmp_path / "bare.pth", "--model", "biformer_nano", photos,
                        "--input_size", "32", "--topk", "1000")
     assert code == 0 and "golden retriever" in out

@@ -50,7 +50,7 @@ class ShardCacheError(ShardError):
 
 
 class ShardClassError(ShardError):
-    """A sample is of a class beyond those that there are."""
+    """A sample is of a class beyond those of the model."""
 
 
 # --- where shards lie -------------------------------------------------------------------------------------------------
@@ -305,9 +305,11 @@ class TarShards(Sequence):
             raise ShardError(f"the .cls of {name} should be a class index, and is {text[:20]!r}")
         target = int(text)
         if target >= self.most_classes:
-            listed = self.split.num_classes
-            source = f"num_classes of {self.split.info}" if listed else "the number of classes of the model"
-            raise ShardClassError(f"{name} is of class {target}, which must be below {self.most_classes}, {source}")
+            if self.split.num_classes:
+                kind, source = ShardError, f"num_classes of {self.split.info}"
+            else:
+                kind, source = ShardClassError, "the number of classes of the model"
+            raise kind(f"{name} is of class {target}, which must be below {self.most_classes}, {source}")
         return target
 
     def _shard(self, number: int) -> tuple[BinaryIO, list[Sample]]:

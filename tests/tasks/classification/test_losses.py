@@ -1,26 +1,10 @@
+"""tasks/classification/losses.py: each loss against its formula."""
 import pytest
 import torch
 import torch.nn.functional as F
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
-from tasks.classification.losses import DistillationLoss, TokenLabelLoss, create_loss
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_label_losses_are_timms(smoothing):
-    """To rounding in float64, the gradient too; what mixup has smoothed is not smoothed again."""
-    targets = torch.tensor([0, 1, 2, 3])
-    soft = F.one_hot(targets, 5).double() * 0.7 + 0.06
-    for ours, timms, labels in (
-        (create_loss(smoothing), LabelSmoothingCrossEntropy(smoothing), targets),
-        (create_loss(smoothing, soft_targets=True), SoftTargetCrossEntropy(), soft),
-    ):
-        logits = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
-        losses = [loss(logits, labels) for loss in (ours, timms)]
-        torch.testing.assert_close(*losses, rtol=1e-14, atol=0)
-        torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in losses), rtol=1e-12, atol=1e-15)
-        assert type(ours) is nn.CrossEntropyLoss
+from tasks.classification.losses import Criterion, DistillationLoss, Renormalize, TokenLabelLoss
 
 
 class Teacher(nn.Module):
@@ -51,7 +35,7 @@ def test_distillation(kind):
     assert not teacher.training
 
 
-def test_a_student_that_agrees_is_at_no_distance():
+def test_a_student_that_agrees_has_no_loss():
     teacher = Teacher()
     images = torch.randn(4, 3, 2, 2)
     loss = DistillationLoss(nn.CrossEntropyLoss(), teacher, "soft", alpha=1.0)
@@ -68,8 +52,8 @@ def test_the_teacher_sees_images_normalised_its_own_way():
 
     raw = torch.rand(2, 3, 4, 4)
     mean, std, teacher_mean, teacher_std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), (0.5, 0.5, 0.5), (0.5, 0.25, 0.125)
-    loss = DistillationLoss(nn.CrossEntropyLoss(), Spy(), "hard", mean=mean, std=std, teacher_mean=teacher_mean,
-                            teacher_std=teacher_std)
+    images = Renormalize(mean, std, teacher_mean, teacher_std)
+    loss = DistillationLoss(nn.CrossEntropyLoss(), Spy(), "hard", images=images)
     views = [torch.tensor(x).view(1, 3, 1, 1) for x in (mean, std, teacher_mean, teacher_std)]
     loss(torch.randn(2, 5), torch.tensor([0, 1]), (raw - views[0]) / views[1])
     torch.testing.assert_close(seen[0], (raw - views[2]) / views[3])
@@ -93,3 +77,20 @@ def test_token_labels():
                 expected -= 0.3 * (of_tokens[b, y, x] * token.log()).sum() / (3 * 8)
     found = TokenLabelLoss(0.3)((logits, tokens), (of_image, of_tokens))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+def test_the_criterion_mixes_and_compares_in_float32():
+    """What the network returns, a tensor or a tuple of them, is compared in float32; a teacher gets mixed images."""
+    images, targets, seen = torch.ones(2, 3, 4, 4), torch.tensor([0, 1]), []
+
+    def network(images):
+        seen.append(images)
+        return torch.zeros(2, 5, dtype=torch.bfloat16)
+
+    criterion = Criterion(lambda *given: given, lambda images, targets: (2 * images, 3 * targets), sees_images=True)
+    logits, labels, shown = criterion(network, images, targets)
+    assert logits.dtype == torch.float32 and labels.tolist() == [0, 3]
+    assert torch.equal(shown, 2 * images) and seen[0] is shown
+
+    pair = Criterion(lambda *given: given)(lambda images: (images.half(), images.half()), images, targets)
+    assert [x.dtype for x in pair[0]] == [torch.float32] * 2 and pair[1] is targets and len(pair) == 2

@@ -12,6 +12,7 @@ from torchvision.ops import roi_align
 import datasets
 from tasks.classification import token_labels
 from tasks.classification.token_labels import TokenLabelMixup, TokenLabelTransform, TokenTargets, read_label_map
+from training.data.loader import seeded
 from utils import UserError
 
 
@@ -109,7 +110,7 @@ def follow(position_map, tokens=4, edit=lambda steps: None, **augmentation):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_a_map_follows_crop_and_flip(position_map, seed):
-    with datasets.seeded(seed):
+    with seeded(seed):
         colours, scores = follow(position_map, hflip=0.5, scale=(0.1, 1.0), ratio=(0.5, 2.0))
     torch.testing.assert_close(scores, colours, atol=0.012, rtol=0)
 
@@ -118,7 +119,7 @@ def test_the_seeds_above_flip_some_images(position_map):
     """x falls from left to right in an image that was flipped."""
     falls = []
     for seed in range(6):
-        with datasets.seeded(seed):
+        with seeded(seed):
             _, scores = follow(position_map, hflip=0.5, scale=(0.1, 1.0), ratio=(0.5, 2.0))
         falls.append(bool(scores[0, 0, 0] > scores[0, 0, -1]))
     assert any(falls) and not all(falls)
@@ -138,7 +139,7 @@ def test_a_map_follows_geometric_augmentation(position_map, name, policy):
         else:
             step.policy = [operations]
 
-    with datasets.seeded(1):
+    with seeded(1):
         colours, scores = follow(position_map, edit=only_this_one, auto_augment=policy, scale=(0.5, 0.9), hflip=1.0)
     torch.testing.assert_close(scores, colours, atol=0.08, rtol=0)  # a token reads few points of such a border
     assert (scores - colours).abs().mean() < 0.008
@@ -167,9 +168,9 @@ def test_images_are_those_of_training_without_maps(position_map, interpolation):
     labelled = TokenLabelTransform(datasets.build_transform(**settings), 3, (2, 3, 40, 60), 32)
     image = position_image(160, 240)
     for seed in range(8):
-        with datasets.seeded(seed):
+        with seeded(seed):
             expected = plain(image)
-        with datasets.seeded(seed):
+        with seeded(seed):
             assert torch.equal(labelled((image, position_map))[0], expected)
 
 
@@ -180,7 +181,7 @@ def test_a_copy_in_a_spawned_worker_follows_too(position_map):
     copy = pickle.loads(pickle.dumps(transform))
     found = []
     for each in (transform, copy):
-        with datasets.seeded(3):
+        with seeded(3):
             found.append(each((position_image(160, 240), position_map))[2])
     assert torch.equal(*found) and len(copy.trace) > 2
 
@@ -225,12 +226,12 @@ def test_the_data_set_without_maps_stays_as_it_is(position_map):
     transform = datasets.build_transform(
         train=True, input_size=64, mean=(0,) * 3, std=(1,) * 3, auto_augment="rand-m9-n20"
     )
-    plain = datasets.build_dataset("image_folder", root, "train", transform, on_bad="next")
+    plain = datasets.build_dataset("image_folder", root, "train", transform, on_error="next")
     expected, target = plain[0, 7]
     labelled = token_labels.add_label_maps(plain, root, 3, 32)
     image, label_map, points = labelled[0, 7][0]
     assert torch.equal(image, expected) and label_map.shape == (2, 3, 40, 60) and points.shape[2] == 2
-    assert labelled.classes == ["a"] and labelled.on_bad == "next" and target == 0
+    assert labelled.classes == ["a"] and labelled.on_error == "next" and target == 0
     traced = len(labelled.transform.trace)
     assert plain.transform is transform and torch.equal(plain[0, 7][0], expected)
     assert len(labelled.transform.trace) == traced > 2

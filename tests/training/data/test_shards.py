@@ -1,4 +1,4 @@
-"""shards.py: samples from a folder and by HTTP, each once an epoch, whatever the shards, processes and workers."""
+"""training/data/shards.py: samples from a folder and by HTTP, each once an epoch for any shards, processes, workers."""
 import io
 import json
 import os
@@ -16,10 +16,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_datasets import different_images, draw, loader_of, noise, random_states, read_all, same, transform
 from torch.utils.data import DataLoader
 
-from datasets import build_dataset, load_image
+from datasets import ShardCache, UnreadableImageError, build_dataset, load_image
+from helpers.loading import (
+    complaint_of,
+    different_images,
+    draw,
+    loader_of,
+    process,
+    random_states,
+    read_all,
+    same,
+    transform,
+)
+from helpers.photos import noise
 from storage import remote
 from storage.remote import sha256_of
 from training.data import shards
@@ -131,14 +142,6 @@ def train_set(root, **settings):
     return build_dataset("wds/tiny", root, "train", transform(True), **settings)
 
 
-def complaint_of(loader):
-    """What reading all of it says. An exception that is kept keeps the workers, which then take seconds to end."""
-    try:
-        read_all(loader)
-    except UserError as error:
-        return str(error)
-
-
 # --- every sample once ------------------------------------------------------------------------------------------------
 
 
@@ -157,8 +160,7 @@ def test_samples_by_index(folder, server):
 def test_evaluation_reads_each_image_once(folder, world_size, num_workers):
     targets = []
     for rank in range(world_size):
-        loader = loader_of(val_set(folder), train=False, batch_size=2, num_workers=num_workers, rank=rank,
-                           world_size=world_size)
+        loader = loader_of(val_set(folder), False, 2, num_workers, process(rank, world_size))
         assert len(loader) == len(list(loader))
         targets += read_all(loader)[1].tolist()
     assert sorted(targets) == list(range(10))
@@ -205,12 +207,12 @@ def test_sampler_keeps_to_few_shards(repeats):
 
 
 def test_repeated_augmentation(folder):
-    """Turns of an image lie next to each other and are drawn for apart; a third of the images makes an epoch."""
+    """Repeats of an image lie next to each other and are augmented differently; an epoch is a third of the images."""
     dataset = build_dataset("wds/tiny", folder, "train", draw)
     for world_size in (1, 2):
         order = []
         for rank in range(world_size):
-            loader = loader_of(dataset, rank=rank, world_size=world_size, repeated_aug=True)
+            loader = loader_of(dataset, distributed=process(rank, world_size), repeats=3)
             images, targets = read_all(loader)
             assert len(targets) == 16 // world_size and different_images(images) == len(images)
             assert targets.tolist() == [i for i in dict.fromkeys(targets.tolist()) for _ in range(3)][:len(targets)]
@@ -225,8 +227,8 @@ def test_training_reads_all_that_make_whole_batches(folder, world_size, batch_si
     for epoch in range(2):
         read = []
         for rank in range(world_size):
-            here, workers = (loader_of(train_set(folder), batch_size=batch_size, num_workers=num_workers, rank=rank,
-                                       world_size=world_size, reprob=0.5) for num_workers in (0, 3 - world_size))
+            here, workers = (loader_of(train_set(folder), True, batch_size, num_workers, process(rank, world_size),
+                                       re_prob=0.5) for num_workers in (0, 3 - world_size))
             here.set_epoch(epoch)
             workers.set_epoch(epoch)
             batches = read_all(here)
@@ -246,13 +248,13 @@ def test_an_epoch_read_from_its_middle_is_the_rest_of_it(folder, server):
     fresh = train_set(server.url)
     rest = [fresh[item] for item in list(loader.sampler)[9:]]
     assert [target for _, target in rest] == targets[9:].tolist()
-    normalised = (torch.stack([image for image, _ in rest]) - loader.mean) / loader.std
+    normalised = (torch.stack([image for image, _ in rest]) - loader.transfer.mean) / loader.transfer.std
     assert torch.allclose(normalised, images[9:], atol=1e-5)
 
 
 def test_global_generators_are_left_alone(folder):
     before = random_states()
-    read_all(loader_of(train_set(folder), reprob=1.0))
+    read_all(loader_of(train_set(folder), re_prob=1.0))
     assert random_states() == before
 
 
@@ -314,9 +316,10 @@ def spoil_images(root):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_unreadable_images_in_evaluation(folder, num_workers):
     spoil_images(folder)
-    assert complaint_of(loader_of(val_set(folder), train=False, num_workers=num_workers)) == (
-        f"cannot read 0.png in {folder}/validation-0.tar: not an image; remove it, or pass --skip_bad_images")
-    dataset = val_set(folder, on_bad="mask")
+    loader = loader_of(val_set(folder), train=False, num_workers=num_workers)
+    expected = f"cannot read 0.png in {folder}/validation-0.tar: not an image"
+    assert complaint_of(loader, UnreadableImageError) == expected
+    dataset = val_set(folder, on_error="mask")
     _, targets = read_all(loader_of(dataset, train=False, num_workers=num_workers))
     assert targets.tolist() == [-1, 1, -1, *range(3, 10)] and dataset.bad_images == 2
 
@@ -325,7 +328,7 @@ def test_unreadable_images_in_training(folder):
     info = read_info(folder)
     write_info(folder, {"train": info["validation"]})
     spoil_images(folder)
-    dataset = train_set(folder, on_bad="next")
+    dataset = train_set(folder, on_error="next")
     assert sorted(read_all(loader_of(dataset, batch_size=5))[1].tolist()) == [1, 1, 3, 3, *range(4, 10)]
     assert dataset.bad_images == 2
 
@@ -363,7 +366,7 @@ DAMAGES = [
 def test_damaged_shards_are_named_and_never_skipped(folder, damage, complaint):
     damage(folder / "validation-0.tar")
     for num_workers in (0, 1):
-        loader = loader_of(val_set(folder, on_bad="mask"), train=False, num_workers=num_workers)
+        loader = loader_of(val_set(folder, on_error="mask"), train=False, num_workers=num_workers)
         assert re.fullmatch(f"{folder}/validation-0.tar:? {complaint}.*", complaint_of(loader))
 
 
@@ -371,7 +374,7 @@ def test_damaged_shards_are_named_and_never_skipped(folder, damage, complaint):
 def test_class_that_is_no_index(folder, text):
     write_tar(folder / "validation-1.tar", [("x.png", png(0)), ("x.cls", text)])
     with pytest.raises(ShardError, match=r"the .cls of x.png in .*validation-1.tar should be a class index, and is b"):
-        val_set(folder, on_bad="mask")[3]
+        val_set(folder, on_error="mask")[3]
 
 
 @pytest.mark.parametrize("listed, given, most, source", [
@@ -382,15 +385,16 @@ def test_class_that_is_no_index(folder, text):
 ])
 def test_class_beyond_those_that_there_are(folder, listed, given, most, source):
     write_info(folder, read_info(folder), **({} if listed is None else dict(num_classes=listed)))
-    dataset = val_set(folder, on_bad="mask", most_classes=given)
+    dataset = val_set(folder, on_error="mask", most_classes=given)
     assert dataset.num_classes == listed
     if most is None:
         assert dataset[9][1] == 9
         return
     assert dataset[most - 1][1] == most - 1
     complaint = rf"00{most}.png in .*tar is of class {most}, which must be below {most}, {source}$"
-    with pytest.raises(ShardClassError, match=complaint):
+    with pytest.raises(ShardError, match=complaint) as error:
         dataset[most]
+    assert isinstance(error.value, ShardClassError) == (listed is None), "of the model, which a flag may change"
 
 
 @pytest.mark.parametrize("number", [0, -1, 2.5, "many"])
@@ -447,7 +451,7 @@ def test_list_of_shards_by_its_other_name(folder):
 
 
 def test_local_shard_that_goes_after_the_start(folder):
-    dataset = val_set(folder, on_bad="mask")
+    dataset = val_set(folder, on_error="mask")
     (folder / "validation-0.tar").unlink()
     with pytest.raises(ShardError, match=r"validation-0.tar cannot be opened: No such file"):
         dataset[0]
@@ -483,7 +487,7 @@ def test_a_transfer_that_breaks_is_tried_again(folder, server, copies, name):
     (folder / "other").mkdir()
     write_shards(folder / "other")
     with pytest.raises(ShardError, match=rf"other/{name} cannot be fetched: the server stopped after \d+ of \d+ bytes"):
-        val_set(f"{server.url}/other", on_bad="mask")[0]
+        val_set(f"{server.url}/other", on_error="mask")[0]
     assert copies() == ["validation-0.tar"]
 
 
@@ -498,7 +502,7 @@ def test_what_a_killed_process_left_is_no_shard(folder, server, tmp_path, copies
 
 
 def test_a_server_that_refuses_and_one_that_is_gone(folder, server):
-    dataset = val_set(server.url, on_bad="mask")
+    dataset = val_set(server.url, on_error="mask")
     (folder / "validation-0.tar").unlink()
     with pytest.raises(ShardError, match=r"validation-0.tar cannot be fetched: HTTP Error 404: .*; see that"):
         dataset[0]
@@ -535,7 +539,7 @@ def test_hashes_are_checked(folder, server, copies):
     splits["validation"]["sha256"][:2] = sha256_of(folder / "validation-0.tar"), "0" * 64
     write_info(folder, splits)
     with pytest.raises(ShardError, match=r"validation-1.tar is not the file whose sha256"):
-        val_set(server.url, on_bad="mask")[3]
+        val_set(server.url, on_error="mask")[3]
     assert val_set(server.url)[0][1] == 8
     assert copies() == ["validation-0.tar"] * 2
 
@@ -557,21 +561,21 @@ def test_the_cache_can_be_bounded(folder, server, tmp_path):
     (cache / "of the user.tar").write_bytes(b"x" * 50_000)
     write_shards(folder, {"val": (2, 2, 2, 2)})
     size = (folder / "val-0.tar").stat().st_size
-    dataset = val_set(server.url, shard_cache=cache, shard_cache_gb=2.5 * size / 1e9)
+    dataset = val_set(server.url, shard_cache=ShardCache(cache, 2.5 * size / 1e9))
     for index in (0, 2, 0, 4):  # of shards 0, 1, 0, 2
         dataset.source._open.clear()
         assert dataset[index][1] == index
         time.sleep(0.02)
     assert sorted(path.name[:5] for path in cache.glob("*.shard")) == ["val-0", "val-2"]
     assert server.seen["val-0.tar"] == 1
-    everything = loader_of(val_set(server.url, shard_cache=cache, shard_cache_gb=1e-9), train=False, num_workers=2)
+    everything = loader_of(val_set(server.url, shard_cache=ShardCache(cache, 1e-9)), train=False, num_workers=2)
     assert read_all(everything)[1].tolist() == list(range(8))
     assert len(list(cache.glob("*.shard"))) == 1 and (cache / "of the user.tar").exists()
 
 
 def test_a_cache_that_cannot_be_written(folder, server, tmp_path):
     (tmp_path / "file").touch()
-    dataset = val_set(server.url, shard_cache=tmp_path / "file")
+    dataset = val_set(server.url, shard_cache=ShardCache(tmp_path / "file"))
     with pytest.raises(ShardCacheError, match=r"validation-0.tar cannot be kept in .*file: File exists$"):
         dataset[0]
 

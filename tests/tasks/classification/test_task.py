@@ -1,0 +1,72 @@
+"""tasks/classification/task.py: the losses that settings ask for, the loaders, and messages about names."""
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import nn
+
+from helpers.photos import write_noise
+from tasks.classification.options import ClassificationSettings
+from tasks.classification.task import ClassificationTask
+from training import flags
+from training.distributed import Distributed
+from training.precision import Precision
+
+
+def task_of(*argv):
+    """The task of a command line, on the CPU."""
+    small = ["--model", "biformer_nano", "--input_size", "32", "--batch_size", "4", "--num_workers", "0"]
+    settings = flags.parse(ClassificationSettings, [*small, *map(str, argv)])
+    return ClassificationTask(settings, Distributed(torch.device("cpu")), Precision())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_noise(tmp_path)
+
+
+def criterion_of(folder, *argv):
+    task = task_of("--data_set", "image_folder", "--data_path", folder, *argv)
+    task.dataset("train")
+    task.network()
+    return task.criterion
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_label_losses_are_timms(folder, smoothing):
+    """To rounding in float64, the gradient too; what mixup has smoothed is not smoothed again."""
+    targets = torch.tensor([0, 1, 2, 3])
+    soft = F.one_hot(targets, 5).double() * 0.7 + 0.06
+    plain = criterion_of(folder, "--smoothing", smoothing, "--mixup", 0, "--cutmix", 0)
+    mixing = criterion_of(folder, "--smoothing", smoothing)
+    assert plain.mixup is None and mixing.mixup.label_smoothing == smoothing and mixing.mixup.num_classes == 2
+    for ours, timms, labels in (
+        (plain.loss, LabelSmoothingCrossEntropy(smoothing), targets), (mixing.loss, SoftTargetCrossEntropy(), soft),
+    ):
+        logits = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+        losses = [loss(logits, labels) for loss in (ours, timms)]
+        torch.testing.assert_close(*losses, rtol=1e-14, atol=0)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in losses), rtol=1e-12, atol=1e-15)
+        assert type(ours) is nn.CrossEntropyLoss
+
+
+def test_random_erasing_is_for_training_alone(folder):
+    """In the loaders of one task: all training images are erased, and evaluation is as without."""
+    batches = {}
+    for prob in (0, 1):
+        task = task_of("--data_set", "image_folder", "--data_path", folder, "--reprob", prob, "--remode", "const")
+        for split in ("train", "val"):
+            loader = task.loader(task.dataset(split), train=split == "train")
+            batches[split, prob] = torch.cat([images for images, _ in loader])
+    assert torch.equal(batches["val", 0], batches["val", 1])
+    changed = (batches["train", 0] != batches["train", 1]).flatten(1)
+    assert changed.any(1).all() and (batches["train", 1].flatten(1)[changed] == 0).all()
+
+
+def test_a_batch_of_zeros_is_like_one_of_the_loaders(folder):
+    task = task_of("--data_set", "image_folder", "--data_path", folder)
+    images, targets = next(iter(task.loader(task.dataset("train"), train=True)))
+    zeros, indices = task.dummy_batch(4, train=True)
+    assert (zeros.shape, zeros.dtype, indices.shape, indices.dtype) == (
+        images.shape, images.dtype, targets.shape, targets.dtype
+    )
