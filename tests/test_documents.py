@@ -8,6 +8,8 @@ import pytest
 import timm
 import yaml
 
+import hydra_main
+import main
 import models  # noqa: F401
 from helpers import ROOT
 from helpers.costs import ALL as COSTS
@@ -21,18 +23,14 @@ SMALLEST = "biformer_nano"
 
 def parse(words):
     """Read the words of a command line of main.py; raises where it is not understood."""
-    from training import options
-
-    return options.parse(words)
+    return main.parse(words)
 
 
 def parse_overrides(words, monkeypatch):
     """Read the words of a command line of hydra_main.py, and the command lines of main.py that it stands for."""
-    import hydra_main
-
     monkeypatch.setattr(sys, "argv", ["hydra_main.py", *words])
-    for order in hydra_main.read_orders():
-        parse(order.argv)
+    for run in hydra_main.read_runs():
+        parse(run.argv)
 
 
 # --- Markdown -------------------------------------------------------------------------------------------------------
