@@ -1,15 +1,15 @@
-"""What a task must say: all that a run asks of classification, detection, segmentation or a task of your own.
+"""The contract of a task: everything that a run asks of classification, or of a task of your own.
 
-A run goes through a task in this order (`main.py`):
+A run uses a task in this order (`main.py`):
 
     task = MyTask(settings, distributed, precision)
-    train_set = task.dataset("train")               # and "val"; the task remembers what it learns of the data
-    network = task.network()                        # built, with the weights that it starts from
-    task.check_input(network)                       # a mistake is found before anything is written
-    loss, parts = task.loss(network, batch)         # of every batch that task.loader(train_set, train=True) gives
-    results = engine.evaluate(task, network, ...)   # by task.evaluator(), after every epoch
+    data = Data.of(task)                     # task.dataset("train") and "val", and a task.loader(...) for each
+    network = task.network()                 # built for these data, with the weights that it starts from
+    task.check_input(network)                # a mistake is found before anything is written
+    loss, parts = task.loss(network, batch)  # for every batch
+    evaluator = task.evaluator()             # after every epoch: update(network, batch), then compute(...)
 
-Optimizer, schedule, EMA, checkpoints, exact resume, logs, signals and processes are the run's own business.
+Optimizer, schedule, EMA, checkpoints, exact resume, logs, signals and processes are the same for every task.
 """
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ class ShortEpochError(UserError):
 
 
 class Evaluator(Protocol):
-    """Accumulates what a network says of a part of the images, and then computes the task's metrics of all of them."""
+    """Accumulates the results of a network batch by batch, and then computes the task's metrics."""
 
     def update(self, network: torch.nn.Module, batch: Batch):
         """Evaluate one batch; called under autocast and without gradients, the network in evaluation mode."""
