@@ -139,8 +139,9 @@ def cases(scale: Scale) -> list[Case]:
         *(_models_case(size, mode, scale) for mode in (TRAIN, INFER) for size in ("small", "tiny", "base")),
         Case("breakdown", "biformer_small", step),
         compiled[0],
+        *map(_op_case, shapes[6:12]),
         *(_growth_case(side, mode, scale) for side in scale.sides for mode in (TRAIN, INFER)),
-        *map(_op_case, shapes[6:]),
+        *map(_op_case, shapes[12:]),
         *compiled[1:],
         *map(_flex_case, shapes[:12]),
     ]

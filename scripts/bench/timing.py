@@ -66,7 +66,7 @@ class Trial:
     least_rounds: int
     most_rounds: int
     deadline: float = math.inf  # `time.time()` by which the rounds should be over: their number is chosen to fit
-    end: float = math.inf  # `time.time()` after which nothing expensive is started
+    end: float = math.inf  # `time.time()` when the time for all cases is over: nothing expensive is started
     failures: dict[str, str] = field(default_factory=dict)  # the reason by contender
 
     @contextmanager
@@ -83,12 +83,12 @@ class Trial:
     def turns(self, names: list[str], seconds_per_round: float) -> Iterator[list[str]]:
         """The contenders that still run, once a round, starting with another one each time.
 
-        There are as many rounds as fit before the deadline, within the bounds.
+        There are as many rounds as fit before the deadline, within the bounds; after the end, only two.
         """
         affordable = (self.deadline - time.time()) / max(seconds_per_round, 1e-9)
         for turn in range(int(min(max(affordable, self.least_rounds), self.most_rounds))):
             alive = [name for name in names if name not in self.failures]
-            if not alive:
+            if not alive or (turn >= 2 and time.time() > self.end):
                 return
             first = turn % len(alive)
             yield alive[first:] + alive[:first]

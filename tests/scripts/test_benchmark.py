@@ -161,13 +161,12 @@ def test_cases_are_measured_while_time_is_left(monkeypatch):
     assert states[-1]["t"] == dict(rows=[], failed={}, left_out=["other"], seconds=0)
 
 
-def test_a_model_whose_compilation_would_end_too_late_is_left_out(monkeypatch):
+def test_a_model_that_would_be_ready_too_late_is_left_out(monkeypatch):
     monkeypatch.setattr(models, "build", lambda *args: (lambda: None, torch.nn.Identity()))
     clock = iter(range(0, 10_000, 40))  # each look at it takes 40 s
     monkeypatch.setattr(models, "time", SimpleNamespace(time=lambda: next(clock)))
     names = ("ours", "reference", "third")
-    rows = models.measure([Contender(name) for name in names], "reference", Setting("infer", 1, compile=True),
-                          trial(end=280))
+    rows = models.measure([Contender(name) for name in names], "reference", Setting("infer", 1), trial(end=280))
     assert [row.get("failed") for row in rows] == [None, None, models.NO_TIME]
 
 
@@ -194,6 +193,7 @@ def test_rounds_fill_the_time_within_bounds(monkeypatch):
     monkeypatch.setattr(timing.time, "time", lambda: 100.0)
     for deadline, seconds, rounds in ((110, 0.001, 30), (110, 1, 10), (110, 60, 5), (50, 0.001, 5), (math.inf, 1, 30)):
         assert len(list(Trial(CPU, 5, 30, deadline).turns(["a"], seconds))) == rounds
+    assert len(list(Trial(CPU, 5, 30, 50.0, end=60.0).turns(["a"], 1.0))) == 2
 
 
 def test_a_contender_that_fails_while_timed_is_dropped_and_the_others_are_measured():
