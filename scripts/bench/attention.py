@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from ops import IMPLS, RegionGrid, choose_impl, route_regions, routed_attention, unsupported
 
 from . import flex
-from .timing import Trial, finish, interleave, interleave_queued, peak_memory, quartiles, timed, warm_up
+from .timing import Trial, compare, interleave, quartiles, timed, warm_up
 
 FORWARD, BACKWARD = "forward", "forward + backward"
 REFERENCE, DENSE, FLEX = "gather", "dense", "flex"
@@ -200,23 +200,16 @@ def measure(case: AttentionCase, trial: Trial) -> list[dict]:
     reference = build(REFERENCE, case, [first], routes[:1]).results()
     about = dict(asdict(case), case=case.describe(), dtype=str(case.dtype).removeprefix("torch."), **work(case, routes))
     del about["contenders"]
-    calls, rows = {}, {}
+    rows = {name: dict(about, impl=name, auto=name == chosen) for name in case.contenders}
+
+    def prepare(name: str) -> Call:
+        call = build(name, case, sets, routes)
+        rows[name].update(first_call_seconds=timed(call, device), prepare_milliseconds=1e3 * call.preparation)
+        rows[name].update(check(name, call, reference))
+        return call
+
     for name in case.contenders:
-        rows[name] = dict(about, impl=name, auto=name == chosen)
         reason = None if name in (DENSE, FLEX) else unsupported(name, query)
         if reason is not None:
             trial.failures[name] = reason
-            continue
-        with trial.guard(name):
-            call = build(name, case, sets, routes)
-            rows[name].update(first_call_seconds=timed(call, device), prepare_milliseconds=1e3 * call.preparation)
-            warm_up(call, device)
-            rows[name].update(check(name, call, reference), peak_memory_mb=peak_memory(call, device))
-            calls[name] = call
-    device_seconds, host_seconds = interleave_queued(calls, trial)
-    finish(rows, device_seconds, REFERENCE, case.batch, trial)
-    for name, samples in host_seconds.items():
-        rows[name].update(
-            host_milliseconds=1e3 * median(samples), host_quartiles=[1e3 * q for q in quartiles(samples)]
-        )
-    return list(rows.values())
+    return compare(rows, {name: partial(prepare, name) for name in rows}, REFERENCE, case.batch, trial, queued=True)

@@ -78,7 +78,7 @@ def measure(contender: Contender, setting: Setting, trial: Trial) -> list[dict]:
     The step is timed without the profiler, whose own work would look like waiting.
     """
     on_gpu = trial.device.type == "cuda"
-    run, _ = build(contender, setting, trial.device)
+    run = build(contender, setting, trial.device)
     warm_up(run, trial.device)
     seconds = interleave({contender.name: run}, trial)
     if not seconds:

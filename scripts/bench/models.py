@@ -1,8 +1,7 @@
 """Whole models side by side: inference and training, growing images, and BViT's broad attention."""
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import timm
 import torch
@@ -12,11 +11,10 @@ from engine import Numerics
 from models.bvit import broad_attention, split_qkv
 from tasks.networks import size_kwargs
 
-from .timing import Trial, finish, interleave, is_out_of_memory, peak_memory, release, warm_up
+from .timing import OUT_OF_MEMORY, Trial, compare, release
 
 INFER, TRAIN = "infer", "train"
 NUM_CLASSES = 1000
-NO_TIME = "left out for lack of time"
 GROWTH_REFERENCE = "swin_tiny_patch4_window7_224"
 # The parts of BViT that `measure_broad` compares.
 NETWORK, CLASS_TOKEN, ALL_TOKENS = "the network, without it", "class token", "all tokens"
@@ -65,8 +63,8 @@ def _create(contender: Contender, side: int, device: torch.device) -> torch.nn.M
     return model.to(device)
 
 
-def build(contender: Contender, setting: Setting, device: torch.device) -> tuple[Callable, torch.nn.Module]:
-    """A function that runs one inference batch or one training step, and its model."""
+def build(contender: Contender, setting: Setting, device: torch.device) -> Callable[[], None]:
+    """A function that runs one inference batch or one training step."""
     memory_format = torch.channels_last if setting.channels_last else torch.contiguous_format
     model = _create(contender, setting.side, device).to(memory_format=memory_format).train(setting.mode == TRAIN)
     model.zero_grad()
@@ -79,7 +77,7 @@ def build(contender: Contender, setting: Setting, device: torch.device) -> tuple
             network(images)
 
     if setting.mode == INFER:
-        return infer, model
+        return infer
 
     targets = torch.randint(NUM_CLASSES, (setting.batch,), device=device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -91,39 +89,17 @@ def build(contender: Contender, setting: Setting, device: torch.device) -> tuple
         optimizer.step()
         optimizer.zero_grad()
 
-    return train, model
+    return train
 
 
 def measure(contenders: Sequence[Contender], reference: str, setting: Setting, trial: Trial) -> list[dict]:
-    """One row for each model: rate, ratio to the model named `reference` within a round, memory; or why it failed.
-
-    A model that would not be ready before `trial.end`, going by the time that those before it took, is left out.
-    """
+    """One row for each model: rate, ratio to the model named `reference` within a round, memory; or why it failed."""
     if setting.compile:
         torch._dynamo.reset()
-    runs, rows, slowest = {}, {}, 0.0
-    for contender in contenders:
-        name = contender.name
-        rows[name] = dict(
-            model=name, mode=setting.mode, compiled=setting.compile, side=setting.side, batch=setting.batch,
-            reference=reference,
-        )
-        start = time.time()
-        if start + slowest > trial.end:
-            trial.failures[name] = NO_TIME
-            continue
-        with trial.guard(name):
-            run, model = build(contender, setting, trial.device)
-            warm_up(run, trial.device)
-            rows[name].update(
-                parameters=sum(p.numel() for p in model.parameters()),
-                preparation_seconds=time.time() - start,
-                peak_memory_mb=peak_memory(run, trial.device),
-            )
-            runs[name] = run
-        slowest = max(slowest, time.time() - start)
-    finish(rows, interleave(runs, trial), reference, setting.batch, trial)
-    return list(rows.values())
+    about = dict(mode=setting.mode, compiled=setting.compile, side=setting.side, batch=setting.batch)
+    rows = {contender.name: dict(model=contender.name, **about, reference=reference) for contender in contenders}
+    builders = {contender.name: partial(build, contender, setting, trial.device) for contender in contenders}
+    return compare(rows, builders, reference, setting.batch, trial)
 
 
 def growing_contenders(side: int) -> tuple[Contender, ...]:
@@ -136,35 +112,22 @@ def growing_contenders(side: int) -> tuple[Contender, ...]:
     )
 
 
-def fit(contender: Contender, setting: Setting, device: torch.device) -> tuple[Callable, int]:
-    """A contender, warmed up, and the largest batch of `setting.batch`, a half, a quarter... that fits into memory."""
-    while True:
-        try:
-            run, _ = build(contender, setting, device)
-            warm_up(run, device)
-            return run, setting.batch
-        except Exception as error:
-            if not is_out_of_memory(error) or setting.batch == 1:
-                raise
-        # Not in the handler: the traceback there still holds the tensors that filled the memory.
-        run = None
-        release(device)
-        setting = replace(setting, batch=setting.batch // 2)
-
-
 def measure_growth(setting: Setting, trial: Trial) -> list[dict]:
-    """One row for each model: milliseconds and MiB of one image, with the batch that fitted; or why it failed."""
-    runs, rows = {}, {}
-    for contender in growing_contenders(setting.side):
-        name = contender.name
-        row = rows[name] = dict(model=name, mode=setting.mode, side=setting.side)
-        with trial.guard(name):
-            runs[name], row["batch"] = fit(contender, setting, trial.device)
-            row["mb_per_image"] = peak_memory(runs[name], trial.device) / row["batch"]
-    seconds = interleave(runs, trial)
-    per_image = {name: [s / rows[name]["batch"] for s in samples] for name, samples in seconds.items()}
-    finish(rows, per_image, GROWTH_REFERENCE, 1, trial)
-    return list(rows.values())
+    """One row for each model: milliseconds and MiB of one image; or why it failed.
+
+    Where a model runs out of memory, the batch of all of them is halved.
+    """
+    rows = measure(growing_contenders(setting.side), GROWTH_REFERENCE, setting, replace(trial, failures={}))
+    if setting.batch > 1 and any(row.get("failed") == OUT_OF_MEMORY for row in rows):
+        release(trial.device)
+        return measure_growth(replace(setting, batch=setting.batch // 2), trial)
+    for row in rows:
+        if "failed" not in row:
+            row.update(
+                mb_per_image=row["peak_memory_mb"] / setting.batch, milliseconds=row["milliseconds"] / setting.batch,
+                milliseconds_quartiles=[end / setting.batch for end in row["milliseconds_quartiles"]],
+            )
+    return rows
 
 
 def concatenated(qkvs: list[torch.Tensor], num_heads: int) -> torch.Tensor:
@@ -197,9 +160,4 @@ def measure_broad(name: str, batch: int, trial: Trial) -> list[dict]:
         CONCATENATED: lambda: concatenated(qkvs, heads),
     }
     rows = {part: dict(model=name, part=part, batch=batch) for part in parts}
-    for part, run in parts.items():
-        with trial.guard(part):
-            warm_up(run, trial.device)
-            rows[part]["peak_memory_mb"] = peak_memory(run, trial.device)
-    finish(rows, interleave(parts, trial), NETWORK, batch, trial)
-    return list(rows.values())
+    return compare(rows, {part: lambda run=run: run for part, run in parts.items()}, NETWORK, batch, trial)

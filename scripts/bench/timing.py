@@ -22,6 +22,7 @@ LONGEST_SLEEP_SECONDS = 0.2
 # On a GPU, one sample of a fast call is the mean of as many calls as fill this time.
 LEAST_SAMPLE_SECONDS = 0.05
 LONGEST_REASON = 160
+OUT_OF_MEMORY, NO_TIME = "out of memory", "left out for lack of time"
 
 
 def machine(device: torch.device) -> dict:
@@ -38,15 +39,10 @@ def machine(device: torch.device) -> dict:
     )
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the CPU's allocator, ran out of memory."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-
-
 def describe(error: BaseException) -> str:
     """An error as one short line for a table."""
-    if is_out_of_memory(error):
-        return "out of memory"
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+        return OUT_OF_MEMORY
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return text if len(text) <= LONGEST_REASON else text[: LONGEST_REASON - 3] + "..."
 
@@ -211,10 +207,38 @@ def summarize(seconds: list[float], reference: list[float] | None, images: int) 
     return summary
 
 
-def finish(rows: dict[str, dict], seconds: dict[str, list[float]], reference: str, images: int, trial: Trial):
-    """Add to the row of each contender the summary of its seconds or, as `failed`, why there are none."""
+def compare(rows: dict[str, dict], builders: dict[str, Callable], reference: str, images: int, trial: Trial,
+            queued: bool = False) -> list[dict]:
+    """Prepare contenders and measure them side by side; returns their rows with times and memory, or why they failed.
+
+    Args:
+        rows: What is known of each contender before.
+        builders: By contender, a function that returns the one to be timed.
+        reference: The contender that ratios are to.
+        images: Images in one call.
+        trial: What would not be prepared before `trial.end`, going by the slowest so far, is left out.
+        queued: Time on the device, by `interleave_queued`, and add the host's time to the rows.
+    """
+    runs, slowest = {}, 0.0
+    for name in [name for name in builders if name not in trial.failures]:
+        start = time.time()
+        if start + slowest > trial.end:
+            trial.failures[name] = NO_TIME
+            continue
+        with trial.guard(name):
+            run = builders[name]()
+            warm_up(run, trial.device)
+            seconds = time.time() - start
+            rows[name].update(preparation_seconds=seconds, peak_memory_mb=peak_memory(run, trial.device))
+            runs[name] = run
+        slowest = max(slowest, time.time() - start)
+    seconds, on_host = interleave_queued(runs, trial) if queued else (interleave(runs, trial), {})
     for name, row in rows.items():
-        if name in seconds:
-            row.update(summarize(seconds[name], seconds.get(reference), images))
-        else:
+        if name in trial.failures:
             row.update(failed=trial.failures[name])
+            continue
+        row.update(summarize(seconds[name], seconds.get(reference), images))
+        if name in on_host:
+            row.update(host_milliseconds=1e3 * median(on_host[name]),
+                       host_quartiles=[1e3 * q for q in quartiles(on_host[name])])
+    return list(rows.values())

@@ -162,12 +162,18 @@ def test_cases_are_measured_while_time_is_left(monkeypatch):
 
 
 def test_a_model_that_would_be_ready_too_late_is_left_out(monkeypatch):
-    monkeypatch.setattr(models, "build", lambda *args: (lambda: None, torch.nn.Identity()))
-    clock = iter(range(0, 10_000, 40))  # each look at it takes 40 s
-    monkeypatch.setattr(models, "time", SimpleNamespace(time=lambda: next(clock)))
+    clock = [0.0]
+
+    def build(*args):
+        clock[0] += 40
+        return lambda: None
+
+    monkeypatch.setattr(models, "build", build)
+    monkeypatch.setattr(timing.time, "time", lambda: clock[0])
     names = ("ours", "reference", "third")
-    rows = models.measure([Contender(name) for name in names], "reference", Setting("infer", 1), trial(end=280))
-    assert [row.get("failed") for row in rows] == [None, None, models.NO_TIME]
+    rows = models.measure([Contender(name) for name in names], "reference", Setting("infer", 1), trial(end=100))
+    assert [row.get("failed") for row in rows] == [None, None, timing.NO_TIME]
+    assert [row.get("preparation_seconds") for row in rows] == [40, 40, None]
 
 
 # --- time and memory ------------------------------------------------------------------------------------------------
@@ -370,13 +376,14 @@ def test_the_batch_is_halved_until_it_fits(monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         if contender.model == "broken":
             raise ValueError("no such size")
-        return lambda: None, None
+        return lambda: None
 
     monkeypatch.setattr(models, "build", build)
     monkeypatch.setattr(models, "GROWTH_REFERENCE", "good")
     monkeypatch.setattr(models, "growing_contenders", lambda side: (Contender("good"), Contender("broken")))
     good, broken = models.measure_growth(Setting("infer", 12), trial())
     assert good["batch"] == 3 and good["ratio"] == 1
+    assert good["images_per_second"] == pytest.approx(1e3 / good["milliseconds"])
     assert broken["failed"] == "ValueError: no such size"
 
 
