@@ -10,7 +10,7 @@
 
 Every round runs each contender once, so that a slow moment of the machine affects all of them; ratios are taken within
 a round. A contender that fails is reported with the reason, and the others are still measured. After each case the
-results so far are written to a JSON record in `--output`; at the end they are printed as Markdown tables.
+results so far are written to a JSON record in `--output` (by `all` as Markdown tables too) and printed at the end.
 """
 import argparse
 import json
@@ -113,9 +113,10 @@ def measure(args: argparse.Namespace):
         collect(record, sections, args)
         text = json.dumps(record, indent=1) + "\n"
         replace_file(path, lambda file, text=text: file.write(text.encode()))
+        if args.command == "all":
+            path.with_suffix(".md").write_text(tables.document(record))
     print(f"\n{tables.document(record)}\n{path}")
     if args.command == "all":
-        path.with_suffix(".md").write_text(tables.document(record))
         draw(record, path.with_suffix(".png"))
 
 
