@@ -1,10 +1,10 @@
-"""Pack a folder of images, SPLIT/CLASS/IMAGE, into WebDataset shards with the list of them that training reads.
+"""Pack a folder of images, SPLIT/CLASS/IMAGE, into WebDataset shards, with the index that training reads.
 
     python scripts/make_shards.py /path/to/imagenet-1k /path/to/shards --size 1000
 
-Writes SPLIT-000000.tar and so on, and at the end `_info.json`, which gives the number of classes, and of each shard the
-number of samples and the sha256. The images of a split are shuffled first, so that every shard holds all classes; the
-same folder, size and seed give the same bytes. Classes are numbered in the order of their names.
+Writes SPLIT-000000.tar and so on and, at the end, the index `_info.json`: the number of classes, and the number of
+samples and the sha256 of each shard. The images of a split are shuffled first, so that every shard has images of all
+classes; the same folder, size and seed give the same bytes. Classes are numbered in the order of their names.
 """
 import argparse
 import io
@@ -23,21 +23,21 @@ from utils import UserError, replace_file, run_script
 
 
 def write_shard(path: Path, samples: list[tuple[int, Path, int]]):
-    """Write (number, image file, class index) of each sample as NUMBER-NAME.jpg, say, and NUMBER-NAME.cls."""
+    """Write each sample, (number, image file, class index), as two members: NUMBER-NAME.jpg and NUMBER-NAME.cls."""
     with tarfile.open(path, "w") as tar:
         for number, image, target in samples:
-            # a sample is what is named alike up to the first dot
+            # WebDataset groups members into samples by their names up to the first dot.
             key = f"{number:08d}-{image.stem.replace('.', '_')}"
             label = str(target).encode()
             for extension, content in ((image.suffix, image.read_bytes()), (".cls", label)):
-                # of a file's status nothing but its size: no owner, no time
+                # Only the size: owner and time would make the bytes depend on more than the images.
                 member = tarfile.TarInfo(key + extension.lower())
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
 
 
 def write_split(name: str, images: list[tuple[str, int]], output: Path, size: int, seed: int) -> dict:
-    """Write the shards of a split, of `size` samples each but the last; returns its entry in the list."""
+    """Write the shards of a split, of `size` samples each but the last; returns the split's entry of the index."""
     images = sorted(images)
     random.Random(seed).shuffle(images)
     samples = [(number, Path(image), target) for number, (image, target) in enumerate(images)]
@@ -59,14 +59,14 @@ def write_split(name: str, images: list[tuple[str, int]], output: Path, size: in
 
 
 def make_shards(folder: Path, output: Path, splits: list[str], size: int, seed: int) -> list[str]:
-    """Pack `splits` of `folder`; returns the names of the classes.
+    """Pack `splits` of `folder` into `output`; returns the names of the classes.
 
     Raises:
-        UserError: A split is missing, their classes differ, or `output` holds a list of shards already.
+        UserError: A split is missing, the splits have different classes, or `output` already has an index.
     """
     existing = [output / name for name in INFO_NAMES if (output / name).exists()]
     if existing:
-        raise UserError(f"{existing[0]} is there already; take another folder")
+        raise UserError(f"{existing[0]} already exists; choose another output folder")
     sources = {split: build_dataset("image_folder", folder, split) for split in splits}
     classes = sources[splits[0]].classes
     for source in sources.values():
@@ -81,10 +81,10 @@ def make_shards(folder: Path, output: Path, splits: list[str], size: int, seed: 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder of SPLIT/CLASS/IMAGE")
-    parser.add_argument("output", type=Path, help="where the shards go")
+    parser.add_argument("output", type=Path, help="folder for the shards")
     parser.add_argument("--splits", nargs="+", choices=["train", "val"], default=["train", "val"])
-    parser.add_argument("--size", type=int, default=1000, help="samples in a shard")
-    parser.add_argument("--seed", type=int, default=0, help="of the shuffle")
+    parser.add_argument("--size", type=int, default=1000, help="samples per shard")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle")
     args = parser.parse_args(argv)
     if args.size < 1:
         parser.error(f"--size must be at least 1, got {args.size}")

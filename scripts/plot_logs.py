@@ -2,8 +2,8 @@
 
     python scripts/plot_logs.py outputs/biformer_tiny outputs/debiformer_tiny --output curves.png
 
-Each folder is the `--output_dir` of a run; its name labels the curve. Left the training loss of each epoch, right the
-top-1 accuracy on the validation images, which runs with `--disable_eval` lack.
+Each folder is the `--output_dir` of a run; its name labels the curve. The left panel shows the training loss of each
+epoch, the right one the top-1 accuracy on the validation images, which runs with `--disable_eval` do not have.
 """
 import argparse
 import json
@@ -13,10 +13,10 @@ PANELS = (("train_loss", "training loss"), ("val_acc1", "top-1 accuracy (%)"))
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The epochs of a run.
+    """The entries of a run's log, one for each epoch.
 
     Raises:
-        ValueError: There is no log, or nothing in it to draw.
+        ValueError: There is no log, or it has neither of the values to plot.
     """
     path = folder / "log.txt"
     if not path.is_file():
@@ -28,10 +28,10 @@ def read_log(folder: Path) -> list[dict]:
 
 
 def draw(folders: list[Path]):
-    """A matplotlib Figure of what the logs hold against the epochs done, a panel for each of `PANELS`.
+    """A matplotlib Figure of the logged values against the number of epochs, one panel for each of `PANELS`.
 
     Raises:
-        ValueError: A log is missing, or there is nothing in it to draw.
+        ValueError: A log is missing, or has neither of the values to plot.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

@@ -1,16 +1,11 @@
 """The parts of scripts/benchmark.py.
 
-    timing.py       interleaved rounds, device and host time, memory, medians and quartiles
-    trial.py        one task's time and failures: what goes wrong with a contender stays with that contender
-    session.py      tasks in a process of their own, under a time budget; the record that survives a kill
-    ceilings.py     what the machine can do: bytes copied and operations multiplied in a second
-    attention.py    the op: routed attention against dense and flex attention, and their floor
+    timing.py       interleaved rounds, device and host time, peak memory, medians and quartiles
+    attention.py    the op: routed, dense and flex attention, and the floor of their time
     flex.py         routed attention as a block mask for PyTorch's flex_attention
-    networks.py     whole models, inference and training
-    growth.py       cost an image as images grow
-    breakdown.py    where a training step's time goes
-    suite.py        what `all` measures, on a GPU and on the CPU
-    goals.py        what the results are held to
-    tables.py       results as Markdown
-    plot.py         results as a picture
+    models.py       whole models, growing images, and BViT's broad attention
+    breakdown.py    where the time of a training step goes
+    loader.py       decoding and augmentation on a core
+    suite.py        what `all` measures, and the loop over cases
+    tables.py       records as Markdown, and the plot
 """

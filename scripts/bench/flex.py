@@ -1,8 +1,8 @@
 """Routed attention as a block mask for PyTorch's flex_attention.
 
 Tokens are brought into region order first, so that a region is a run of tokens. Where a region is a whole number of
-blocks the block mask alone says who attends to whom. Elsewhere blocks hold several regions, or parts of them, and a
-lookup in the routes decides within them.
+blocks, the block mask alone says which token attends to which. Elsewhere blocks hold several regions, or parts of
+them, and a lookup in the routes decides within a block.
 """
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from ops import RegionGrid
 
-# What flex_attention's kernels are made for, and the least that its defaults may be told to use.
-DEFAULT_BLOCK = 128
-SMALL_BLOCK = 64
+# The block that flex_attention's kernels are made for, and the smallest that its defaults can be told to use.
+DEFAULT_BLOCK, SMALL_BLOCK = 128, 64
 
 
 def block_size(grid: RegionGrid) -> int:
@@ -43,7 +42,7 @@ def from_regions(x_BNLD: torch.Tensor, grid: RegionGrid) -> torch.Tensor:
 
 
 def _ordered(blocks_BQK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, Q, K) bool -> how many key blocks, (B, 1, Q), and which, those first, (B, 1, Q, K); int32."""
+    """(B, Q, K) bool -> the number of key blocks, (B, 1, Q), and their indices first, (B, 1, Q, K); int32."""
     counts = blocks_BQK.sum(-1, dtype=torch.int32)
     indices = blocks_BQK.byte().argsort(dim=-1, descending=True, stable=True).int()
     return counts[:, None], indices[:, None].contiguous()
@@ -52,7 +51,7 @@ def _ordered(blocks_BQK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def block_mask(routes: torch.Tensor, grid: RegionGrid) -> BlockMask:
     """The routes, (B, R, K), as a block mask over tokens in region order.
 
-    It is made of blocks from the start: the mask of all pairs of tokens would not fit for large maps.
+    It is computed from blocks: the mask of all pairs of tokens would not fit into memory for large maps.
     """
     block = block_size(grid)
     device = routes.device
@@ -63,7 +62,7 @@ def block_mask(routes: torch.Tensor, grid: RegionGrid) -> BlockMask:
     shape_BRR = (routes.shape[0], grid.num_regions, grid.num_regions)
     allowed_BRR = torch.zeros(shape_BRR, dtype=torch.bool, device=device).scatter_(2, routes, True)
 
-    # Which regions' real tokens each block holds, and the pairs of blocks with some, or nothing but, allowed pairs.
+    # Which regions' real tokens each block C holds, and which pairs of blocks hold some, or only, allowed pairs.
     holds_CR = torch.zeros((tokens + padding) // block, grid.num_regions, device=device)
     holds_CR.index_put_((torch.arange(tokens + padding, device=device) // block, region_L), real_L.float(), True)
     holds_CR.clamp_(max=1)
@@ -81,6 +80,6 @@ def block_mask(routes: torch.Tensor, grid: RegionGrid) -> BlockMask:
 
 
 def compiled():
-    """A fresh flex_attention for one shape; what was compiled for others is dropped."""
+    """flex_attention, newly compiled for one shape; what was compiled for others is dropped."""
     torch._dynamo.reset()
     return torch.compile(flex_attention, dynamic=False)

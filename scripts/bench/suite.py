@@ -1,130 +1,147 @@
-"""What `all` measures, and in which order: the dear and the less important last."""
-from dataclasses import dataclass
+"""What `benchmark.py all` measures, and the loop that measures cases one after another while time is left."""
+import math
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from ops import IMPLS
 
-from . import attention, breakdown, ceilings, growth, networks
+from . import attention, breakdown, models
 from .attention import BACKWARD, DENSE, FLEX, FORWARD, REFERENCE, AttentionCase
-from .goals import AT_224, FINER
-from .networks import INFER, TRAIN, Contender, Group, Setting
-from .session import Section, Task
+from .models import INFER, TRAIN, Contender, Setting
+from .timing import Trial, describe, release
 
-# (side of the map, heads, top-k) of the routed stages for a 224 image; heads are of 32 channels
-STAGES_AT_224 = ((56, 2, 1), (28, 4, 4), (14, 8, 16))
-BASE_HEADS = (3, 6, 12)
-STRIDES = (4, 8, 16)
-SIZES = ("small", "tiny", "base")
+# By routed stage of BiFormer: stride of the map, heads (of 32 channels) of Tiny and Small and of Base, top-k.
+STRIDES, HEADS, BASE_HEADS, TOPK = (4, 8, 16), (2, 4, 8), (3, 6, 12), (1, 4, 16)
+REGIONS, FINER_REGIONS = 7, 16
 DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SECTIONS = ("attention", "models", "compiled", "breakdown", "growth")
+MOST_ROUNDS = 30
+FLEX_SECONDS = 60.0  # that compiling flex_attention for one shape may take
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything a machine can do in minutes.
-
-    Args:
-        amp: Of the models, as of `engine.Numerics.on`; a key of DTYPES for the op.
-        batch: Images at 224, and of the op.
-        photo: (height, width) of the large image that the op sees the maps of, and how many at once.
-        sides: Of growing images, multiples of 224; the number of pixels in a batch stays the same.
-        growth_batch: Of growing images at 224.
-        copy_bytes, matrix_side: Of the ceilings.
-        patience, compile_patience: Seconds without news after which a contender counts as hung.
-        least_rounds: However late it is.
-        compiled: Models to compile as (size, mode, seconds that compiling one of them may take).
-    """
-    amp: str
-    batch: int
-    op_batch: int
-    photo: tuple[int, int]
+    """How much of everything a device can do in minutes."""
+    amp: str  # precision of the models and, by DTYPES, of the op
+    batch: int  # images at 224
+    photo: tuple[int, int]  # (height, width) of the large image whose maps the op sees
     photo_batch: int
-    sides: tuple[int, ...]
-    growth_batch: int
-    copy_bytes: int
+    sides: tuple[int, ...]  # of growing images, multiples of 224; a batch holds the same number of pixels at each
+    copy_bytes: int  # of `attention.measure_ceilings`, and the side of its matrices
     matrix_side: int
-    patience: float
-    compile_patience: float
-    least_rounds: int
-    compiled: tuple[tuple[str, str, float], ...]
+    least_rounds: int  # however late it is
+    compiled: tuple[tuple[str, str, float], ...]  # (size, mode, seconds that compiling one model may take)
 
 
-COMPILED_ON_GPU = (
-    ("small", TRAIN, 80), ("small", INFER, 35), ("tiny", TRAIN, 50), ("tiny", INFER, 25), ("base", TRAIN, 80),
-    ("base", INFER, 35),
-)
+COMPILED_ON_GPU = (("small", TRAIN, 80), ("small", INFER, 35), ("tiny", TRAIN, 50), ("tiny", INFER, 25),
+                   ("base", TRAIN, 80), ("base", INFER, 35))
 SCALES = {
-    "cuda": Scale("bf16", 128, 128, (800, 1333), 2, (224, 448, 896, 1344), 128, 2**32, 8192, 90, 200, 5,
-                  COMPILED_ON_GPU),
-    "cpu": Scale("off", 1, 1, (200, 333), 1, (224, 448, 672), 1, 2**28, 1024, 300, 300, 3, (("tiny", INFER, 60),)),
+    "cuda": Scale("bf16", 128, (800, 1333), 2, (224, 448, 896, 1344), 2**32, 8192, 5, COMPILED_ON_GPU),
+    "cpu": Scale("off", 1, (200, 333), 1, (224, 448, 672), 2**28, 1024, 3, (("tiny", INFER, 60),)),
 }
 
 
+@dataclass(frozen=True)
+class Case:
+    """`measure(trial)` gives rows of a section. It is not started with fewer than `seconds` left."""
+    section: str
+    name: str
+    measure: Callable[[Trial], list[dict]]
+    seconds: float = 0.0
+
+
+def run(cases: list[Case], device: torch.device, rounds: tuple[int, int], budget: float = math.inf) -> Iterator[dict]:
+    """Measure the cases in their order while time is left; yields what was found so far after each, and at the end.
+
+    What is yielded maps each section to a dict of `rows`, `failed` (case: reason), `left_out` (cases) and `seconds`.
+    Each case has an equal part of what is left of `budget` seconds, for `rounds` (least, most); the last may exceed it.
+    """
+    start = time.time()
+    end = start + budget
+    found: dict[str, dict] = {}
+    for number, case in enumerate(cases):
+        section = found.setdefault(case.section, dict(rows=[], failed={}, left_out=[], seconds=0.0))
+        release(device)  # a GPU that no longer works ends the benchmark here
+        began = time.time()
+        if began + case.seconds >= end:
+            section["left_out"].append(case.name)
+            continue
+        trial = Trial(device, *rounds, deadline=began + (end - began) / (len(cases) - number), end=end)
+        try:
+            section["rows"] += case.measure(trial)
+        except Exception as error:
+            traceback.print_exc()
+            section["failed"][case.name] = describe(error)
+        seconds = time.time() - began
+        section["seconds"] += seconds
+        print(f"{time.time() - start:5.0f} s  {case.section}: {case.name}  {seconds:.1f} s", flush=True)
+        yield found
+    yield found
+
+
 def attention_cases(scale: Scale) -> list[AttentionCase]:
-    """The shapes of the op: T and S at 224, large images with finer and usual regions, Base at 224."""
-    dtype = DTYPES[scale.amp]
-    contenders = (*IMPLS, DENSE)
-    height, width = scale.photo
-    # -(-a // b): a strided convolution with padding rounds a map's size up.
-    maps = [(-(-height // stride), -(-width // stride)) for stride in STRIDES]
-    shapes = []
-    for i, (side, heads, topk) in enumerate(STAGES_AT_224):
-        shapes.append((f"{AT_224} {i + 1}", scale.op_batch, side, side, heads, 7, topk))
-    photo = f"{height} x {width}"
-    for of, regions in ((f"{photo}, {FINER}", 16), (f"{photo}, stage", 7)):
-        for i, (_, heads, topk) in enumerate(STAGES_AT_224):
-            shapes.append((f"{of} {i + 1}", scale.photo_batch, *maps[i], heads, regions, topk))
-    for i, (side, _, topk) in enumerate(STAGES_AT_224):
-        shapes.append((f"Base, stage {i + 1}", scale.op_batch, side, side, BASE_HEADS[i], 7, topk))
+    """The shapes of the op: at 224, of a large image with finer and with usual regions, and of Base at 224."""
+    small = [(224 // stride, 224 // stride) for stride in STRIDES]
+    # Rounded up, as by a strided convolution with padding.
+    large = [tuple(math.ceil(side / stride) for side in scale.photo) for stride in STRIDES]
+    photo = f"{scale.photo[0]} x {scale.photo[1]}"
+    shapes = {
+        "224": (scale.batch, small, HEADS, REGIONS),
+        f"{photo}, finer regions": (scale.photo_batch, large, HEADS, FINER_REGIONS),
+        photo: (scale.photo_batch, large, HEADS, REGIONS),
+        "Base": (scale.batch, small, BASE_HEADS, REGIONS),
+    }
     return [
-        AttentionCase(*shape, mode, contenders, dtype=dtype) for shape in shapes for mode in (BACKWARD, FORWARD)
+        AttentionCase(f"{name}, stage {i + 1}", batch, *maps[i], heads[i], regions, TOPK[i], mode, (*IMPLS, DENSE),
+                      dtype=DTYPES[scale.amp])
+        for name, (batch, maps, heads, regions) in shapes.items() for i in range(3) for mode in (BACKWARD, FORWARD)
     ]
 
 
-def _attention_section(scale: Scale) -> Section:
-    cases = attention_cases(scale)
-    tasks = [Task(f"{c.stage}, {c.mode}", attention.measure, c, scale.patience) for c in cases]
-    # Compiling flex_attention for a shape takes long: after all else, beside the reference once more for the ratio.
-    for case in cases[:12]:
-        changed = dict(vars(case), contenders=(REFERENCE, FLEX))
-        tasks.append(Task(f"{case.stage}, {case.mode}, {FLEX}", attention.measure, AttentionCase(**changed),
-                          scale.compile_patience))
-    return Section("attention", 0.28, tuple(tasks))
+def _op_case(shape: AttentionCase) -> Case:
+    return Case("attention", f"{shape.stage}, {shape.mode}", partial(attention.measure, shape))
 
 
-def _models_section(name: str, share: float, scale: Scale, order: tuple, compile: bool) -> Section:
-    tasks = []
-    for size, mode, seconds in order:
-        swin = f"swin_{size}_patch4_window7_224"
-        # Ours and the reference first: where time is short, the third is left out.
-        contenders = tuple(Contender(model) for model in (f"biformer_{size}", swin, f"convnext_{size}"))
-        group = Group(contenders, swin, Setting(mode, scale.batch, amp=scale.amp, compile=compile), seconds)
-        tasks.append(Task(f"{size}, {mode}", networks.measure, group,
-                          scale.compile_patience if compile else scale.patience))
-    return Section(name, share, tuple(tasks))
+def _flex_case(shape: AttentionCase) -> Case:
+    """flex_attention, which is slow to compile for each shape, beside the reference again for the ratio."""
+    measure = partial(attention.measure, replace(shape, contenders=(REFERENCE, FLEX)))
+    return Case("attention", f"{shape.stage}, {shape.mode}, {FLEX}", measure, FLEX_SECONDS)
 
 
-def _growth_section(scale: Scale) -> Section:
-    tasks = []
-    for side in scale.sides:
-        for mode in (TRAIN, INFER):
-            batch = max(1, scale.growth_batch * 224**2 // side**2)
-            setting = Setting(mode, batch, side, scale.amp)
-            size = growth.Size(growth.contenders_at(side), "swin_tiny_patch4_window7_224", setting)
-            tasks.append(Task(f"{side}, {mode}", growth.measure, size, scale.patience))
-    return Section("growth", 0.18, tuple(tasks))
+def _models_case(size: str, mode: str, scale: Scale, compile_seconds: float = 0.0) -> Case:
+    """Ours, the Swin of its size, which ratios are to, and the ConvNeXt, which is the first to be left out."""
+    reference = f"swin_{size}_patch4_window7_224"
+    contenders = [Contender(model) for model in (f"biformer_{size}", reference, f"convnext_{size}")]
+    setting = Setting(mode, scale.batch, amp=scale.amp, compile=compile_seconds > 0)
+    measure = partial(models.measure, contenders, reference, setting)
+    return Case("compiled" if setting.compile else "models", f"{size}, {mode}", measure, 2 * compile_seconds)
 
 
-def sections(scale: Scale) -> list[Section]:
-    """Everything, with each section's part of the time. What a section leaves goes to those after it."""
-    how = ceilings.Ceilings(scale.copy_bytes, scale.matrix_side, DTYPES[scale.amp])
-    step = breakdown.Step(Contender("biformer_small"), Setting(TRAIN, scale.batch, amp=scale.amp))
-    eager = tuple((size, mode, 0) for mode in (TRAIN, INFER) for size in SIZES)
+def _growth_case(side: int, mode: str, scale: Scale) -> Case:
+    setting = Setting(mode, max(1, scale.batch * 224**2 // side**2), side, scale.amp)
+    return Case("growth", f"{side}, {mode}", partial(models.measure_growth, setting))
+
+
+def cases(scale: Scale) -> list[Case]:
+    """Everything, the most important first."""
+    shapes = attention_cases(scale)
+    step = partial(breakdown.measure, Contender("biformer_small"), Setting(TRAIN, scale.batch, amp=scale.amp))
+    ceilings = partial(attention.measure_ceilings, scale.copy_bytes, scale.matrix_side, DTYPES[scale.amp])
+    compiled = [_models_case(size, mode, scale, seconds) for size, mode, seconds in scale.compiled]
     return [
-        Section("ceilings", 0.04, (Task("copy and product", ceilings.measure, how, scale.patience),)),
-        _attention_section(scale),
-        _models_section("models", 0.22, scale, eager, compile=False),
-        Section("breakdown", 0.05, (Task("biformer_small", breakdown.measure, step, scale.patience),)),
-        _growth_section(scale),
-        _models_section("compiled", 0.23, scale, scale.compiled, compile=True),
+        Case("ceilings", "copy and product", ceilings),
+        *map(_op_case, shapes[:6]),
+        *(_models_case(size, mode, scale) for mode in (TRAIN, INFER) for size in ("small", "tiny", "base")),
+        Case("breakdown", "biformer_small", step),
+        compiled[0],
+        *map(_op_case, shapes[6:12]),
+        *(_growth_case(side, mode, scale) for side in scale.sides for mode in (TRAIN, INFER)),
+        *map(_op_case, shapes[12:]),
+        *compiled[1:],
+        *map(_flex_case, shapes[:12]),
     ]

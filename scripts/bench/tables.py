@@ -1,200 +1,182 @@
-"""Results as Markdown."""
-from .attention import BACKWARD, FORWARD, REFERENCE
+"""A record as Markdown tables, and its growing images as a plot."""
+from collections.abc import Callable
+from typing import NamedTuple
+
+from .models import INFER, TRAIN
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """At least `digits` significant digits, and no exponent for what a reader would count in."""
-    if value is None:
-        return ""
-    if value == 0 or 1e-4 <= abs(value) < 1e7:
+def number(value: float, digits: int = 3) -> str:
+    """At least `digits` significant digits, with an exponent only for very small and very large numbers."""
+    if value == 0:
+        return "0"
+    if 1e-4 <= abs(value) < 1e7:
         whole = len(str(int(abs(value))))
         return f"{value:.{max(0, digits - whole) if abs(value) >= 1 else digits + (abs(value) < 0.1)}f}"
     return f"{value:.{digits - 1}e}"
 
 
-def spread(value: float, ends: list[float], digits: int = 3) -> str:
+def _number(key: str, digits: int = 3) -> Callable[[dict], str]:
+    return lambda row: number(row[key], digits) if key in row else ""
+
+
+def _spread(key: str, ends: str, digits: int = 3) -> Callable[[dict], str]:
     """A median and its quartiles."""
-    return f"{number(value, digits)} ({number(ends[0], digits)} to {number(ends[1], digits)})"
+    def cell(row: dict) -> str:
+        if ends not in row:
+            return _number(key, digits)(row)
+        low, high = (number(end, digits) for end in row[ends])
+        return f"{number(row[key], digits)} ({low} to {high})"
+
+    return cell
 
 
-def ratio(row: dict) -> str:
-    return spread(row["ratio"], row["ratio_quartiles"]) if "ratio" in row else ""
-
-
-def repeats(row: dict) -> str:
+def _repeats(row: dict) -> str:
     kept = [row[key] for key in ("output_repeats", "gradients_repeat") if key in row]
-    return "yes" if all(kept) else "no" if not kept[0] else "output only"
+    return "" if not kept else "yes" if all(kept) else "no" if not kept[0] else "output only"
 
 
-def attention_table(rows: list[dict]) -> str:
-    """One line for each case and contender; where a case was measured twice, the first time counts."""
-    by_line: dict[tuple, dict[str, dict]] = {}
-    for row in rows:
-        by_line.setdefault((row["stage"], row["case"], row["impl"]), {}).setdefault(row["mode"], row)
-    head = ["stage", "map, heads, regions", "contender"]
-    for mode in (FORWARD, BACKWARD):
-        head += [f"{mode}, ms", f"x {REFERENCE}", "x floor", "MiB"]
-    cases = list(dict.fromkeys(key[:2] for key in by_line))
-    lines = []
-    for (stage, case, impl), modes in sorted(by_line.items(), key=lambda item: cases.index(item[0][:2])):
-        line = [stage, case, impl + (" (auto)" if any(row["auto"] for row in modes.values()) else "")]
-        for mode in (FORWARD, BACKWARD):
-            line += _attention_cells(modes.get(mode))
-        kept = [row for row in modes.values() if "failed" not in row]
-        errors = [row["error"] for row in kept if "error" in row]
-        prepared = max((row["prepare_milliseconds"] for row in kept), default=0)
-        line += [number(max(errors), 2) if errors else "", ", ".join(dict.fromkeys(repeats(row) for row in kept)),
-                 number(max(row["host_milliseconds"] for row in kept)) if kept else "",
-                 number(prepared) if prepared else ""]
-        lines.append(line)
-    return table([*head, "error", "repeats bit for bit", "host, ms", "made before, ms"], lines)
-
-
-def _attention_cells(row: dict | None) -> list[str]:
-    if row is None:
-        return ["", "", "", ""]
-    if "failed" in row:
-        return [row["failed"].replace("|", "/"), "", "", ""]
-    return [spread(row["milliseconds"], row["milliseconds_quartiles"]), ratio(row), number(row.get("times_floor"), 2),
-            number(row["peak_memory_mb"])]
-
-
-def models_table(rows: list[dict]) -> str:
-    lines = []
-    for row in rows:
-        line = [row["model"], row["mode"], "compiled" if row["compiled"] else "eager", str(row["batch"])]
-        if "failed" in row:
-            line += [row["failed"].replace("|", "/"), "", "", ""]
-        else:
-            line += [spread(row["images_per_second"], row["quartiles"], 4), ratio(row), number(row["milliseconds"]),
-                     number(row["peak_memory_mb"])]
-        lines.append(line)
-    references = list(dict.fromkeys(row["reference"] for row in rows))
-    against = references[0] if len(references) == 1 else "the Swin of its size"
-    return table(["model", "mode", "", "batch", "images/s (quartiles)", f"x {against} (quartiles)", "ms",
-                  "peak memory, MiB"], lines)
-
-
-def growth_table(rows: list[dict]) -> str:
-    lines = []
-    for row in rows:
-        line = [str(row["side"]), row["mode"], row["model"]]
-        if "failed" in row:
-            line += ["", row["failed"].replace("|", "/"), "", ""]
-        else:
-            line += [str(row["batch"]), spread(row["milliseconds"], row["milliseconds_quartiles"]), ratio(row),
-                     number(row["mb_per_image"])]
-        lines.append(line)
-    return table(["side", "mode", "model", "batch", "ms an image (quartiles)", "x Swin-T (quartiles)",
-                  "MiB an image"], lines)
-
-
-def breakdown_table(rows: list[dict]) -> str:
-    step = rows[0]
-    idle = "" if step["idle_share"] is None else f", the device waits {step['idle_share']:.0%} of it"
-    lines = [
-        [row["name"].replace("|", "/"), row.get("group", ""), number(row["milliseconds"]), f"{row['share']:.1%}"]
-        for row in rows if row["kind"] != "step"
-    ]
-    text = f"One step of {step['model']}, batch {step['batch']}: {number(step['milliseconds'])} ms{idle}.\n\n"
-    return text + table(["group, then the largest kernels or ops", "of group", "ms a step", "share"], lines)
-
-
-def decoders_table(rows: list[dict]) -> str:
-    lines = []
-    for row in rows:
-        if row["kind"] != "decode":
-            continue
-        line = [row["format"], row["name"]]
-        if "failed" in row:
-            line += [row["failed"].replace("|", "/"), "", ""]
-        else:
-            largest = row["largest_difference"]
-            by = "another size" if largest is None else f"up to {largest}"
-            equal = "all" if row["equal"] == row["images"] else f"{row['equal']} of {row['images']}; {by}"
-            line += [spread(row["images_per_second"], row["quartiles"], 4), ratio(row), equal]
-        lines.append(line)
-    return table(["format", "decoder", "images/s (quartiles)", "x PIL (quartiles)", "PIL's very pixels"], lines)
-
-
-def pipeline_table(rows: list[dict]) -> str:
-    lines = []
-    for row in rows:
-        if row["kind"] == "decode" and (row["format"], row["name"]) != ("JPEG", "PIL"):
-            continue
-        line = ["decode alone" if row["kind"] == "decode" else row["name"]]
-        if "failed" in row:
-            line += [row["failed"].replace("|", "/"), "", ""]
-        else:
-            line += [spread(row["images_per_second"], row["quartiles"], 4), number(1e3 / row["images_per_second"]),
-                     ratio(row)]
-        lines.append(line)
-    return table(["JPEG, by PIL", "images/s (quartiles)", "ms an image", "x decode alone (quartiles)"], lines)
-
-
-def cores_table(needed: list[dict]) -> str:
-    return table(["training on one GPU", "images/s", "cores"],
-                 [[row["name"], number(row["rate"]), str(row["cores"])] for row in needed])
-
-
-def goals_table(goals: list[dict]) -> str:
-    return table(["goal", "measured", "outcome"],
-                 [[goal["goal"], number(goal["value"]), goal["outcome"].replace("|", "/")] for goal in goals])
-
-
-def broad_table(rows: list[dict]) -> str:
-    """One line for each part of each BViT."""
-    return table(["model", "batch", "part", "ms", "MiB"], [
-        [row["model"], str(row["batch"]), row["part"], spread(row["milliseconds"], row["milliseconds_quartiles"]),
-         number(row["peak_memory_mb"])] for row in rows
-    ])
-
-
-TABLES = {
-    "attention": ("Attention", attention_table),
-    "models": ("Models", models_table),
-    "compiled": ("Models, compiled", models_table),
-    "growth": ("Growing images", growth_table),
-    "breakdown": ("A training step", breakdown_table),
+# What stands in a column; in any other, the value of the row's key of that name.
+CELLS: dict[str, Callable[[dict], str]] = {
+    "auto": lambda row: "yes" if row.get("auto") else "",
+    "compiled": lambda row: "compiled" if row.get("compiled") else "eager",
+    "group or kernel": lambda row: row.get("name", "").replace("|", "/"),
+    "of group": lambda row: row.get("group", ""),
+    "images/s": _spread("images_per_second", "quartiles", 4),
+    "ms": _spread("milliseconds", "milliseconds_quartiles"),
+    "ms a step": _number("milliseconds"),
+    "ms an image": lambda row: number(1e3 / row["images_per_second"]),
+    "share": lambda row: f"{row['share']:.1%}" if "share" in row else "",
+    "idle": lambda row: f"{row['idle_share']:.0%}" if row.get("idle_share") is not None else "",
+    "ratio": _spread("ratio", "ratio_quartiles"),
+    "x floor": _number("times_floor", 2),
+    "MiB": _number("peak_memory_mb"),
+    "MiB an image": _number("mb_per_image"),
+    "error": _number("error", 2),
+    "repeats": _repeats,
+    "host, ms": _number("host_milliseconds"),
+    "prepared, ms": _number("prepare_milliseconds"),
+    "rate": _number("rate"),
 }
-NOTES = {
-    "attention": "Device time, medians and quartiles of interleaved rounds; MiB beyond the inputs, results included. "
-    "`x floor` is the time over the larger of bytes / copy speed and operations / product speed. `host` is what one "
-    "launch costs the CPU: an eager step cannot be faster. `dense` attends to the whole map. `flex` is PyTorch's "
-    "flex_attention under a block mask; its mask and its region order are made before, outside of its time. `error` is "
-    f"that of output and gradients against `{REFERENCE}` in float32.",
-    "models": "MiB beyond weights and optimizer state.",
-    "compiled": "MiB beyond weights and optimizer state.",
-    "breakdown": "Device time (CPU time of ops, on the CPU) by torch.profiler; what waits is left out of the shares.",
-    "growth": "Milliseconds and MiB of one image, MiB beyond weights and optimizer state.",
+
+
+def table(rows: list[dict], about: tuple[str, ...], measured: tuple[str, ...]) -> str:
+    """A line for each row; where it failed, the reason takes the place of the columns that are `measured`."""
+    lines = [[*about, *measured], ["---"] * len(about + measured)]
+    for row in rows:
+        columns = about if "failed" in row else about + measured
+        cells = [CELLS[column](row) if column in CELLS else str(row.get(column, "")) for column in columns]
+        if "failed" in row:
+            cells += [row["failed"].replace("|", "/"), *[""] * (len(measured) - 1)]
+        lines.append(cells)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+class Table(NamedTuple):
+    title: str
+    note: str
+    about: tuple[str, ...]
+    measured: tuple[str, ...]
+
+
+ATTENTION = Table(
+    "Attention",
+    "Device time; MiB beyond the inputs, results included. `ratio` is the speed over that of `gather`. `x floor` is "
+    "the time over the larger of bytes / copy speed and operations / product speed. `error` is the largest of output "
+    "and gradients against `gather` in float32; `repeats` is bit for bit. `host` is what one launch costs the CPU: an "
+    "eager step cannot be faster. `dense` attends to the whole map. `flex` is PyTorch's flex_attention under a block "
+    "mask; `prepared`, its mask and the order of its tokens, is not in its time.",
+    ("stage", "case", "mode", "impl", "auto"),
+    ("ms", "ratio", "x floor", "MiB", "error", "repeats", "host, ms", "prepared, ms"),
+)
+MODELS = Table(
+    "Models", "MiB beyond weights and optimizer state; `ratio` is the speed over that of `reference`.",
+    ("model", "mode", "compiled", "batch", "reference"), ("images/s", "ratio", "ms", "MiB"),
+)
+# By the sections of `all`, and by the other commands.
+TABLES = {
+    "attention": ATTENTION,
+    "op": ATTENTION,
+    "models": MODELS,
+    "compiled": MODELS._replace(title="Models, compiled"),
+    "growth": Table(
+        "Growing images", "Of one image; MiB beyond weights and optimizer state; `ratio` is the speed over Swin-T's.",
+        ("side", "mode", "model"), ("batch", "ms", "ratio", "MiB an image"),
+    ),
+    "breakdown": Table(
+        "A training step", "Device time (of ops, on the CPU) by torch.profiler; `idle` is how long the GPU waits.",
+        ("model", "batch", "kind", "group or kernel", "of group"), ("ms a step", "share", "idle"),
+    ),
+    "broad": Table("Broad attention", "Inference; MiB beyond the inputs.", ("model", "batch", "part"), ("ms", "MiB")),
+    "data": Table(
+        "Data loading", "Files lie in memory; each process has one thread; `ratio` is the speed over decoding alone.",
+        ("format", "kind", "name"), ("images/s", "ms an image", "ratio"),
+    ),
 }
 
 
 def document(record: dict) -> str:
-    """Everything there is in a record of `all`, goals last."""
+    """All tables of a record."""
     machine = record["machine"]
     parts = [f"# {machine['device']}, {machine['cores']} cores, torch {machine['torch']}, {machine['date']}"]
-    ceilings = record.get("ceilings")
-    if ceilings:
+    if "ceilings" in record:
+        ceilings = record["ceilings"]
         parts.append(
             f"Copies {ceilings['bytes_per_second'] / 1e9:.0f} GB/s read and written ({ceilings['copy_mib']:.0f} MiB), "
             f"multiplies {number(ceilings['operations_per_second'] / 1e12)} TFLOP/s ({ceilings['product']})."
         )
-    for name, (title, make) in TABLES.items():
-        found = record["sections"].get(name)
+    sections = record.get("sections") or {record["benchmark"]: dict(rows=record["results"], **record)}
+    for name, (title, note, about, measured) in TABLES.items():
+        found = sections.get(name)
         if found is None:
             continue
         parts.append(f"## {title}")
         if found["rows"]:
-            parts += [NOTES[name], make(found["rows"])]
-        parts += [f"Failed: {task}: {reason}" for task, reason in found["failed"].items()]
-        if found["left_out"]:
+            parts += [note, table(found["rows"], about, measured)]
+        parts += [f"Failed: {case}: {reason}" for case, reason in found.get("failed", {}).items()]
+        if found.get("left_out"):
             parts.append(f"Left out for lack of time: {', '.join(found['left_out'])}.")
-    if record.get("goals"):
-        parts += ["## Goals", goals_table(record["goals"])]
+    if record.get("cores"):
+        parts.append("Cores for one GPU:\n\n" + table(record["cores"], ("name",), ("rate", "cores")))
     return "\n\n".join(parts) + "\n"
+
+
+COLOURS = ("#0b6e4f", "#5fb49c", "#c8553d", "#3d5a80")
+MARKERS = ("o", "s", "^", "D")
+LINES = {TRAIN: "-", INFER: "--"}
+PANELS = (("milliseconds", "Time an image (ms)"), ("mb_per_image", "Memory an image (MiB)"))
+
+
+def growth_figure(record: dict):
+    """A matplotlib Figure of two panels, time and memory of one image against its side, all axes logarithmic.
+
+    Raises:
+        ValueError: The record holds no results of growing images.
+    """
+    rows = [row for row in record.get("sections", {}).get("growth", {}).get("rows", []) if "failed" not in row]
+    if not rows:
+        raise ValueError("the record holds no results of growing images")
+    # Imported here, so that everything else runs without it.
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    figure = Figure(figsize=(9, 4.4), dpi=150, layout="constrained")
+    sides = sorted({row["side"] for row in rows})
+    for axes, (key, label) in zip(figure.subplots(1, 2), PANELS, strict=True):
+        for model, colour, marker in zip(dict.fromkeys(row["model"] for row in rows), COLOURS, MARKERS, strict=False):
+            name = model.replace("_patch4_window7_224", "").replace("_patch16_224", "")
+            for mode, line in LINES.items():
+                points = sorted((r["side"], r[key]) for r in rows if (r["model"], r["mode"]) == (model, mode))
+                if points:
+                    axes.plot(*zip(*points, strict=True), line, color=colour, marker=marker, markersize=5,
+                              label=f"{name}, {mode}")
+        axes.set(xscale="log", yscale="log", xlabel="Side of the image (pixels)", ylabel=label)
+        axes.set_xticks(sides, [str(side) for side in sides])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_minor_locator(NullLocator())
+        axes.grid(True, which="major", color="0.88")
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.suptitle(record["machine"]["device"], fontsize=11)
+    return figure

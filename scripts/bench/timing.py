@@ -1,31 +1,32 @@
-"""Interleaved timing on any device, the memory a call takes, and medians with their spread."""
+"""Interleaved timing on any device, peak memory, and medians with quartiles."""
+import gc
+import math
 import os
 import platform
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from statistics import median, quantiles
 
 import timm
 import torch
 
-from .trial import Trial
-
-# Calls before the first that counts: on a GPU the first few compile, choose algorithms and raise the clocks.
-WARMUP = {"cuda": 3, "cpu": 1}
+# Calls before the first timed one: on a GPU the first few compile, choose algorithms and raise the clocks.
+WARMUP_CALLS = {"cuda": 3, "cpu": 1}
 # `torch.cuda._sleep` counts cycles of the multiprocessors' clock, which runs at 2 GHz at most.
 CLOCK_HZ = 2e9
-LONGEST_SLEEP = 0.2
-# One sample of a fast call lasts at least this long, so that what surrounds it does not count.
+LONGEST_SLEEP_SECONDS = 0.2
+# On a GPU, one sample of a fast call is the mean of as many calls as fill this time.
 LEAST_SAMPLE_SECONDS = 0.05
-# Rotate inputs through this many times the cache, so that no call finds its own there.
-CACHES = 4
-CPU_CACHE_BYTES = 8 * 2**20
+LONGEST_REASON = 160
+OUT_OF_MEMORY, NO_TIME = "out of memory", "left out for lack of time"
 
 
 def machine(device: torch.device) -> dict:
-    """What the numbers depend on."""
+    """What the measurements depend on: device, cores, threads, versions, date."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -33,35 +34,79 @@ def machine(device: torch.device) -> dict:
     return dict(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        threads=torch.get_num_threads(),
-        python=platform.python_version(),
-        torch=torch.__version__,
-        timm=timm.__version__,
-        date=datetime.now().strftime("%Y-%m-%d %H:%M"),
+        threads=torch.get_num_threads(), python=platform.python_version(), torch=torch.__version__,
+        timm=timm.__version__, date=datetime.now().strftime("%Y-%m-%d %H:%M"),
     )
 
 
-def synchronize(device: torch.device):
+def describe(error: BaseException) -> str:
+    """An error as one short line for a table."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+        return OUT_OF_MEMORY
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= LONGEST_REASON else text[: LONGEST_REASON - 3] + "..."
+
+
+def release(device: torch.device):
+    """Free the memory of finished contenders. Raises the error of a GPU that no longer works."""
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
 
 
-def timed(run: Callable, device: torch.device) -> float:
-    """Seconds of one call, until its last result is there."""
+@dataclass
+class Trial:
+    """Where and how long to measure one case, and which of its contenders have failed."""
+    device: torch.device
+    least_rounds: int
+    most_rounds: int
+    deadline: float = math.inf  # `time.time()` by which the rounds should be over: their number is chosen to fit
+    end: float = math.inf  # `time.time()` when the time for all cases is over: nothing expensive is started
+    failures: dict[str, str] = field(default_factory=dict)  # the reason by contender
+
+    @contextmanager
+    def guard(self, name: str) -> Iterator[None]:
+        """An exception in this block is recorded as the failure of contender `name`; the others are still measured."""
+        try:
+            yield
+        except Exception as error:
+            self.failures[name] = describe(error)
+        if name in self.failures:
+            # Not in the handler: the traceback there still holds the tensors of all its frames.
+            release(self.device)
+
+    def turns(self, names: list[str], seconds_per_round: float) -> Iterator[list[str]]:
+        """The contenders that still run, once a round, starting with another one each time.
+
+        There are as many rounds as fit before the deadline, within the bounds; after the end, only two.
+        """
+        affordable = (self.deadline - time.time()) / max(seconds_per_round, 1e-9)
+        for turn in range(int(min(max(affordable, self.least_rounds), self.most_rounds))):
+            alive = [name for name in names if name not in self.failures]
+            if not alive or (turn >= 2 and time.time() > self.end):
+                return
+            first = turn % len(alive)
+            yield alive[first:] + alive[:first]
+
+
+def timed(run: Callable, device: torch.device, calls: int = 1) -> float:
+    """Mean seconds of a call, until the last result is there."""
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda device: None
     synchronize(device)
     start = time.perf_counter()
-    run()
+    for _ in range(calls):
+        run()
     synchronize(device)
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / calls
 
 
-def warm(run: Callable, device: torch.device):
-    """Call a contender until it runs as it will go on running."""
-    for _ in range(WARMUP[device.type]):
+def warm_up(run: Callable, device: torch.device):
+    for _ in range(WARMUP_CALLS[device.type]):
         timed(run, device)
 
 
-def once_each(contenders: dict[str, Callable], trial: Trial) -> dict[str, float]:
+def _once_each(contenders: dict[str, Callable], trial: Trial) -> dict[str, float]:
     """Seconds of one call of each contender that has not failed."""
     seconds = {}
     for name, run in contenders.items():
@@ -71,60 +116,41 @@ def once_each(contenders: dict[str, Callable], trial: Trial) -> dict[str, float]
     return seconds
 
 
-def rounds_for(seconds_per_round: float, trial: Trial) -> int:
-    """As many rounds as this trial's time allows, within its bounds."""
-    affordable = trial.left() / max(seconds_per_round, 1e-9)
-    return int(min(max(affordable, trial.least_rounds), trial.most_rounds))
-
-
-def _order(contenders: dict[str, Callable], trial: Trial, turn: int) -> list[str]:
-    """Who runs after whom changes from round to round."""
-    names = [name for name in contenders if name not in trial.failures]
-    turn = turn % max(len(names), 1)
-    return names[turn:] + names[:turn]
-
-
 def interleave(contenders: dict[str, Callable], trial: Trial) -> dict[str, list[float]]:
-    """Seconds of each contender in each round, host time until the results are there.
+    """Seconds until the results are there, by round, of each contender that does not fail.
 
-    Contenders are warm. A sample of a fast one is the mean of several calls in a row.
+    Every round runs each contender once, so that a slow moment of the machine affects all of them. Contenders must be
+    warmed up.
     """
-    once = once_each(contenders, trial)
-    repeats = {name: max(1, round(LEAST_SAMPLE_SECONDS / s)) for name, s in once.items()}
-    if trial.device.type == "cpu":
-        repeats = dict.fromkeys(once, 1)
-    rounds = rounds_for(sum(once[name] * repeats[name] for name in once), trial)
+    once = _once_each(contenders, trial)
+    on_gpu = trial.device.type == "cuda"
+    calls = {name: max(1, round(LEAST_SAMPLE_SECONDS / s)) if on_gpu else 1 for name, s in once.items()}
     seconds = {name: [] for name in once}
-    for turn in range(rounds):
-        for name in _order(contenders, trial, turn):
-            def several(run=contenders[name], calls=repeats[name]):
-                for _ in range(calls):
-                    run()
-
+    for names in trial.turns(list(once), sum(once[name] * calls[name] for name in once)):
+        for name in names:
             with trial.guard(name):
-                seconds[name].append(timed(several, trial.device) / repeats[name])
+                seconds[name].append(timed(contenders[name], trial.device, calls[name]))
     return {name: samples for name, samples in seconds.items() if name not in trial.failures}
 
 
 def interleave_queued(contenders: dict[str, Callable], trial: Trial) -> tuple[dict[str, list], dict[str, list]]:
-    """Seconds on the device, and seconds that the host needs to launch, of each contender in each round.
+    """Seconds on the device, and seconds that the host takes to launch, by round, of each contender that does not fail.
 
-    A GPU first sleeps while the host queues a whole round behind it: the device times then hold no gaps in which it
-    waits for launches, as they would for short kernels. On the CPU the two are the same. Contenders are warm.
+    A GPU first sleeps while the host queues a whole round behind it, so that the device times of short kernels hold no
+    gaps in which the GPU waits for launches. On the CPU both are the seconds of `interleave`.
     """
     if trial.device.type != "cuda":
         seconds = interleave(contenders, trial)
         return seconds, seconds
-    once = once_each(contenders, trial)
-    rounds = rounds_for(2 * sum(once.values()), trial)
+    once = _once_each(contenders, trial)
     on_device, on_host = ({name: [] for name in once} for _ in range(2))
     queueing = sum(once.values())
-    for turn in range(rounds):
+    for names in trial.turns(list(once), 2 * sum(once.values())):
         events = {}
         torch.cuda.synchronize(trial.device)
-        torch.cuda._sleep(int(min(2 * queueing, LONGEST_SLEEP) * CLOCK_HZ))
+        torch.cuda._sleep(int(min(2 * queueing, LONGEST_SLEEP_SECONDS) * CLOCK_HZ))
         start_of_round = time.perf_counter()
-        for name in _order(contenders, trial, turn):
+        for name in names:
             with trial.guard(name):
                 events[name] = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
                 start = time.perf_counter()
@@ -134,15 +160,15 @@ def interleave_queued(contenders: dict[str, Callable], trial: Trial) -> tuple[di
                 on_host[name].append(time.perf_counter() - start)
         queueing = time.perf_counter() - start_of_round
         torch.cuda.synchronize(trial.device)
-        for name, (begin, end) in events.items():
-            if name not in trial.failures:
-                on_device[name].append(begin.elapsed_time(end) / 1e3)
+        for name in events.keys() - trial.failures.keys():
+            begin, end = events[name]
+            on_device[name].append(begin.elapsed_time(end) / 1e3)
     alive = [name for name in once if name not in trial.failures]
     return {name: on_device[name] for name in alive}, {name: on_host[name] for name in alive}
 
 
 def peak_memory(run: Callable, device: torch.device) -> float:
-    """Largest MiB of tensors that `run` holds at once beyond what was there before."""
+    """MiB of the tensors that `run` holds at once, at most, beyond those that exist before."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -159,37 +185,60 @@ def peak_memory(run: Callable, device: torch.device) -> float:
     return peak / 2**20
 
 
-def input_sets(bytes_per_set: int, device: torch.device) -> int:
-    """How many sets of inputs to rotate through, so that together they are several times the cache."""
-    cache = CPU_CACHE_BYTES
-    if device.type == "cuda":
-        cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(1, -(-CACHES * cache // bytes_per_set))
-
-
 def quartiles(values: list[float]) -> list[float]:
     """Lower and upper quartile of at least two values."""
-    low, _, high = statistics.quantiles(values, n=4)
+    low, _, high = quantiles(values, n=4)
     return [low, high]
 
 
 def summarize(seconds: list[float], reference: list[float] | None, images: int) -> dict:
-    """Median and quartiles of the rate, and of the ratio to the reference within a round.
+    """Medians and quartiles, over the rounds, of the rate and the time of a call on `images` images.
 
-    Args:
-        seconds: Of one contender, by round.
-        reference: Of the reference, by round; None where it failed, which leaves the ratios out.
-        images: Images in one call.
+    Where there are seconds of the reference too, also of the ratio to it within a round: above 1 is faster.
     """
     rates = [images / s for s in seconds]
     summary = dict(
-        images_per_second=statistics.median(rates),
-        quartiles=quartiles(rates),
-        milliseconds=1e3 * statistics.median(seconds),
-        milliseconds_quartiles=[1e3 * q for q in quartiles(seconds)],
-        rounds=len(seconds),
+        images_per_second=median(rates), quartiles=quartiles(rates), milliseconds=1e3 * median(seconds),
+        milliseconds_quartiles=[1e3 * q for q in quartiles(seconds)], rounds=len(seconds),
     )
     if reference is not None:
         ratios = [r / s for r, s in zip(reference, seconds, strict=True)]
-        summary.update(ratio=statistics.median(ratios), ratio_quartiles=quartiles(ratios))
+        summary.update(ratio=median(ratios), ratio_quartiles=quartiles(ratios))
     return summary
+
+
+def compare(rows: dict[str, dict], builders: dict[str, Callable], reference: str, images: int, trial: Trial,
+            queued: bool = False) -> list[dict]:
+    """Prepare contenders and measure them side by side; returns their rows with times and memory, or why they failed.
+
+    Args:
+        rows: What is known of each contender before.
+        builders: By contender, a function that returns the one to be timed.
+        reference: The contender that ratios are to.
+        images: Images in one call.
+        trial: What would not be prepared before `trial.end`, going by the slowest so far, is left out.
+        queued: Time on the device, by `interleave_queued`, and add the host's time to the rows.
+    """
+    runs, slowest = {}, 0.0
+    for name in [name for name in builders if name not in trial.failures]:
+        start = time.time()
+        if start + slowest > trial.end:
+            trial.failures[name] = NO_TIME
+            continue
+        with trial.guard(name):
+            run = builders[name]()
+            warm_up(run, trial.device)
+            seconds = time.time() - start
+            rows[name].update(preparation_seconds=seconds, peak_memory_mb=peak_memory(run, trial.device))
+            runs[name] = run
+        slowest = max(slowest, time.time() - start)
+    seconds, on_host = interleave_queued(runs, trial) if queued else (interleave(runs, trial), {})
+    for name, row in rows.items():
+        if name in trial.failures:
+            row.update(failed=trial.failures[name])
+            continue
+        row.update(summarize(seconds[name], seconds.get(reference), images))
+        if name in on_host:
+            row.update(host_milliseconds=1e3 * median(on_host[name]),
+                       host_quartiles=[1e3 * q for q in quartiles(on_host[name])])
+    return list(rows.values())

@@ -71,7 +71,7 @@ def test_mistakes(photos, tmp_path, capsys):
 
     output = tmp_path / "shards"
     assert main([str(photos), str(output), "--splits", "val"]) == 0
-    assert "_info.json is there already; take another folder" in complaint(photos, output)
+    assert "_info.json already exists; choose another output folder" in complaint(photos, output)
     assert "has no folder train" in complaint(photos / "val", tmp_path / "b")
     (photos / "val" / "ant").rename(photos / "val" / "cat")
     assert "must have the training set's classes, but lacks ant and adds cat" in complaint(photos, tmp_path / "b")

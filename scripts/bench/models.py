@@ -1,0 +1,163 @@
+"""Whole models side by side: inference and training, growing images, and BViT's broad attention."""
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+
+import timm
+import torch
+import torch.nn.functional as F
+
+from models.bvit import broad_attention, split_qkv
+from tasks.networks import size_kwargs
+from training.precision import Precision
+
+from .timing import OUT_OF_MEMORY, Trial, compare, release
+
+INFER, TRAIN = "infer", "train"
+NUM_CLASSES = 1000
+GROWTH_REFERENCE = "swin_tiny_patch4_window7_224"
+# The parts of BViT that `measure_broad` compares.
+NETWORK, CLASS_TOKEN, ALL_TOKENS = "the network, without it", "class token", "all tokens"
+CONCATENATED = "all tokens, layers concatenated (published)"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A timm model, and the keyword arguments to create it with, as (name, value) pairs."""
+    model: str
+    kwargs: tuple = ()
+    label: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> "Contender":
+        """`NAME`, or `NAME:KEYWORD=VALUE,...` with words for values."""
+        model, _, keywords = text.partition(":")
+        return cls(model, tuple(tuple(keyword.split("=", 1)) for keyword in keywords.split(",") if keyword), text)
+
+    @property
+    def name(self) -> str:
+        return self.label or self.model
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a model is run: "infer" or "train", on `batch` images of `side` x `side` pixels."""
+    mode: str
+    batch: int
+    side: int = 224
+    amp: str = "off"
+    channels_last: bool = True
+    compile: bool = False
+
+
+@lru_cache(maxsize=9)
+def _create(contender: Contender, side: int, device: torch.device) -> torch.nn.Module:
+    """A model on the device; cached, because initialising the weights of large ones takes seconds."""
+    torch.manual_seed(0)
+    kwargs = size_kwargs(contender.model, side) | dict(contender.kwargs)
+    model = timm.create_model(contender.model, num_classes=NUM_CLASSES, **kwargs)
+    for module in model.modules():
+        # Some factories turn stochastic depth on and some do not; here all train without it.
+        if isinstance(module, timm.layers.DropPath):
+            module.drop_prob = 0.0
+    return model.to(device)
+
+
+def build(contender: Contender, setting: Setting, device: torch.device) -> Callable[[], None]:
+    """A function that runs one inference batch or one training step."""
+    memory_format = torch.channels_last if setting.channels_last else torch.contiguous_format
+    model = _create(contender, setting.side, device).to(memory_format=memory_format).train(setting.mode == TRAIN)
+    model.zero_grad()
+    precision = Precision.on(device, setting.amp, setting.channels_last)
+    images = precision.arrange(torch.randn(setting.batch, 3, setting.side, setting.side, device=device))
+    network = torch.compile(model) if setting.compile else model
+
+    def infer():
+        with torch.inference_mode(), precision.autocast():
+            network(images)
+
+    if setting.mode == INFER:
+        return infer
+
+    targets = torch.randint(NUM_CLASSES, (setting.batch,), device=device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def train():
+        with precision.autocast():
+            loss = F.cross_entropy(network(images), targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return train
+
+
+def measure(contenders: Sequence[Contender], reference: str, setting: Setting, trial: Trial) -> list[dict]:
+    """One row for each model: rate, ratio to the model named `reference` within a round, memory; or why it failed."""
+    if setting.compile:
+        torch._dynamo.reset()
+    about = dict(mode=setting.mode, compiled=setting.compile, side=setting.side, batch=setting.batch)
+    rows = {contender.name: dict(model=contender.name, **about, reference=reference) for contender in contenders}
+    builders = {contender.name: partial(build, contender, setting, trial.device) for contender in contenders}
+    return compare(rows, builders, reference, setting.batch, trial)
+
+
+def growing_contenders(side: int) -> tuple[Contender, ...]:
+    """BiFormer with 7 x 7 regions, BiFormer with regions of a fixed size, windows, and dense attention."""
+    return (
+        Contender("biformer_tiny", label="biformer_tiny, 7 x 7 regions"),
+        Contender("biformer_tiny", (("num_regions", 7 * side // 224),), "biformer_tiny, regions of a fixed size"),
+        Contender(GROWTH_REFERENCE),
+        Contender("deit_small_patch16_224"),
+    )
+
+
+def measure_growth(setting: Setting, trial: Trial) -> list[dict]:
+    """One row for each model: milliseconds and MiB of one image; or why it failed.
+
+    Where a model runs out of memory, the batch of all of them is halved.
+    """
+    rows = measure(growing_contenders(setting.side), GROWTH_REFERENCE, setting, replace(trial, failures={}))
+    if setting.batch > 1 and any(row.get("failed") == OUT_OF_MEMORY for row in rows):
+        release(trial.device)
+        return measure_growth(replace(setting, batch=setting.batch // 2), trial)
+    for row in rows:
+        if "failed" not in row:
+            row.update(
+                mb_per_image=row["peak_memory_mb"] / setting.batch, milliseconds=row["milliseconds"] / setting.batch,
+                milliseconds_quartiles=[end / setting.batch for end in row["milliseconds_quartiles"]],
+            )
+    return rows
+
+
+def concatenated(qkvs: list[torch.Tensor], num_heads: int) -> torch.Tensor:
+    """`broad_attention` as published: attention over (B, heads, N, L * head_dim) queries, keys and values."""
+    layers = [split_qkv(qkv, num_heads) for qkv in qkvs]
+    query, key, value = (torch.cat(tensors, dim=-1) for tensors in zip(*layers, strict=True))
+    head_dim = layers[0][0].shape[-1]
+    weights = (query * head_dim**-0.5 @ key.transpose(-2, -1)).softmax(dim=-1)
+    return (weights @ value).unflatten(-1, (head_dim, len(qkvs))).mean(dim=-1).transpose(1, 2).flatten(2)
+
+
+@torch.inference_mode()
+def measure_broad(name: str, batch: int, trial: Trial) -> list[dict]:
+    """One row for each part of a BViT at inference: time, ratio to its blocks, peak memory; or why it failed."""
+    model = timm.create_model(name).eval().to(trial.device)
+    images = torch.randn(batch, 3, *model.default_cfg["input_size"][1:], device=trial.device)
+
+    def network(keep: Callable = lambda qkv: None):
+        x, _ = model._embed(images)
+        for block in model.blocks:
+            x, qkv = block(x)
+            keep(qkv)
+
+    qkvs, heads = [], model.blocks[0].attn.num_heads
+    network(keep=qkvs.append)
+    parts = {
+        NETWORK: network,
+        CLASS_TOKEN: lambda: broad_attention(qkvs, heads, 1),
+        ALL_TOKENS: lambda: broad_attention(qkvs, heads),
+        CONCATENATED: lambda: concatenated(qkvs, heads),
+    }
+    rows = {part: dict(model=name, part=part, batch=batch) for part in parts}
+    return compare(rows, {part: lambda run=run: run for part, run in parts.items()}, NETWORK, batch, trial)
