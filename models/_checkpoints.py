@@ -8,7 +8,7 @@ from ._pretrained import unwrap
 
 
 def rename_published(state_dict: dict[str, torch.Tensor], renames: list[tuple[str, str]]) -> dict[str, torch.Tensor]:
-    """The entries of a published checkpoint under our names: every (pattern, replacement) in its turn."""
+    """The entries of a published checkpoint under our names: each (pattern, replacement) is applied in order."""
     out = {}
     for name, value in state_dict.items():
         for pattern, replacement in renames:
@@ -18,7 +18,11 @@ def rename_published(state_dict: dict[str, torch.Tensor], renames: list[tuple[st
 
 
 def fit_token_head(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """The entries with the token head that `model` has: none if it has none, its own where theirs does not fit."""
+    """The entries, with the token head that `model` needs.
+
+    Entries of a token head that `model` does not have are left out; the model's own stand in for those that are missing
+    or of another shape.
+    """
     own = {name: value for name, value in model.state_dict().items() if name.startswith("token_head.")}
     fits = {name: name in state_dict and state_dict[name].shape == value.shape for name, value in own.items()}
     if all(fits.values()) and not any(name.startswith("token_head.") and name not in own for name in state_dict):
@@ -39,7 +43,7 @@ _COMMON_RENAMES = [
 
 
 def _downsample_renames(state_dict: dict[str, torch.Tensor]) -> list[tuple[str, str]]:
-    """Of what is between the stages: the conv layout has the convolution first, the stl layout the norm."""
+    """Renames for the layers between stages: the conv layout has the convolution first, the stl layout the norm."""
     renames = []
     for i in range(1, 4):
         first = state_dict.get(f"downsample_layers.{i}.0.weight")

@@ -33,7 +33,7 @@ class HierarchicalNetwork(nn.Module):
     Takes (B, in_chans, H, W) images from 32 x 32 up.
 
     Args:
-        stem: What comes before the stages, NCHW in and out.
+        stem: Module before the stages, NCHW in and out.
         stages: Each (B, C, H, W) -> (B, C', H', W').
         dims: Channels after each stage.
         norm: Applied to the last stage's map.
@@ -41,8 +41,8 @@ class HierarchicalNetwork(nn.Module):
         num_classes: Classes; 0 leaves the head out.
         global_pool: Pooling of the head, "avg", "max", ..., or "" for none.
         drop_rate: Dropout before the classifier.
-        token_head: Have a second classifier, of every token of the last map, for training with token labels (Jiang et
-            al., https://arxiv.org/abs/2104.10858).
+        token_head: Whether to have a second classifier, for every token of the last map, for training with token labels
+            (Jiang et al., https://arxiv.org/abs/2104.10858).
     """
 
     def __init__(

@@ -28,7 +28,7 @@ def check_per_stage(num_stages: int, kind: str = "stages", **settings):
 def check_divides(name: str, divisors: int | Sequence[int], what: str, numbers: int | Sequence[int]):
     """Raises ValueError unless `divisors`, one for all or one for each, divide the `numbers`, and all are positive.
 
-    `name` and `what` are the names of the divisors and of the numbers.
+    `name` and `what` name the divisors and the numbers in the message.
     """
     each_number = [numbers] if isinstance(numbers, int) else numbers
     each_divisor = [divisors] * len(each_number) if isinstance(divisors, int) else divisors
@@ -37,13 +37,13 @@ def check_divides(name: str, divisors: int | Sequence[int], what: str, numbers: 
 
 
 def channels_last(x: torch.Tensor) -> torch.Tensor:
-    """(B, C, H, W) in channels-last memory; torch.func.vmap knows of no memory formats, but of permutations."""
+    """(B, C, H, W) in channels-last memory, by permutations: torch.func.vmap does not support memory formats."""
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 @register_notrace_function
 def channels_last_image(x: torch.Tensor) -> torch.Tensor:
-    """(B, C, H, W) in channels-last memory, of which torch.compile takes H and W for constants.
+    """(B, C, H, W) in channels-last memory; torch.compile treats H and W as constants from here on.
 
     A graph for each image size takes seconds to compile. One for all sizes takes minutes, if it succeeds: each stage's
     regions add another rounded division, and the compiler reasons about all of them, nested, at every reshape.
@@ -60,7 +60,7 @@ class Block(nn.Module):
         dim: Channels.
         attn: (B, H, W, dim) -> (B, H, W, dim).
         mlp: (B, H, W, dim) -> (B, H, W, dim).
-        pos_conv: Have the position encoding, a 3 x 3 depthwise convolution.
+        pos_conv: Whether to have the position encoding, a 3 x 3 depthwise convolution.
         drop_path: Stochastic depth of attention and MLP.
     """
 

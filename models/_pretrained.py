@@ -1,4 +1,4 @@
-"""What a model's registration says, and weights that were released outside of timm's hub."""
+"""Default configs, and pretrained weights that lie outside of timm's hub."""
 from pathlib import Path
 
 import torch
@@ -11,15 +11,15 @@ if "." in __package__:  # installed, as routedvit.models
 else:  # from the checkout
     from storage.weights import WeightsError, read_checkpoint, unwrap
 
-# Tags say what weights were trained on. A config without `url` has none for timm, and `list_models(pretrained=True)`
-# leaves it out; under "in1k" its authors nonetheless offer weights, on the page in `origin_url`, to be had by hand.
+# Tags say what weights were trained on. timm takes a config without `url` to have none, and
+# `list_models(pretrained=True)` leaves it out; those tagged "in1k" can be downloaded by hand from `origin_url`.
 UNTRAINED = "untrained"
 
 
 def imagenet_cfg(**kwargs) -> dict:
-    """A default config of timm for ImageNet-1K at 224; `kwargs` add to it or win over it.
+    """A default config of timm for ImageNet-1K at 224; `kwargs` extend or override it.
 
-    `origin_url` is needed: weights that no program can download are to be found there.
+    `origin_url` is required: the page with weights that no program can download.
     """
     common = dict(
         url="",
@@ -44,7 +44,7 @@ def _pass_the_file(variant: str) -> str:
 
 
 def _check_has_weights(variant: str, cfg: PretrainedCfg):
-    """Raises RuntimeError where there is nothing to load, and says where weights may come from."""
+    """Raises RuntimeError, which says where to get weights, where the config has none."""
     if cfg.has_weights or cfg.state_dict:
         return
     if cfg.tag == UNTRAINED:
@@ -58,8 +58,8 @@ def _check_has_weights(variant: str, cfg: PretrainedCfg):
 def build_with_pretrained_weights(model_cls: type[nn.Module], variant: str, pretrained: bool, **kwargs) -> nn.Module:
     """timm's `build_model_with_cfg`, for weights that lie behind the `url` of a default config, or in a file.
 
-    Takes a local file in timm's way: `create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=path))`.
-    Where a file holds a moving average too, it takes the weights themselves, as from a `url`.
+    A local file is given as in timm: `create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=path))`.
+    Where a checkpoint also holds EMA weights, the model's own are loaded.
 
     Raises:
         RuntimeError: There are no weights to download, or they cannot be downloaded or read; says what to do instead.
@@ -75,7 +75,7 @@ def build_with_pretrained_weights(model_cls: type[nn.Module], variant: str, pret
     weights = _read_weights(variant, cfg, kwargs.pop("cache_dir", None))
     overlay = dict(overlay, file=None, state_dict=weights)
     model = build_model_with_cfg(model_cls, variant, True, pretrained_cfg_overlay=overlay, **kwargs)
-    # The model's own description says where the weights came from, and need not hold them once more.
+    # The model's config says where the weights came from, and need not keep a second copy of them.
     model.pretrained_cfg = dict(model.pretrained_cfg, file=cfg.file, state_dict=None)
     return model
 
@@ -88,6 +88,6 @@ def _read_weights(variant: str, cfg: PretrainedCfg, cache_dir: str | Path | None
         if cfg.file:
             raise RuntimeError(f"{cfg.file} cannot be read as weights: {error}") from error
         raise RuntimeError(
-            f"the weights of {variant} could not be had from {cfg.url} ({error}). Download them by hand, "
+            f"the weights of {variant} could not be loaded from {cfg.url} ({error}). Download them by hand, "
             f"from {cfg.origin_url}, and {_pass_the_file(variant)}"
         ) from error

@@ -1,4 +1,4 @@
-"""What a network's attentions look at, for pictures and studies."""
+"""The routing of a network's attentions, for visualisation and analysis."""
 import torch
 from torch import nn
 

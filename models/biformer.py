@@ -17,7 +17,7 @@ from ._pretrained import imagenet_cfg
 
 __all__ = ["BiFormer"]
 
-# Its regions follow from the map's size, which torch.fx does not know while it traces.
+# Its regions depend on the map's size, which torch.fx does not know while it traces.
 register_notrace_module(BiLevelRoutingAttention)
 
 

@@ -40,10 +40,10 @@ def broad_attention(qkvs: list[torch.Tensor], num_heads: int, num_queries: int |
     """Attention of every layer's queries, keys and values, which lie side by side in each head. No parameters.
 
     The published formulation concatenates queries, keys and values of L layers to (B, heads, N, L * head_dim), and
-    averages the features of what they attend to down to the network's width, L at a time. Here nothing but what they
-    attend to is concatenated. The logits are the sum of the layers' own, summed in float32 at least, so that each is
-    rounded once, and every layer's values are weighted where they lie. No query depends on another: for the few that
-    are needed it is cheap, while copies of all keys and values cost more than the attention.
+    averages the attended features down to the network's width, L at a time. Here only the attended features are
+    concatenated. The logits are the sum of the layers' own, summed in float32 at least, so that each is rounded once,
+    and every layer's values are weighted in place. No query depends on another: for the few that are needed it is
+    cheap, while copies of all keys and values would cost more than the attention.
 
     Args:
         qkvs: (B, N, 3 * heads * head_dim) packed projections of the L layers.
@@ -65,7 +65,7 @@ def broad_attention(qkvs: list[torch.Tensor], num_heads: int, num_queries: int |
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention that hands out its packed projection, for broad attention to read."""
+    """Multi-head self-attention that also returns its packed projection, for broad attention."""
 
     def __init__(self, dim: int, num_heads: int, device=None, dtype=None):
         super().__init__()
@@ -83,7 +83,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each on a residual path; hands out the projection of the attention."""
+    """Attention and MLP, each on a residual path; also returns the attention's packed projection."""
 
     def __init__(
         self, dim: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0, device=None, dtype=None
@@ -121,7 +121,7 @@ class BViT(nn.Module):
         num_heads: Heads; must divide `embed_dim`.
         mlp_ratio: Hidden width of the MLPs in multiples of `embed_dim`.
         stem_stride: Stride of the convolution before the patches. 1 has the tokens and the cost of the paper's table,
-            2 a quarter of the tokens, as the published code.
+            2 a quarter of the tokens, as in the published code.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth of the last layer; grows linearly from 0 over all layers.
 
@@ -227,8 +227,8 @@ class BViT(nn.Module):
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The (B, N, C) tokens after the last block, and after those in `take_indices`.
 
-        Broad attention is part of the network's last block, where a pruned network does not come. `num_tokens` cuts
-        what that block hands out down to the first tokens.
+        Broad attention is part of the network's last block, which a pruned network does not reach. `num_tokens` limits
+        the output of that block to the first tokens.
         """
         taken, qkvs = [], []
         for i, block in enumerate(self.blocks[: max(take_indices) + 1] if stop_early else self.blocks):

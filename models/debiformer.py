@@ -3,8 +3,8 @@
 Paper: `DeBiFormer: Vision Transformer with Deformable Agent Bi-level Routing Attention` - ACCV 2024
 Published code and weights: https://github.com/maclong01/DeBiFormer
 
-The published factories cannot be run as they are; the networks here are their configurations, held to tensors computed
-from the published code with what stops it mended. The paper's table gives 77 M parameters for the base model, the
+The published factories do not run as they are; the networks here are their configurations, tested against outputs of
+the published code after its errors were fixed. The paper's table gives 77 M parameters for the base model, the
 published configuration has 95.5 M, and is followed.
 """
 import torch
@@ -27,7 +27,7 @@ HEAD_DIM = 32
 _TABLE_SIDES = (56, 28, 14, 7)
 
 
-@register_notrace_module  # what it computes follows from the type, which torch.fx does not know while it traces
+@register_notrace_module  # what it computes depends on the dtype, which torch.fx does not know while it traces
 class ResidualConv2d(nn.Conv2d):
     """x + conv(x), of a 3 x 3 depthwise convolution."""
 
@@ -37,9 +37,9 @@ class ResidualConv2d(nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, channels, H, W) -> (B, channels, H, W)."""
         if x.dtype in (torch.bfloat16, torch.float16):
-            # Beside 1, a weight of low precision would lose what it has learnt.
+            # In low precision, a weight added to 1 would lose most of its digits.
             return x + super().forward(x)
-        # One convolution, by 1 in the middle of each kernel: one of the widest maps fewer to write.
+        # One convolution, with 1 added in the middle of each kernel: it saves writing one of the widest maps.
         identity = F.pad(self.weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
         return F.conv2d(x, self.weight + identity, self.bias, padding=1, groups=self.groups)
 
@@ -66,7 +66,7 @@ class Offsets(nn.Module):
     Args:
         dim: Channels of all groups.
         num_groups: Groups, which share the weights; must divide `dim`.
-        kernel_size: Of the depthwise convolution.
+        kernel_size: Kernel size of the depthwise convolution.
         stride: Tokens of the map for one agent, along each side.
     """
 
@@ -104,16 +104,17 @@ def _token_positions(count: int, like: torch.Tensor) -> torch.Tensor:
 
 
 class DeformableAgentAttention(nn.Module):
-    """Attention of every token to a few agents, which have gathered what they know by bi-level routing.
+    """Attention of every token to a few agents, which have attended to the map by bi-level routing.
 
-    The agents are read from the map at learnt points, one for each `stride` x `stride` cell. Each attends to the tokens
-    of the `topk` regions that its region is routed to; then every token attends to all agents, with a bias by position.
+    The agents are sampled from the map at learnt points, one for each `stride` x `stride` cell. Each attends to the
+    tokens of the `topk` regions that its region is routed to; then every token attends to all agents, with a bias by
+    position.
 
     Args:
         dim: Channels, a multiple of the heads' 32.
         num_groups: Groups of channels with points of their own; must divide the heads.
         stride: Tokens of the map for one agent, along each side.
-        offset_kernel: Size of the convolution that the offsets come from.
+        offset_kernel: Kernel size of the convolution that computes the offsets.
         table_side: Side of the map that the table of relative positions is made for.
         mlp_ratio: Hidden width of the agents' MLP in multiples of `dim`.
         num_regions: Regions along each side, of the map and of the agents.
@@ -163,14 +164,14 @@ class DeformableAgentAttention(nn.Module):
         trunc_normal_(self.bias_table, std=0.01)
 
     def make_agents(self, x: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read the agents from the map.
+        """Sample the agents from the map.
 
         Args:
             x: (B, H, W, dim) map.
-            query: (B, H, W, dim) its queries, which say where to read.
+            query: (B, H, W, dim) its queries, from which the points are computed.
 
         Returns:
-            (B, Ha, Wa, dim) agents, and the (B, groups, Ha, Wa, 2) points (y, x) where they were read, from -1 (the
+            (B, Ha, Wa, dim) agents, and the (B, groups, Ha, Wa, 2) points (y, x) where they were sampled, from -1 (the
             first row or column) to 1 (the last), in float32 at least. Ha is H / stride, rounded up.
         """
         offsets = self.offsets(query)
@@ -191,19 +192,19 @@ class DeformableAgentAttention(nn.Module):
         return route_regions(agent_query, key, agent_grid, grid, self.topk)
 
     def routing(self, x: torch.Tensor) -> Routing:
-        """Where the agents of a (B, H, W, dim) map are read, and the regions that they attend to."""
+        """The regions that the agents of a (B, H, W, dim) map attend to, and the points where they are sampled."""
         query, key, _ = self.qkv(x).chunk(3, dim=-1)
         agents, points = self.make_agents(x, query)
         return self._route(self._heads(self.agent_query(agents)), self._heads(key))._replace(points=points)
 
     def _attend_to_regions(self, agents: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """(B, Ha, Wa, dim): what the agents find in the regions that they are routed to."""
+        """(B, Ha, Wa, dim): the agents' attention to the regions that they are routed to."""
         agent_query, key = self._heads(self.agent_query(agents)), self._heads(key)
         routing = self._route(agent_query, key)
         return routed_attention(agent_query, key, self._heads(value), routing, self.scale, self.attn_impl).flatten(3)
 
     def _position_bias(self, points: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """(B, heads, H * W, Ha * Wa): the table, read at half the way from each agent to each token."""
+        """(B, heads, H * W, Ha * Wa): the table, sampled at half the offset from each agent to each token."""
         agent_rows, agent_cols = points.flatten(2, 3).unbind(-1)
         rows = (_token_positions(height, points)[:, None] - agent_rows[:, :, None]) / 2
         cols = (_token_positions(width, points)[:, None] - agent_cols[:, :, None]) / 2
@@ -230,12 +231,12 @@ class DeformableAgentAttention(nn.Module):
         return self.proj(out.transpose(1, 2).reshape(x.shape))
 
 
-# Regions, points and positions follow from the map's size, which torch.fx does not know while it traces.
+# Regions, points and positions depend on the map's size, which torch.fx does not know while it traces.
 register_notrace_module(DeformableAgentAttention)
 
 
 class DeBiFormerBlock(nn.Sequential):
-    """Two blocks on one place in the order of depth: bi-level routing attention, then deformable agent attention."""
+    """Two blocks that count as one of a stage's depth: bi-level routing attention, then deformable agent attention."""
 
     def __init__(self, first: Block, second: Block):
         super().__init__()
@@ -251,7 +252,7 @@ class DeBiFormer(HierarchicalNetwork):
         depths: Blocks of each stage, of two attentions each.
         dims: Channels of each stage, multiples of 32.
         mlp_ratios: Hidden width of each stage's MLPs in multiples of the stage's width.
-        agent_mlp_ratios: The same of the agents' MLPs.
+        agent_mlp_ratios: The same for the agents' MLPs.
         num_groups: Groups of channels in each stage with points of their own.
         num_regions: Regions along each side of the maps.
         topk: Regions that each region attends to in bi-level routing attention, for each stage but the last.

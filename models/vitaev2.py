@@ -24,7 +24,7 @@ from ._pretrained import imagenet_cfg, unwrap
 __all__ = ["ViTAEv2"]
 
 
-@register_notrace_module  # its padding follows from the image's size, which torch.fx does not know while it traces
+@register_notrace_module  # its padding depends on the image's size, which torch.fx does not know while it traces
 class PadToMultiple(nn.Module):
     """Zeros at the bottom and right of an image, up to the next multiple of `multiple`; channels last in memory.
 
@@ -43,7 +43,7 @@ class PadToMultiple(nn.Module):
         return channels_last(x)
 
 
-@register_notrace_module  # its windows follow from the map's size
+@register_notrace_module  # its windows depend on the map's size
 class Attention(nn.Module):
     """Self-attention in unshifted windows, or over the whole map.
 
@@ -176,9 +176,9 @@ class ReductionCell(nn.Module):
         out_dim: Channels of the output.
         num_heads: Heads; must divide `out_dim`.
         stride: 4 or 2.
-        kernel_size: Of the pyramid reduction.
-        dilations: Of the pyramid reduction.
-        groups: Of the convolutions beside the attention.
+        kernel_size: Kernel size of the pyramid reduction.
+        dilations: Dilations of the pyramid reduction.
+        groups: Groups of the convolutions beside the attention.
         window_size: Side of the attention's windows; 0 attends to the whole map, without a bias for query, key and
             value, and with a skip from the values.
     """
@@ -226,9 +226,9 @@ class NormalCell(nn.Module):
     Args:
         dim: Channels.
         num_heads: Heads; must divide `dim`.
-        groups: Of the convolutions.
+        groups: Groups of the convolutions.
         window_size: Side of the attention's windows; 0 attends to the whole map.
-        drop_path: Stochastic depth, drawn for attention, convolutions and MLP apart.
+        drop_path: Stochastic depth, drawn separately for attention, convolutions and MLP.
     """
 
     def __init__(
@@ -272,7 +272,7 @@ class ViTAEv2(HierarchicalNetwork):
         num_heads: Heads of each stage's normal cells.
         reduction_heads: Heads of each stage's reduction cell.
         groups: Groups of the convolutions beside the attention, of each stage's normal cells.
-        reduction_groups: The same of each stage's reduction cell.
+        reduction_groups: The same for each stage's reduction cell.
         window_size: Side of the attention's windows in the first two stages; the last two attend to whole maps.
         drop_path_rate: Stochastic depth of the last normal cell; grows linearly from 0 over all normal cells.
         **kwargs: `num_classes`, `global_pool`, `drop_rate` and `token_head`, as of `HierarchicalNetwork`.
@@ -370,7 +370,7 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     state_dict = fit_token_head(unwrap(state_dict), model)
     if "stages.0.downsample.norm1.weight" in state_dict:
         return state_dict
-    # Without the indices into a table of biases that these models do without.
+    # The indices into a table of position biases, which these models do not have, are left out.
     weights = {name: value for name, value in state_dict.items() if not name.endswith(".relative_position_index")}
     return rename_published(weights, _RENAMES)
 

@@ -62,8 +62,8 @@ def unsupported(impl: str, query: torch.Tensor | None = None) -> str | None:
 
     Args:
         impl: A name of `IMPLS`.
-        query: (B, H, W, heads, head_dim) that it would be called with. Without one, only what holds for every input is
-            looked at.
+        query: The (B, H, W, heads, head_dim) queries of the call. Without them, only what holds for every input is
+            checked.
     """
     if impl not in IMPLS:
         return f"there is no such implementation; choose from {', '.join(IMPLS)} or auto"

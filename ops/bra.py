@@ -13,7 +13,7 @@ class BiLevelRoutingAttention(nn.Module):
 
     The map is cut into at most `num_regions` x `num_regions` regions. Each region is routed to the `topk` regions
     most similar to it, and its tokens attend to all tokens of those. A 5 x 5 depthwise convolution on the values (LePE)
-    adds what is near. Drops into any network that holds its features channels last:
+    adds a local term. Drops into any network that holds its features channels last:
 
     >>> attention = BiLevelRoutingAttention(dim=128, num_heads=4, num_regions=7, topk=4)
     >>> attention(torch.randn(2, 50, 61, 128)).shape
@@ -24,7 +24,7 @@ class BiLevelRoutingAttention(nn.Module):
     Args:
         dim: Channels.
         num_heads: Heads; must divide `dim`.
-        num_regions: Regions along each side of the map. Sizes that it does not divide are padded out of sight.
+        num_regions: Regions along each side of the map. Sizes that it does not divide are padded, without an effect.
         topk: Key regions for each query region, 1 to `num_regions` ** 2; a map with fewer regions uses all of them.
         qkv_bias: Give the query, key and value projection a bias.
         scale: Factor of the logits. The published networks scale by the whole width, dim ** -0.5, the default.

@@ -15,8 +15,8 @@ from einops import rearrange
 class RegionGrid:
     """A `height` x `width` map cut into `rows` x `cols` regions of equal size, in row-major order.
 
-    Regions are `ceil(height / rows)` x `ceil(width / cols)` tokens. What they reach beyond the map is padding at the
-    bottom and the right; no region lies in the padding altogether.
+    Regions are `ceil(height / rows)` x `ceil(width / cols)` tokens. Where they extend beyond the map, at the bottom
+    and the right, they are padded; no region is padding alone.
 
     Args:
         height: Map height in tokens, at least 1.

@@ -1,4 +1,4 @@
-"""Compile the fused kernels ahead of time, without a GPU, and report what they use of one.
+"""Compile the fused kernels ahead of time, without a GPU, and report the resources that they use.
 
     python scripts/compile_kernels.py --arch 90 --head_dim 32 --dtype bf16
 

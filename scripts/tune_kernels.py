@@ -1,4 +1,4 @@
-"""Measure the fused kernels on this GPU with other tiles, warps and stages than `ops` chooses, and in both ways.
+"""Time the fused kernels on this GPU with other tiles, warps and stages than `ops` chooses, by list and dense.
 
     python scripts/tune_kernels.py --batch_size 128 --map "28 x 28, top-4" --dtype bf16
 

@@ -1,4 +1,4 @@
-"""Files of web servers: read whole, or copied into a folder of this machine that serves as a cache."""
+"""Files of web servers: small ones read into memory, others copied into a cache folder of this machine."""
 import hashlib
 import http.client
 import math
@@ -113,8 +113,7 @@ class RemoteCache:
     """Copies of remote files in a folder, each made when it is first asked for.
 
     A copy is there intact or not at all, and is made by one process while others wait for it; where the file system has
-    no locks, each process downloads for itself. The caller names the copies: a name must be that of one address and, if
-    it is known, one hash.
+    no locks, each process downloads for itself. The caller names the copies: one name for each address and hash.
 
     Args:
         folder: Where copies are kept, best on a disk of this machine. Other files in it are left alone.

@@ -124,8 +124,8 @@ def _bare(name: str) -> str:
 def unwrap(checkpoint: dict[str, Any], key: str | None = None) -> dict[str, torch.Tensor]:
     """The weights in a checkpoint: under `key`, else under "model" or "state_dict", else the checkpoint itself.
 
-    Prefixes of DistributedDataParallel and torch.compile are removed from the names. The dictionary is that of the
-    checkpoint, not a copy, where it holds nothing else and its names have no such prefix.
+    Prefixes of DistributedDataParallel and torch.compile are removed from the names. Where there is nothing to
+    remove, the dictionary is the checkpoint's own, not a copy.
 
     Raises:
         WeightsError: There is no `key`, or what was found are no weights.

@@ -7,9 +7,9 @@ sample: `KEY.jpg`, or another of `IMAGE_EXTENSIONS`, and `KEY.cls`, the class in
     {"splits": {"train": {"name": "train", "num_samples": 2, "filenames": ["train-0.tar"], "shard_lengths": [2]}}}
 
 beside which the list may give `num_classes`, and a split `sha256`, its shards' hashes in hexadecimal. The format is
-WebDataset's (https://github.com/webdataset/webdataset). That package reads streams, which have no positions to go on
-from, and runs what an address starting with `pipe:` says; here a sample has an index, and is read where it lies in its
-tar file.
+WebDataset's (https://github.com/webdataset/webdataset). That package reads streams, which have no positions to resume
+from, and runs the command in an address that starts with `pipe:`; here a sample has an index, and is read from its
+position in the tar file.
 """
 import hashlib
 import json
@@ -33,7 +33,7 @@ from storage.remote import HashMismatchError, RemoteCache, TransferError, read_b
 from utils import LostDataError, is_url
 
 INFO_NAMES = ("_info.json", "info.json")
-# Where a sample has several images, the first of these; as in timm for those that it reads.
+# A sample's image is the first of these that it has, as in timm for the extensions that timm reads.
 IMAGE_EXTENSIONS = ("jpg", "png", "webp", "jpeg", "bmp", "tif", "tiff", "ppm", "pgm")
 # How many shards are shuffled together. With 1,000 samples in each, about as many as WebDataset's usual buffer.
 WINDOW_SHARDS = 8
@@ -42,7 +42,7 @@ OPEN_SHARDS = 2 * WINDOW_SHARDS
 
 
 class ShardError(LostDataError):
-    """A whole shard or its list is missing or wrong: more than an image that could be passed over."""
+    """A shard or the list of shards is missing or wrong: more than one unreadable image, which could be skipped."""
 
 
 class ShardCacheError(ShardError):
@@ -71,11 +71,11 @@ class LocalFolder:
         return path.read_bytes() if path.is_file() else None
 
     def missing(self, names: Sequence[str]) -> list[str]:
-        """Those of `names` that are known not to be there."""
+        """The `names` of which there is no file."""
         return [name for name in names if not (self.root / name).is_file()]
 
     def open(self, name: str, sha256: str | None) -> BinaryIO:
-        """A shard, opened to be read. Its hash is not looked at: it would be read whole for that."""
+        """A shard, opened for reading. Its hash is not checked, which would read all of it."""
         try:
             return open(self.root / name, "rb")
         except OSError as error:
@@ -110,7 +110,7 @@ class HttpFolder:
             raise self._unreachable(name, error) from None
 
     def missing(self, names: Sequence[str]) -> list[str]:
-        """None: asking the server for each would take long."""
+        """Always empty: asking the server for each would take long."""
         return []
 
     def open(self, name: str, sha256: str | None) -> BinaryIO:
@@ -155,10 +155,10 @@ def index_shard(file: BinaryIO, name: str) -> list[Sample]:
 
     Args:
         file: The shard, as a real file.
-        name: What to call it in an error.
+        name: Its name in error messages.
 
     Raises:
-        ShardError: It is no tar file, is cut off, or a sample lacks its image or its class.
+        ShardError: It is no tar file, is truncated, or a sample lacks its image or its class.
     """
     groups: list[tuple[str, dict[str, tarfile.TarInfo]]] = []
     try:
@@ -179,10 +179,10 @@ def index_shard(file: BinaryIO, name: str) -> list[Sample]:
     samples = [_sample(members) for _, members in groups]
     if None in samples:
         key = groups[samples.index(None)][0]
-        whole = len(samples) - samples.count(None)
+        complete = len(samples) - samples.count(None)
         raise ShardError(
             f"{name}: sample {key} lacks its .cls or its image next to it; "
-            f"{whole} of the {len(samples)} samples in this shard have both"
+            f"{complete} of the {len(samples)} samples in this shard have both"
         )
     return samples
 
@@ -213,7 +213,7 @@ def read_split(folder: LocalFolder | HttpFolder, names: Sequence[str]) -> Split:
     """The first of the splits `names` that the list of shards in `folder` has.
 
     Raises:
-        ShardError: There is no such list or split, or it is not as it should be.
+        ShardError: There is no such list or split, or it is malformed.
     """
     found = ((name, content) for name in INFO_NAMES if (content := folder.read(name)) is not None)
     info, content = next(found, (None, b""))
@@ -225,10 +225,10 @@ def read_split(folder: LocalFolder | HttpFolder, names: Sequence[str]) -> Split:
         split = splits[next(name for name in names if name in splits)]
         filenames, lengths = tuple(map(str, split["filenames"])), tuple(map(int, split["shard_lengths"]))
         hashes = tuple(split.get("sha256") or [None] * len(filenames))
-        whole = len(filenames) == len(lengths) == len(hashes) and sum(lengths) == split["num_samples"]
+        consistent = len(filenames) == len(lengths) == len(hashes) and sum(lengths) == split["num_samples"]
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
-        whole = False
-    if not whole or min(lengths, default=0) < 0:
+        consistent = False
+    if not consistent or min(lengths, default=0) < 0:
         raise ShardError(
             f"{folder}/{info} should list, for a split {' or '.join(names)}, filenames, as many shard_lengths, "
             "and num_samples, the sum of these"
@@ -249,19 +249,19 @@ def read_split(folder: LocalFolder | HttpFolder, names: Sequence[str]) -> Split:
 
 
 class TarShards(Sequence):
-    """(decoded image, class index) by index over all shards of a split, which are opened as they are needed.
+    """(decoded image, class index) by index over all shards of a split, which are opened when they are needed.
 
-    Forked and spawned workers may share one: reads are by position, and what is open is not pickled.
+    Forked and spawned workers may share one: reads are by position, and open files are not pickled.
 
     Args:
-        folder: Where the shards lie.
-        split: The list of them.
+        folder: Folder of the shards.
+        split: The list of the split's shards.
         decode: Takes an image file in memory, with its `name`; raises UserError if it cannot be read.
-        most_classes: How many classes there may be, where the list does not say how many there are; None for any.
+        most_classes: Number of classes, where the list of shards does not give it; None accepts any class index.
 
     Raises:
-        ShardError: On reading, if the shard is missing, damaged, or holds another number of samples than the list says,
-            or a class beyond them.
+        ShardError: On reading, if the shard is missing, damaged, or holds another number of samples than the list says;
+            ShardClassError for a class index that is too large.
     """
 
     def __init__(
@@ -297,7 +297,7 @@ class TarShards(Sequence):
         return self.decode(image), target
 
     def sampler(self, num_replicas: int, rank: int, repeats: int) -> "ShardSampler":
-        """The order in which process `rank` of `num_replicas` trains on the samples, each `repeats` times."""
+        """The order in which process `rank` of `num_replicas` trains on the samples; see `ShardSampler`."""
         return ShardSampler(self.lengths, num_replicas, rank, repeats)
 
     def _target(self, text: bytes, name: str) -> int:
@@ -364,7 +364,7 @@ def open_shards(
         most_classes: See `TarShards`.
 
     Raises:
-        ShardError: There is no list of shards there, or it is not as it should be.
+        ShardError: There is no list of shards there, or it is malformed.
     """
     cache_bytes = math.inf if cache_gb is None else cache_gb * 1e9
     folder = HttpFolder(str(root), cache, cache_bytes) if is_url(root) else LocalFolder(Path(root))
@@ -377,17 +377,17 @@ def open_shards(
 class ShardSampler(Sampler[int]):
     """Shuffles so that a process reads few shards at a time, and about 1/num_replicas of them in an epoch.
 
-    An epoch lines up the shards in random order, each with its samples in random order, and cuts the line into
+    An epoch concatenates the shards in random order, each with its samples in random order, and cuts the sequence into
     `num_replicas` ranges of one length: no sample comes twice, and fewer than `num_replicas` are left out. Within a
-    range, the parts of `WINDOW_SHARDS` successive shards are shuffled together. All of it follows from the epoch alone.
+    range, the parts of `WINDOW_SHARDS` successive shards are shuffled together. The order is a function of the epoch.
 
-    Unlike DistributedSampler's, ranges of other numbers of processes share no beginning: a run that goes on in the
-    middle of an epoch must do so with as many processes as before.
+    Unlike DistributedSampler's, the order depends on the number of processes: a run that resumes in the middle of an
+    epoch needs as many processes as before.
 
     Args:
         lengths: Number of samples in each shard.
         num_replicas, rank: Processes that share the samples, and which of them this is.
-        repeats: How many times in succession a sample comes; an epoch then has this many times fewer different ones.
+        repeats: How many times in succession a sample comes; an epoch has as many times fewer different samples.
     """
 
     def __init__(self, lengths: Sequence[int], num_replicas: int, rank: int, repeats: int = 1):
@@ -397,7 +397,7 @@ class ShardSampler(Sampler[int]):
 
     @property
     def ranges(self) -> int:
-        """Into how many an epoch is cut."""
+        """The number of ranges that an epoch is cut into."""
         return self.num_replicas
 
     def set_epoch(self, epoch: int):
@@ -422,7 +422,7 @@ class ShardSampler(Sampler[int]):
             yield from indices.repeat(self.repeats).tolist()
 
     def _part(self, shard: int, end: int, first: int, last: int) -> np.ndarray:
-        """Indices of those samples of a shard, the one that ends at `end` of the line, which lie in [first, last)."""
+        """Indices of a shard's samples with positions in [first, last), where it ends at `end` of the sequence."""
         start = end - int(self.lengths[shard])
         shuffled = self._generator(2, int(shard)).permutation(self.lengths[shard])
         return shuffled[max(first - start, 0):last - start] + self.lengths[:shard].sum()

@@ -4,7 +4,7 @@ One program computes one tile of BLOCK_M tokens of one head and streams tiles of
 online softmax of FlashAttention (Dao et al., https://arxiv.org/abs/2205.14135). Tokens are read in place, by stride.
 No program writes what another one writes: there are no atomics, and repeated runs agree to the bit.
 
-There are two ways to say which tokens meet:
+There are two ways to say which tokens attend to which:
 
 - by list: a tile holds tokens of one region, and streamed past it are the tokens of the regions routed to it, laid end
   to end. `routes_ptr` is (B, Rq, K), the chosen key regions. The gradients of the keys need the inverse: `members_ptr`
@@ -12,8 +12,8 @@ There are two ways to say which tokens meet:
   `bounds_ptr[b, r]` to `bounds_ptr[b, r + 1]`, of (B, Rk + 1).
 - DENSE: a tile holds consecutive tokens of the map, whatever their regions, and all tokens of the other map are
   streamed past it; pairs that are not routed get no weight. `routes_ptr` is (B, Hq * Wq) int64, for each query the
-  regions that it is routed to as bits, and `bits_ptr` (Hk * Wk) int64, for each key the bit of its region: to look
-  them up takes half the instructions of computing regions from places. Both have zeros up to a multiple of MAX_BLOCK
+  regions that it is routed to as bits, and `bits_ptr` (Hk * Wk) int64, for each key the bit of its region: looking
+  them up takes half the instructions of computing regions from positions. Both have zeros up to a multiple of MAX_BLOCK
   tokens, since loads under a mask are not vectorized.
 
 Logits are in base 2: `scale` comes multiplied by log2(e). So is `lse`, the log-sum-exp of each query's logits,
@@ -37,7 +37,7 @@ from .tiles import (
 LN_2 = tl.constexpr(0.6931471805599453)
 MAX_BLOCK = tl.constexpr(128)  # tokens of a tile
 
-# Triton compiles a kernel anew for integers that are 1 or multiples of 16; these take too many values for that.
+# Triton specialises a kernel for integers that are 1 or multiples of 16; these take too many values for that.
 _VARYING = [
     *("num_heads", "num_query_regions", "num_key_regions", "topk"),
     *(f"{side}_{name}" for side in "qk" for name in ("height", "width", "cols", "region_height", "region_width")),
@@ -164,7 +164,7 @@ def forward_kernel(
         logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
         logits = tl.where(meet, logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
-        # A tile may hold no key of a query at all; minus infinity less minus infinity would be no number.
+        # A tile may hold no key of a query at all; minus infinity less minus infinity would be NaN.
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
         weight = tl.exp2(logits - shift[:, None])
         decay = tl.exp2(top - shift)
@@ -300,7 +300,7 @@ def key_value_gradient_kernel(
         )
         query = load_tokens(query_head, query_strides, q_row, q_col, q_real, HEAD_DIM, BLOCK_D)
         grad_out = load_tokens(grad_out_head, grad_out_strides, q_row, q_col, q_real, HEAD_DIM, BLOCK_D)
-        # What is no query gets no weight by an infinite log-sum-exp.
+        # An infinite log-sum-exp gives padding no weight.
         lse = tl.load(
             _rows_of_map(lse_ptr, image, head, num_heads, q_grid, q_row, q_col), mask=q_real, other=float("inf")
         )

@@ -1,10 +1,10 @@
-"""Fused routed attention as operators that torch.compile, export and autograd treat whole.
+"""Fused routed attention as custom operators, opaque to torch.compile, export and autograd.
 
     routed_attention::forward   (query, key, value, routes, bits, grids, scale) -> (out, lse)
     routed_attention::backward  (..., out, grad_out, lse, ...) -> (grad_query, grad_key, grad_value)
 
-A grid crosses as its [rows, cols]; the rest of it is the map's shape. Without `bits` the routes are lists of regions,
-with them both are what `route_bits` makes, and whole maps are gone through.
+A grid is passed as its [rows, cols]; the map's shape says the rest. Without `bits` the routes are lists of regions;
+with them, routes and bits are what `route_bits` returns, and whole maps are streamed under their mask.
 """
 import math
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
-"""Which way and in which tiles a kernel goes through its maps.
+"""The tiles of a kernel, and whether it streams lists of regions or whole maps.
 
-Read off what the compiler reports (`scripts/compile_kernels.py`) and off counts of what a tile computes; no GPU has
+Chosen from the compiler's reports (`scripts/compile_kernels.py`) and from counts of what a tile computes; no GPU has
 been measured yet.
 """
 import math
@@ -58,7 +58,7 @@ def choose_tile(own: int, streamed: int, head_dim: int, dtype: torch.dtype, inve
 
     Stages are such that Triton 3.9 spills least; float32 needs no more than 1 for its keys, which saves 5 % of a loop's
     instructions. In low precision 1 stage would suit Triton 3.6, which takes a fifth fewer instructions for keys that
-    go through whole maps as it copies each of the queries' floats by itself, but 3.9 would take half as many again.
+    stream whole maps as it copies each of the queries' floats by itself, but 3.9 would take half as many again.
     """
     if dtype == torch.float32:
         block_m = _power_of_2(own, 16, 32 if head_dim <= 64 else 16)
@@ -90,7 +90,7 @@ def make_plan(
         other: Grid of the map whose tokens are streamed.
         listed: Regions of `other` that a region of `own` is routed to.
         inverse: The keys' side: it computes two gradients, and `listed` is only the mean.
-        dense: Go through whole maps under a mask instead of lists of regions.
+        dense: Stream whole maps under a mask instead of lists of regions.
         head_dim: Numbers of a head.
         dtype: Type of the tokens.
         tile: The tile to take, for measurements; `choose_tile` chooses it otherwise.
@@ -99,7 +99,7 @@ def make_plan(
     streamed = other_tokens if dense else listed * other_tokens
     tile = tile or choose_tile(own_tokens, streamed, head_dim, dtype, inverse)
     whole_tiles = math.ceil(other_tokens / tile.block_n) * tile.block_n
-    # To begin each region in a tile of its own costs empty places, to pack regions costs arithmetic for each token.
+    # A tile for each region leaves places empty; packing regions costs arithmetic for each token.
     packed = not dense and whole_tiles > 1.25 * other_tokens
     length = streamed if packed and not inverse else other_tokens
     return Plan(
@@ -113,10 +113,11 @@ def make_plan(
 
 
 def is_dense(query_grid: RegionGrid, key_grid: RegionGrid, topk: int) -> bool:
-    """Whether to go through whole maps under a mask of the routes, instead of region by region.
+    """Whether to stream whole maps under a mask of the routes, instead of lists of regions.
 
     A tile of one region computes at least 16 rows, though the region may hold one token. A tile of the whole map has no
-    such waste, but meets every token of the other map. The fewer logits, forward and backward, are taken.
+    such waste, but is multiplied with every token of the other map. The way with fewer logits, forward and backward, is
+    taken.
     """
     if key_grid.num_regions > MAX_BITS:
         return False
