@@ -1,4 +1,4 @@
-"""A run that is left at any step and gone on with ends as one that never stopped, bit for bit."""
+"""A run that is stopped at any step and resumed ends as one that never stopped, bit for bit."""
 import json
 import os
 import shutil
@@ -13,12 +13,12 @@ from helpers.run_state import differences
 from helpers.web import served
 from scripts import make_shards
 from tasks.classification.token_labels import label_map_path
-from training.checkpoints import CheckpointStore
-from training.run import Checkpointer, Run, Stopped
-from utils import EXIT_RESUME, StopRequest
+from training.checkpoints import Checkpointer, CheckpointStore
+from training.run import BestMetric, Clock, Run
+from training.signals import EXIT_RESUME
 
-# With mixup, cutmix, random erasing, repeated augmentation, stochastic depth and the average of the weights, as by
-# default; batch norm is in the stem.
+# With mixup, cutmix, random erasing, repeated augmentation, stochastic depth and EMA weights, as by default; batch norm
+# is in the stem.
 COMMAND = ["--model", "biformer_nano", "--input_size", "32", "--batch_size", "2", "--update_freq", "2",
            "--num_workers", "0", "--device", "cpu", "--epochs", "2", "--warmup_epochs", "1", "--lr", "1e-2",
            "--log_every", "2", "--model_ema_eval", "--model_ema_decay", "0.9"]
@@ -52,8 +52,8 @@ def signal_after(monkeypatch, step, number=signal.SIGTERM):
     return taken
 
 
-def test_left_at_every_step(photos, whole, tmp_path, monkeypatch, capfd):
-    """Each start takes one step; at an epoch's end it goes on to the next epoch's first before it looks."""
+def test_stopped_at_every_step(photos, whole, tmp_path, monkeypatch, capfd):
+    """Each start takes one step; at an epoch's end it also takes the next epoch's first before it looks."""
     for start in range(2 * STEPS):
         with monkeypatch.context() as patch:
             taken = signal_after(patch, 1)
@@ -61,21 +61,23 @@ def test_left_at_every_step(photos, whole, tmp_path, monkeypatch, capfd):
         if code == 0:
             break
         assert code == EXIT_RESUME and len(taken) == 1
-        assert "SIGTERM: left epoch" in capfd.readouterr().err
+        assert "SIGTERM: stopped in epoch" in capfd.readouterr().err
     assert code == 0 and start >= 3
     assert differences(tmp_path, whole) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
-def test_left_in_the_middle_of_an_epoch(photos, whole, tmp_path, monkeypatch, number, capfd):
+def test_stopped_in_the_middle_of_an_epoch(photos, whole, tmp_path, monkeypatch, number, capfd):
     with monkeypatch.context() as patch:
         taken = signal_after(patch, 2, number)
         assert train(photos, tmp_path) == EXIT_RESUME
     assert len(taken) == 2
     left = tmp_path / "checkpoint-00000002.pth"
-    assert f"{number.name}: left epoch 0 after step 2 of 3, saved as {left}" in capfd.readouterr().err
+    assert capfd.readouterr().err == (
+        f"{number.name}: stopped in epoch 0 after step 2 of 3, saved as {left}; resume with --auto_resume\n"
+    )
     assert train(photos, tmp_path, "--auto_resume") == 0
-    assert f"going on from {left}: epoch 0, step 2 of 3" in capfd.readouterr().out
+    assert f"resuming from {left}: epoch 0, step 2 of 3" in capfd.readouterr().out
     assert differences(tmp_path, whole) == []
 
 
@@ -87,7 +89,7 @@ def test_the_comparison_finds_differences(photos, whole, tmp_path):
     assert any(line.startswith("log.txt") for line in found)
 
 
-def test_left_while_evaluating(photos, whole, tmp_path, monkeypatch, capfd):
+def test_stopped_while_evaluating(photos, whole, tmp_path, monkeypatch, capfd):
     """The evaluation is finished and logged, and not done again."""
     evaluate = program.evaluate
 
@@ -143,47 +145,19 @@ def test_a_run_that_is_over_keeps_its_log(photos, whole, tmp_path):
     assert differences(tmp_path / "run", whole) == []
 
 
-class Together:
-    """A process of two, which notes when they agree."""
-
-    is_main = True
-
-    def __init__(self, notes):
-        self.notes = notes
-
-    def max(self, value):
-        self.notes.append("agreed")
-        return value
-
-
-def test_nobody_leaves_before_the_main_process_has_saved(tmp_path):
-    """A launcher that sees a process end may end the others in the middle of the save."""
-    notes = []
-    store = CheckpointStore(tmp_path)
-    store.save = lambda step, state: notes.append("saved")
-    request = StopRequest()
-    request.signal = "SIGTERM"
-    run = Run(None, None, None, None, steps=3, global_batch=4)
-    run.state_dict = dict
-    checkpointer = Checkpointer(run, store, Together(notes), request, recipe={})
-    with pytest.raises(Stopped):
-        checkpointer.between_epochs()
-    assert notes == ["agreed", "saved", "agreed"]
-
-
 def test_saved_by_minutes(photos, tmp_path):
     assert train(photos, tmp_path, "--save_every_minutes", "1e-9", "--keep_checkpoints", "9") == 0
     assert CheckpointStore(tmp_path).steps() == [1, 2, 3, 4, 5, 6]
 
 
-def test_going_on_from_the_one_before_a_damaged_one(photos, whole, tmp_path, capfd):
+def test_resuming_from_the_one_before_a_damaged_one(photos, whole, tmp_path, capfd):
     assert train(photos, tmp_path, "--save_every_steps", "1", "--epochs", "2") == 0
     newest = tmp_path / "checkpoint-00000006.pth"
     newest.write_bytes(newest.read_bytes()[:-100])
     capfd.readouterr()
     assert train(photos, tmp_path, "--auto_resume") == 0
     out = capfd.readouterr().out
-    assert f"{newest} is damaged" in out and "going on from" in out and "epoch 1, step 2 of 3" in out
+    assert f"{newest} is damaged" in out and "resuming from" in out and "epoch 1, step 2 of 3" in out
     assert differences(tmp_path, whole) == []
 
 
@@ -201,8 +175,8 @@ def label_maps(photos, tmp_path_factory):
 
 
 @pytest.fixture(params=["fp16", "teacher", "token labels"])
-def means(request, whole, label_maps):
-    """Flags that bring in what has a state, or draws, of its own."""
+def methods(request, whole, label_maps):
+    """Flags of what has a state, or random draws, of its own."""
     return {
         "fp16": ["--amp", "fp16"],
         "teacher": ["--distillation_type", "soft", "--teacher_model", "biformer_nano", "--teacher_path",
@@ -211,13 +185,13 @@ def means(request, whole, label_maps):
     }[request.param]
 
 
-def test_left_with_other_means_of_training(photos, whole, tmp_path, monkeypatch, means):
-    assert train(photos, tmp_path / "whole", *means) == 0
+def test_stopped_with_other_ways_to_train(photos, whole, tmp_path, monkeypatch, methods):
+    assert train(photos, tmp_path / "whole", *methods) == 0
     with monkeypatch.context() as patch:
         taken = signal_after(patch, 2)
-        assert train(photos, tmp_path / "left", *means) == EXIT_RESUME
+        assert train(photos, tmp_path / "left", *methods) == EXIT_RESUME
     assert len(taken) == 2
-    assert train(photos, tmp_path / "left", *means, "--auto_resume") == 0
+    assert train(photos, tmp_path / "left", *methods, "--auto_resume") == 0
     assert differences(tmp_path / "left", tmp_path / "whole") == []
     assert differences(tmp_path / "whole", whole) != [], "the flags change nothing"
 
@@ -254,7 +228,7 @@ def test_compiled(photos, tmp_path, capfd):
 
 
 def test_shards_of_a_web_server(photos, tmp_path, monkeypatch):
-    """Left in the middle of an epoch, and gone on with by other numbers of readers, with nothing in the cache."""
+    """Stopped in the middle of an epoch, and resumed with other numbers of workers, with nothing in the cache."""
     assert make_shards.main([str(photos), str(tmp_path / "shards"), "--size", "4"]) == 0
     with served(tmp_path / "shards") as url:
         shards = ["--data_set", "wds/photos", "--nb_classes", "3", "--data_path", url, "--shard_cache"]
@@ -271,14 +245,17 @@ def test_shards_of_a_web_server(photos, tmp_path, monkeypatch):
 
 
 def test_shards_are_shared_among_as_many_as_before(photos, half, monkeypatch, capfd):
-    monkeypatch.setattr("datasets.EpochLoader.ranges", 2)
+    monkeypatch.setattr("training.data.loader.EpochLoader.ranges", 2)
     assert train(photos, half, "--auto_resume") == 1
-    assert "shards shared among 1 process(es), which are now 2" in capfd.readouterr().err
+    assert capfd.readouterr().err.endswith(
+        "shards shared among 1 process(es), which are now 2; keep the number of processes, or resume from the end of an "
+        "epoch\n"
+    )
 
 
 @pytest.fixture
 def half(photos, tmp_path, monkeypatch):
-    """A run that was left after its second step."""
+    """A run that was stopped after its second step."""
     with monkeypatch.context() as patch:
         signal_after(patch, 2)
         assert train(photos, tmp_path / "half") == EXIT_RESUME
@@ -289,7 +266,10 @@ def test_the_same_images_in_other_batches(photos, half, capfd):
     """Accumulation may change where the global batch does not; in the middle of an epoch nothing else may."""
     assert train(photos, half, "--auto_resume", "--batch_size", "6") == 1
     error = capfd.readouterr().err
-    assert "in the middle of an epoch of 3 steps of 4 images, which is now one of 1 steps of 12 images" in error
+    assert error.endswith(
+        "in the middle of an epoch of 3 steps of 4 images, which is now one of 1 steps of 12 images; "
+        "keep --batch_size x processes x --update_freq, or resume from the end of an epoch\n"
+    )
     assert train(photos, half, "--auto_resume", "--batch_size", "4", "--update_freq", "1") == 0
 
 
@@ -304,7 +284,9 @@ def test_a_damaged_checkpoint_by_name(photos, whole, tmp_path, capfd):
     data[len(data) // 2] ^= 1
     (tmp_path / "bad.pth").write_bytes(data)
     assert train(photos, tmp_path / "out", "--resume", tmp_path / "bad.pth") == 1
-    assert "bad.pth: damaged or truncated" in capfd.readouterr().err
+    assert capfd.readouterr().err.endswith(
+        "bad.pth: damaged or truncated; resume from the one before it, or download it again\n"
+    )
 
 
 def test_restarted_by_torchrun(photos, half, whole, monkeypatch, capfd):
@@ -313,7 +295,7 @@ def test_restarted_by_torchrun(photos, half, whole, monkeypatch, capfd):
     assert "epoch 0, step 2 of 3" in capfd.readouterr().out
     assert differences(half, whole) == []
     assert program.main([*COMMAND, "--data_path", str(photos)]) == 1
-    assert "if it has --output_dir" in capfd.readouterr().err
+    assert "which can only resume in a folder that was named; give --output_dir" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("metric,better", [("acc1", max), ("loss", min), ("ema_loss", min)])
@@ -327,8 +309,8 @@ def test_the_best_by_any_metric(photos, tmp_path, metric, better):
 
 
 def test_a_result_that_is_no_number_is_not_the_best():
-    run = Run(None, None, None, None, steps=1, global_batch=1, best_metric="loss")
-    assert [run.is_best(dict(loss=value)) for value in (float("nan"), 1.0, float("nan"), 2.0, 0.5)] == [
+    run = Run(None, None, None, None, Clock(1, 1), global_batch=1, best_metric=BestMetric("loss", higher=False))
+    assert [run.record_best(dict(loss=value)) for value in (float("nan"), 1.0, float("nan"), 2.0, 0.5)] == [
         False, True, False, False, True,
     ]
     assert run.best == 0.5
@@ -347,7 +329,7 @@ def test_weights_alone_are_no_run(photos, whole, tmp_path, name, kwargs, capfd):
     """Whatever their format, they are not said to be damaged."""
     torch.save(torch.load(whole / "last.pth", weights_only=True)["model"], tmp_path / name, **kwargs)
     assert train(photos, tmp_path / "out", "--resume", tmp_path / name) == 1
-    assert "holds weights alone, not a run to go on with" in capfd.readouterr().err
+    assert "holds weights alone, and no run to resume; fine-tune from it with --finetune\n" in capfd.readouterr().err
 
 
 def test_classes_of_other_names(photos, whole, tmp_path, capfd):
@@ -357,10 +339,12 @@ def test_classes_of_other_names(photos, whole, tmp_path, capfd):
     for split in ("train", "val"):
         (other / split / names[0]).rename(other / split / "Zebra")
     assert train(other, tmp_path / "out", "--resume", whole / "last.pth", "--epochs", "3") == 1
-    assert f"was trained on other classes: number 0 was {names[0]!r}" in capfd.readouterr().err
+    error = capfd.readouterr().err
+    assert f"was trained on other classes: number 0 was {names[0]!r}" in error
+    assert error.endswith("; fine-tune from it with --finetune\n")
     evaluation = [*COMMAND[:4], "--device", "cpu", "--num_workers", "0", "--data_path", str(other), "--eval"]
     assert program.main([*evaluation, "--resume", str(whole / "last.pth")]) == 0
-    assert "careful: " in capfd.readouterr().out
+    assert "warning: " in capfd.readouterr().out
 
 
 def test_a_full_disk(photos, tmp_path, monkeypatch, capfd):
