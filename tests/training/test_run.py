@@ -52,6 +52,7 @@ def signal_after(monkeypatch, step, number=signal.SIGTERM):
     return taken
 
 
+@pytest.mark.slow
 def test_stopped_at_every_step(photos, whole, tmp_path, monkeypatch, capfd):
     """Each start takes one step; at an epoch's end it also takes the next epoch's first before it looks."""
     for start in range(2 * STEPS):
@@ -66,6 +67,7 @@ def test_stopped_at_every_step(photos, whole, tmp_path, monkeypatch, capfd):
     assert differences(tmp_path, whole) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 def test_stopped_in_the_middle_of_an_epoch(photos, whole, tmp_path, monkeypatch, number, capfd):
     with monkeypatch.context() as patch:
@@ -185,6 +187,7 @@ def methods(request, whole, label_maps):
     }[request.param]
 
 
+@pytest.mark.slow
 def test_stopped_with_other_ways_to_train(photos, whole, tmp_path, monkeypatch, methods):
     assert train(photos, tmp_path / "whole", *methods) == 0
     with monkeypatch.context() as patch:
@@ -211,6 +214,8 @@ def why_not_compile():
         return str(error).splitlines()[0]
 
 
+@pytest.mark.slow
+@pytest.mark.compile
 def test_compiled(photos, tmp_path, capfd):
     """Checkpoints are those of the model itself, which trains and evaluates as without the compiler, nearly."""
     if reason := why_not_compile():
@@ -227,6 +232,7 @@ def test_compiled(photos, tmp_path, capfd):
     assert records[1]["train_loss"] == pytest.approx(records[0]["train_loss"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_shards_of_a_web_server(photos, tmp_path, monkeypatch):
     """Stopped in the middle of an epoch, and resumed with other numbers of workers, with nothing in the cache."""
     assert make_shards.main([str(photos), str(tmp_path / "shards"), "--size", "4"]) == 0
@@ -308,12 +314,20 @@ def test_the_best_by_any_metric(photos, tmp_path, metric, better):
     assert best["metrics"][metric] == expected[name] and best["epoch"] == expected["epoch"]
 
 
+def results_of(run, name, *values):
+    return [run.record_best({name: value}) for value in values]
+
+
 def test_a_result_that_is_no_number_is_not_the_best():
     run = Run(None, None, None, None, Clock(1, 1), global_batch=1, best_metric=BestMetric("loss", higher=False))
-    assert [run.record_best(dict(loss=value)) for value in (float("nan"), 1.0, float("nan"), 2.0, 0.5)] == [
-        False, True, False, False, True,
-    ]
+    assert results_of(run, "loss", float("nan"), 1.0, float("nan"), 2.0, 0.5) == [False, True, False, False, True]
     assert run.best == 0.5
+
+
+def test_the_best_is_recorded_once():
+    """Of equals the first; what is not the best changes nothing."""
+    run = Run(None, None, None, None, Clock(1, 1), global_batch=1, best_metric=BestMetric("acc1"))
+    assert results_of(run, "acc1", 0.0, 1.0, 1.0, 0.5) == [True, True, False, False] and run.best == 1.0
 
 
 def test_fewer_epochs_than_were_trained(photos, whole, tmp_path, capfd):
@@ -356,3 +370,134 @@ def test_a_full_disk(photos, tmp_path, monkeypatch, capfd):
         assert train(photos, tmp_path) == 1
     assert "No space left on device; no checkpoint was written yet" in capfd.readouterr().err
     assert train(photos, tmp_path, "--auto_resume") == 0
+
+
+def test_a_checkpoint_without_the_average(photos, tmp_path, capfd):
+    assert train(photos, tmp_path, "--model_ema", "false", "--model_ema_eval", "false", "--epochs", "1",
+                 "--warmup_epochs", "0") == 0
+    assert train(photos, tmp_path, "--auto_resume", "--epochs", "2") == 1
+    assert capfd.readouterr().err.endswith("holds no EMA weights; resume with --model_ema false\n")
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--decay_groups", "layernorm"], ["--decay_groups", "none"], ["--layer_decay", "0.9"], ["--weight_decay", "0"],
+])
+def test_other_parameter_groups(photos, whole, tmp_path, capfd, arguments):
+    assert train(photos, tmp_path, "--resume", whole / "last.pth", *arguments, "--epochs", "3") == 1
+    assert capfd.readouterr().err == (
+        f"error: {(whole / 'last.pth').resolve()} has other parameter groups: weight decay and layer decay differ; "
+        "--opt, --layer_decay, --decay_groups and --weight_decay must be as in that run\n"
+    )
+
+
+# --- runs of so many steps --------------------------------------------------------------------------------------------
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def test_the_clock():
+    clock = Clock(epoch_length=3, total=7)
+    assert clock.epochs == 3
+    seen = []
+    while not clock.run_is_over:
+        while not clock.epoch_is_over:
+            clock.advance()
+        seen.append((clock.epoch, clock.step, clock.epoch_steps, clock.global_step, clock.is_last_epoch))
+        clock.next_epoch()
+    assert seen == [(0, 3, 3, 3, False), (1, 3, 3, 6, False), (2, 1, 1, 7, True)]
+    assert clock.steps_taken == 7 and clock.epoch == 3 and clock.step == 0
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 4, 6])
+def test_the_clock_stops_at_the_last_step(total):
+    clock = Clock(epoch_length=3, total=total)
+    while not clock.run_is_over:
+        clock.advance()
+        if clock.epoch_is_over:
+            clock.next_epoch()
+    assert clock.steps_taken == total and clock.epochs == clock.epoch == -(-total // 3)
+
+
+def test_the_steps_of_whole_epochs_are_those_epochs(photos, whole, tmp_path):
+    assert train(photos, tmp_path, "--max_steps", 2 * STEPS, "--epochs", "9") == 0
+    assert differences(tmp_path, whole) == []
+
+
+def test_the_last_epoch_is_cut_short(photos, tmp_path, capfd):
+    assert train(photos, tmp_path, "--max_steps", "4") == 0
+    out = capfd.readouterr().out
+    assert "2 epochs of 3 steps of 4 images, 4 steps in all; writes to" in out
+    assert "epoch 1 [1/1]" in out and out.count("Accuracy of the network") == 2
+    assert [(record["epoch"], record["step"]) for record in records(tmp_path)] == [(0, 3), (1, 4)]
+    assert CheckpointStore(tmp_path).steps() == [3, 4]
+    assert train(photos, tmp_path, "--max_steps", "4", "--auto_resume") == 0
+    assert CheckpointStore(tmp_path).steps() == [3, 4] and len(records(tmp_path)) == 2
+
+
+def test_less_than_an_epoch(photos, tmp_path):
+    assert train(photos, tmp_path, "--max_steps", "2", "--warmup_steps", "1") == 0
+    assert [record["step"] for record in records(tmp_path)] == [2] and CheckpointStore(tmp_path).steps() == [2]
+
+
+def test_stopped_in_an_epoch_that_is_cut_short(photos, tmp_path, monkeypatch, capfd):
+    assert train(photos, tmp_path / "whole", "--max_steps", "5") == 0
+    with monkeypatch.context() as patch:
+        signal_after(patch, 4)
+        assert train(photos, tmp_path / "left", "--max_steps", "5") == EXIT_RESUME
+    assert "stopped in epoch 1 after step 1 of 2" in capfd.readouterr().err
+    assert train(photos, tmp_path / "left", "--max_steps", "5", "--auto_resume") == 0
+    assert "epoch 1, step 1 of 2" in capfd.readouterr().out
+    assert differences(tmp_path / "left", tmp_path / "whole") == []
+
+
+@pytest.mark.parametrize("first", [2, 4])
+def test_more_steps_after_the_end(photos, tmp_path, first, capfd):
+    """The epoch that was cut short is trained to its end; steps that the schedule does not stretch are as they were."""
+    schedule = ["--sched", "step", "--decay_steps", "5", "--warmup_steps", "1"]
+    assert train(photos, tmp_path / "at once", *schedule, "--max_steps", "7") == 0
+    assert train(photos, tmp_path / "raised", *schedule, "--max_steps", first) == 0
+    capfd.readouterr()
+    assert train(photos, tmp_path / "raised", *schedule, "--max_steps", "7", "--auto_resume") == 0
+    assert f"epoch {first // 3}, step {first % 3} of 3" in capfd.readouterr().out
+    assert [record["step"] for record in records(tmp_path / "raised")] == [3, 6, 7]
+    assert [line for line in differences(tmp_path / "raised", tmp_path / "at once") if "best" not in line] == []
+
+
+def test_fewer_steps_than_were_taken(photos, whole, tmp_path, capfd):
+    shutil.copytree(whole, tmp_path / "run", symlinks=True)
+    assert train(photos, tmp_path / "run", "--auto_resume", "--max_steps", "3", "--warmup_steps", "1") == 0
+    assert "nothing is left to train" in capfd.readouterr().out
+    assert differences(tmp_path / "run", whole) == []
+
+
+def test_the_learning_rate_goes_by_steps(photos, tmp_path):
+    command = ["--sched", "poly", "--poly_power", "0.9", "--warmup_steps", "2", "--max_steps", "8"]
+    assert train(photos, tmp_path, *command, "--min_lr", "0") == 0
+    peak = 1e-2 * 4 / 512
+    rates = [record["train_lr"] for record in records(tmp_path)]
+    assert rates == pytest.approx([peak * (1 - step / 8) ** 0.9 for step in (2, 5, 7)])
+
+
+def test_epochs_of_the_schedule_are_steps(photos, tmp_path):
+    """Warm-up and milestones in epochs and the same ones in steps are one run."""
+    epochs = ["--sched", "step", "--decay_epochs", "1", "--warmup_epochs", "1"]
+    steps = ["--sched", "step", "--decay_steps", STEPS, "--warmup_steps", STEPS]
+    for name, schedule in (("epochs", epochs), ("steps", steps)):
+        assert train(photos, tmp_path / name, *schedule) == 0
+    assert differences(tmp_path / "epochs", tmp_path / "steps") == []
+    assert records(tmp_path / "steps")[1]["train_lr"] == pytest.approx(0.1 * 1e-2 * 4 / 512)
+
+
+@pytest.mark.parametrize("arguments,message", [
+    (["--max_steps", "3"], "a warm-up of 3 steps leaves nothing of the run's 3; lower --warmup_epochs, or give "
+                           "--warmup_steps"),
+    (["--epochs", "1", "--warmup_steps", "3"], "a warm-up of 3 steps leaves nothing of the run's 3; lower"),
+    (["--min_lr", "1"], "min_lr 1 is above the learning rate of this batch size, 7.81e-05; --lr is for 512 images"),
+])
+def test_schedules_that_do_not_fit_the_data(photos, tmp_path, capfd, arguments, message):
+    assert train(photos, tmp_path / "out", *arguments) == 2
+    error = capfd.readouterr().err
+    assert error.startswith(f"error: {message}") and len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
