@@ -10,11 +10,11 @@ from timm.optim import list_optimizers
 from timm.utils import ModelEmaV3
 
 import engine
-from optim_factory import OptimizerError, Schedule, ScheduleError, create_optimizer, scaled_lr
+from optim_factory import OptimizerError, Schedule, ScheduleError, WarmupError, create_optimizer, scaled_lr
 from training import advice, flags, options
 from training.checkpoints import Checkpointer, Stopped, find_start, open_store
 from training.distributed import init_distributed, shutdown_distributed, warm_up_ddp, wrap_ddp
-from training.log import RunLog, print_plan
+from training.log import NonFiniteLossError, RunLog, print_plan
 from training.options import Settings
 from training.precision import Precision
 from training.run import BestMetric, Clock, Run
@@ -29,6 +29,7 @@ ADVICE = {
     **advice.ADVICE,
     OptimizerError: "it gets --opt_eps, --opt_betas, --momentum and --layer_decay",
     ScheduleError: "--lr is for 512 images and scaled with the batch size, --min_lr and --warmup_lr are not",
+    WarmupError: "lower --warmup_epochs, or give --warmup_steps",
 }
 
 
@@ -38,8 +39,8 @@ ADVICE = {
 def choose_task(argv: Sequence[str], tasks: Tasks = TASKS) -> type[Task]:
     """The task that `--task`, or else the recipe, names."""
     config = flags.given_value(argv, "config")
-    recipe = flags.read_recipe(config) if config else {}
-    name = flags.given_value(argv, "task") or recipe.get("task") or options.TaskOptions().task
+    name = flags.given_value(argv, "task", flags.read_recipe(config) if config is not None else {})
+    name = name or options.TaskOptions().task
     check_name("task", name, tasks)
     if isinstance(tasks[name], type):
         return tasks[name]
@@ -192,10 +193,12 @@ def train(task: Task, signals: SignalHandler):
             print_plan(task, run, scaled_lr(settings.optimizer.lr, run.global_batch), store.folder)
             if source:
                 print(f"resuming from {source}: epoch {clock.epoch}, step {clock.step} of {clock.epoch_steps}")
-        with closing(log), store.named_in_losses():
-            train_until_over(
-                trainer, data, Checkpointer(run, store, distributed, signals, recipe, settings.checkpoint)
-            )
+        with closing(log):
+            checkpointer = Checkpointer(run, store, distributed, signals, recipe, settings.checkpoint)
+            try:
+                train_until_over(trainer, data, checkpointer)
+            except NonFiniteLossError as error:
+                raise NonFiniteLossError(f"{error}; {store.kept()}") from error
         if distributed.is_main:
             print(f"log: {store.folder / 'log.txt'}")
             print(f"checkpoint: {store.last}")

@@ -16,11 +16,15 @@ _FUSED = ("adam", "adamw", "sgd")
 
 
 class OptimizerError(UsageError):
-    """An optimizer cannot be used with these arguments, or not at all here."""
+    """An optimizer cannot be used with these arguments."""
 
 
 class ScheduleError(UsageError):
     """A learning rate schedule would start or end above its own peak."""
+
+
+class WarmupError(UsageError):
+    """A warm-up takes the whole run."""
 
 
 def scaled_lr(lr: float, global_batch: int) -> float:
@@ -69,7 +73,8 @@ def create_optimizer(
         kwargs: `eps` and `betas` where they are not the optimizer's own.
 
     Raises:
-        OptimizerError: The optimizer does not take these arguments, or needs second derivatives.
+        OptimizerError: The optimizer does not take these arguments.
+        UsageError: It needs second derivatives.
     """
     if opt in _FUSED:
         kwargs = dict(fused=True, **kwargs)
@@ -81,7 +86,7 @@ def create_optimizer(
     except (AssertionError, ImportError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise OptimizerError(f"the optimizer {opt} cannot be used so: {error}") from error
     if getattr(optimizer, "is_second_order", False):
-        raise OptimizerError(f"the optimizer {opt} needs second derivatives, which no training here computes")
+        raise UsageError(f"the optimizer {opt} needs second derivatives, which no training here computes")
     return optimizer
 
 
@@ -110,7 +115,12 @@ class Schedule:
     decay_rate: float = 0.1
 
     def check(self, lr: float):
-        """Raises ScheduleError where the schedule would start or end above `lr`, the learning rate of its peak."""
+        """Check the schedule for `lr`, the learning rate of its peak.
+
+        Raises:
+            ScheduleError: It would start or end above its peak.
+            WarmupError: Nothing is left of the run after the warm-up.
+        """
         ends = dict(warmup_lr=self.warmup_lr if self.warmup else 0.0)
         if self.kind != "step":
             ends.update(min_lr=self.min_lr)
@@ -118,7 +128,7 @@ class Schedule:
             if value > lr:
                 raise ScheduleError(f"{name} {value:g} is above the learning rate of this batch size, {lr:.3g}")
         if self.warmup >= self.total:
-            raise ScheduleError(f"a warm-up of {self.warmup} steps leaves nothing of the run's {self.total}")
+            raise WarmupError(f"a warm-up of {self.warmup} steps leaves nothing of the run's {self.total}")
 
     def build(self, optimizer: torch.optim.Optimizer) -> Scheduler:
         """timm's scheduler, which `step_update(step)` moves to any step, from 0 up; it has no other state."""

@@ -6,11 +6,14 @@ import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from engine import NonFiniteLossError, Numerics, Trainer, evaluate
-from optim_factory import create_schedule
-from utils import Process, RunLog, UserError
+from engine import Trainer, evaluate
+from optim_factory import Schedule
+from training.distributed import Distributed
+from training.log import NonFiniteLossError, RunLog
+from training.precision import Precision
+from training.run import Clock, Run
 
-PROCESS = Process(torch.device("cpu"))
+ALONE = Distributed(torch.device("cpu"))
 
 
 def batches(count, size=4, classes=3, seed=0):
@@ -26,18 +29,72 @@ def small_model(classes=3):
     return nn.Sequential(nn.Flatten(), nn.Linear(12, classes))
 
 
-def cross_entropy(logits, targets, images):
+def cross_entropy(logits, targets):
     return F.cross_entropy(logits, targets)
 
 
-def train(model, loader, *, epoch=0, epochs=1, loss_fn=cross_entropy, lr=0.1, opt=torch.optim.SGD, **kwargs):
-    optimizer = opt(model.parameters(), lr=lr)
-    schedule = create_schedule(optimizer, "cosine", 100, len(loader) // kwargs.get("update_freq", 1), 0, 0.0, lr)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    trainer = Trainer(
-        model, model, loss_fn, optimizer, schedule, scaler, PROCESS, RunLog(None), epochs=epochs, **kwargs
-    )
-    return trainer.train_one_epoch(loader, epoch)
+class Loader:
+    """The batches of a list, from the first that is asked for on."""
+
+    def __init__(self, batches):
+        self.batches, self.dataset, self.asked = batches, None, []
+
+    def set_epoch(self, epoch, first_batch=0):
+        self.asked.append((epoch, first_batch))
+        self.first_batch = first_batch
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        return iter(self.batches[self.first_batch :])
+
+
+class Count:
+    """An evaluator of how many images it saw."""
+
+    def __init__(self):
+        self.images = 0
+
+    def update(self, network, batch):
+        assert not network.training and torch.is_inference_mode_enabled()
+        self.images += len(network(batch[0]))
+
+    def compute(self, distributed):
+        return dict(images=self.images)
+
+
+class SmallTask:
+    """As much of a task as the engine asks for."""
+
+    def __init__(self, loss=cross_entropy, precision=Precision()):
+        self.loss_fn, self.distributed, self.eval_processes, self.precision = loss, ALONE, ALONE, precision
+
+    def loss(self, network, batch):
+        logits = network(batch[0]).float()
+        return self.loss_fn(logits, batch[1]), dict(logits=logits.detach().mean())
+
+    def count(self, batch):
+        return len(batch[0])
+
+    def evaluator(self):
+        return Count()
+
+
+def create_trainer(
+    model, loader, *, epoch=0, step=0, epochs=1, loss=cross_entropy, precision=Precision(), lr=0.1, ema=None,
+    optimizer=None, **kwargs
+):
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=lr)
+    clock = Clock(len(loader) // kwargs.get("update_freq", 1), 0, epoch, step)
+    clock.total = epochs * clock.epoch_length
+    schedule = Schedule("cosine", clock.total, min_lr=lr).build(optimizer)
+    run = Run(model, ema, optimizer, torch.amp.GradScaler("cpu", enabled=False), clock, global_batch=4)
+    return Trainer(SmallTask(loss, precision), run, model, schedule, RunLog(None), **kwargs)
+
+
+def train(model, batches, saver=None, **kwargs):
+    return create_trainer(model, batches, **kwargs).train_epoch(Loader(batches), saver)
 
 
 def test_an_epoch_is_plain_gradient_descent():
@@ -54,7 +111,7 @@ def test_an_epoch_is_plain_gradient_descent():
     stats = train(model, loader)
     torch.testing.assert_close(model.state_dict(), expected.state_dict())
     assert stats["loss"] == pytest.approx(sum(losses) / 3)
-    assert stats["lr"] == pytest.approx(0.1) and stats["images_per_second"] > 0
+    assert stats["lr"] == pytest.approx(0.1) and stats["images_per_second"] > 0 and "logits" in stats
 
 
 def test_accumulated_batches_are_one_large_batch():
@@ -93,33 +150,33 @@ def test_average_of_the_weights():
 def test_a_loss_that_is_not_finite_is_named_by_its_step(bad, log_every):
     calls = []
 
-    def loss_fn(logits, targets, images):
+    def loss(logits, targets):
         calls.append(None)
         return F.cross_entropy(logits, targets) * (float("nan") if len(calls) == bad + 1 else 1.0)
 
     with pytest.raises(NonFiniteLossError, match=rf"became nan in epoch 2 at step {2 * 7 + bad}, learning rate 0.1"):
-        train(small_model(), batches(7), loss_fn=loss_fn, epoch=2, epochs=3, log_every=log_every)
+        train(small_model(), batches(7), loss=loss, epoch=2, epochs=3, log_every=log_every)
 
 
 def test_low_precision_is_the_models_and_not_the_losses():
     model, types = small_model(), []
     model[1].register_forward_hook(lambda module, args, out: types.append(out.dtype))
 
-    def loss_fn(logits, targets, images):
+    def loss(logits, targets):
         types.append(logits.dtype)
         return F.cross_entropy(logits, targets)
 
-    train(model, batches(1), loss_fn=loss_fn, numerics=Numerics("cpu", torch.bfloat16))
+    train(model, batches(1), loss=loss, precision=Precision("cpu", torch.bfloat16))
     assert types == [torch.bfloat16, torch.float32]
 
 
 def test_weights_that_are_not_finite_after_a_finite_loss():
-    def loss_fn(logits, targets, images):
+    def loss(logits, targets):
         logits.register_hook(lambda grad: grad * float("inf"))
         return F.cross_entropy(logits, targets)
 
     with pytest.raises(NonFiniteLossError, match="weights became NaN or infinite in epoch 0"):
-        train(small_model(), batches(1), loss_fn=loss_fn)
+        train(small_model(), batches(1), loss=loss)
 
 
 def test_log_lines(capsys):
@@ -130,39 +187,90 @@ def test_log_lines(capsys):
         assert part in lines[0]
 
 
-def test_evaluation_counts_every_image_once():
-    model, loader = small_model(classes=8), [*batches(2, classes=8), *batches(1, size=3, classes=8, seed=1)]
-    result = evaluate(model, loader, PROCESS)
-    logits = torch.cat([model(images) for images, _ in loader])
-    targets = torch.cat([targets for _, targets in loader])
-    assert result["images"] == 11
-    assert result["loss"] == pytest.approx(F.cross_entropy(logits, targets).item())
-    assert result["acc1"] == pytest.approx(100 * (logits.argmax(1) == targets).float().mean().item())
-    top5 = (logits.topk(5).indices == targets[:, None]).any(1)
-    assert result["acc5"] == pytest.approx(100 * top5.float().mean().item())
-
-
-def test_evaluation_leaves_masked_images_out():
-    model, loader = small_model(), batches(2)
-    images, targets = loader[1]
-    masked = [loader[0], (torch.cat([images, images]), torch.cat([targets, torch.full_like(targets, -1)]))]
-    assert evaluate(model, masked, PROCESS) == pytest.approx(evaluate(model, loader, PROCESS))
-
-
-def test_fewer_than_five_classes():
-    assert evaluate(small_model(), batches(2), PROCESS)["acc5"] == 100
-
-
-def test_nothing_to_evaluate():
-    with pytest.raises(UserError, match="no image"):
-        evaluate(small_model(), [], PROCESS)
-
-
-def test_the_learning_rate_of_a_log_is_that_of_the_last_layers():
+def test_the_learning_rate_of_a_log_is_the_one_of_the_last_layers():
     model = small_model()
     groups = [dict(params=[model[1].bias], lr_scale=0.1), dict(params=[model[1].weight], lr_scale=1.0)]
-    optimizer = torch.optim.SGD(groups, lr=0.1)
-    schedule = create_schedule(optimizer, "cosine", 100, 1, 0, 0.0, 0.1)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    trainer = Trainer(model, model, cross_entropy, optimizer, schedule, scaler, PROCESS, RunLog(None), epochs=1)
-    assert trainer.train_one_epoch(batches(1), 0)["lr"] == pytest.approx(0.1)
+    stats = train(model, batches(1), optimizer=torch.optim.SGD(groups, lr=0.1))
+    assert stats["lr"] == pytest.approx(0.1)
+
+
+# --- the clock --------------------------------------------------------------------------------------------------------
+
+
+class Watch:
+    """A saver that notes where the clock is; a signal that comes at one step ends the epoch there."""
+
+    def __init__(self, clock, leaves_at=None):
+        self.clock, self.leaves_at, self.seen = clock, leaves_at, []
+
+    def after_step(self, meter):
+        self.seen.append((self.clock.epoch, self.clock.step, self.clock.steps_taken))
+        if self.clock.step == self.leaves_at:
+            meter.gather(self.clock.epoch)
+            self.meter = meter.state_dict()
+            raise InterruptedError
+
+    def after_epoch(self, meter):
+        self.seen.append("epoch")
+
+
+def test_the_trainer_advances_the_clock():
+    """After each step and before it is saved; the next epoch is main.py's to start."""
+    trainer = create_trainer(small_model(), batches(3), epochs=2)
+    watch, clock = Watch(trainer.run.clock), trainer.run.clock
+    trainer.train_epoch(Loader(batches(3)), watch)
+    assert watch.seen == [(0, 1, 1), (0, 2, 2), (0, 3, 3), "epoch"]
+    assert (clock.epoch, clock.step, clock.epoch_is_over) == (0, 3, True)
+
+
+def test_an_epoch_that_is_over_reads_and_saves_nothing():
+    trainer = create_trainer(small_model(), batches(3), step=3)
+    trainer.run.meter = dict(loss_sum=6.0, batches=3, images=12, lr=0.1, part_sums=dict(logits=3.0))
+    loader, watch = Loader(batches(3)), Watch(trainer.run.clock)
+    stats = trainer.train_epoch(loader, watch)
+    assert watch.seen == [] and loader.asked == [] and (stats["loss"], stats["logits"]) == (2.0, 1.0)
+
+
+@pytest.mark.parametrize("update_freq", [1, 2])
+def test_the_rest_of_an_epoch_is_what_was_left_of_it(update_freq):
+    """Weights, the clock and the means of the log, at the step where the clock says that it is."""
+    whole, left = small_model(), small_model()
+    data = batches(3 * update_freq)
+    expected = train(whole, data, epoch=1, epochs=2, update_freq=update_freq)
+    first = create_trainer(left, data, epoch=1, epochs=2, update_freq=update_freq)
+    watch = Watch(first.run.clock, leaves_at=2)
+    with pytest.raises(InterruptedError):
+        first.train_epoch(Loader(data), watch)
+    rest = create_trainer(left, data, epoch=1, step=2, epochs=2, update_freq=update_freq)
+    rest.run.meter, loader = watch.meter, Loader(data)
+    stats = rest.train_epoch(loader)
+    assert loader.asked == [(1, 2 * update_freq)]
+    assert (stats["loss"], stats["logits"], stats["lr"]) == (expected["loss"], expected["logits"], expected["lr"])
+    assert all(map(torch.equal, left.state_dict().values(), whole.state_dict().values()))
+
+
+def test_the_last_epoch_takes_no_more_steps_than_are_left():
+    trainer = create_trainer(small_model(), batches(3), epoch=1, epochs=2)
+    trainer.run.clock.total = 5
+    watch = Watch(trainer.run.clock)
+    trainer.train_epoch(Loader(batches(3)), watch)
+    assert watch.seen == [(1, 1, 1), (1, 2, 2), "epoch"]
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_shows_the_evaluator_every_batch():
+    model = small_model().train()
+    loader = Loader([*batches(2), *batches(1, size=3)])
+    loader.set_epoch(0)
+    assert evaluate(SmallTask(), model, loader) == dict(images=11)
+
+
+def test_evaluation_is_in_the_precision_of_the_task():
+    model, types = small_model(), []
+    model[1].register_forward_hook(lambda module, args, out: types.append(out.dtype))
+    loader = Loader(batches(1))
+    loader.set_epoch(0)
+    evaluate(SmallTask(precision=Precision("cpu", torch.bfloat16)), model, loader)
+    assert types == [torch.bfloat16]

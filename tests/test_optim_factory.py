@@ -1,10 +1,13 @@
 import math
+import re
 
 import pytest
 import timm
 import torch
 
-from optim_factory import create_optimizer, create_schedule, scaled_lr
+import models  # noqa: F401
+from optim_factory import OptimizerError, Schedule, ScheduleError, WarmupError, create_optimizer, scaled_lr
+from utils import UsageError
 
 
 def test_learning_rate_is_for_512_images():
@@ -34,22 +37,135 @@ def test_layer_decay():
     assert max(scales) == 1 and min(scales) <= 0.25
 
 
+# --- weight decay -----------------------------------------------------------------------------------------------------
+
+
+NORM_OF_BLOCK = r"stages\.\d\.blocks\.\d\.norm[12]\.(weight|bias)"  # batch norm elsewhere
+WITHOUT_DECAY = {
+    "timm": rf".*\.bias|{NORM_OF_BLOCK}|stem\.norm[12]\.weight|stages\.[123]\.downsample\.norm\.weight|norm\.weight",
+    "layernorm": NORM_OF_BLOCK,
+    "none": "",
+}
+
+
+@pytest.mark.parametrize("decay_groups,names,count", [(name, WITHOUT_DECAY[name], count) for name, count in (
+    ("timm", 77), ("layernorm", 24), ("none", 0),
+)])
+def test_what_has_no_weight_decay(decay_groups, names, count):
+    model = timm.create_model("biformer_nano")
+    optimizer = create_optimizer(model, "adamw", 1e-3, weight_decay=0.05, decay_groups=decay_groups)
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert set(decays.values()) <= {0.0, 0.05}
+    without = {name for name, p in model.named_parameters() if decays[id(p)] == 0}
+    assert without == {name for name, _ in model.named_parameters() if re.fullmatch(names, name)}
+    assert len(without) == count and len(decays) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("decay_groups", WITHOUT_DECAY)
+def test_frozen_parameters_are_left_out(decay_groups):
+    model = timm.create_model("biformer_nano")
+    model.stem.requires_grad_(False)
+    optimizer = create_optimizer(model, "adamw", 1e-3, weight_decay=0.05, decay_groups=decay_groups)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+# --- optimizers that cannot be used -----------------------------------------------------------------------------------
+
+
+def test_arguments_that_an_optimizer_does_not_take():
+    model = timm.create_model("resnet10t")
+    with pytest.raises(OptimizerError, match="^the optimizer adan cannot be used so: ") as error:
+        create_optimizer(model, "adan", lr=1e-3, weight_decay=0.05, betas=(0.9, 0.99))
+    assert error.value.exit_code == 2
+    with pytest.raises(UsageError, match="^the optimizer adahessian needs second derivatives"):
+        create_optimizer(model, "adahessian", lr=1e-3, weight_decay=0.05)
+
+
+# --- schedules --------------------------------------------------------------------------------------------------------
+
+
+def rates(schedule, peak=1.0, scales=(1.0,)):
+    """step -> the learning rate of each parameter group, at any step in any order."""
+    groups = [dict(params=[torch.nn.Parameter(torch.zeros(1))], lr=peak, lr_scale=scale) for scale in scales]
+    optimizer = torch.optim.SGD(groups, lr=peak)
+    scheduler = schedule.build(optimizer)
+
+    def at(step):
+        scheduler.step_update(step)
+        values = [group["lr"] for group in optimizer.param_groups]
+        return values[0] if len(values) == 1 else values
+
+    return at
+
+
 def test_cosine_with_warmup():
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule = create_schedule(
-        optimizer, "cosine", epochs=10, steps_per_epoch=4, warmup_epochs=2, warmup_lr=0.1, min_lr=0.01
-    )
-
-    def lr(step):
-        schedule.step_update(step)
-        return optimizer.param_groups[0]["lr"]
-
+    lr = rates(Schedule("cosine", total=40, warmup=8, warmup_lr=0.1, min_lr=0.01))
     assert lr(0) == pytest.approx(0.1)
     assert lr(4) == pytest.approx(0.55)
-    rates = [lr(step) for step in range(8, 40)]
-    assert rates == sorted(rates, reverse=True)
+    falling = [lr(step) for step in range(8, 40)]
+    assert falling == sorted(falling, reverse=True)
     for step in (8, 20, 39):
         assert lr(step) == pytest.approx(0.01 + 0.99 * (1 + math.cos(math.pi * step / 40)) / 2)
     assert lr(40) == pytest.approx(0.01)
     # a function of the step alone, so that a resumed run needs no more than the step
-    assert lr(20) == rates[12]
+    assert lr(20) == falling[12]
+
+
+@pytest.mark.parametrize("power", [1.0, 0.9, 2.0])
+def test_poly_with_warmup(power):
+    lr = rates(Schedule("poly", total=100, warmup=10, warmup_lr=1e-3, min_lr=0.01, power=power))
+
+    def expected(step):
+        return 0.01 + 0.99 * (1 - step / 100) ** power
+
+    assert lr(0) == pytest.approx(1e-3) and lr(5) == pytest.approx(1e-3 + 0.999 / 2)
+    for step in (10, 50, 99):
+        assert lr(step) == pytest.approx(expected(step))
+    assert lr(100) == pytest.approx(0.01)
+
+
+def test_steps_with_warmup():
+    """As the published detection recipes: 500 steps of warm-up, a tenth from two milestones on, to the step."""
+    lr = rates(Schedule("step", total=120, warmup=5, warmup_lr=1e-3, min_lr=0.5, milestones=[80, 110], decay_rate=0.1))
+    assert lr(0) == pytest.approx(1e-3) and lr(4) == pytest.approx(1e-3 + 0.999 * 4 / 5)
+    assert [lr(step) for step in (5, 60, 79)] == [1.0] * 3
+    assert [lr(step) for step in (80, 109)] == pytest.approx([0.1] * 2)
+    assert [lr(step) for step in (110, 119, 500)] == pytest.approx([0.01] * 3)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "poly", "step", "tanh"])
+def test_without_warmup_a_schedule_starts_at_its_peak(kind):
+    lr = rates(Schedule(kind, total=10, warmup_lr=1e-6, milestones=[5] if kind == "step" else []))
+    assert lr(0) == pytest.approx(1.0, rel=2e-3)  # tanh nearly
+
+
+@pytest.mark.parametrize("kind", ["cosine", "poly", "step", "tanh"])
+def test_layers_keep_their_share_of_the_learning_rate(kind):
+    lr = rates(Schedule(kind, total=10, warmup=2, milestones=[5] if kind == "step" else []), scales=(1.0, 0.25))
+    for step in range(10):
+        last, first = lr(step)
+        assert first == pytest.approx(0.25 * last)
+
+
+@pytest.mark.parametrize("schedule,error,message", [
+    (Schedule("cosine", 10, min_lr=0.2), ScheduleError,
+     "min_lr 0.2 is above the learning rate of this batch size, 0.1"),
+    (Schedule("poly", 10, 2, warmup_lr=0.3), ScheduleError,
+     "warmup_lr 0.3 is above the learning rate of this batch size, 0.1"),
+    (Schedule("cosine", 10, 10), WarmupError, "a warm-up of 10 steps leaves nothing of the run's 10"),
+    (Schedule("step", 10, 12, milestones=[5]), WarmupError, "a warm-up of 12 steps leaves nothing of the run's 10"),
+])
+def test_schedules_that_cannot_be(schedule, error, message):
+    with pytest.raises(error) as raised:
+        schedule.check(lr=0.1)
+    assert str(raised.value) == message and raised.value.exit_code == 2
+
+
+@pytest.mark.parametrize("schedule", [
+    Schedule("cosine", 10, 9, warmup_lr=0.1, min_lr=0.1),
+    Schedule("cosine", 10, warmup_lr=0.3),  # there is no warm-up
+    Schedule("step", 10, min_lr=0.3, milestones=[5]),  # which does not end at it
+])
+def test_schedules_that_can_be(schedule):
+    schedule.check(lr=0.1)

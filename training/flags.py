@@ -18,8 +18,9 @@ import ast
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import yaml
@@ -177,14 +178,21 @@ def _split_nulls(tokens: list[str], known: list[str]) -> tuple[list[str], list[s
     return kept, nulls
 
 
-def given_value(argv: Sequence[str], name: str) -> str | None:
-    """The value of one flag on a command line, before the rest of it is understood; None where it is not given."""
+def given_value(argv: Sequence[str], name: str, recipe: Mapping[str, Any] = MappingProxyType({})) -> str | None:
+    """The value of one flag on a command line, or else in a recipe, before the rest of them is understood.
+
+    None where it is not given, or given as null.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument(f"--{name}")
+    tokens, nulls = _split_nulls([_underscored(token) for token in argv], [name])
     try:
-        return getattr(parser.parse_known_args([_underscored(token) for token in argv])[0], name)
+        value = getattr(parser.parse_known_args(tokens)[0], name)
     except argparse.ArgumentError as error:
         raise UsageError(str(error)) from None
+    if value is None and not nulls and recipe.get(name) is not None:
+        return str(recipe[name])
+    return value
 
 
 def parse(settings_class: type[Settings], argv: Sequence[str], parser: Parser | None = None) -> Settings:

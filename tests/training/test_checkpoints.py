@@ -6,11 +6,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from helpers import ROOT
 from helpers.hostile import Hostile
 from storage.weights import read_checkpoint
-from training.checkpoints import CheckpointStore, is_whole, save_checkpoint
+from training.checkpoints import (
+    Checkpointer,
+    CheckpointStore,
+    FolderInUseError,
+    NoFolderError,
+    Stopped,
+    is_intact,
+    open_store,
+    save_checkpoint,
+)
+from training.distributed import Distributed
+from training.log import Meter
+from training.options import CheckpointOptions
+from training.run import Clock, Run
+from training.signals import SignalHandler
 from utils import UserError
 
 
@@ -48,10 +63,10 @@ def state(step):
 
 
 def test_the_newest_are_kept(store):
-    assert store.newest_whole() is None and not store.holds_run()
+    assert store.newest_intact() is None and not store.holds_run()
     for step in (3, 6, 9):
         store.save(step, state(step))
-    assert store.steps() == [6, 9] and store.newest_whole() == 9 and store.holds_run()
+    assert store.steps() == [6, 9] and store.newest_intact() == 9 and store.holds_run()
     assert read_checkpoint(str(store.last))["step"] == 9
     store.save(9, state(9))
     assert store.steps() == [6, 9]
@@ -67,7 +82,7 @@ def test_no_damage_makes_reading_fail(store):
         flipped = bytearray(data)
         flipped[position] ^= 1 << position % 8
         store.path(6).write_bytes(flipped)
-        verdicts.add(is_whole(store.path(6)))
+        verdicts.add(is_intact(store.path(6)))
     assert verdicts == {True, False}  # True: of bytes that say nothing
 
 
@@ -75,7 +90,7 @@ def test_a_hostile_file_is_not_called_damaged(store):
     store.save(3, state(3))
     torch.save({"model": Hostile(store.folder / "made")}, store.path(6))
     with pytest.raises(UserError, match="refused, since loading it would run code"):
-        store.newest_whole()
+        store.newest_intact()
     assert store.steps() == [3, 6] and not (store.folder / "made").exists()
 
 
@@ -90,7 +105,7 @@ def test_what_the_system_cannot_read_is_not_called_damaged(store, monkeypatch):
 
     monkeypatch.setattr("builtins.open", stale)
     with pytest.raises(UserError, match="cannot be read: Stale file handle"):
-        store.newest_whole()
+        store.newest_intact()
     assert store.steps() == [3]
 
 
@@ -115,13 +130,13 @@ def test_files_of_others_are_left_alone(store):
     store.folder.mkdir()
     for name in ("checkpoint-best.pth", "checkpoint-299.pth"):
         (store.folder / name).write_bytes(b"")
-    assert store.steps() == [] and store.newest_whole() is None
+    assert store.steps() == [] and store.newest_intact() is None
 
 
 def test_killed_between_a_checkpoint_and_the_link_to_it(store):
     store.save(3, state(3))
     save_checkpoint(store.path(6), state(6))
-    assert store.newest_whole() == 6 and read_checkpoint(str(store.last))["step"] == 6
+    assert store.newest_intact() == 6 and read_checkpoint(str(store.last))["step"] == 6
 
 
 def damage_tensors(data):
@@ -149,13 +164,13 @@ def test_a_damaged_newest_is_set_aside(store, damage, capsys):
     data = bytearray(path.read_bytes())
     damage(data)
     path.write_bytes(data)
-    assert store.newest_whole() == 3
+    assert store.newest_intact() == 3
     assert f"{path} is damaged" in capsys.readouterr().out
     assert store.steps() == [3] and path.with_suffix(".pth.damaged").exists()
     store.path(3).write_bytes(b"")
-    for _ in range(2):  # a launcher that tries again must not start anew
-        with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
-            store.newest_whole()
+    for _ in range(2):  # a launcher that tries again must not start a new run
+        with pytest.raises(UserError, match=r"no checkpoint in .* is intact"):
+            store.newest_intact()
 
 
 @pytest.mark.parametrize("size", [0, 2000, 4096, 5000])
@@ -169,7 +184,7 @@ def test_what_cannot_be_written_leaves_the_last(store, size):
             store.save(6, state(6))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert store.newest_whole() == 3 and read_checkpoint(str(store.last))["step"] == 3
+    assert store.newest_intact() == 3 and read_checkpoint(str(store.last))["step"] == 3
     assert {p.name for p in store.folder.iterdir()} == {"checkpoint-00000003.pth", "last.pth"}
 
 
@@ -193,3 +208,85 @@ def test_two_runs_do_not_share_a_folder(store):
         refused = other()
     assert refused.returncode == 1 and "another run is writing to" in refused.stderr
     assert other().stdout == "mine\n"
+
+
+# --- where a run writes -----------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_its_own(monkeypatch):
+    store = open_store(CheckpointOptions(keep_checkpoints=5), "biformer_tiny", started=0)
+    assert store.folder.parent == Path("outputs/biformer_tiny") and store.keep == 5
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(NoFolderError, match="torchrun restarted the run"):
+        open_store(CheckpointOptions(), "biformer_tiny", started=0)
+
+
+def test_the_folder_of_another_run(store):
+    store.save(3, state(3))
+    folder = str(store.folder)
+    with pytest.raises(FolderInUseError, match="holds a run already"):
+        open_store(CheckpointOptions(output_dir=folder), "x", started=0)
+    assert open_store(CheckpointOptions(output_dir=folder, auto_resume=True), "x", 0).steps() == [3]
+    assert open_store(CheckpointOptions(output_dir=folder, resume=str(store.last)), "x", 0).steps() == [3]
+
+
+# --- when to save -----------------------------------------------------------------------------------------------------
+
+
+class Together:
+    """A process of two, which notes when they agree."""
+
+    is_main = True
+
+    def __init__(self, notes):
+        self.notes = notes
+
+    def max(self, value):
+        self.notes.append("agreed")
+        return value
+
+
+def create_checkpointer(store, distributed, signals=None, clock=None, **options):
+    run = Run(nn.Linear(1, 1), None, None, None, clock or Clock(epoch_length=3, total=6), global_batch=4)
+    run.state_dict = lambda: dict(step=run.clock.step)
+    return Checkpointer(run, store, distributed, signals or SignalHandler(), {}, CheckpointOptions(**options))
+
+
+def test_nobody_leaves_before_the_main_process_has_saved(tmp_path):
+    """A launcher that sees a process end may end the others in the middle of the save."""
+    notes = []
+    store = CheckpointStore(tmp_path)
+    store.save = lambda step, state: notes.append("saved")
+    signals = SignalHandler()
+    signals.signal = "SIGTERM"
+    with pytest.raises(Stopped, match="SIGTERM: stopped in epoch 0 after step 0 of 3, saved as "):
+        create_checkpointer(store, Together(notes), signals).between_epochs()
+    assert notes == ["agreed", "saved", "agreed"]
+
+
+def test_saving_moves_no_clock(store):
+    """Only the trainer does: the clock is where it was after every call, also where the run leaves."""
+    alone, signals = Distributed(torch.device("cpu")), SignalHandler()
+    clock = Clock(epoch_length=3, total=6, epoch=1, step=1, steps_taken=4)
+    checkpointer = create_checkpointer(store, alone, signals, clock, save_every_steps=1)
+    before = Clock(**vars(clock))
+    checkpointer.after_step(Meter(alone))
+    assert store.steps() == [4] and clock == before
+    checkpointer.after_epoch(Meter(alone))
+    checkpointer.between_epochs()
+    checkpointer.save_best(dict(acc1=1.0))
+    assert clock == before and read_checkpoint(str(store.best))["step"] == 1
+    signals.signal = "SIGUSR1"
+    for leave in (lambda: checkpointer.after_step(Meter(alone)), checkpointer.between_epochs):
+        with pytest.raises(Stopped):
+            leave()
+        assert clock == before
+
+
+def test_steps_are_counted_in_all_epochs(store):
+    """A checkpoint is named after the steps taken, which a change of the batch size does not take back."""
+    clock = Clock(epoch_length=1, total=4, epoch=3, step=0, steps_taken=7)
+    signals = SignalHandler()
+    signals.signal = "SIGTERM"
+    with pytest.raises(Stopped, match="epoch 3 after step 0 of 1, saved as .*checkpoint-00000007"):
+        create_checkpointer(store, Distributed(torch.device("cpu")), signals, clock).between_epochs()

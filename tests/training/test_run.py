@@ -1,4 +1,4 @@
-"""A run that is left at any step and gone on with ends as one that never stopped, bit for bit."""
+"""A run that is stopped at any step and resumed ends as one that never stopped, bit for bit."""
 import json
 import os
 import shutil
@@ -13,12 +13,12 @@ from helpers.run_state import differences
 from helpers.web import served
 from scripts import make_shards
 from tasks.classification.token_labels import label_map_path
-from training.checkpoints import CheckpointStore
-from training.run import Checkpointer, Run, Stopped
-from utils import EXIT_RESUME, StopRequest
+from training.checkpoints import Checkpointer, CheckpointStore
+from training.run import BestMetric, Clock, Run
+from training.signals import EXIT_RESUME
 
-# With mixup, cutmix, random erasing, repeated augmentation, stochastic depth and the average of the weights, as by
-# default; batch norm is in the stem.
+# With mixup, cutmix, random erasing, repeated augmentation, stochastic depth and EMA weights, as by default; batch norm
+# is in the stem.
 COMMAND = ["--model", "biformer_nano", "--input_size", "32", "--batch_size", "2", "--update_freq", "2",
            "--num_workers", "0", "--device", "cpu", "--epochs", "2", "--warmup_epochs", "1", "--lr", "1e-2",
            "--log_every", "2", "--model_ema_eval", "--model_ema_decay", "0.9"]
@@ -52,8 +52,9 @@ def signal_after(monkeypatch, step, number=signal.SIGTERM):
     return taken
 
 
-def test_left_at_every_step(photos, whole, tmp_path, monkeypatch, capfd):
-    """Each start takes one step; at an epoch's end it goes on to the next epoch's first before it looks."""
+@pytest.mark.slow
+def test_stopped_at_every_step(photos, whole, tmp_path, monkeypatch, capfd):
+    """Each start takes one step; at an epoch's end it also takes the next epoch's first before it looks."""
     for start in range(2 * STEPS):
         with monkeypatch.context() as patch:
             taken = signal_after(patch, 1)
@@ -61,21 +62,24 @@ def test_left_at_every_step(photos, whole, tmp_path, monkeypatch, capfd):
         if code == 0:
             break
         assert code == EXIT_RESUME and len(taken) == 1
-        assert "SIGTERM: left epoch" in capfd.readouterr().err
+        assert "SIGTERM: stopped in epoch" in capfd.readouterr().err
     assert code == 0 and start >= 3
     assert differences(tmp_path, whole) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
-def test_left_in_the_middle_of_an_epoch(photos, whole, tmp_path, monkeypatch, number, capfd):
+def test_stopped_in_the_middle_of_an_epoch(photos, whole, tmp_path, monkeypatch, number, capfd):
     with monkeypatch.context() as patch:
         taken = signal_after(patch, 2, number)
         assert train(photos, tmp_path) == EXIT_RESUME
     assert len(taken) == 2
     left = tmp_path / "checkpoint-00000002.pth"
-    assert f"{number.name}: left epoch 0 after step 2 of 3, saved as {left}" in capfd.readouterr().err
+    assert capfd.readouterr().err == (
+        f"{number.name}: stopped in epoch 0 after step 2 of 3, saved as {left}; resume with --auto_resume\n"
+    )
     assert train(photos, tmp_path, "--auto_resume") == 0
-    assert f"going on from {left}: epoch 0, step 2 of 3" in capfd.readouterr().out
+    assert f"resuming from {left}: epoch 0, step 2 of 3" in capfd.readouterr().out
     assert differences(tmp_path, whole) == []
 
 
@@ -87,7 +91,7 @@ def test_the_comparison_finds_differences(photos, whole, tmp_path):
     assert any(line.startswith("log.txt") for line in found)
 
 
-def test_left_while_evaluating(photos, whole, tmp_path, monkeypatch, capfd):
+def test_stopped_while_evaluating(photos, whole, tmp_path, monkeypatch, capfd):
     """The evaluation is finished and logged, and not done again."""
     evaluate = program.evaluate
 
@@ -143,47 +147,19 @@ def test_a_run_that_is_over_keeps_its_log(photos, whole, tmp_path):
     assert differences(tmp_path / "run", whole) == []
 
 
-class Together:
-    """A process of two, which notes when they agree."""
-
-    is_main = True
-
-    def __init__(self, notes):
-        self.notes = notes
-
-    def max(self, value):
-        self.notes.append("agreed")
-        return value
-
-
-def test_nobody_leaves_before_the_main_process_has_saved(tmp_path):
-    """A launcher that sees a process end may end the others in the middle of the save."""
-    notes = []
-    store = CheckpointStore(tmp_path)
-    store.save = lambda step, state: notes.append("saved")
-    request = StopRequest()
-    request.signal = "SIGTERM"
-    run = Run(None, None, None, None, steps=3, global_batch=4)
-    run.state_dict = dict
-    checkpointer = Checkpointer(run, store, Together(notes), request, recipe={})
-    with pytest.raises(Stopped):
-        checkpointer.between_epochs()
-    assert notes == ["agreed", "saved", "agreed"]
-
-
 def test_saved_by_minutes(photos, tmp_path):
     assert train(photos, tmp_path, "--save_every_minutes", "1e-9", "--keep_checkpoints", "9") == 0
     assert CheckpointStore(tmp_path).steps() == [1, 2, 3, 4, 5, 6]
 
 
-def test_going_on_from_the_one_before_a_damaged_one(photos, whole, tmp_path, capfd):
+def test_resuming_from_the_one_before_a_damaged_one(photos, whole, tmp_path, capfd):
     assert train(photos, tmp_path, "--save_every_steps", "1", "--epochs", "2") == 0
     newest = tmp_path / "checkpoint-00000006.pth"
     newest.write_bytes(newest.read_bytes()[:-100])
     capfd.readouterr()
     assert train(photos, tmp_path, "--auto_resume") == 0
     out = capfd.readouterr().out
-    assert f"{newest} is damaged" in out and "going on from" in out and "epoch 1, step 2 of 3" in out
+    assert f"{newest} is damaged" in out and "resuming from" in out and "epoch 1, step 2 of 3" in out
     assert differences(tmp_path, whole) == []
 
 
@@ -201,8 +177,8 @@ def label_maps(photos, tmp_path_factory):
 
 
 @pytest.fixture(params=["fp16", "teacher", "token labels"])
-def means(request, whole, label_maps):
-    """Flags that bring in what has a state, or draws, of its own."""
+def methods(request, whole, label_maps):
+    """Flags of what has a state, or random draws, of its own."""
     return {
         "fp16": ["--amp", "fp16"],
         "teacher": ["--distillation_type", "soft", "--teacher_model", "biformer_nano", "--teacher_path",
@@ -211,13 +187,14 @@ def means(request, whole, label_maps):
     }[request.param]
 
 
-def test_left_with_other_means_of_training(photos, whole, tmp_path, monkeypatch, means):
-    assert train(photos, tmp_path / "whole", *means) == 0
+@pytest.mark.slow
+def test_stopped_with_other_ways_to_train(photos, whole, tmp_path, monkeypatch, methods):
+    assert train(photos, tmp_path / "whole", *methods) == 0
     with monkeypatch.context() as patch:
         taken = signal_after(patch, 2)
-        assert train(photos, tmp_path / "left", *means) == EXIT_RESUME
+        assert train(photos, tmp_path / "left", *methods) == EXIT_RESUME
     assert len(taken) == 2
-    assert train(photos, tmp_path / "left", *means, "--auto_resume") == 0
+    assert train(photos, tmp_path / "left", *methods, "--auto_resume") == 0
     assert differences(tmp_path / "left", tmp_path / "whole") == []
     assert differences(tmp_path / "whole", whole) != [], "the flags change nothing"
 
@@ -237,6 +214,8 @@ def why_not_compile():
         return str(error).splitlines()[0]
 
 
+@pytest.mark.slow
+@pytest.mark.compile
 def test_compiled(photos, tmp_path, capfd):
     """Checkpoints are those of the model itself, which trains and evaluates as without the compiler, nearly."""
     if reason := why_not_compile():
@@ -253,8 +232,9 @@ def test_compiled(photos, tmp_path, capfd):
     assert records[1]["train_loss"] == pytest.approx(records[0]["train_loss"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_shards_of_a_web_server(photos, tmp_path, monkeypatch):
-    """Left in the middle of an epoch, and gone on with by other numbers of readers, with nothing in the cache."""
+    """Stopped in the middle of an epoch, and resumed with other numbers of workers, with nothing in the cache."""
     assert make_shards.main([str(photos), str(tmp_path / "shards"), "--size", "4"]) == 0
     with served(tmp_path / "shards") as url:
         shards = ["--data_set", "wds/photos", "--nb_classes", "3", "--data_path", url, "--shard_cache"]
@@ -271,14 +251,17 @@ def test_shards_of_a_web_server(photos, tmp_path, monkeypatch):
 
 
 def test_shards_are_shared_among_as_many_as_before(photos, half, monkeypatch, capfd):
-    monkeypatch.setattr("datasets.EpochLoader.ranges", 2)
+    monkeypatch.setattr("training.data.loader.EpochLoader.ranges", 2)
     assert train(photos, half, "--auto_resume") == 1
-    assert "shards shared among 1 process(es), which are now 2" in capfd.readouterr().err
+    assert capfd.readouterr().err.endswith(
+        "shards shared among 1 process(es), which are now 2; keep the number of processes, or resume from the end of an "
+        "epoch\n"
+    )
 
 
 @pytest.fixture
 def half(photos, tmp_path, monkeypatch):
-    """A run that was left after its second step."""
+    """A run that was stopped after its second step."""
     with monkeypatch.context() as patch:
         signal_after(patch, 2)
         assert train(photos, tmp_path / "half") == EXIT_RESUME
@@ -289,7 +272,10 @@ def test_the_same_images_in_other_batches(photos, half, capfd):
     """Accumulation may change where the global batch does not; in the middle of an epoch nothing else may."""
     assert train(photos, half, "--auto_resume", "--batch_size", "6") == 1
     error = capfd.readouterr().err
-    assert "in the middle of an epoch of 3 steps of 4 images, which is now one of 1 steps of 12 images" in error
+    assert error.endswith(
+        "in the middle of an epoch of 3 steps of 4 images, which is now one of 1 steps of 12 images; "
+        "keep --batch_size x processes x --update_freq, or resume from the end of an epoch\n"
+    )
     assert train(photos, half, "--auto_resume", "--batch_size", "4", "--update_freq", "1") == 0
 
 
@@ -304,7 +290,9 @@ def test_a_damaged_checkpoint_by_name(photos, whole, tmp_path, capfd):
     data[len(data) // 2] ^= 1
     (tmp_path / "bad.pth").write_bytes(data)
     assert train(photos, tmp_path / "out", "--resume", tmp_path / "bad.pth") == 1
-    assert "bad.pth: damaged or truncated" in capfd.readouterr().err
+    assert capfd.readouterr().err.endswith(
+        "bad.pth: damaged or truncated; resume from the one before it, or download it again\n"
+    )
 
 
 def test_restarted_by_torchrun(photos, half, whole, monkeypatch, capfd):
@@ -313,7 +301,7 @@ def test_restarted_by_torchrun(photos, half, whole, monkeypatch, capfd):
     assert "epoch 0, step 2 of 3" in capfd.readouterr().out
     assert differences(half, whole) == []
     assert program.main([*COMMAND, "--data_path", str(photos)]) == 1
-    assert "if it has --output_dir" in capfd.readouterr().err
+    assert "which can only resume in a folder that was named; give --output_dir" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("metric,better", [("acc1", max), ("loss", min), ("ema_loss", min)])
@@ -326,12 +314,20 @@ def test_the_best_by_any_metric(photos, tmp_path, metric, better):
     assert best["metrics"][metric] == expected[name] and best["epoch"] == expected["epoch"]
 
 
+def results_of(run, name, *values):
+    return [run.record_best({name: value}) for value in values]
+
+
 def test_a_result_that_is_no_number_is_not_the_best():
-    run = Run(None, None, None, None, steps=1, global_batch=1, best_metric="loss")
-    assert [run.is_best(dict(loss=value)) for value in (float("nan"), 1.0, float("nan"), 2.0, 0.5)] == [
-        False, True, False, False, True,
-    ]
+    run = Run(None, None, None, None, Clock(1, 1), global_batch=1, best_metric=BestMetric("loss", higher=False))
+    assert results_of(run, "loss", float("nan"), 1.0, float("nan"), 2.0, 0.5) == [False, True, False, False, True]
     assert run.best == 0.5
+
+
+def test_the_best_is_recorded_once():
+    """Of equals the first; what is not the best changes nothing."""
+    run = Run(None, None, None, None, Clock(1, 1), global_batch=1, best_metric=BestMetric("acc1"))
+    assert results_of(run, "acc1", 0.0, 1.0, 1.0, 0.5) == [True, True, False, False] and run.best == 1.0
 
 
 def test_fewer_epochs_than_were_trained(photos, whole, tmp_path, capfd):
@@ -347,7 +343,7 @@ def test_weights_alone_are_no_run(photos, whole, tmp_path, name, kwargs, capfd):
     """Whatever their format, they are not said to be damaged."""
     torch.save(torch.load(whole / "last.pth", weights_only=True)["model"], tmp_path / name, **kwargs)
     assert train(photos, tmp_path / "out", "--resume", tmp_path / name) == 1
-    assert "holds weights alone, not a run to go on with" in capfd.readouterr().err
+    assert "holds weights alone, and no run to resume; fine-tune from it with --finetune\n" in capfd.readouterr().err
 
 
 def test_classes_of_other_names(photos, whole, tmp_path, capfd):
@@ -357,10 +353,12 @@ def test_classes_of_other_names(photos, whole, tmp_path, capfd):
     for split in ("train", "val"):
         (other / split / names[0]).rename(other / split / "Zebra")
     assert train(other, tmp_path / "out", "--resume", whole / "last.pth", "--epochs", "3") == 1
-    assert f"was trained on other classes: number 0 was {names[0]!r}" in capfd.readouterr().err
+    error = capfd.readouterr().err
+    assert f"was trained on other classes: number 0 was {names[0]!r}" in error
+    assert error.endswith("; fine-tune from it with --finetune\n")
     evaluation = [*COMMAND[:4], "--device", "cpu", "--num_workers", "0", "--data_path", str(other), "--eval"]
     assert program.main([*evaluation, "--resume", str(whole / "last.pth")]) == 0
-    assert "careful: " in capfd.readouterr().out
+    assert "warning: " in capfd.readouterr().out
 
 
 def test_a_full_disk(photos, tmp_path, monkeypatch, capfd):
@@ -372,3 +370,134 @@ def test_a_full_disk(photos, tmp_path, monkeypatch, capfd):
         assert train(photos, tmp_path) == 1
     assert "No space left on device; no checkpoint was written yet" in capfd.readouterr().err
     assert train(photos, tmp_path, "--auto_resume") == 0
+
+
+def test_a_checkpoint_without_the_average(photos, tmp_path, capfd):
+    assert train(photos, tmp_path, "--model_ema", "false", "--model_ema_eval", "false", "--epochs", "1",
+                 "--warmup_epochs", "0") == 0
+    assert train(photos, tmp_path, "--auto_resume", "--epochs", "2") == 1
+    assert capfd.readouterr().err.endswith("holds no EMA weights; resume with --model_ema false\n")
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--decay_groups", "layernorm"], ["--decay_groups", "none"], ["--layer_decay", "0.9"], ["--weight_decay", "0"],
+])
+def test_other_parameter_groups(photos, whole, tmp_path, capfd, arguments):
+    assert train(photos, tmp_path, "--resume", whole / "last.pth", *arguments, "--epochs", "3") == 1
+    assert capfd.readouterr().err == (
+        f"error: {(whole / 'last.pth').resolve()} has other parameter groups: weight decay and layer decay differ; "
+        "--opt, --layer_decay, --decay_groups and --weight_decay must be as in that run\n"
+    )
+
+
+# --- runs of so many steps --------------------------------------------------------------------------------------------
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def test_the_clock():
+    clock = Clock(epoch_length=3, total=7)
+    assert clock.epochs == 3
+    seen = []
+    while not clock.run_is_over:
+        while not clock.epoch_is_over:
+            clock.advance()
+        seen.append((clock.epoch, clock.step, clock.epoch_steps, clock.global_step, clock.is_last_epoch))
+        clock.next_epoch()
+    assert seen == [(0, 3, 3, 3, False), (1, 3, 3, 6, False), (2, 1, 1, 7, True)]
+    assert clock.steps_taken == 7 and clock.epoch == 3 and clock.step == 0
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 4, 6])
+def test_the_clock_stops_at_the_last_step(total):
+    clock = Clock(epoch_length=3, total=total)
+    while not clock.run_is_over:
+        clock.advance()
+        if clock.epoch_is_over:
+            clock.next_epoch()
+    assert clock.steps_taken == total and clock.epochs == clock.epoch == -(-total // 3)
+
+
+def test_the_steps_of_whole_epochs_are_those_epochs(photos, whole, tmp_path):
+    assert train(photos, tmp_path, "--max_steps", 2 * STEPS, "--epochs", "9") == 0
+    assert differences(tmp_path, whole) == []
+
+
+def test_the_last_epoch_is_cut_short(photos, tmp_path, capfd):
+    assert train(photos, tmp_path, "--max_steps", "4") == 0
+    out = capfd.readouterr().out
+    assert "2 epochs of 3 steps of 4 images, 4 steps in all; writes to" in out
+    assert "epoch 1 [1/1]" in out and out.count("Accuracy of the network") == 2
+    assert [(record["epoch"], record["step"]) for record in records(tmp_path)] == [(0, 3), (1, 4)]
+    assert CheckpointStore(tmp_path).steps() == [3, 4]
+    assert train(photos, tmp_path, "--max_steps", "4", "--auto_resume") == 0
+    assert CheckpointStore(tmp_path).steps() == [3, 4] and len(records(tmp_path)) == 2
+
+
+def test_less_than_an_epoch(photos, tmp_path):
+    assert train(photos, tmp_path, "--max_steps", "2", "--warmup_steps", "1") == 0
+    assert [record["step"] for record in records(tmp_path)] == [2] and CheckpointStore(tmp_path).steps() == [2]
+
+
+def test_stopped_in_an_epoch_that_is_cut_short(photos, tmp_path, monkeypatch, capfd):
+    assert train(photos, tmp_path / "whole", "--max_steps", "5") == 0
+    with monkeypatch.context() as patch:
+        signal_after(patch, 4)
+        assert train(photos, tmp_path / "left", "--max_steps", "5") == EXIT_RESUME
+    assert "stopped in epoch 1 after step 1 of 2" in capfd.readouterr().err
+    assert train(photos, tmp_path / "left", "--max_steps", "5", "--auto_resume") == 0
+    assert "epoch 1, step 1 of 2" in capfd.readouterr().out
+    assert differences(tmp_path / "left", tmp_path / "whole") == []
+
+
+@pytest.mark.parametrize("first", [2, 4])
+def test_more_steps_after_the_end(photos, tmp_path, first, capfd):
+    """The epoch that was cut short is trained to its end; steps that the schedule does not stretch are as they were."""
+    schedule = ["--sched", "step", "--decay_steps", "5", "--warmup_steps", "1"]
+    assert train(photos, tmp_path / "at once", *schedule, "--max_steps", "7") == 0
+    assert train(photos, tmp_path / "raised", *schedule, "--max_steps", first) == 0
+    capfd.readouterr()
+    assert train(photos, tmp_path / "raised", *schedule, "--max_steps", "7", "--auto_resume") == 0
+    assert f"epoch {first // 3}, step {first % 3} of 3" in capfd.readouterr().out
+    assert [record["step"] for record in records(tmp_path / "raised")] == [3, 6, 7]
+    assert [line for line in differences(tmp_path / "raised", tmp_path / "at once") if "best" not in line] == []
+
+
+def test_fewer_steps_than_were_taken(photos, whole, tmp_path, capfd):
+    shutil.copytree(whole, tmp_path / "run", symlinks=True)
+    assert train(photos, tmp_path / "run", "--auto_resume", "--max_steps", "3", "--warmup_steps", "1") == 0
+    assert "nothing is left to train" in capfd.readouterr().out
+    assert differences(tmp_path / "run", whole) == []
+
+
+def test_the_learning_rate_goes_by_steps(photos, tmp_path):
+    command = ["--sched", "poly", "--poly_power", "0.9", "--warmup_steps", "2", "--max_steps", "8"]
+    assert train(photos, tmp_path, *command, "--min_lr", "0") == 0
+    peak = 1e-2 * 4 / 512
+    rates = [record["train_lr"] for record in records(tmp_path)]
+    assert rates == pytest.approx([peak * (1 - step / 8) ** 0.9 for step in (2, 5, 7)])
+
+
+def test_epochs_of_the_schedule_are_steps(photos, tmp_path):
+    """Warm-up and milestones in epochs and the same ones in steps are one run."""
+    epochs = ["--sched", "step", "--decay_epochs", "1", "--warmup_epochs", "1"]
+    steps = ["--sched", "step", "--decay_steps", STEPS, "--warmup_steps", STEPS]
+    for name, schedule in (("epochs", epochs), ("steps", steps)):
+        assert train(photos, tmp_path / name, *schedule) == 0
+    assert differences(tmp_path / "epochs", tmp_path / "steps") == []
+    assert records(tmp_path / "steps")[1]["train_lr"] == pytest.approx(0.1 * 1e-2 * 4 / 512)
+
+
+@pytest.mark.parametrize("arguments,message", [
+    (["--max_steps", "3"], "a warm-up of 3 steps leaves nothing of the run's 3; lower --warmup_epochs, or give "
+                           "--warmup_steps"),
+    (["--epochs", "1", "--warmup_steps", "3"], "a warm-up of 3 steps leaves nothing of the run's 3; lower"),
+    (["--min_lr", "1"], "min_lr 1 is above the learning rate of this batch size, 7.81e-05; --lr is for 512 images"),
+])
+def test_schedules_that_do_not_fit_the_data(photos, tmp_path, capfd, arguments, message):
+    assert train(photos, tmp_path / "out", *arguments) == 2
+    error = capfd.readouterr().err
+    assert error.startswith(f"error: {message}") and len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
