@@ -12,8 +12,11 @@ import yaml
 
 import hydra_main
 from helpers import ROOT
-from training import options
-from utils import EXIT_RESUME, UsageError
+from tasks.classification.options import ClassificationSettings
+from training.flags import Parser, as_recipe
+from training.signals import EXIT_RESUME
+from training.slurm import TIME_LIMIT_SIGNAL, minutes, sbatch_parameters
+from utils import UsageError
 
 DIGITS = ["data_set=digits", "model=biformer_nano", "input_size=32", "device=cpu", "num_workers=0"]
 SBATCH = """#!/bin/sh
@@ -23,13 +26,18 @@ echo "Submitted batch job 77"
 """
 
 
+def parse(argv):
+    """main.py's settings of a command line."""
+    return hydra_main.program.parse(argv)[1]
+
+
 @pytest.fixture
 def read(monkeypatch):
     """The runs that a command line asks for."""
 
     def read(*words):
         monkeypatch.setattr(sys, "argv", ["hydra_main.py", *words])
-        return hydra_main.read_orders()
+        return hydra_main.read_runs()
 
     return read
 
@@ -85,14 +93,14 @@ def cluster(monkeypatch, tmp_path):
 )
 def test_the_lines_of_the_published_repository(read, line, flags):
     """With a cluster's name in the place of CLUSTER_ID."""
-    (order,) = read(*shlex.split(line)[2:])
-    args = vars(order.args)
-    assert {key: args[key] for key in flags} == flags
-    assert (order.slurm.nodes, order.slurm.ngpus) == (1, 8)
+    (run,) = read(*shlex.split(line)[2:])
+    recipe = as_recipe(run.settings)
+    assert {key: recipe[key] for key in flags} == flags
+    assert (run.slurm.nodes, run.slurm.ngpus) == (1, 8)
 
 
 def test_every_flag_of_main_is_a_key_and_only_what_is_given_is_passed_on(argv):
-    flags = [name for name in options.build_parser().names() if name != "local_rank"]
+    flags = [name for name in Parser(ClassificationSettings).names() if name != "local_rank"]
     assert argv() == [] and argv(*(f"{flag}=null" for flag in flags)) == [f"--{flag}=null" for flag in flags]
 
 
@@ -120,20 +128,22 @@ def test_values_arrive_as_they_are(argv, override, tokens):
 
 
 def test_the_model_gets_its_arguments(argv):
-    args = options.parse(argv(*DIGITS, "model_kwargs={topk:[1,4,16],act:'a b'}", "scale=[0.5,1]"))
-    assert args.model_kwargs == dict(topk=[1, 4, 16], act="a b") and args.scale == [0.5, 1.0]
+    settings = parse(argv(*DIGITS, "model_kwargs={topk:[1,4,16],act:'a b'}", "scale=[0.5,1]"))
+    assert settings.model.model_kwargs == dict(topk=[1, 4, 16], act="a b")
+    assert settings.augmentation.scale == [0.5, 1.0]
 
 
 def test_overrides_win_over_a_recipe_and_the_recipe_over_the_defaults(argv, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(dict(data_set="digits", drop_path=0.3, clip_grad=5.0, lr=1e-3)))
-    args = options.parse(argv(f"config={recipe}", "lr=2e-3", "clip_grad=null"))
-    assert (args.drop_path, args.lr, args.clip_grad, args.batch_size) == (0.3, 2e-3, None, 128)
+    settings = parse(argv(f"config={recipe}", "lr=2e-3", "clip_grad=null"))
+    assert (settings.model.drop_path, settings.loader.batch_size) == (0.3, 128)
+    assert (settings.optimizer.lr, settings.optimizer.clip_grad) == (2e-3, None)
 
 
 def test_a_sweep_is_several_runs(read, tmp_path):
     sweep = ["--multirun", f"hydra.sweep.dir={tmp_path}", "lr=1e-3,5e-4", "+slurm=cpu"]
-    assert [order.recipe for order in read(*sweep)] == [dict(lr="0.001"), dict(lr="0.0005")]
+    assert [run.recipe for run in read(*sweep)] == [dict(lr="0.001"), dict(lr="0.0005")]
 
 
 def test_the_runs_of_a_sweep_do_not_share_a_folder(run, passed, tmp_path):
@@ -185,10 +195,10 @@ def test_an_unknown_key_in_a_cluster_file(run, cluster, tmp_path):
 
 
 def test_the_folder_is_named_by_what_was_given(argv, read):
-    (order,) = read("model=biformer_small", "lr=5e-4", "data_path=/in1k", "batch_size=128", "num_workers=3",
-                    "output_dir=x", "resume=y", "+slurm=cpu", "slurm.nodes=2")
-    assert hydra_main.run_name(order.recipe) == "batch_size.128-lr.5e-4-model.biformer_small"
-    assert set(options.build_parser().names()) >= hydra_main.NOT_IN_NAMES
+    (run,) = read("model=biformer_small", "lr=5e-4", "data_path=/in1k", "batch_size=128", "num_workers=3",
+                  "output_dir=x", "resume=y", "+slurm=cpu", "slurm.nodes=2")
+    assert hydra_main.run_name(run.recipe) == "batch_size.128-lr.5e-4-model.biformer_small"
+    assert set(Parser(ClassificationSettings).names()) >= hydra_main.NOT_IN_NAMES
 
 
 @pytest.mark.parametrize(
@@ -229,12 +239,12 @@ def passed(monkeypatch):
 def test_here_main_runs_with_a_folder_of_that_name(run, passed, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert run(*DIGITS, "lr=1e-3")[0] == 3
-    args = options.parse(passed[0])
-    name, date = Path(args.output_dir).relative_to("outputs/cls").parts
+    checkpoint = parse(passed[0]).checkpoint
+    name, date = Path(checkpoint.output_dir).relative_to("outputs/cls").parts
     assert name == "data_set.digits-input_size.32-lr.1e-3-model.biformer_nano" and len(date) == len("20230307-21:33:26")
-    assert not args.auto_resume
+    assert not checkpoint.auto_resume
     run(*DIGITS, "output_dir=mine")
-    assert options.parse(passed[1]).output_dir == "mine"
+    assert parse(passed[1]).checkpoint.output_dir == "mine"
     assert not list(tmp_path.iterdir())  # hydra leaves nothing behind
 
 
@@ -243,11 +253,11 @@ def test_a_recipe_may_name_the_folder(run, passed, tmp_path):
     recipe.write_text("data_set: digits\noutput_dir: of/the/recipe\n")
     run(f"config={recipe}")
     run(f"config={recipe}", "output_dir=null")
-    first, second = (options.parse(line).output_dir for line in passed)
+    first, second = (parse(line).checkpoint.output_dir for line in passed)
     assert first == "of/the/recipe" and second.startswith("outputs/cls/config.")
 
 
-def test_a_run_that_torchrun_starts_again_gets_no_new_folder(run, passed, monkeypatch):
+def test_a_run_that_torchrun_restarts_gets_no_new_folder(run, passed, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     run(*DIGITS)
     assert passed and not any("output_dir" in word for line in passed for word in line)
@@ -267,23 +277,23 @@ def test_torchrun_neither_submits_nor_sweeps(run, passed, cluster, monkeypatch, 
     "text,expected", [("1:00:00", 60), ("0:00:01", 1), ("36:30:00", 2190), ("2-12:00:00", 3600), ("1-00:00:30", 1441)]
 )
 def test_minutes(text, expected):
-    assert hydra_main.minutes(text) == expected
+    assert minutes(text) == expected
 
 
 def test_yaml_makes_a_number_of_a_time_without_quotes(tmp_path, read):
     (tmp_path / "slurm").mkdir()
     (tmp_path / "slurm" / "mine.yaml").write_text("time: 12:00:00\n")
-    (order,) = read("--config-dir", str(tmp_path), "+slurm=mine")
+    (run,) = read("--config-dir", str(tmp_path), "+slurm=mine")
     with pytest.raises(UsageError, match="not 43200"):
-        hydra_main.sbatch_parameters(order.slurm, "name")
+        sbatch_parameters(run.slurm, "name", ROOT)
 
 
 def test_what_sbatch_gets(read):
-    (order,) = read("+slurm=default", "slurm.nodes=2", "slurm.cpus_per_task=10", "slurm.mem=480G",
+    (run,) = read("+slurm=default", "slurm.nodes=2", "slurm.cpus_per_task=10", "slurm.mem=480G",
                     "slurm.partition=gpu", "slurm.account=me", "slurm.qos=low", "slurm.constraint=a100",
                     "slurm.exclude='node[1-2]'", "slurm.signal_delay=300", "slurm.setup=[module load cuda]",
                     "slurm.sbatch={mail-type:END}", "slurm.job_name=mine", "slurm.time=2-00:00:00")
-    text = submitit.slurm.slurm._make_sbatch_string("run", "/out", **hydra_main.sbatch_parameters(order.slurm, "model"))
+    text = submitit.slurm.slurm._make_sbatch_string("run", "/out", **sbatch_parameters(run.slurm, "model", ROOT))
     for option in ("nodes=2", "gpus-per-node=8", "ntasks-per-node=8", "cpus-per-task=10", "mem=480G", "partition=gpu",
                    "account=me", "qos=low", "constraint=a100", "exclude='node[1-2]'", "signal=USR1@300",
                    "mail-type=END", "job-name=mine", "time=2880", "requeue", "open-mode=append"):
@@ -293,8 +303,8 @@ def test_what_sbatch_gets(read):
 
 
 def test_processes_without_gpus(read):
-    (order,) = read("+slurm=cpu", "slurm.tasks_per_node=3")
-    parameters = hydra_main.sbatch_parameters(order.slurm, "model")
+    (run,) = read("+slurm=cpu", "slurm.tasks_per_node=3")
+    parameters = sbatch_parameters(run.slurm, "model", ROOT)
     assert parameters["ntasks_per_node"] == 3 and "gpus_per_node" not in parameters
     assert parameters["job_name"] == "model"
 
@@ -307,11 +317,12 @@ def test_a_submission(run, cluster, tmp_path):
         f"job 77 writes to {folder}", f"log:    tail -F {folder}/slurm/77_0_log.out", "state:  squeue --jobs 77",
         "cancel: scancel 77",
     ]
-    task = submitit.core.utils.DelayedSubmission.load(folder / "slurm" / "77_submitted.pkl").function
-    args = options.parse(task.argv)
-    assert (args.output_dir, args.auto_resume, args.lr) == (str(folder), True, 1e-3)
-    assert type(task) is hydra_main.Task and task.checkpoint().function is task
-    # In a folder of the user's own, where a second run would have to say that it goes on.
+    job = submitit.core.utils.DelayedSubmission.load(folder / "slurm" / "77_submitted.pkl").function
+    settings = parse(job.argv)
+    assert (settings.checkpoint.output_dir, settings.checkpoint.auto_resume) == (str(folder), True)
+    assert settings.optimizer.lr == 1e-3
+    assert type(job) is hydra_main.Job and job.checkpoint().function is job
+    # In a folder of the user's own, where a second run would have to say that it resumes.
     assert run(*DIGITS, "+slurm=cpu", "output_dir=mine")[0] == 0
     (tmp_path / "mine" / "last.pth").touch()
     code, _, err = run(*DIGITS, "+slurm=cpu", "output_dir=mine")
@@ -342,10 +353,10 @@ def test_without_slurm(run, monkeypatch):
 
 
 @pytest.fixture
-def task(monkeypatch, tmp_path):
-    """Run a task as a job's process of some rank would, with main.py ending with some code; (exit code, requeues)."""
+def job(monkeypatch, tmp_path):
+    """Run a job's process of some rank, whose main.py ends with some code; returns (exit code, requeues)."""
 
-    def task(code, rank=0, squeue="RUNNING"):
+    def job(code, rank=0, squeue="RUNNING"):
         (tmp_path / "squeue").write_text(f'#!/bin/sh\n[ "$2" = --jobs=40001 ] && echo {squeue}\n')
         (tmp_path / "squeue").chmod(0o755)
         requeues, seen = [], {}
@@ -360,21 +371,21 @@ def task(monkeypatch, tmp_path):
             hydra_main.program, "main", lambda argv: seen.update({n: os.environ[n] for n in names}, argv=argv) or code
         )
         monkeypatch.setattr(hydra_main, "exit_with", sys.exit)  # it would end the tests
-        before = signal.signal(hydra_main.TIME_IS_NEARLY_UP, lambda number, frame: requeues.append(number))
+        before = signal.signal(TIME_LIMIT_SIGNAL, lambda number, frame: requeues.append(number))
         try:
-            hydra_main.Task(["--model=x"])()
+            hydra_main.Job(["--model=x"])()
             left = 0
         except SystemExit as exit:
             left = exit.code
         finally:
-            signal.signal(hydra_main.TIME_IS_NEARLY_UP, before)
+            signal.signal(TIME_LIMIT_SIGNAL, before)
         assert seen == dict(
             MASTER_ADDR="node7", MASTER_PORT=str(20000 + 40001 % 12768), RANK=str(rank), WORLD_SIZE="4", LOCAL_RANK="1",
             argv=["--model=x"],
         )
         return left, len(requeues)
 
-    return task
+    return job
 
 
 @pytest.mark.parametrize(
@@ -388,18 +399,18 @@ def task(monkeypatch, tmp_path):
         (EXIT_RESUME, 0, "COMPLETING", (EXIT_RESUME, 0)),  # cancelled, or requeued by Slurm itself
     ],
 )
-def test_only_the_main_process_of_a_running_job_requeues_it(task, code, rank, squeue, left):
-    assert task(code, rank, squeue) == left
+def test_only_the_main_process_of_a_running_job_requeues_it(job, code, rank, squeue, left):
+    assert job(code, rank, squeue) == left
 
 
-def test_a_task_runs_under_submitit_in_a_process_of_its_own(tmp_path, monkeypatch):
+def test_a_job_runs_under_submitit_in_a_process_of_its_own(tmp_path, monkeypatch):
     """By submitit's executor of this machine, from another folder, as a job would: unpickled there."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("SLURM_JOB_ID", "40001")
     executor = submitit.LocalExecutor(tmp_path / "slurm")
     executor.update_parameters(stderr_to_stdout=True)
-    job = executor.submit(hydra_main.Task(["--model", "nothing", "--data_set", "digits"]))
+    job = executor.submit(hydra_main.Job(["--model", "nothing", "--data_set", "digits"]))
     job.wait()
     assert "error: unknown model 'nothing'" in job.stdout()
 

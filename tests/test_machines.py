@@ -1,4 +1,4 @@
-"""Two machines, each with a launcher of its own, played by two launchers that meet at a port of this machine."""
+"""Two machines, each with its own launcher: two launchers that meet at a port of this machine."""
 import json
 import os
 import re
@@ -17,7 +17,7 @@ RESULT = re.compile(r"\* Acc@1 .*\nAccuracy of the network on the 7 test images:
 
 
 def on_two_machines(*arguments):
-    """main.py by README's line, the same on each machine; exit codes, and what they wrote, the main one's first."""
+    """main.py as the guide launches it on each machine; exit codes, and what they wrote, the main one's first."""
     meet = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}"]
     launchers = []
     for _ in range(2):

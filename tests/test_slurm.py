@@ -83,14 +83,14 @@ def uninterrupted(tmp_path_factory):
     return folder
 
 
-def test_a_job_told_to_leave_and_a_job_requeued_by_hand_end_as_uninterrupted_ones(uninterrupted, tmp_path):
+def test_jobs_that_are_requeued_end_as_uninterrupted_ones(uninterrupted, tmp_path):
     folder = tmp_path / "run"
     job = submit(folder, *RUN)
     wait(lambda: "epoch 0 [2/" in log(folder, job), folder, job)
     # What Slurm sends before the time is up: the run leaves, and requeues its job, once.
     command("scancel", "--signal=USR1", job)
     wait_for_requeue(folder, job, restarts=1)
-    wait(lambda: re.search(r"going on from .*: epoch 0, step \d+ of", log(folder, job)), folder, job)
+    wait(lambda: re.search(r"resuming from .*: epoch 0, step \d+ of", log(folder, job)), folder, job)
     steps = log(folder, job).count("[")
     wait(lambda: log(folder, job).count("[") > steps + 2, folder, job)
     # By hand: Slurm tells the run to leave and requeues the job itself.
@@ -99,10 +99,10 @@ def test_a_job_told_to_leave_and_a_job_requeued_by_hand_end_as_uninterrupted_one
     end = wait_for_end(folder, job)
     assert (end["JobState"], end["Restarts"], end["ExitCode"]) == ("COMPLETED", "2", "0:0"), log(folder, job)
     assert log(folder, job).count("Requeued job") == 1 and "Requeued job" not in log(folder, job, rank=1)
-    assert log(folder, job).count("going on from") == 2
-    requeued, whole = (torch.load(f / "last.pth", weights_only=True) for f in (folder, uninterrupted))
+    assert log(folder, job).count("resuming from") == 2
+    requeued, reference = (torch.load(f / "last.pth", weights_only=True) for f in (folder, uninterrupted))
     for key in ("model", "model_ema"):
-        torch.testing.assert_close(requeued[key], whole[key], rtol=0, atol=0)
+        torch.testing.assert_close(requeued[key], reference[key], rtol=0, atol=0)
     assert len((folder / "log.txt").read_text().splitlines()) == 2
 
 

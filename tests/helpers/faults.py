@@ -1,8 +1,8 @@
 """Faults in real training runs, and what they cost; `make test-faults` runs the whole campaign.
 
-A run of a small BiFormer is started, struck, and started again with --auto_resume, until it is done; then its weights,
-average, optimizer and log are compared, bit for bit, with those of a run that nothing struck. Runs are of one process
-or of two, with images read by processes of their own, mixup, random erasing, repeated augmentation and accumulation.
+A run of a small BiFormer is started, struck, and resumed with --auto_resume, until it is done; then its weights, EMA
+weights, optimizer and log are compared, bit for bit, with those of a run that nothing struck. Runs have one process or
+two, data loading processes, mixup, random erasing, repeated augmentation and gradient accumulation.
 """
 import argparse
 import itertools
@@ -25,11 +25,11 @@ ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import utils  # noqa: E402
 from helpers.photos import write_photos  # noqa: E402
 from helpers.ports import free_port  # noqa: E402
 from helpers.run_state import differences  # noqa: E402
 from training.checkpoints import CheckpointStore  # noqa: E402
+from training.signals import EXIT_RESUME, run_and_exit  # noqa: E402
 
 PATIENCE = 120  # seconds after which a run that does not end is said to hang
 COMMAND = [
@@ -60,7 +60,7 @@ def _train(arguments: list[str], environment: dict[str, str], output: Path, file
     import main
 
     torch.set_num_threads(1)
-    utils.run_and_exit(lambda: main.main(arguments))
+    run_and_exit(lambda: main.main(arguments))
 
 
 @dataclass
@@ -100,7 +100,7 @@ class Attempt:
         return codes
 
     def workers(self) -> list[int]:
-        """Processes that read images for the first rank."""
+        """The data loading processes of the first rank."""
         pid = self.ranks[0].pid
         children = Path(f"/proc/{pid}/task/{pid}/children")
         return [int(child) for child in children.read_text().split()] if children.exists() else []
@@ -123,7 +123,7 @@ class Course:
         return [*COMMAND, "--data_path", str(self.photos), "--output_dir", str(self.folder), "--auto_resume", *more]
 
     def start(self, *more: str, file_limit: int | None = None) -> Attempt:
-        """Start the run, or go on with it."""
+        """Start the run, or resume it."""
         output = self.folder.with_name(f"{self.folder.name}-{next(self.starts)}.out")
         environment = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(self.world_size))
         ranks = []
@@ -164,7 +164,7 @@ def _run_until_random_moment(course: Course, rng: random.Random) -> Attempt:
 
 
 def _way_to_save(rng: random.Random) -> list[str]:
-    """The result must not depend on it, nor on the number of processes that read images."""
+    """The result must depend neither on it nor on the number of data loading processes."""
     every = rng.choice([["--save_every_steps", "1"], ["--save_every_steps", "3"], ["--save_every_minutes", "0.005"]])
     return [*every, "--num_workers", rng.choice("012"), "--keep_checkpoints", rng.choice("23")]
 
@@ -176,7 +176,7 @@ def _kill(course: Course, rng: random.Random) -> Verdict:
         rank.kill()
     verdict = _expect(attempt, {-signal.SIGKILL})
     left = _outlive(workers)
-    return f"{left} processes that read images outlived the run" if left else verdict
+    return f"{left} data loading processes outlived the run" if left else verdict
 
 
 def _outlive(pids: list[int]) -> int:
@@ -249,11 +249,11 @@ def _ask_to_leave(number: signal.Signals) -> Callable[[Course, random.Random], V
         if not attempt.wait_for_step(rng.randint(1, 5)):
             attempt.end()
             raise TooLate
-        # As a scheduler may: to one process, or to all, those that read images too.
+        # As a scheduler may: to one process, or to all, data loading processes included.
         pids = [attempt.ranks[-1].pid] if rng.random() < 0.5 else [r.pid for r in attempt.ranks] + attempt.workers()
         for pid in pids:
             os.kill(pid, number)
-        return _expect(attempt, {utils.EXIT_RESUME}, "go on with --auto_resume")
+        return _expect(attempt, {EXIT_RESUME}, "resume with --auto_resume")
 
     return ask
 
@@ -264,7 +264,7 @@ def _kill_worker(course: Course, rng: random.Random) -> Verdict:
         attempt.end()
         raise TooLate
     os.kill(rng.choice(attempt.workers()), signal.SIGKILL)
-    return _expect(attempt, {1}, "a process that reads images was killed")
+    return _expect(attempt, {1}, "a data loading process was killed")
 
 
 def _lose_data(course: Course, rng: random.Random) -> Verdict:
@@ -302,7 +302,7 @@ def _hang_rank(course: Course, rng: random.Random) -> Verdict:
     if not gave_up:
         attempt.end()
         return "the other process did not give up by itself"
-    return _expect(attempt, {1, -signal.SIGKILL}, "did not answer within --dist_timeout")
+    return _expect(attempt, {1, -signal.SIGKILL}, "did not answer in time")
 
 
 def _restart_by_torchrun(course: Course, rng: random.Random) -> Verdict:
@@ -328,7 +328,7 @@ def _restart_by_torchrun(course: Course, rng: random.Random) -> Verdict:
 
     before = rng.randint(1, 3)
     struck = lines(before)
-    starts = output.read_text().count("going on from")
+    starts = output.read_text().count("resuming from")
     if struck:
         children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
         os.kill(int(rng.choice(children)), signal.SIGKILL)
@@ -338,7 +338,7 @@ def _restart_by_torchrun(course: Course, rng: random.Random) -> Verdict:
     text = output.read_text()
     if not struck:
         raise TooLate
-    return None if text.count("going on from") > starts else f"torchrun did not go on: {text[-2000:]}"
+    return None if text.count("resuming from") > starts else f"torchrun did not resume: {text[-2000:]}"
 
 
 @dataclass(frozen=True)
@@ -362,7 +362,7 @@ FAULTS = [
     Fault("SIGINT", _ask_to_leave(signal.SIGINT), times=2),
     Fault("SIGUSR1", _ask_to_leave(signal.SIGUSR1), times=2),
     Fault("SIGTERM to one or both of two processes", _ask_to_leave(signal.SIGTERM), world_size=2, times=3),
-    Fault("a process that reads images killed", _kill_worker, times=3),
+    Fault("a data loading process killed", _kill_worker, times=3),
     Fault("the data folder gone", _lose_data, times=2),
     Fault("one of two processes killed", _drop_rank, world_size=2, times=5),
     Fault("one of two processes stopped", _hang_rank, world_size=2, times=2),

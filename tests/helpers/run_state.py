@@ -1,4 +1,4 @@
-"""Whether two runs are in the same state: weights, average, optimizer, position and log, bit for bit."""
+"""Whether two runs are in the same state: weights, EMA weights, optimizer, position and log, bit for bit."""
 import json
 from collections.abc import Iterator
 from pathlib import Path

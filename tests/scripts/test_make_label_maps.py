@@ -168,7 +168,8 @@ def test_mistakes_are_explained(photos, weights, tmp_path, arguments, message, c
 
 def test_published_weights_of_other_classes(photos, tmp_path, capfd):
     assert make_label_maps.main(["--data_path", str(photos), "--output", str(tmp_path), "--model", "test_resnet"]) == 1
-    assert "have 1000 classes, the data has 3; give a teacher of these classes by --checkpoint" in capfd.readouterr().err
+    message = "have 1000 classes, the data has 3; give a teacher of these classes by --checkpoint"
+    assert message in capfd.readouterr().err
 
 
 def test_two_images_of_one_name(tmp_path, weights, capfd):
