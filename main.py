@@ -39,8 +39,8 @@ ADVICE = {
 def choose_task(argv: Sequence[str], tasks: Tasks = TASKS) -> type[Task]:
     """The task that `--task`, or else the recipe, names."""
     config = flags.given_value(argv, "config")
-    name = flags.given_value(argv, "task", flags.read_recipe(config) if config is not None else {})
-    name = name or options.TaskOptions().task
+    recipe = {} if config is None else flags.read_recipe(config)
+    name = flags.given_value(argv, "task", recipe) or options.TaskOptions().task
     check_name("task", name, tasks)
     if isinstance(tasks[name], type):
         return tasks[name]
@@ -55,8 +55,7 @@ def parse(argv: Sequence[str], tasks: Tasks = TASKS) -> tuple[type[Task], Settin
         UsageError: The command line, or the recipe that it names, is wrong.
     """
     task_class = choose_task(argv, tasks)
-    description = "Train and evaluate the routed vision transformers here, and all of timm's models."
-    parser = flags.Parser(task_class.settings_class, prog="main.py", description=description)
+    parser = flags.Parser(task_class.settings_class, prog="main.py", description=__doc__.partition("`")[0])
     return task_class, flags.parse(task_class.settings_class, argv, parser)
 
 
@@ -194,9 +193,9 @@ def train(task: Task, signals: SignalHandler):
             if source:
                 print(f"resuming from {source}: epoch {clock.epoch}, step {clock.step} of {clock.epoch_steps}")
         with closing(log):
-            checkpointer = Checkpointer(run, store, distributed, signals, recipe, settings.checkpoint)
+            saver = Checkpointer(run, store, distributed, signals, recipe, settings.checkpoint)
             try:
-                train_until_over(trainer, data, checkpointer)
+                train_until_over(trainer, data, saver)
             except NonFiniteLossError as error:
                 raise NonFiniteLossError(f"{error}; {store.kept()}") from error
         if distributed.is_main:
