@@ -199,8 +199,7 @@ def train(task: Task, signals: SignalHandler):
             except NonFiniteLossError as error:
                 raise NonFiniteLossError(f"{error}; {store.kept()}") from error
         if distributed.is_main:
-            print(f"log: {store.folder / 'log.txt'}")
-            print(f"checkpoint: {store.last}")
+            print(f"log: {store.folder / 'log.txt'}\ncheckpoint: {store.last}")
 
 
 # --- the program ------------------------------------------------------------------------------------------------------
