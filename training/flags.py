@@ -65,6 +65,14 @@ def fraction(value: float) -> str | None:
     return None if 0 <= value <= 1 else "must be 0 to 1"
 
 
+def check_field(field: dataclasses.Field, value: Any):
+    """Raises UsageError where a value is out of a field's range; None is in every range."""
+    check = field.metadata["check"]
+    wrong = check(value) if check is not None and value is not None else None
+    if wrong:
+        raise UsageError(f"--{field.name} {wrong}, got {value}")
+
+
 class Group:
     """Base of a group of flags: checks each field, then what fields say together, whenever one is made.
 
@@ -74,10 +82,7 @@ class Group:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, check = getattr(self, field.name), field.metadata["check"]
-            wrong = check(value) if check is not None and value is not None else None
-            if wrong:
-                raise UsageError(f"--{field.name} {wrong}, got {value}")
+            check_field(field, getattr(self, field.name))
         self.check()
 
     def check(self):
@@ -222,9 +227,13 @@ def parse(settings_class: type[Settings], argv: Sequence[str], parser: Parser | 
         if name.startswith("--"):
             raise UsageError(f"unknown flag {name}{nearest(name, [f'--{flag}' for flag in known])}")
         raise UsageError(f"{unknown[0]!r} is the value of no flag")
+    groups = group_classes(settings_class)
+    # Every single value before what values say together: the first error is about what was typed.
+    for field in (field for group_class in groups.values() for field in dataclasses.fields(group_class)):
+        check_field(field, _value(args, field))
     return settings_class(**{
         name: group_class(**{field.name: _value(args, field) for field in dataclasses.fields(group_class)})
-        for name, group_class in group_classes(settings_class).items()
+        for name, group_class in groups.items()
     })
 
 
