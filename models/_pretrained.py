@@ -88,6 +88,6 @@ def _read_weights(variant: str, cfg: PretrainedCfg, cache_dir: str | Path | None
         if cfg.file:
             raise RuntimeError(f"{cfg.file} cannot be read as weights: {error}") from error
         raise RuntimeError(
-            f"the weights of {variant} could not be loaded: {error}; its authors offer them on {cfg.origin_url}; "
-            f"{_pass_the_file(variant)}"
+            f"the weights of {variant} could not be loaded ({error}). Download them by hand, from {cfg.origin_url}, "
+            f"and {_pass_the_file(variant)}"
         ) from error

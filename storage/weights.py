@@ -61,7 +61,7 @@ def fetch(source: str, cache_dir: str | Path | None = None) -> Path:
     try:
         return _cache(cache_dir).path(url, _copy_name(source), expected)
     except (OSError, TransferError) as error:
-        raise WeightsError(f"{source}: cannot be downloaded ({error}); download it by hand and pass the file") from error
+        raise WeightsError(f"{source}: cannot be downloaded: {error}") from error
 
 
 def read_checkpoint(source: str, cache_dir: str | Path | None = None) -> dict[str, Any]:
