@@ -192,13 +192,13 @@ def test_a_download_is_compared_with_its_hash(tmp_path, hub):
         url = f"{server}/c.pth"
         for expected in (digest, digest[:8], digest.upper()):
             assert read_checkpoint(f"{url}#sha256={expected}")["epoch"] == 1
-        with pytest.raises(WeightsError, match=r"cannot be downloaded .*invalid hash value"):
+        with pytest.raises(WeightsError, match=r"cannot be downloaded: .*invalid hash value"):
             read_checkpoint(f"{url}#sha256={digest[::-1]}")
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, hub):
     hub.touch()
-    with served(tmp_path) as url, pytest.raises(WeightsError, match=r"cannot be downloaded \(.*Not a directory"):
+    with served(tmp_path) as url, pytest.raises(WeightsError, match=r"cannot be downloaded: .*Not a directory"):
         fetch(f"{url}/hub")
 
 
