@@ -288,5 +288,5 @@ def test_steps_are_counted_in_all_epochs(store):
     clock = Clock(epoch_length=1, total=4, epoch=3, step=0, steps_taken=7)
     signals = SignalHandler()
     signals.signal = "SIGTERM"
-    with pytest.raises(Stopped, match="epoch 3 after step 0 of 1, saved as .*checkpoint-00000007"):
+    with pytest.raises(Stopped, match=r"epoch 3 after step 0 of 1, saved as .*checkpoint-00000007"):
         create_checkpointer(store, Distributed(torch.device("cpu")), signals, clock).between_epochs()
