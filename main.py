@@ -14,7 +14,7 @@ from optim_factory import OptimizerError, Schedule, ScheduleError, WarmupError, 
 from training import advice, flags, options
 from training.checkpoints import Checkpointer, Stopped, find_start, open_store
 from training.distributed import init_distributed, shutdown_distributed, warm_up_ddp, wrap_ddp
-from training.log import NonFiniteLossError, RunLog, print_plan
+from training.log import RunLog, print_plan
 from training.options import Settings
 from training.precision import Precision
 from training.run import BestMetric, Clock, Run
@@ -193,12 +193,10 @@ def train(task: Task, signals: SignalHandler):
             print_plan(task, run, scaled_lr(settings.optimizer.lr, run.global_batch), store.folder)
             if source:
                 print(f"resuming from {source}: epoch {clock.epoch}, step {clock.step} of {clock.epoch_steps}")
-        with closing(log):
-            checkpointer = Checkpointer(run, store, distributed, signals, recipe, settings.checkpoint)
-            try:
-                train_until_over(trainer, data, checkpointer)
-            except NonFiniteLossError as error:
-                raise NonFiniteLossError(f"{error}; {store.kept()}") from error
+        with closing(log), store.named_in_losses():
+            train_until_over(
+                trainer, data, Checkpointer(run, store, distributed, signals, recipe, settings.checkpoint)
+            )
         if distributed.is_main:
             print(f"log: {store.folder / 'log.txt'}")
             print(f"checkpoint: {store.last}")

@@ -39,9 +39,9 @@ def test_seeds_stay_what_they_were(key, mixed):
 
 def test_a_name_that_does_not_exist():
     utils.check_name("model", "a", ["a"])
-    with pytest.raises(UsageError, match="^unknown model 'modle'; did you mean model[?]$"):
+    with pytest.raises(UsageError, match=r"^unknown model 'modle'; did you mean model[?]$"):
         utils.check_name("model", "modle", ["model", "zebra"])
-    with pytest.raises(UsageError, match="^unknown model 'xyz'$"):
+    with pytest.raises(UsageError, match=r"^unknown model 'xyz'$"):
         utils.check_name("model", "xyz", ["model"])
 
 

@@ -16,7 +16,7 @@ from storage.weights import HostileFileError, WeightsError, fetch, read_checkpoi
 from utils import UserError, replace_file
 
 from .distributed import Distributed, restart_count
-from .log import Meter, check_finite
+from .log import Meter, NonFiniteLossError, check_finite
 from .options import CheckpointOptions
 from .run import Run
 from .signals import SignalHandler
@@ -208,6 +208,14 @@ class CheckpointStore:
             save_checkpoint(path, state)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}; {self.kept()}") from error
+
+    @contextmanager
+    def named_in_losses(self) -> Iterator[None]:
+        """Add to a NonFiniteLossError which checkpoint is the last."""
+        try:
+            yield
+        except NonFiniteLossError as error:
+            raise NonFiniteLossError(f"{error}; {self.kept()}") from error
 
     def kept(self) -> str:
         """What an error message says of the last checkpoint."""

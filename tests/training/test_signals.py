@@ -19,17 +19,17 @@ def told(error):
 
 @pytest.mark.parametrize("error,line", [
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
-     "a data loading process was killed, as happens when memory runs out (DataLoader worker (pid 7) is killed by signal: "
-     "Killed.); give fewer --num_workers or more memory; what was saved is intact, resume with --auto_resume"),
+     "a data loading process was killed, as happens when memory runs out (DataLoader worker (pid 7) is killed by "
+     "signal: Killed.); give fewer --num_workers or more memory; what was saved is intact, resume with --auto_resume"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
-     "out of memory (CUDA out of memory. Tried to allocate 2 GiB.); lower --batch_size and raise --update_freq by as "
-     "much, which trains the same, or pass --grad_checkpointing"),
+     "out of memory (CUDA out of memory. Tried to allocate 2 GiB.); lower --batch_size and raise --update_freq by "
+     "as much, which trains the same, or pass --grad_checkpointing"),
     (RuntimeError("grid_sampler_2d_backward_cuda does not have a deterministic implementation, but you set"),
-     "this network cannot be trained deterministically here (grid_sampler_2d_backward_cuda does not have a deterministic "
-     "implementation, but you set); leave out --deterministic"),
+     "this network cannot be trained deterministically here (grid_sampler_2d_backward_cuda does not have a "
+     "deterministic implementation, but you set); leave out --deterministic"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
-     "out of memory (DefaultCPUAllocator: can't allocate memory: you tried); lower --batch_size and raise --update_freq "
-     "by as much, which trains the same, or pass --grad_checkpointing"),
+     "out of memory (DefaultCPUAllocator: can't allocate memory: you tried); lower --batch_size and raise "
+     "--update_freq by as much, which trains the same, or pass --grad_checkpointing"),
     (OSError(28, "No space left on device"),
      "No space left on device in the output folder; what was saved is intact, resume with --auto_resume"),
     (torch.distributed.DistNetworkError("Failed to recv, got 0 bytes."),
