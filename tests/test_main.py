@@ -164,6 +164,7 @@ def test_distillation(photos, trained, tmp_path, kind):
     assert loss("taught", *teacher, "--distillation_tau", "2") != pytest.approx(alone, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_fine_tuning_with_other_classes_and_size(photos, trained, tmp_path, capfd):
     code, out, _ = run(capfd, *SMALL, *SHORT, "--data_set", "digits", "--finetune", trained / "last.pth",
                        "--input_size", "32x64", "--batch_size", "512", "--lr", "1e-9", "--min_lr", "0",

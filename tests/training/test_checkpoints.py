@@ -196,6 +196,7 @@ def test_what_a_killed_run_left_half_written_is_swept_up(store):
         assert not half.exists() and store.steps() == [3]
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_share_a_folder(store):
     code = (
         "import sys, pathlib; from training import checkpoints\n"
