@@ -38,9 +38,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay_groups: str) -
     Args:
         model: Any network, without wrappers.
         weight_decay: Weight decay of those that have one.
-        decay_groups: "layernorm" for no weight decay on layer norms alone, as the published detection and segmentation
-            recipes have it ("norm" in their parameters' names, which the batch norms' do not contain); "none" for
-            weight decay on everything.
+        decay_groups: "layernorm" for no weight decay on layer norms alone, as in the published detection and
+            segmentation recipes; "none" for weight decay on everything.
     """
     norms = [name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
     excluded = [f"{name}.*" for name in norms] if decay_groups == "layernorm" else []

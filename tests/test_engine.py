@@ -14,7 +14,7 @@ from training.precision import Precision
 from training.run import Clock, Run
 
 ALONE = Distributed(torch.device("cpu"))
-FULL_PRECISION = Precision()
+FULL = Precision()
 
 
 def batches(count, size=4, classes=3, seed=0):
@@ -68,7 +68,7 @@ class Count:
 class SmallTask:
     """As much of a task as the engine asks for."""
 
-    def __init__(self, loss=cross_entropy, precision=FULL_PRECISION):
+    def __init__(self, loss=cross_entropy, precision=FULL):
         self.loss_fn, self.distributed, self.eval_processes, self.precision = loss, ALONE, ALONE, precision
 
     def loss(self, network, batch):
@@ -83,7 +83,7 @@ class SmallTask:
 
 
 def create_trainer(
-    model, loader, *, epoch=0, step=0, epochs=1, loss=cross_entropy, precision=FULL_PRECISION, lr=0.1, ema=None,
+    model, loader, *, epoch=0, step=0, epochs=1, loss=cross_entropy, precision=FULL, lr=0.1, ema=None,
     optimizer=None, **kwargs
 ):
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=lr)

@@ -1,24 +1,23 @@
-"""Whole runs of main.py on small photographs-to-be: what a user types, and what comes out."""
+"""Whole runs of main.py on small photos: what a user types, and what comes out."""
 import json
 import os
 import re
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
-from timm.data import create_transform, resolve_data_config
 
 import main as program
 from helpers import ROOT
 from helpers.ports import free_port
 from helpers.web import served
 from scripts import make_shards
-from training import options
+from tasks.classification.task import ClassificationTask
 from training.checkpoints import CheckpointStore
+from training.distributed import Distributed
+from training.precision import Precision
 
 SMALL = ["--model", "biformer_nano", "--input_size", "32", "--batch_size", "4", "--num_workers", "0", "--device", "cpu"]
 SHORT = ["--epochs", "2", "--warmup_epochs", "1", "--lr", "1e-2", "--log_every", "2"]
@@ -77,6 +76,8 @@ def test_evaluation_prints_the_two_lines(photos, trained, capfd):
     assert float(loss) == pytest.approx(last["val_loss"], abs=2e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_two_processes_on_seven_images_give_what_one_gives(photos, trained, capfd):
     arguments = [*SMALL, "--data_path", photos, "--eval", "--resume", trained / "last.pth"]
     _, alone, _ = run(capfd, *arguments)
@@ -88,6 +89,8 @@ def test_two_processes_on_seven_images_give_what_one_gives(photos, trained, capf
     assert RESULT.search(whole.stdout).group() == RESULT.search(alone).group()
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_two_processes_train_as_one_with_twice_the_batch(photos, tmp_path, capfd):
     """Without batch norm statistics to differ in, and without random augmentation, the weights agree."""
     plain = ["--model", "vit_tiny_patch16_224", "--input_size", "32", "--num_workers", "0", "--device", "cpu",
@@ -120,6 +123,8 @@ def test_what_the_flags_say_wins_over_the_checkpoint(photos, trained, tmp_path):
     assert all(group["initial_lr"] == pytest.approx(1e-4 * 4 / 512) for group in groups)
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_two_processes_evaluate_what_they_save(photos, tmp_path, monkeypatch):
     """Batch norm statistics differ between processes while they train."""
     arguments = [*SMALL, *SHORT, "--data_path", photos, "--output_dir", tmp_path, "--batch_size", "2"]
@@ -159,11 +164,13 @@ def test_distillation(photos, trained, tmp_path, kind):
     assert loss("taught", *teacher, "--distillation_tau", "2") != pytest.approx(alone, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_fine_tuning_with_other_classes_and_size(photos, trained, tmp_path, capfd):
     code, out, _ = run(capfd, *SMALL, *SHORT, "--data_set", "digits", "--finetune", trained / "last.pth",
                        "--input_size", "32x64", "--batch_size", "512", "--lr", "1e-9", "--min_lr", "0",
                        "--warmup_lr", "0", "--output_dir", tmp_path, "--model_ema", "false")
-    assert code == 0 and "another number of classes: the classifier starts anew" in out
+    message = f"{trained / 'last.pth'} has another number of classes: the classifier is re-initialised\n"
+    assert code == 0 and message in out
     before, after = weights(trained / "last.pth"), weights(tmp_path / "last.pth")
     assert after["head.fc.weight"].shape == (10, 256)
     name = "stages.0.blocks.0.mlp.fc1.weight"
@@ -190,7 +197,7 @@ def test_disable_eval(photos, tmp_path, capfd):
 
 def test_models_without_stochastic_depth(photos, tmp_path, capfd):
     train(photos, tmp_path, "--model", "repvit_m0_9", "--epochs", "2")
-    assert "repvit_m0_9 has no stochastic depth: --drop_path is left out" in capfd.readouterr().out
+    assert "repvit_m0_9 has no stochastic depth: drop path is left out" in capfd.readouterr().out
 
 
 def test_models_of_one_size_get_theirs(photos, tmp_path):
@@ -218,7 +225,8 @@ def test_classes_of_shards_that_the_model_has_not(photos, tmp_path, capfd):
     """As in a folder where the list of shards says how many there are, and at the first of them where it does not."""
     assert make_shards.main([str(photos), str(tmp_path / "shards"), "--size", "4"]) == 0
     shards = ["--data_set", "wds/photos", "--data_path", tmp_path / "shards", "--output_dir", tmp_path / "run"]
-    refuses(capfd, 2, "--nb_classes 2 is fewer than the 3 classes that the data holds", *shards, "--nb_classes", "2")
+    message = "2 classes were asked for, fewer than the 3 that the data holds; raise --nb_classes, or leave it out"
+    refuses(capfd, 2, message, *shards, "--nb_classes", "2")
     info = json.loads((tmp_path / "shards" / "_info.json").read_text())
     del info["num_classes"]
     (tmp_path / "shards" / "_info.json").write_text(json.dumps(info))
@@ -230,10 +238,10 @@ def test_without_a_number_the_classes_of_shards_are_the_models(tmp_path):
     split = dict(num_samples=1, filenames=["0.tar"], shard_lengths=[1])
     (tmp_path / "_info.json").write_text(json.dumps(dict(splits=dict(val=split))))
     (tmp_path / "0.tar").touch()
-    args = options.parse(["--data_set", "wds/tiny", "--data_path", str(tmp_path), "--model", "biformer_nano"])
-    dataset = program.build_dataset(args, "val")
-    number = program.create_model(args, program.class_count(args, dataset)).num_classes
-    assert dataset.num_classes is None and dataset.source.most_classes == number == 1000
+    command = ["--data_set", "wds/tiny", "--data_path", str(tmp_path), "--model", "biformer_nano"]
+    task = ClassificationTask(program.parse(command)[1], Distributed(torch.device("cpu")), Precision())
+    dataset = task.dataset("val")
+    assert dataset.num_classes is None and dataset.source.most_classes == task.network().num_classes == 1000
 
 
 def original_names(state_dict):
@@ -263,44 +271,12 @@ def test_original_convnext_checkpoint(photos, tmp_path, capfd):
     assert RESULT.search(ours).group() == RESULT.search(out).group()
 
 
-def test_load_release_is_for_the_released_classes(photos, capfd):
+def test_published_weights_are_for_their_own_classes(photos, capfd):
     code, _, err = run(capfd, *SMALL, "--model", "biformer_small", "--data_path", photos, "--eval", "--load_release")
-    assert code == 1 and "of 1000 classes, the data has 3" in err
-
-
-# --- transforms -----------------------------------------------------------------------------------------------------
-
-
-def modes_of_evaluation():
-    """By each of timm's ways to crop, the first of its pretrained models that is evaluated so."""
-    models = {}
-    for name in timm.list_pretrained():
-        models.setdefault(timm.get_pretrained_cfg(name).crop_mode, name)
-    return models
-
-
-@pytest.mark.parametrize("mode,model", modes_of_evaluation().items())
-def test_evaluation_shows_images_as_timm_does(mode, model):
-    config = resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(model).to_dict())
-    assert config["crop_mode"] == mode
-    size = "x".join(map(str, config["input_size"][1:]))
-    args = options.parse(["--data_set", "digits", "--model", model, "--input_size", size])
-    ours, theirs = program.build_dataset(args, "val").transform, create_transform(**config, use_prefetcher=True)
-    pixels = np.random.default_rng(0).integers(0, 256, (90, 140, 3), np.uint8)
-    assert torch.equal(ours(Image.fromarray(pixels)), theirs(Image.fromarray(pixels)))
-
-
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_only_an_unknown_policy_is_blamed_on_aa(split, monkeypatch):
-    def fail(**_):
-        raise ValueError("of another kind")
-
-    monkeypatch.setattr("datasets.build_transform", fail)
-    with pytest.raises(ValueError, match=r"^of another kind$"):
-        program.build_dataset(options.parse(["--data_set", "digits"]), split)
-    unknown = options.parse(["--data_set", "digits", "--aa", "nonsense"])
-    with pytest.raises(ValueError, match="--aa nonsense: timm does not know" if split == "train" else "of another"):
-        program.build_dataset(unknown, split)
+    assert code == 1 and err == (
+        "error: the published weights of biformer_small have 1000 classes, the data has 3; fine-tune them first, or "
+        "give their number with --nb_classes if the data's first classes are the same\n"
+    )
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------
@@ -319,22 +295,49 @@ def test_wrong_command_lines(photos, capfd):
             "--data_path", photos)
     refuses(capfd, 2, "--batch_size must be at least 1", "--batch_size", "0", "--data_path", photos)
     refuses(capfd, 2, "unknown optimizer 'adamww'; did you mean adamw", "--opt", "adamww", "--data_path", photos)
-    refuses(capfd, 2, "--aa", "--aa", "nonsense", "--data_path", photos)
+    refuses(capfd, 2, "; --aa takes timm's policies, or none\n", "--aa", "nonsense", "--data_path", photos)
     refuses(capfd, 2, "cannot be built", "--model_kwargs", "regions=3", "--data_path", photos)
     refuses(capfd, 2, "cannot be built", "--model_kwargs", "attn_impl=fused", "--data_path", photos)
     refuses(capfd, 2, "unknown weights 'biformer_nano.in22k'", "--model", "biformer_nano.in22k", "--data_path", photos)
-    refuses(capfd, 2, "--min_lr 1e-05 is above the learning rate of this batch size", "--lr", "1e-6",
-            "--warmup_lr", "0", "--data_path", photos)
-    refuses(capfd, 2, "--warmup_lr 1 is above the learning rate", "--warmup_lr", "1", "--data_path", photos, *SHORT)
+    scaled = "; --lr is for 512 images and scaled with the batch size, --min_lr and --warmup_lr are not\n"
+    refuses(capfd, 2, "error: min_lr 1e-05 is above the learning rate of this batch size, 7.81e-09" + scaled,
+            "--lr", "1e-6", "--warmup_lr", "0", "--data_path", photos)
     small = ["--data_path", photos, *SHORT]
-    refuses(capfd, 2, "--opt adan cannot be used so", "--opt", "adan", "--opt_betas", "0.9", "0.99", *small)
-    refuses(capfd, 2, "--opt adahessian needs second derivatives", "--opt", "adahessian", *small)
+    refuses(capfd, 2, "error: warmup_lr 1 is above the learning rate of this batch size, 7.81e-05" + scaled,
+            "--warmup_lr", "1", *small)
+    refuses(capfd, 2, "the optimizer adan cannot be used so: ", "--opt", "adan", "--opt_betas", "0.9", "0.99", *small)
+    refuses(capfd, 2, "; it gets --opt_eps, --opt_betas, --momentum and --layer_decay\n", "--opt", "adan",
+            "--opt_betas", "0.9", "0.99", *small)
+    refuses(capfd, 2, "the optimizer adahessian needs second derivatives, which no training here computes\n",
+            "--opt", "adahessian", *small)
     refuses(capfd, 2, "convnext_atto cannot take images of 3 x 16 x 16", "--model", "convnext_atto",
             "--input_size", "16", *small)
     refuses(capfd, 2, "biformer_nano cannot take images of 3 x 32 x 32", "--model_kwargs", "in_chans=1", *small)
-    refuses(capfd, 2, "--nb_classes 2 is fewer than the 3 classes", "--nb_classes", "2", "--data_path", photos)
-    refuses(capfd, 1, "published weights of resnet10t are of 1000 classes, the data has 3", "--data_path", photos,
-            "--distillation_type", "soft", "--teacher_model", "resnet10t", *SHORT)
+    refuses(capfd, 2, "2 classes were asked for, fewer than the 3 that the data holds; raise --nb_classes",
+            "--nb_classes", "2", "--data_path", photos)
+    refuses(capfd, 1, "published weights of resnet10t have 1000 classes, the data has 3; fine-tune the teacher, and "
+            "give it with --teacher_path\n", "--data_path", photos, "--distillation_type", "soft", "--teacher_model",
+            "resnet10t", *SHORT)
+    refuses(capfd, 1, "device toaster cannot be used (", "--device", "toaster", "--data_path", photos)
+    refuses(capfd, 1, "; --device auto takes what is there\n", "--device", "toaster", "--data_path", photos)
+    refuses(capfd, 2, "--best_metric must be one of acc1, acc5, loss, ema_acc1, ema_acc5, ema_loss, got top1",
+            "--best_metric", "top1", "--data_path", photos)
+    refuses(capfd, 2, "unknown model 'resnet1t'; did you mean", "--distillation_type", "soft", "--teacher_model",
+            "resnet1t", "--data_path", photos)
+
+
+def test_wrong_tasks(photos, tmp_path, capfd):
+    refuses(capfd, 2, "error: unknown task 'clasification'; did you mean classification?\n", "--task", "clasification")
+    refuses(capfd, 2, "argument --task: expected one argument\n", "--task")
+    recipe = tmp_path / "recipe.yaml"
+    for value in ("segmentatoin", "3", "[a]"):
+        recipe.write_text(f"task: {value}\n")
+        refuses(capfd, 2, "error: unknown task ", "--config", recipe, "--data_path", photos)
+    # The command line wins over the recipe, and null undoes it.
+    for task in ("classification", "null"):
+        refuses(capfd, 1, "does not exist", "--config", recipe, "--task", task, "--data_path", tmp_path / "nowhere")
+    refuses(capfd, 1, "does not exist", "--config", "null", "--data_path", tmp_path / "nowhere")
+    refuses(capfd, 2, "--config nowhere.yaml: No such file", "--config", "nowhere.yaml", "--data_path", photos)
 
 
 def test_bad_data(photos, tmp_path, capfd):
@@ -361,7 +364,8 @@ def test_an_image_that_cannot_be_read(photos, tmp_path, capfd, workers):
                 (tmp_path / split / f"class{i}" / f"{j}.png").write_bytes(image.read_bytes())
     (tmp_path / "val" / "class1" / "0.png").write_bytes(b"")
     common = ["--data_path", tmp_path, *SHORT, "--epochs", "1", "--warmup_epochs", "0", "--num_workers", workers]
-    refuses(capfd, 1, "val/class1/0.png: not an image", *common, "--output_dir", tmp_path / "out")
+    refuses(capfd, 1, "val/class1/0.png: not an image; remove it, or pass --skip_bad_images\n", *common,
+            "--output_dir", tmp_path / "out")
     assert (tmp_path / "out" / "last.pth").exists()  # the epoch before the evaluation is not lost
     code, out, _ = run(capfd, *SMALL, *common, "--skip_bad_images", "--output_dir", tmp_path / "skipping")
     assert code == 0 and "skipped 1 images" in out and "on the 6 test images" in out
@@ -381,16 +385,19 @@ def test_bad_checkpoints(photos, trained, tmp_path, capfd):
             tmp_path / "resnet.pth")
     common = ["--data_path", photos, *SHORT, "--output_dir", tmp_path / "out", "--resume"]
     torch.save(weights(trained / "last.pth"), tmp_path / "bare.pth")
-    refuses(capfd, 1, "holds weights alone", *common, tmp_path / "bare.pth")
-    refuses(capfd, 1, "with --opt adamw, not sgd", *common, trained / "last.pth", "--opt", "sgd")
-    refuses(capfd, 1, "--layer_decay and --weight_decay must be as then", *common, trained / "last.pth",
-            "--layer_decay", "0.9")
+    refuses(capfd, 1, "holds weights alone, and no run to resume; fine-tune from it with --finetune\n", *common,
+            tmp_path / "bare.pth")
+    refuses(capfd, 1, "is of a run with the optimizer adamw, not sgd; --opt, --layer_decay, --decay_groups and "
+            "--weight_decay must be as in that run\n", *common, trained / "last.pth", "--opt", "sgd")
+    refuses(capfd, 1, "has other parameter groups: weight decay and layer decay differ; --opt, --layer_decay", *common,
+            trained / "last.pth", "--layer_decay", "0.9")
     assert not CheckpointStore(tmp_path / "out").holds_run()
 
 
 def test_another_run_is_not_overwritten(photos, trained, capfd):
     before = (trained / "last.pth").read_bytes()
-    refuses(capfd, 1, "holds a run already", *SHORT, "--data_path", photos, "--output_dir", trained)
+    refuses(capfd, 1, "holds a run already; resume it with --auto_resume, or take another --output_dir\n", *SHORT,
+            "--data_path", photos, "--output_dir", trained)
     assert (trained / "last.pth").read_bytes() == before
 
 
@@ -399,16 +406,58 @@ def test_a_loss_that_is_not_finite(photos, trained, tmp_path, capfd):
     checkpoint["model"]["head.fc.bias"][0] = float("inf")
     checkpoint.update(epoch=2, step=0, meter={})
     torch.save(checkpoint, tmp_path / "checkpoint-00000006.pth")
-    refuses(capfd, 1, "the loss became nan in epoch 2 at step 6, learning rate", "--data_path", photos, *SHORT,
-            "--epochs", "3", "--output_dir", tmp_path, "--auto_resume", "--save_every_steps", "1")
+    run_again = ["--data_path", photos, *SHORT, "--epochs", "3", "--output_dir", tmp_path, "--auto_resume"]
+    refuses(capfd, 1, "the loss became nan in epoch 2 at step 6, learning rate", *run_again, "--save_every_steps", "1")
+    refuses(capfd, 1, f"; the last checkpoint is {tmp_path / 'checkpoint-00000006.pth'}; try a lower --lr, longer "
+            "--warmup_epochs, --clip_grad 5 or --amp off\n", *run_again, "--save_every_steps", "1")
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-00000006.pth"]
 
 
 def test_a_batch_larger_than_the_training_set(photos, capfd):
     refuses(capfd, 1, "has 13 images, fewer than one batch of 64", "--data_path", photos, "--batch_size", "64")
-    refuses(capfd, 1, "--update_freq 9 is more than the", "--data_path", photos, "--update_freq", "9")
+    refuses(capfd, 1, "error: an optimizer step of 9 batches is more than the 3 of an epoch; lower --update_freq or "
+            "--batch_size\n", "--data_path", photos, "--update_freq", "9")
 
 
 def test_exit_code_reaches_the_shell():
-    done = subprocess.run([sys.executable, "main.py", "--epochs", "0"], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "main.py", "--data_set", "digits", "--epochs", "0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr == "error: --epochs must be at least 1, got 0\n"
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as end:
+        program.main(["--help"])
+    out = capsys.readouterr().out
+    assert end.value.code == 0
+    for text in ("usage: main.py [--config YAML] [--FLAG VALUE ...]", "--task TASK", "Token labels:", "--max_steps",
+                 "images for each GPU and forward pass (default: 128)"):
+        assert text in out
+
+
+def test_a_key_that_interrupts_before_the_run(monkeypatch, capfd):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, "run_task", interrupted)
+    assert run(capfd, *SMALL, "--data_set", "digits") == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("a bug"), OSError(2, "a bug")])
+def test_bugs_keep_their_traceback(error, monkeypatch):
+    def raising(*arguments):
+        raise error
+
+    monkeypatch.setattr(program, "run_task", raising)
+    with pytest.raises(type(error), match="a bug"):
+        program.main([*SMALL, "--data_set", "digits"])
+
+
+def test_a_fault_of_the_machine_is_told_in_one_line(monkeypatch, capfd):
+    def raising(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nSee the manual")
+
+    monkeypatch.setattr(program, "run_task", raising)
+    code, _, err = run(capfd, *SMALL, "--data_set", "digits")
+    assert code == 1 and err.startswith("error: out of memory (CUDA out of memory.); lower --batch_size and raise ")
+    assert len(err.splitlines()) == 1

@@ -46,8 +46,9 @@ class Meter:
         self.batches: int = state.get("batches", 0)
         self.images: int = state.get("images", 0)
         self.lr: float = state.get("lr", 0.0)
-        # Means over the processes of the batches since the last log line.
+        # Of the batches since the last log line, the loss and its parts: means over the processes.
         self.losses: list[float] = list(state.get("losses", []))
+        self.parts: dict[str, list[float]] = {name: list(x) for name, x in state.get("parts", {}).items()}
         self.unread: list[torch.Tensor] = []
         self.unread_steps: list[tuple[int, float]] = []
         self.epoch_start = time.perf_counter() - state.get("seconds", 0.0)
@@ -88,6 +89,7 @@ class Meter:
             self.losses.append(loss)
             for name, part in zip(self.part_names, parts, strict=True):
                 self.part_sums[name] = self.part_sums.get(name, 0.0) + part
+                self.parts.setdefault(name, []).append(part)
         self.batches += len(read)
         self.unread, self.unread_steps = [], []
 
@@ -98,13 +100,14 @@ class Meter:
         device = self.distributed.device
         values = dict(
             loss=sum(self.losses) / len(self.losses),
+            **{name: sum(parts) / len(parts) for name, parts in self.parts.items()},
             lr=self.lr,
             images_per_second=self.line_images * self.distributed.world_size / seconds,
             data_seconds=self.line_data_seconds / self.line_batches,
             batch_seconds=seconds / self.line_batches,
             memory_mb=torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0,
         )
-        self.losses = []
+        self.losses, self.parts = [], {}
         self._restart()
         return values
 
@@ -129,6 +132,7 @@ class Meter:
             images=self.images,
             lr=self.lr,
             losses=self.losses,
+            parts=self.parts,
             seconds=time.perf_counter() - self.epoch_start,
         )
 

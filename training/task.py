@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch.utils.data import Dataset
 
+from storage.weights import WeightsError, load_weights, read_checkpoint, unwrap
 from utils import UsageError, UserError
 
 from .data.loader import EpochLoader
@@ -106,13 +107,16 @@ class Task(ABC):
             UserError: It cannot be built, or the weights do not fit.
         """
 
-    @abstractmethod
     def load(self, network: torch.nn.Module, source: str):
         """Load the checkpoint to evaluate, a file or URL.
 
         Raises:
             UserError: It cannot be read, or does not fit.
         """
+        try:
+            load_weights(network, unwrap(read_checkpoint(source), self.settings.checkpoint.model_key))
+        except WeightsError as error:
+            raise UserError(str(error)) from error
 
     @abstractmethod
     def loss(self, network: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

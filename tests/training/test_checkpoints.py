@@ -196,6 +196,7 @@ def test_what_a_killed_run_left_half_written_is_swept_up(store):
         assert not half.exists() and store.steps() == [3]
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_share_a_folder(store):
     code = (
         "import sys, pathlib; from training import checkpoints\n"
@@ -288,5 +289,5 @@ def test_steps_are_counted_in_all_epochs(store):
     clock = Clock(epoch_length=1, total=4, epoch=3, step=0, steps_taken=7)
     signals = SignalHandler()
     signals.signal = "SIGTERM"
-    with pytest.raises(Stopped, match="epoch 3 after step 0 of 1, saved as .*checkpoint-00000007"):
+    with pytest.raises(Stopped, match=r"epoch 3 after step 0 of 1, saved as .*checkpoint-00000007"):
         create_checkpointer(store, Distributed(torch.device("cpu")), signals, clock).between_epochs()

@@ -254,8 +254,8 @@ def test_shards_are_shared_among_as_many_as_before(photos, half, monkeypatch, ca
     monkeypatch.setattr("training.data.loader.EpochLoader.ranges", 2)
     assert train(photos, half, "--auto_resume") == 1
     assert capfd.readouterr().err.endswith(
-        "shards shared among 1 process(es), which are now 2; keep the number of processes, or resume from the end of an "
-        "epoch\n"
+        "shards shared among 1 process(es), which are now 2; keep the number of processes, or resume from the end of "
+        "an epoch\n"
     )
 
 

@@ -1,0 +1,140 @@
+import pytest
+import timm
+import yaml
+
+import main as program
+import models  # noqa: F401
+from helpers import ROOT
+from tasks.classification.options import PUBLISHED_NAMES, ClassificationSettings
+from training import flags, options
+from utils import UsageError
+
+RECIPES = ROOT / "configs" / "train"
+REQUIRED = ["--data_path", "data"]
+
+
+def parse(*tokens):
+    task_class, settings = program.parse([*REQUIRED, *tokens])
+    assert isinstance(settings, ClassificationSettings) and task_class.settings_class is ClassificationSettings
+    return settings
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "--model convnext_base --eval true --resume URL --input_size 224 --drop_path 0.2 --data_path /in1k",
+        "--data_path ./in1k --input_size 224 --batch_size 128 --dist_eval --eval --load_release --model biformer_small",
+        "--model biformer_small --drop_path 0.15 --lr 5e-4 --batch-size 256 --data-path ./data/in1k --output_dir out",
+        "--local-rank=3 --config configs/train/biformer_small.yaml --data_path ./data/in1k",
+        "--config configs/train/biformer_small_token_label.yaml --data_path /in1k --token_label /maps --output_dir out",
+        "--config configs/train/debiformer_small.yaml --data_path d --token_label m --mixup 0 "
+        "--train_interpolation random",
+    ],
+)
+def test_documented_commands(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert program.parse(command.split())[1].data.data_path
+
+
+def test_every_flag_in_both_forms():
+    for name in flags.Parser(ClassificationSettings).names():
+        assert flags._underscored(f"--{name.replace('_', '-')}=x-y") == f"--{name}=x-y"
+
+
+@pytest.mark.parametrize("published,ours", [("BViT-5", "bvit_5m"), ("BViT-22", "bvit_22m")])
+def test_published_names_of_models(published, ours, tmp_path):
+    assert parse("--arch", published).name == parse(f"--model={published}").name == ours
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"model: {published}\n")
+    assert parse("--config", str(recipe)).name == ours
+    assert parse("--config", str(recipe), "--arch", "biformer_tiny").name == "biformer_tiny"
+    assert set(PUBLISHED_NAMES.values()) <= set(timm.list_models())
+
+
+def test_input_size_may_be_a_pair():
+    assert parse("--input_size", "224x320").model.input_size == (224, 320)
+    assert parse("--input_size", "96").model.input_size == 96
+
+
+def test_model_kwargs():
+    assert parse("--model_kwargs", "num_regions=8", "topk=(1,4,9)", "layout=stl").model.model_kwargs == {
+        "num_regions": 8, "topk": (1, 4, 9), "layout": "stl"
+    }
+
+
+def test_what_runs_can_be_run_again(tmp_path):
+    settings = parse(
+        "--lr=1e-3", "--input_size=64x96", "--model_kwargs", "topk=[1, 2, 3]", "--opt_betas", "0.9", "0.99"
+    )
+    options.save(flags.as_recipe(settings), tmp_path / "args.yaml")
+    assert program.parse(["--config", str(tmp_path / "args.yaml")])[1] == settings
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+def test_recipes(name, tmp_path):
+    label_maps = ["--token_label", "maps"] if name.endswith("token_label") else []
+    settings = parse("--config", str(RECIPES / f"{name}.yaml"), *label_maps)
+    assert settings.name == ("biformer_nano" if name == "quickstart" else name.removesuffix("_token_label"))
+    options.save(flags.as_recipe(settings), tmp_path / "args.yaml")
+    assert program.parse(["--config", str(tmp_path / "args.yaml")])[1] == settings
+
+
+@pytest.mark.parametrize(
+    "tokens,message",
+    [
+        (["--modle", "x"], "unknown flag --modle; did you mean --model?"),
+        (["--drop-pth=0.1"], "unknown flag --drop_pth; did you mean --drop_path?"),
+        (["--token_label", "maps", "--data_set", "digits"], "--token_label needs a folder of images"),
+        (["--token_label", "maps", "--data_set", "wds/x"], "--token_label needs a folder of images"),
+        (["--token_label", "maps", "--distillation_type", "soft", "--teacher_model", "x"], "leave out --distill"),
+        (["--token_label", "maps", "--input_size", "224x250"], "--input_size of whole tokens, multiples of 32 pixels"),
+        (["--token_label", "maps", "--aa", "augmix-m5-w4-d2"], "cannot go with --aa augmix"),
+        (["--token_label_weight", "-1"], "--token_label_weight must not be negative"),
+        (["--token_label_weight", "1"], "--token_label_weight needs --token_label"),
+        (["--model_kwargs", "num_classes=3"], "the number of classes is the data's, or --nb_classes"),
+        (["--crop_pct", "1.5"], "--crop_pct is the part of the image that is kept, at most 1"),
+        (["--nb_classes", "0"], "--nb_classes must be above 0"),
+        (["--mixup=-1"], "--mixup must not be negative"),
+        (["--scale", "0", "1"], "--scale takes a range above 0"),
+        (["--scale", "1", "0.5"], "--scale takes a range above 0"),
+        (["--scale", "0.5", "2"], "at most 1"),
+        (["--ratio", "nan", "1"], "--ratio takes a range above 0"),
+        (["--smoothing", "1.5"], "--smoothing must be 0 to 1"),
+        (["--eval"], "--eval needs weights"),
+        (["--eval", "perhaps"], "takes true or false, not 'perhaps'"),
+        (["--epochs", "3"], "--warmup_epochs 5 leaves nothing of --epochs 3"),
+        (["--batch_size", "3"], "--batch_size must be even, got 3"),
+        (["--distillation_type", "soft"], "needs a --teacher_model"),
+        (["--teacher_model", "x"], "needs --distillation_type"),
+        (["--distillation_tau", "0"], "--distillation_tau must be above 0"),
+        (["--finetune", "a", "--load_release"], "three sources of weights"),
+        (["--data_set", "cifar"], "'cifar' is no data set; choose from IMNET"),
+        (["--shard_cache_gb", "0"], "--shard_cache_gb must be above 0"),
+        (["--input_size", "224x"], "takes a side or HEIGHTxWIDTH"),
+    ],
+)
+def test_mistakes_are_explained_in_one_line(tokens, message):
+    with pytest.raises(UsageError) as error:
+        parse(*tokens)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value) and error.value.exit_code == 2
+
+
+@pytest.mark.parametrize("tokens", [
+    ["--batch_size", "3", "--mixup", "0", "--cutmix", "0"],
+    ["--eval", "--resume", "a.pth", "--batch_size", "3", "--epochs", "1", "--token_label_weight", "1"],
+])
+def test_what_is_no_mistake(tokens):
+    assert parse(*tokens).loader.batch_size == 3
+
+
+def test_missing_data_path():
+    with pytest.raises(UsageError, match="--data_path is missing"):
+        program.parse([])
+    assert program.parse(["--data_set", "digits"])[1].data.data_path is None
+
+
+def test_saved_recipe_is_plain_yaml(tmp_path):
+    options.save(flags.as_recipe(parse()), tmp_path / "args.yaml")
+    recipe = yaml.safe_load((tmp_path / "args.yaml").read_text())
+    assert recipe["batch_size"] == 128 and recipe["task"] == "classification" and "config" not in recipe

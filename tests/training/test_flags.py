@@ -1,0 +1,265 @@
+"""The parser and the recipes, on settings of their own."""
+from dataclasses import FrozenInstanceError, dataclass
+from typing import Any
+
+import pytest
+import yaml
+
+from training import flags
+from training.flags import Group, at_least, flag, fraction, key_value, not_negative, positive
+from utils import UsageError
+
+
+@dataclass(frozen=True)
+class Loader(Group):
+    """Data loading
+
+    This is not for --help.
+    """
+
+    batch_size: int = flag(128, "images", type=int, check=at_least(1))
+    pin_mem: bool = flag(True, "page-locked memory")
+
+
+@dataclass(frozen=True)
+class Optimizer(Group):
+    """Optimizer"""
+
+    lr: float = flag(5e-4, "learning rate", type=float, check=positive)
+    clip_grad: float | None = flag(None, "clip the gradients", type=float, check=positive)
+    betas: list[float] | None = flag(None, "betas (default: its own)", type=float, nargs="+", metavar="BETA")
+    sched: str = flag("cosine", "schedule", choices=["cosine", "poly"])
+
+    def check(self):
+        if self.sched == "poly" and self.lr > 1:
+            raise UsageError("--sched poly needs an --lr of at most 1")
+
+
+@dataclass(frozen=True)
+class Settings:
+    loader: Loader
+    optimizer: Optimizer
+
+
+@dataclass(frozen=True)
+class Model(Group):
+    """Model"""
+
+    model: str = flag("small", "its name", alias="arch")
+    size: int | tuple[int, int] = flag(8, "its size", type=lambda text: tuple(map(int, text.split("x"))))
+    model_kwargs: dict[str, Any] = flag({}, "its arguments", type=key_value, nargs="*", metavar="KEY=VALUE")
+    scale: list[float] = flag([0.5, 1.0], "a range", type=float, nargs=2, metavar=("MIN", "MAX"))
+
+
+@dataclass(frozen=True)
+class TaskSettings(Settings):
+    model: Model
+
+
+def parse(*tokens):
+    return flags.parse(TaskSettings, tokens)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+
+    def write(text):
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def test_defaults():
+    assert parse() == TaskSettings(Loader(), Optimizer(), Model())
+
+
+def test_settings_are_frozen():
+    settings = parse()
+    for target, name in ((settings, "loader"), (settings.loader, "batch_size"), (settings.model, "model_kwargs")):
+        with pytest.raises(FrozenInstanceError):
+            setattr(target, name, None)
+
+
+def test_equal_lines_are_equal_settings():
+    line = ["--lr", "1e-3", "--model_kwargs", "a=1", "--betas", "0.9", "0.99"]
+    assert parse(*line) == parse(*line) != parse(*line, "--lr", "1e-2")
+
+
+def test_defaults_are_not_shared():
+    parse().model.model_kwargs["a"] = 1
+    parse().model.scale.append(3)
+    assert parse().model == Model() == Model(model_kwargs={}, scale=[0.5, 1.0])
+
+
+@pytest.mark.parametrize("make,message", [
+    (lambda: Loader(batch_size=0), "--batch_size must be at least 1, got 0"),
+    (lambda: Optimizer(lr=-1.0), "--lr must be above 0 and finite, got -1.0"),
+    (lambda: Optimizer(sched="poly", lr=2.0), "--sched poly needs an --lr of at most 1"),
+])
+def test_a_group_is_checked_however_it_is_made(make, message):
+    with pytest.raises(UsageError) as error:
+        make()
+    assert str(error.value) == message
+    assert Optimizer(clip_grad=None).clip_grad is None
+
+
+@pytest.mark.parametrize("check,good,bad", [
+    (at_least(1), [1, 5], [0, -1]),
+    (not_negative, [0, 0.5], [-1e-9, float("inf"), float("nan")]),
+    (positive, [1e-9, 5], [0, -1, float("inf"), float("nan")]),
+    (fraction, [0, 0.5, 1], [-0.1, 1.1, float("nan")]),
+])
+def test_ranges(check, good, bad):
+    assert [check(value) for value in good] == [None] * len(good)
+    assert all(check(value).startswith("must ") for value in bad)
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def test_underscores_and_hyphens_are_one():
+    assert parse("--batch-size", "3", "--clip-grad=2") == parse("--batch_size=3", "--clip_grad", "2")
+    for name in flags.Parser(TaskSettings).names():
+        assert flags._underscored(f"--{name.replace('_', '-')}=x-y") == f"--{name}=x-y"
+
+
+@pytest.mark.parametrize("tokens,value", [
+    (["--pin_mem"], True), (["--pin_mem", "true"], True), ([], True), (["--pin_mem=no"], False),
+    (["--pin_mem", "off"], False), (["--pin_mem", "--lr", "1"], True), (["--pin_mem", "0"], False),
+])
+def test_booleans_bare_or_with_a_value(tokens, value):
+    assert parse(*tokens).loader.pin_mem is value
+
+
+def test_a_second_name():
+    assert parse("--arch", "large").model.model == parse("--model=large").model.model == "large"
+
+
+def test_local_rank_as_old_launchers_pass_it():
+    assert parse("--local-rank=1") == parse("--local_rank", "3") == parse()
+
+
+def test_pairs_of_key_and_value():
+    given = parse("--model_kwargs", "num_regions=8", "topk=(1,4,9)", "layout=stl").model.model_kwargs
+    assert given == {"num_regions": 8, "topk": (1, 4, 9), "layout": "stl"}
+    assert parse("--model_kwargs").model.model_kwargs == {}
+
+
+@pytest.mark.parametrize("tokens,message", [
+    (["--btach_size", "3"], "unknown flag --btach_size; did you mean --batch_size?"),
+    (["--pin-mme=0"], "unknown flag --pin_mme; did you mean --pin_mem?"),
+    (["stray"], "'stray' is the value of no flag"),
+    (["--batch_size", "many"], "argument --batch_size: invalid int value: 'many'"),
+    (["--batch_size"], "argument --batch_size: expected one argument"),
+    (["--sched", "linear"], "argument --sched: invalid choice: 'linear'"),
+    (["--pin_mem", "perhaps"], "takes true or false, not 'perhaps'"),
+    (["--model_kwargs", "topk"], "takes KEY=VALUE, not 'topk'"),
+    (["--batch", "3"], "unknown flag --batch; did you mean --batch_size?"),
+    (["--config", "missing.yaml"], "--config missing.yaml: No such file or directory"),
+    (["--config"], "argument --config: expected one argument"),
+    (["--config", ""], "--config : Is a directory"),
+])
+def test_mistakes_are_explained_in_one_line(tokens, message):
+    with pytest.raises(UsageError) as error:
+        parse(*tokens)
+    assert message in str(error.value) and "\n" not in str(error.value) and error.value.exit_code == 2
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse("--help")
+    out = capsys.readouterr().out
+    assert end.value.code == 0
+    titles = [out.index(f"{title}:\n") for title in ("Model", "Data loading", "Optimizer")]
+    assert titles == sorted(titles), "a task's own come first"
+    assert "images (default: 128)" in out and "betas (default: its own)\n" in out and "clip the gradients\n" in out
+    assert "--arch" in out and "--local_rank" not in out and "not for" not in out and "(default: None)" not in out
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+
+def test_command_line_over_recipe_over_defaults(recipe):
+    text = "lr: 1e-3\nbatch-size: 7\nscale: [0.1, 0.5]\npin_mem: false\nmodel_kwargs: {topk: [1, 2, 3]}\n"
+    settings = parse("--config", recipe(text), "--lr", "2e-3")
+    assert settings.optimizer.lr == 2e-3 and settings.optimizer.sched == "cosine"
+    assert settings.loader == Loader(7, False)
+    assert settings.model == Model(scale=[0.1, 0.5], model_kwargs={"topk": [1, 2, 3]})
+
+
+@pytest.mark.parametrize("null", [["--clip_grad", "null"], ["--clip-grad=null"]])
+def test_null_undoes_what_a_recipe_says(null, recipe):
+    path = recipe("clip_grad: 5\nbetas: [0.9, 0.95]\nlr: null\n")
+    settings = parse("--config", path, *null, "--batch_size", "1")
+    assert settings == TaskSettings(Loader(1), Optimizer(betas=[0.9, 0.95]), Model())
+    assert parse("--config", path, "--betas=null").optimizer.betas is None
+    with pytest.raises(UsageError, match="unknown flag --clip_grat"):
+        parse("--clip_grat=null")
+
+
+@pytest.mark.parametrize("null", [["--config", "null"], ["--config=null"]])
+def test_no_recipe_at_all(null):
+    assert parse(*null) == parse() and flags.given_value(null, "config") is None
+
+
+def test_one_flag_before_the_others_are_understood(recipe):
+    assert flags.given_value(["--lr", "x", "--arch-name=big", "-q"], "arch_name") == "big"
+    assert flags.given_value([], "task") is None
+    assert flags.given_value([], "task", dict(task="detection")) == "detection"
+    assert flags.given_value(["--task", "other"], "task", dict(task="detection")) == "other"
+    assert flags.given_value(["--task", "null"], "task", dict(task="detection")) is None
+    assert flags.given_value([], "task", dict(task=None)) is None
+    assert flags.given_value([], "task", dict(task=3)) == "3"
+    with pytest.raises(UsageError, match="--task: expected one argument"):
+        flags.given_value(["--task"], "task")
+
+
+LINES = [
+    [],
+    ["--lr=1e-3", "--size=64x96", "--model_kwargs", "topk=[1, 2, 3]", "a='x y'", "b=None", "--betas", "0.9", "0.99"],
+    ["--betas", "0.5", "--pin_mem", "off", "--clip_grad=3", "--scale", "0.1", "0.2", "--sched=poly"],
+    ["--arch", "none", "--lr", "1e-30"],
+]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_settings_are_a_recipe_of_themselves(line, recipe):
+    """Through YAML and, as for Slurm, as words of a command line."""
+    settings = parse(*line, *([] if "--size=64x96" in line else ["--size", "8x8"]))
+    said = flags.as_recipe(settings)
+    assert parse("--config", recipe(yaml.safe_dump(said))) == settings
+    assert parse(*flags.as_tokens(said)) == settings
+
+
+def test_values_that_look_like_flags():
+    assert flags.as_tokens(dict(lr=-1.0, seed=None, on=True, kwargs=dict(a="b"), betas=[1, 2])) == [
+        "--lr=-1.0", "--seed=null", "--on=True", "--kwargs=a='b'", "--betas", "1", "2",
+    ]
+
+
+@pytest.mark.parametrize("text,message", [
+    ("lrr: 1", "unknown key 'lrr'; did you mean lr?"),
+    ("config: x.yaml", "unknown key 'config'"),
+    ("- a\n- b", "must be lines of `flag: value`"),
+    ("a: [", "not YAML"),
+    ("lr: many", "invalid float value: 'many'"),
+    ("3: 4", "unknown key '3'"),
+    ("!!python/object/apply:os.system ['true']", "not YAML"),
+])
+def test_bad_recipes(recipe, text, message):
+    with pytest.raises(UsageError) as error:
+        parse("--config", recipe(text))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_recipe_that_is_no_text(tmp_path):
+    (tmp_path / "r.yaml").write_bytes(b"\xff\xfe\x00a")
+    with pytest.raises(UsageError, match="not YAML"):
+        parse("--config", str(tmp_path / "r.yaml"))
+    (tmp_path / "r.yaml").write_text("")
+    assert parse("--config", str(tmp_path / "r.yaml")) == parse()

@@ -1,0 +1,103 @@
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from training.distributed import Distributed
+from training.log import Meter, NonFiniteLossError, RunLog, check_finite, log_line
+
+ALONE = Distributed(torch.device("cpu"))
+
+
+def test_run_log(tmp_path):
+    log = RunLog(tmp_path)
+    log.scalars("train", dict(loss=1.0), 3)
+    log.epoch(dict(epoch=0, train_loss=1.0))
+    log.epoch(dict(epoch=1, train_loss=0.5))
+    lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1]
+    assert list((tmp_path / "tensorboard").glob("events*"))
+    RunLog(None).epoch({})
+
+
+def test_a_resumed_log_forgets_what_comes_again(tmp_path):
+    """Also half a line, and a line of a run that went further."""
+    (tmp_path / "log.txt").write_text('{"epoch": 0, "a": 1}\n{"epoch": 1, "a": 2}\n{"epoch": 2, "a": 3}\n{"epoch": 0')
+    log = RunLog(tmp_path, epoch=1, step=3)
+    log.epoch(dict(epoch=1, a=5))
+    log.close()
+    assert (tmp_path / "log.txt").read_text() == '{"epoch": 0, "a": 1}\n{"epoch": 1, "a": 5}\n'
+
+
+def add(meter, *losses, step=0, **parts):
+    for loss in losses:
+        values = dict({name: torch.tensor(value) for name, value in parts.items()}, loss=torch.tensor(loss))
+        meter.add(values, images=4, data_seconds=0.1, step=step, lr=0.5)
+
+
+def test_means_are_of_the_line_and_of_the_epoch():
+    meter = Meter(ALONE)
+    add(meter, 1.0, 2.0, box=0.5)
+    assert meter.read(epoch=0)["loss"] == 1.5
+    add(meter, 6.0, box=2.0)
+    line = meter.read(epoch=0)
+    assert (line["loss"], line["lr"], line["data_seconds"]) == (6.0, 0.5, pytest.approx(0.1))
+    means = meter.epoch_means()
+    assert (means["loss"], means["box"], means["lr"]) == (3.0, 1.0, 0.5) and meter.images == 12
+
+
+def test_sums_do_not_depend_on_when_they_are_read():
+    """Of two meters, one is saved and read in the middle."""
+    whole, first = Meter(ALONE), Meter(ALONE)
+    losses = [0.1, 0.7, 1e-3, 0.3]
+    add(whole, *losses, part=0.1)
+    add(first, *losses[:3], part=0.1)
+    first.gather(0)
+    rest = Meter(ALONE, json.loads(json.dumps(first.state_dict())))
+    add(rest, *losses[3:], part=0.1)
+    assert rest.read(0)["loss"] == whole.read(0)["loss"]
+    a, b = whole.epoch_means(), rest.epoch_means()
+    assert (a["loss"], a["part"]) == (b["loss"], b["part"])
+
+
+def test_losses_of_a_checkpoint_before_losses_had_parts():
+    meter = Meter(ALONE, dict(loss_sum=2.0, batches=2, images=8, lr=0.1, losses=[], seconds=1.0))
+    assert meter.epoch_means()["loss"] == 1.0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_the_first_loss_that_is_not_finite_is_named(value):
+    meter = Meter(ALONE)
+    add(meter, 1.0, step=6)
+    add(meter, value, step=7)
+    add(meter, math.nan, step=8)
+    with pytest.raises(NonFiniteLossError, match=f"the loss became {value} in epoch 2 at step 7, learning rate 0.5"):
+        meter.gather(epoch=2)
+
+
+@pytest.mark.parametrize("spoil", [lambda m: m[0].weight, lambda m: m[1].running_var])
+def test_weights_and_statistics_that_are_not_finite(spoil):
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    check_finite(model, epoch=0)
+    with torch.no_grad():
+        spoil(model)[0] = math.nan
+    with pytest.raises(NonFiniteLossError, match="weights became NaN or infinite in epoch 3"):
+        check_finite(model, epoch=3)
+
+
+def test_a_log_line():
+    values = dict(loss=1.23456, lr=1e-3, images_per_second=99.6, data_seconds=0.01, batch_seconds=0.5, memory_mb=0.0)
+    assert log_line(values, 0, 2, 5, seconds_left=3661) == (
+        "epoch 0 [2/5]  loss 1.2346  lr 1.000e-03  100 images/s  data 0.010 s  batch 0.500 s  eta 1:01:01"
+    )
+    assert "s  memory 2048 MB  eta" in log_line(dict(values, memory_mb=2048.0), 0, 2, 5, 0)
+
+
+def test_losses_of_several_processes_are_their_mean():
+    together = SimpleNamespace(mean=lambda losses: (losses + 3) / 2, device=torch.device("cpu"), world_size=2)
+    meter = Meter(together)
+    add(meter, 1.0)
+    assert meter.read(epoch=0)["loss"] == 2.0
