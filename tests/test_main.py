@@ -420,8 +420,7 @@ def test_a_batch_larger_than_the_training_set(photos, capfd):
 
 
 def test_exit_code_reaches_the_shell():
-    command = [sys.executable, "main.py", "--data_set", "digits", "--epochs", "0"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "main.py", "--epochs", "0"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr == "error: --epochs must be at least 1, got 0\n"
 
 

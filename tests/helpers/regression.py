@@ -20,7 +20,6 @@ from torch import nn  # noqa: E402
 from torch.utils.data import Dataset  # noqa: E402
 
 import main  # noqa: E402
-from storage.weights import WeightsError, load_weights, read_checkpoint, unwrap  # noqa: E402
 from training.data.loader import EpochLoader, build_loader, seeded_sample  # noqa: E402
 from training.distributed import Distributed, restart_count  # noqa: E402
 from training.flags import Group, at_least, flag, not_negative  # noqa: E402
@@ -121,12 +120,6 @@ class RegressionTask(Task):
             nn.Flatten(), nn.Linear(SIDE * SIDE, width), nn.BatchNorm1d(width), nn.GELU(), nn.Dropout(0.1),
             nn.Linear(width, 1), nn.Flatten(0),
         )
-
-    def load(self, network: nn.Module, source: str):
-        try:
-            load_weights(network, unwrap(read_checkpoint(source), self.settings.checkpoint.model_key))
-        except WeightsError as error:
-            raise UserError(str(error)) from error
 
     def loss(self, network: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         outputs = network(batch["image"]).float()
