@@ -6,7 +6,7 @@ QUICKSTART_OUTPUT := outputs/quickstart
 BENCHMARKS ?= benchmarks
 GPU_TESTS = $(shell grep -rl 'mark\.gpu' tests --include='test_*.py')
 
-.PHONY: help quickstart test test-gpu test-faults lint benchmark benchmark-gpu benchmark-cpu clean
+.PHONY: help quickstart test test-fast test-gpu test-faults lint benchmark benchmark-gpu benchmark-cpu clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -34,16 +34,21 @@ quickstart: $(VENV)/.requirements  ## train biformer_nano on handwritten digits,
 	@echo "log:        $(QUICKSTART_OUTPUT)/log.txt"
 	@echo "checkpoint: $(QUICKSTART_OUTPUT)/last.pth"
 
-test: $(VENV)/.requirements-dev  ## run the tests on the CPU
-	@# A thread for each of the processes: more threads than cores spin for one another.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" --numprocesses auto --maxprocesses 8 --dist loadfile
+# One thread for each process: more threads than cores wait for one another.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
-test-gpu:  ## run the tests of the kernels, and others that need a CUDA GPU, with the Python that is there
+test: $(VENV)/.requirements-dev  ## run all tests that need no GPU
+	$(PYTEST) -m "not gpu"
+
+test-fast: $(VENV)/.requirements-dev  ## run the tests that take no more than a minute on two cores
+	$(PYTEST) -m "not (slow or compile or distributed or gpu or slurm)"
+
+test-gpu:  ## run the tests that need a CUDA GPU, with the Python that is there
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m pytest tests/ops/test_triton.py
 	@# Files without such tests are not read: they may import what is not there.
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m pytest -m gpu $(filter-out tests/ops/test_triton.py,$(GPU_TESTS))
 
-test-faults: $(VENV)/.requirements-dev  ## kill, starve and damage training runs, and compare them with runs left alone
+test-faults: $(VENV)/.requirements-dev  ## kill, starve and damage training runs, resume them, and compare them with undisturbed ones
 	$(BIN)/python tests/helpers/faults.py --output benchmarks/faults.md
 
 lint: $(VENV)/.requirements-dev  ## check the style

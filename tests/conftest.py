@@ -1,9 +1,10 @@
-"""What every test may use; and Triton's interpreter, for machines without a GPU."""
+"""What every test may use; Triton's interpreter, for machines without a GPU; and which networks are slow."""
 import os
 
 import pytest
 import torch
 
+from helpers import costs
 from helpers.photos import write_photos
 
 # It must be chosen before Triton is imported.
@@ -15,3 +16,17 @@ if not torch.cuda.is_available():
 def photos(tmp_path_factory):
     """A folder of 13 training and 7 validation images of three classes, each of a colour; only to be read."""
     return write_photos(tmp_path_factory.mktemp("photos"), train=13, val=7)
+
+
+# The published networks but for the smallest of each family.
+LARGE = {name for family in (costs.BIFORMER, costs.BVIT, costs.DEBIFORMER, costs.VITAEV2) for name in list(family)[1:]}
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]):
+    """Mark the tests of large networks as slow: each has the same code as the smallest of its family."""
+    for item in items:
+        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if any(isinstance(value, str) and (value in LARGE or value.startswith(tuple(f"{n}_" for n in LARGE)))
+               for value in values):
+            item.add_marker(pytest.mark.slow)

@@ -352,6 +352,7 @@ def test_bad_images_are_handled_alike_in_both_splits(folder, split):
     assert following[1] == 0 and np.array_equal(np.array(following[0]), noise(seed=1))
 
 
+@pytest.mark.slow
 def test_counting_in_spawned_workers(folder):
     (folder / "val" / "ant" / "0.png").write_bytes(b"")
     dataset = build_dataset("IMNET", folder, "val", transform(), on_error="mask")

@@ -2,7 +2,11 @@
 import random
 import signal
 
+import pytest
+
 from helpers import faults
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 
 def test_five_faults_cost_nothing(tmp_path):

@@ -403,6 +403,7 @@ def test_only_the_main_process_of_a_running_job_requeues_it(job, code, rank, squ
     assert job(code, rank, squeue) == left
 
 
+@pytest.mark.slow
 def test_a_job_runs_under_submitit_in_a_process_of_its_own(tmp_path, monkeypatch):
     """By submitit's executor of this machine, from another folder, as a job would: unpickled there."""
     monkeypatch.chdir(tmp_path)
@@ -415,6 +416,7 @@ def test_a_job_runs_under_submitit_in_a_process_of_its_own(tmp_path, monkeypatch
     assert "error: unknown model 'nothing'" in job.stdout()
 
 
+@pytest.mark.slow
 def test_help_names_the_flags():
     said = subprocess.run([sys.executable, "hydra_main.py", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert said.returncode == 0 and "drop_path: 0.1" in said.stdout and "slurm: cpu, default" in said.stdout

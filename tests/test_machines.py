@@ -5,11 +5,14 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 import main as program
 from helpers import ROOT
 from helpers.ports import free_port
 from helpers.run_state import differences
 
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 TORCHRUN = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run"]
 SMALL = ["--model", "biformer_nano", "--input_size", "32", "--num_workers", "1", "--device", "cpu"]
 TRAIN = ["--batch_size", "2", "--epochs", "2", "--warmup_epochs", "1", "--lr", "1e-2", "--log_every", "1"]

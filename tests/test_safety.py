@@ -94,6 +94,7 @@ def test_a_hostile_recipe(tmp_path, capfd):
     assert not (tmp_path / "owned").exists()
 
 
+@pytest.mark.slow
 def test_paths_are_names_and_nothing_else(tmp_path):
     """Spaces, quotes, what a shell would run, brackets that a glob would take, and letters of other alphabets."""
     odd = tmp_path / "a b'c\"d $(touch owned) `touch owned`; touch owned & [x]*? é日 %s {0}"

@@ -34,6 +34,7 @@ def test_nano_is_small():
     assert sum(p.numel() for p in timm.create_model("biformer_nano").parameters()) < 2_000_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COSTS)
 def test_flops(name):
     assert gmacs(timm.create_model(name, attn_impl="gather")) == pytest.approx(COSTS[name][1], rel=0.01)

@@ -179,6 +179,7 @@ def test_autocast_has_no_nan(name):
     assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("name", [*SMALLEST_OF_EACH_FAMILY, "biformer_stl"])
 def test_compiles_into_one_graph(name, fresh_compiler):
     """Also where sizes change, which torch.compile then takes for symbols: the image's stay numbers."""
@@ -190,6 +191,7 @@ def test_compiles_into_one_graph(name, fresh_compiler):
         torch.testing.assert_close(compiled.eval()(x), model(x))
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("name", SMALLEST_OF_EACH_FAMILY)
 def test_export_with_a_dynamic_batch(name):
     model = shallow(name, num_classes=4).eval()
@@ -347,6 +349,7 @@ def test_reset_classifier_resets_the_token_head():
     assert "token_head.weight" in groups[max(groups)] and "head.fc.weight" in groups[max(groups)]
 
 
+@pytest.mark.compile
 def test_a_token_head_compiles_into_one_graph(fresh_compiler):
     model = shallow(SMALLEST, num_classes=4, token_head=True).train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -7,7 +7,10 @@ import torch
 
 import models  # noqa: F401, registers them
 
-pytestmark = pytest.mark.skipif(torch.__version__ < (2, 11), reason="shown with PyTorch 2.11 and newer")
+pytestmark = [
+    pytest.mark.compile,
+    pytest.mark.skipif(torch.__version__ < (2, 11), reason="shown with PyTorch 2.11 and newer"),
+]
 
 
 @pytest.mark.parametrize("name", ["biformer_nano", "biformer_stl", "bvit_5m", "debiformer_tiny", "vitaev2_s"])

@@ -45,6 +45,7 @@ def test_parameters(name):
     assert sum(p.numel() for p in timm.create_model(name, device="meta").parameters()) == COSTS[name][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COSTS)
 def test_flops(name):
     assert gmacs(timm.create_model(name)) == pytest.approx(COSTS[name][1], rel=0.01)

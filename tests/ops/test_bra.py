@@ -29,6 +29,7 @@ def test_is_the_published_formula():
     torch.testing.assert_close(attention(x), attention.proj(dense + local), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("impl", ["gather", "masked", "auto"])
 @pytest.mark.parametrize("size", [(14, 14), (9, 13)])
 def test_compiles_into_one_graph(size, impl):

@@ -279,6 +279,7 @@ def small_module():
     return BiLevelRoutingAttention(dim=16, num_heads=1, num_regions=2, topk=2, attn_impl="triton", device=DEVICE)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("size", [(6, 6), (5, 7)])
 def test_compiles_into_one_graph(size):
     attention = small_module()
@@ -289,6 +290,7 @@ def test_compiles_into_one_graph(size):
     torch.testing.assert_close(torch.autograd.grad(compiled(x).square().sum(), attention.qkv.weight)[0], expected)
 
 
+@pytest.mark.compile
 def test_exports():
     attention = small_module()
     x = torch.randn(2, 5, 7, 16, device=DEVICE)
@@ -463,6 +465,7 @@ def test_what_it_cannot_do_is_explained(monkeypatch):
     assert unsupported("triton") == "the package triton is not installed"
 
 
+@pytest.mark.compile
 @pytest.mark.skipif(
     tuple(map(int, triton.__version__.split(".")[:2])) < _TRITON_LEAST, reason="this Triton does not compile kernels"
 )

@@ -199,6 +199,7 @@ def run(*arguments):
     return program.main([str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [["--model", "biformer_nano"], SMALL_DEBIFORMER], ids=["biformer", "debiformer"])
 def test_train_resume_and_evaluate_as_a_plain_model(photos, maps, tmp_path, model, capfd):
     training = [*SMALL, *SHORT, *model, "--data_path", photos, "--token_label", maps, "--output_dir", tmp_path / "run"]
