@@ -47,7 +47,7 @@ def load_image(file: str | Path | BinaryIO) -> Image.Image:
     Alpha is dropped, as in timm and torchvision; 16-bit grey is scaled to 8 bits.
 
     Raises:
-        LostDataError: The folder in which it should lie is gone, or the system cannot read the file.
+        LostDataError: The folder in which it should be is gone, or the system cannot read the file.
         UnreadableImageError: It is not an intact image; names the file.
     """
     try:
@@ -57,7 +57,7 @@ def load_image(file: str | Path | BinaryIO) -> Image.Image:
     except Exception as error:  # on damaged bytes PIL's decoders raise nearly anything
         name = getattr(file, "name", file)
         if isinstance(error, OSError) and error.errno not in _OF_ONE_FILE:
-            raise LostDataError(f"cannot read {name}: {error.strerror}; see to the machine and its storage") from None
+            raise LostDataError(f"cannot read {name}: {error.strerror}; check the disk, or the mount") from None
         if isinstance(file, (str, Path)) and not Path(file).parent.is_dir():
             raise LostDataError(f"cannot read {file}: its folder is gone; was the data moved, or unmounted?") from None
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else one_line(error)

@@ -1,6 +1,6 @@
 """One epoch of training of any task, and the evaluation of any task."""
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -19,7 +19,7 @@ from utils import seed_everything
 
 
 class Saver(Protocol):
-    """What is called while a run trains, to save it; `training.checkpoints.Checkpointer`."""
+    """Saves a run while it trains: `training.checkpoints.Checkpointer`, of which the engine need not know."""
 
     def after_step(self, meter: Meter):
         """After each optimizer step; what it raises ends the epoch."""
@@ -39,7 +39,7 @@ class Trainer:
         schedule: The learning rate of any optimizer step.
         log: Where curves go.
         seed: The run's.
-        update_freq: Batches per optimizer step; batches at the end of an epoch that make no whole step are left out.
+        update_freq: Batches per optimizer step; batches left over at the end of an epoch are dropped.
         clip_grad: Largest norm of the gradients.
         log_every: Optimizer steps between two log lines.
     """
@@ -69,8 +69,8 @@ class Trainer:
             "lr".
 
         Raises:
-            NonFiniteLossError: At the next log line after the loss was lost; at the end of the epoch if the weights
-                were.
+            NonFiniteLossError: At the first log line after the loss became NaN or infinite, or at the end of the epoch
+                if a weight did.
         """
         meter = Meter(self.task.distributed, self.run.meter)
         if not self.run.clock.epoch_is_over:
@@ -102,7 +102,7 @@ class Trainer:
         bar.close()
         check_finite(self.run.model, clock.epoch)
 
-    def _train_step(self, batches: Iterable[Batch], meter: Meter):
+    def _train_step(self, batches: Iterator[Batch], meter: Meter):
         """Take one optimizer step, on `update_freq` batches."""
         clock = self.run.clock
         for micro_batch in range(self.update_freq):

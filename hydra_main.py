@@ -289,7 +289,7 @@ def check_submission(run: RunSpec):
         open_store(settings.checkpoint, run.name, started=0)
     sbatch_parameters(run.slurm, run.name, ROOT)
     if shutil.which("sbatch") is None:
-        raise UserError("no sbatch here: this is no machine of a Slurm cluster; without +slurm it runs on this machine")
+        raise UserError("sbatch not found: this is no machine of a Slurm cluster; without +slurm the run starts here")
 
 
 def submit(run: RunSpec):
@@ -339,7 +339,7 @@ def main() -> int:
         codes = (run_here(run) for run in runs if run.slurm is None)
         return next((code for code in codes if code), 0)
     except UserError as error:
-        return fail(with_advice(error), error.exit_code)
+        return fail(with_advice(error, program.ADVICE), error.exit_code)
 
 
 if __name__ == "__main__":

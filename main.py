@@ -24,10 +24,10 @@ from utils import UserError, check_name, fail, seed_everything, use_deterministi
 
 # Where each task is; it is imported when it is asked for.
 TASKS = {"classification": "tasks.classification.task:ClassificationTask"}
-Tasks = Mapping[str, str | type[Task]]
+TaskRegistry = Mapping[str, str | type[Task]]
 ADVICE = {
     **advice.ADVICE,
-    OptimizerError: "it gets --opt_eps, --opt_betas, --momentum and --layer_decay",
+    OptimizerError: "see --opt_eps, --opt_betas, --momentum and --layer_decay",
     ScheduleError: "--lr is for 512 images and scaled with the batch size, --min_lr and --warmup_lr are not",
     WarmupError: "lower --warmup_epochs, or give --warmup_steps",
 }
@@ -36,7 +36,7 @@ ADVICE = {
 # --- what is asked for ------------------------------------------------------------------------------------------------
 
 
-def choose_task(argv: Sequence[str], tasks: Tasks = TASKS) -> type[Task]:
+def choose_task(argv: Sequence[str], tasks: TaskRegistry = TASKS) -> type[Task]:
     """The task that `--task`, or else the recipe, names."""
     config = flags.given_value(argv, "config")
     recipe = {} if config is None else flags.read_recipe(config)
@@ -48,7 +48,7 @@ def choose_task(argv: Sequence[str], tasks: Tasks = TASKS) -> type[Task]:
     return getattr(importlib.import_module(module), task_class)
 
 
-def parse(argv: Sequence[str], tasks: Tasks = TASKS) -> tuple[type[Task], Settings]:
+def parse(argv: Sequence[str], tasks: TaskRegistry = TASKS) -> tuple[type[Task], Settings]:
     """The task of a command line, and its settings.
 
     Raises:
@@ -70,7 +70,7 @@ def check_names(task_class: type[Task], settings: Settings):
 
 
 def evaluate(task: Task, data: Data, network: torch.nn.Module, what: str = "network") -> dict[str, float]:
-    """The metrics of a network, which the main process prints."""
+    """Evaluate a network on the val split; the main process prints the metrics, which are returned."""
     results = engine.evaluate(task, network, data.val_loader)
     if task.distributed.is_main:
         task.report(results, what)
@@ -139,7 +139,7 @@ def create_schedule(asked: options.ScheduleOptions, clock: Clock) -> Schedule:
 
 
 def create_trainer(task: Task, run: Run, log: RunLog) -> engine.Trainer:
-    """What trains the run from where it is: its network with all wrappers, and its schedule."""
+    """The trainer of a run at its current position: wraps the model (DDP, compile) and creates the schedule."""
     settings = task.settings
     network = wrap_ddp(run.model, task.distributed)
     network = torch.compile(network) if settings.machine.compile else network
@@ -182,7 +182,7 @@ def train(task: Task, signals: SignalHandler):
             run.load(source, settings.optimizer.opt)
         if clock.run_is_over:
             if distributed.is_main:
-                print(f"nothing is left to train: {source} is at epoch {clock.epoch} of {clock.epochs}")
+                print(f"training is already complete: {source} is at epoch {clock.epoch} of {clock.epochs}")
             return
         log = RunLog(store.folder if distributed.is_main else None, clock.epoch, clock.global_step)
         trainer = create_trainer(task, run, log)
@@ -217,7 +217,7 @@ def run_task(task_class: type[Task], settings: Settings):
             train(task, signals)
 
 
-def main(argv: Sequence[str] | None = None, tasks: Tasks = TASKS) -> int:
+def main(argv: Sequence[str] | None = None, tasks: TaskRegistry = TASKS) -> int:
     """Run a command line; returns the exit code: 0, 1 for a mistake or a fault, 2 for a wrong command line, and
     `training.signals.EXIT_RESUME` where the run was asked to leave and should be started again.
     """

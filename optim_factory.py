@@ -11,7 +11,7 @@ from torch import nn
 from utils import UsageError
 
 LR_BATCH = 512
-# Optimizers that torch steps in one pass over the weights: biformer_small's adamw takes a sixth of the time on a CPU.
+# Optimizers with a fused kernel, which takes a sixth of the time of biformer_small's adamw step on a CPU.
 _FUSED = ("adam", "adamw", "sgd")
 
 
@@ -83,7 +83,7 @@ def create_optimizer(
             parameters, opt=opt, lr=lr, weight_decay=weight_decay, momentum=momentum, layer_decay=layer_decay, **kwargs
         )
     except (AssertionError, ImportError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise OptimizerError(f"the optimizer {opt} cannot be used so: {error}") from error
+        raise OptimizerError(f"the optimizer {opt} cannot be used with these arguments: {error}") from error
     if getattr(optimizer, "is_second_order", False):
         raise UsageError(f"the optimizer {opt} needs second derivatives, which no training here computes")
     return optimizer
@@ -96,7 +96,7 @@ class Schedule:
     Args:
         kind: "cosine", "poly" or "tanh", which fall to `min_lr` at `total`; or "step", which decays at `milestones`.
         total: Length of the run.
-        warmup: Length of the linear warm-up, during which the schedule goes on counting.
+        warmup: Length of the linear warm-up; its steps count towards `total`.
         warmup_lr: Learning rate at step 0, where there is a warm-up.
         min_lr: Learning rate at the end.
         power: Of "poly".

@@ -3,7 +3,7 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -41,10 +41,11 @@ def nearest(name: str, known: Iterable[str], n: int = 1) -> str:
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
-def check_name(kind: str, name: str, known: Iterable[str]):
-    """Raises UsageError, with the nearest names, where `name` is not among those `known`."""
+def check_name(kind: str, name: str, known: Collection[str]):
+    """Raises UsageError where `name` is not among those `known`; lists them if they are few, or else the nearest."""
     if name not in known:
-        raise UsageError(f"unknown {kind} {name!r}{nearest(name, known, n=3)}")
+        choices = f"; choose from {', '.join(known)}" if len(known) <= 10 else nearest(name, known, n=3)
+        raise UsageError(f"unknown {kind} {name!r}{choices}")
 
 
 def fail(message: str, exit_code: int) -> int:

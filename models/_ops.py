@@ -1,4 +1,4 @@
-"""`ops`, from wherever it lies: the only file of `models` that imports it."""
+"""`ops`, from the package or the checkout: the only file of `models` that imports it."""
 if "." in __package__:  # installed, as routedvit.models
     from ..ops import (
         BiLevelRoutingAttention,

@@ -3,6 +3,8 @@
     routedvit.models                    the networks, and `collect_routing`: which regions attend to which
     routedvit.ops                       routed attention as functions, and `BiLevelRoutingAttention` as a module
     python -m routedvit --help          train and evaluate, as main.py of the repository does
+
+The folders are named in pyproject.toml, [tool.setuptools.package-dir].
 """
 from . import models, ops
 from .models import BiFormer, BViT, DeBiFormer, ViTAEv2, collect_routing

@@ -18,7 +18,7 @@ _WRAPPERS = ("_orig_mod.", "module.", "_orig_mod.")
 
 
 class WeightsError(ValueError):
-    """Weights cannot be had, read, or loaded; one line that says why."""
+    """Weights cannot be obtained, read, or loaded; one line that says why."""
 
 
 class HostileFileError(WeightsError):

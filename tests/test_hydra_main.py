@@ -326,7 +326,7 @@ def test_a_submission(run, cluster, tmp_path):
     assert run(*DIGITS, "+slurm=cpu", "output_dir=mine")[0] == 0
     (tmp_path / "mine" / "last.pth").touch()
     code, _, err = run(*DIGITS, "+slurm=cpu", "output_dir=mine")
-    assert code == 1 and "mine holds a run already" in err
+    assert code == 1 and "mine already holds a run" in err
     assert run(*DIGITS, "+slurm=cpu", "output_dir=mine", "auto_resume=true")[0] == 0
 
 

@@ -75,7 +75,7 @@ def test_frozen_parameters_are_left_out(decay_groups):
 
 def test_arguments_that_an_optimizer_does_not_take():
     model = timm.create_model("resnet10t")
-    with pytest.raises(OptimizerError, match=r"^the optimizer adan cannot be used so: ") as error:
+    with pytest.raises(OptimizerError, match=r"^the optimizer adan cannot be used with these arguments: ") as error:
         create_optimizer(model, "adan", lr=1e-3, weight_decay=0.05, betas=(0.9, 0.99))
     assert error.value.exit_code == 2
     with pytest.raises(UsageError, match=r"^the optimizer adahessian needs second derivatives"):

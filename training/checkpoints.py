@@ -1,4 +1,4 @@
-"""The checkpoints of a run: written whole or not at all, found again, and saved when a save is due."""
+"""The checkpoints of a run, which hold `Run.state_dict`: written atomically, found again, saved when a save is due."""
 import fcntl
 import os
 import re
@@ -165,8 +165,8 @@ class CheckpointStore:
             if is_intact(path):
                 for other in damaged:
                     other.rename(other.with_suffix(".pth.damaged"))
-                    print(f"{other} is damaged, and set aside as {other.name}.damaged")
-                self._point_last(path)  # the run may have ended before it did
+                    print(f"{other} is damaged, and renamed to {other.name}.damaged")
+                self._point_last(path)  # the run may have been killed before it did
                 return step
             damaged.append(path)
         if damaged:
@@ -243,7 +243,7 @@ def open_store(options: CheckpointOptions, name: str, started: float) -> Checkpo
     store = CheckpointStore(Path(options.output_dir), options.keep_checkpoints)
     resumed_here = options.resume and Path(options.resume).resolve().parent == store.folder.resolve()
     if store.holds_run() and not resumes(options) and not resumed_here:
-        raise FolderInUseError(f"{store.folder} holds a run already")
+        raise FolderInUseError(f"{store.folder} already holds a run")
     return store
 
 

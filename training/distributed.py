@@ -50,6 +50,7 @@ class Distributed:
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of `values` over all processes."""
         if self.is_distributed:
+            values = values.clone()
             dist.all_reduce(values)
         return values
 

@@ -1,4 +1,4 @@
-"""Command lines and recipes, read into frozen dataclasses whose fields say everything about their flags.
+"""The parser of command lines and recipes: frozen dataclasses whose fields define the flags.
 
     @dataclass(frozen=True)
     class Loader(Group):
@@ -27,7 +27,7 @@ import yaml
 
 from utils import UsageError, nearest
 
-Settings = TypeVar("Settings")
+SettingsT = TypeVar("SettingsT")
 Check = Callable[[Any], str | None]
 
 # --- what a field says of its flag ------------------------------------------------------------------------------------
@@ -50,18 +50,22 @@ def flag(default: Any, help: str = "", *, check: Check | None = None, alias: str
 
 
 def at_least(least: int) -> Check:
+    """A check that a number is at least `least`."""
     return lambda value: None if value >= least else f"must be at least {least}"
 
 
 def not_negative(value: float) -> str | None:
-    return None if 0 <= value < math.inf else "must not be negative"
+    """Check that a number is at least 0, and finite."""
+    return None if 0 <= value < math.inf else "must be finite and not negative"
 
 
 def positive(value: float) -> str | None:
+    """Check that a number is above 0, and finite."""
     return None if 0 < value < math.inf else "must be above 0 and finite"
 
 
 def fraction(value: float) -> str | None:
+    """Check that a number is between 0 and 1."""
     return None if 0 <= value <= 1 else "must be 0 to 1"
 
 
@@ -93,6 +97,7 @@ class Group:
 
 
 def boolean(text: str) -> bool:
+    """True or false, in any of the usual words."""
     if text.lower() in ("true", "yes", "on", "1"):
         return True
     if text.lower() in ("false", "no", "off", "0"):
@@ -141,7 +146,7 @@ class Parser(argparse.ArgumentParser):
         return [action.dest for action in self._actions if action.dest != "help"]
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
+        raise UsageError(message.removeprefix("argument "))
 
 
 def group_classes(settings_class: type) -> dict[str, type[Group]]:
@@ -200,7 +205,7 @@ def given_value(argv: Sequence[str], name: str, recipe: Mapping[str, Any] = Mapp
     return value
 
 
-def parse(settings_class: type[Settings], argv: Sequence[str], parser: Parser | None = None) -> Settings:
+def parse(settings_class: type[SettingsT], argv: Sequence[str], parser: Parser | None = None) -> SettingsT:
     """Read a command line, and the recipe that it names. `--flag null` undoes what the recipe says of a flag.
 
     Args:
@@ -226,7 +231,7 @@ def parse(settings_class: type[Settings], argv: Sequence[str], parser: Parser | 
         name = unknown[0].partition("=")[0]
         if name.startswith("--"):
             raise UsageError(f"unknown flag {name}{nearest(name, [f'--{flag}' for flag in known])}")
-        raise UsageError(f"{unknown[0]!r} is the value of no flag")
+        raise UsageError(f"unexpected argument {unknown[0]!r}")
     groups = group_classes(settings_class)
     # Every single value before what values say together: the first error is about what was typed.
     for field in (field for group_class in groups.values() for field in dataclasses.fields(group_class)):

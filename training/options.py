@@ -1,6 +1,6 @@
-"""The settings that every task's runs share: what may be said on the command line, in groups, each checked by itself.
+"""The command-line options shared by all tasks, in groups that check themselves.
 
-A task adds groups of its own (`tasks/classification/options.py`), and checks there what concerns several groups.
+A task adds its own groups (`tasks/classification/options.py`), and checks there what concerns several groups.
 """
 import os
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from .flags import Group, at_least, flag, fraction, not_negative, positive
 class TaskOptions(Group):
     """Task"""
 
-    task: str = flag("classification", "what to train or evaluate; decides which other flags there are")
+    task: str = flag("classification", "the task, for example classification; decides which other flags there are")
 
 
 @dataclass(frozen=True)
@@ -29,27 +29,27 @@ class LoaderOptions(Group):
     batch_size: int = flag(128, "images for each GPU and forward pass", type=int, check=at_least(1))
     num_workers: int = flag(min(8, os.cpu_count() or 1), "data loading processes for each GPU", type=int,
                             check=not_negative)
-    pin_mem: bool = flag(True, "read batches into page-locked memory")
+    pin_mem: bool = flag(True, "pin host memory")
 
 
 @dataclass(frozen=True)
 class OptimizerOptions(Group):
     """Optimizer"""
 
-    opt: str = flag("adamw", "any optimizer of timm's that takes plain gradients")
-    lr: float = flag(5e-4, "learning rate for a global batch of 512 images; scaled with it", type=float, check=positive)
+    opt: str = flag("adamw", "any first-order optimizer of timm's")
+    lr: float = flag(5e-4, "base learning rate; multiplied by the global batch / 512", type=float, check=positive)
     weight_decay: float = flag(0.05, "weight decay", type=float, check=not_negative)
     decay_groups: str = flag(
-        "timm", "what has no weight decay: biases, norms and what the model names (timm), layer norms alone, nothing",
+        "timm", "no weight decay on: biases, norms and model.no_weight_decay() (timm), LayerNorms only, nothing",
         choices=["timm", "layernorm", "none"],
     )
-    layer_decay: float | None = flag(None, "factor of the learning rate from one layer to the one before it",
+    layer_decay: float | None = flag(None, "layer-wise learning rate decay",
                                      type=float, check=positive)
     opt_eps: float = flag(1e-8, "epsilon of the optimizer", type=float, check=positive)
     opt_betas: list[float] | None = flag(None, "betas of the optimizer (default: its own)", type=float, nargs="+",
                                          metavar="BETA")
     momentum: float = flag(0.9, "momentum of optimizers that have one", type=float)
-    clip_grad: float | None = flag(None, "clip the norm of the gradients", type=float, check=positive)
+    clip_grad: float | None = flag(None, "largest gradient norm (default: no clipping)", type=float, check=positive)
     update_freq: int = flag(1, "gradient accumulation: batches for each optimizer step", type=int, check=at_least(1))
 
     def check(self):
@@ -69,9 +69,9 @@ class ScheduleOptions(Group):
     warmup_epochs: int = flag(5, "epochs of linear warm-up", type=int, check=not_negative)
     warmup_steps: int | None = flag(None, "optimizer steps of linear warm-up, instead of --warmup_epochs", type=int,
                                     check=not_negative)
-    warmup_lr: float = flag(1e-6, "learning rate at which the warm-up starts; not scaled", type=float,
+    warmup_lr: float = flag(1e-6, "initial learning rate of the warm-up; not scaled", type=float,
                             check=not_negative)
-    min_lr: float = flag(1e-5, "learning rate at which the schedule ends, but for step; not scaled", type=float,
+    min_lr: float = flag(1e-5, "final learning rate, except of step; not scaled", type=float,
                          check=not_negative)
     poly_power: float = flag(1.0, "power of poly, 1 for a straight line", type=float, check=positive)
     decay_epochs: list[int] | None = flag(None, "epochs at which step decays", type=int, nargs="+", metavar="EPOCH")
@@ -88,7 +88,7 @@ class ScheduleOptions(Group):
         for name in milestones:
             values = getattr(self, name)
             if min(values) < 1 or sorted(set(values)) != values:
-                raise UsageError(f"--{name} must be at least 1 each, and rising, got {values}")
+                raise UsageError(f"--{name} must be positive and strictly increasing, got {values}")
 
     def total_steps(self, epoch_length: int) -> int:
         """Optimizer steps of the run, for epochs of `epoch_length` steps."""
@@ -107,7 +107,7 @@ class ScheduleOptions(Group):
         length, unit = (self.epochs, "epochs") if self.max_steps is None else (self.max_steps, "max_steps")
         warmup, of = (self.warmup_epochs, "epochs") if self.warmup_steps is None else (self.warmup_steps, "steps")
         if of == unit.removeprefix("max_") and warmup >= length:
-            raise UsageError(f"--warmup_{of} {warmup} leaves nothing of --{unit} {length}; lower it")
+            raise UsageError(f"--warmup_{of} {warmup} must be less than --{unit} {length}")
 
 
 @dataclass(frozen=True)
@@ -138,16 +138,16 @@ class CheckpointOptions(Group):
     auto_resume: bool = flag(False, "resume from the newest intact checkpoint in --output_dir, if there is one")
     finetune: str | None = flag(None, "start from these weights; another class count gets a new classifier",
                                 metavar="CHECKPOINT")
-    model_key: str | None = flag(None, "which weights of a checkpoint to take, for example model_ema (default: model, "
-                                       "state_dict or bare)")
+    model_key: str | None = flag(None, "checkpoint key to load, for example model_ema (default: model, state_dict, or "
+                                       "the checkpoint itself)")
     save_every: int = flag(1, "epochs between two checkpoints", type=int, metavar="EPOCHS", check=at_least(1))
-    save_every_steps: int | None = flag(None, "save within epochs too, every so many steps", type=int, metavar="STEPS",
+    save_every_steps: int | None = flag(None, "also save every STEPS optimizer steps", type=int, metavar="STEPS",
                                         check=at_least(1))
-    save_every_minutes: float | None = flag(None, "save within epochs too, every so many minutes", type=float,
+    save_every_minutes: float | None = flag(None, "also save every so many minutes", type=float,
                                             metavar="MINUTES", check=positive)
     keep_checkpoints: int = flag(2, "how many of the newest checkpoints to keep", type=int, metavar="N",
                                  check=at_least(1))
-    best_metric: str | None = flag(None, "what best.pth is best at; ema_METRIC: of the EMA weights (default: the "
+    best_metric: str | None = flag(None, "metric that selects best.pth; ema_METRIC for the EMA weights (default: the "
                                          "task's first metric)", metavar="METRIC")
     log_every: int = flag(50, "steps between two log lines", type=int, metavar="STEPS", check=at_least(1))
 
@@ -161,19 +161,19 @@ class MachineOptions(Group):
     """Device, precision and reproducibility"""
 
     device: str = flag("auto", "auto, cuda, cuda:1 or cpu")
-    amp: str = flag("auto", "mixed precision; auto: bf16 where the GPU has it", choices=["auto", "bf16", "fp16", "off"])
+    amp: str = flag("auto", "mixed precision; auto: bf16 if the GPU has it", choices=["auto", "bf16", "fp16", "off"])
     channels_last: bool = flag(True, "hold images channels last in memory")
     compile: bool = flag(False, "torch.compile the model")
     seed: int = flag(0, "seed of everything random", type=int,
                      check=lambda seed: not_negative(seed) or (None if seed < 2**32 else "must be below 2 ** 32"))
-    deterministic: bool = flag(False, "the same bits in every run on a GPU too, at some cost; CPUs need no flag")
-    dist_timeout: float = flag(30.0, "how long a process waits for another", type=float, metavar="MINUTES",
+    deterministic: bool = flag(False, "deterministic GPU kernels, which are slower; CPU runs always are deterministic")
+    dist_timeout: float = flag(30.0, "timeout of collective operations, in minutes", type=float, metavar="MINUTES",
                                check=positive)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that a command line says, by group; a task's settings class adds groups.
+    """All options of a run, by group; a task's settings class adds groups.
 
     Raises:
         UsageError: Groups contradict each other.

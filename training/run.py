@@ -10,7 +10,7 @@ from timm.utils import ModelEmaV3
 from storage.weights import WeightsError, class_difference, load_weights, read_checkpoint, unwrap
 from utils import UserError
 
-# What the flags say now wins over what a checkpoint says; the schedule starts from its own learning rate.
+# Current flags override these values of a checkpoint's optimizer.
 HYPERPARAMETERS = ("lr", "lr_scale", "weight_decay", "momentum", "betas", "eps", "fused")
 
 
@@ -53,6 +53,7 @@ class Clock:
 
     @property
     def epochs(self) -> int:
+        """The number of epochs, the last one counted in full."""
         return math.ceil(self.total / self.epoch_length)
 
     @property
@@ -72,10 +73,12 @@ class Clock:
 
     @property
     def is_last_epoch(self) -> bool:
+        """Whether no epoch follows."""
         return self.epoch + 1 >= self.epochs
 
     @property
     def run_is_over(self) -> bool:
+        """Whether every epoch is trained and evaluated."""
         return self.epoch >= self.epochs
 
     def advance(self):
@@ -168,7 +171,7 @@ class Run:
         try:
             checkpoint = read_checkpoint(str(path))
             if not {"optimizer", "meter", "args"} <= checkpoint.keys():
-                raise NoRunError(f"{path} holds weights alone, and no run to resume")
+                raise NoRunError(f"{path} holds only weights, no run to resume")
             if difference := class_difference(checkpoint, self.classes):
                 raise NoRunError(f"{path} {difference}")
             self._load_weights(checkpoint, path)
@@ -190,7 +193,7 @@ class Run:
     def _load_optimizer(self, saved: dict[str, Any], saved_opt: str, opt: str, path: Path):
         own = self.optimizer.state_dict()
         if saved_opt != opt:
-            raise OptimizerMismatchError(f"{path} is of a run with the optimizer {saved_opt}, not {opt}")
+            raise OptimizerMismatchError(f"{path} was trained with the optimizer {saved_opt}, not {opt}")
         if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in own["param_groups"]]:
             raise OptimizerMismatchError(f"{path} has other parameter groups: weight decay and layer decay differ")
         for then, now in zip(saved["param_groups"], own["param_groups"], strict=True):

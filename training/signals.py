@@ -1,4 +1,4 @@
-"""How a run ends: signals that ask it to leave, exit codes, and faults of the machine told in a line."""
+"""How a run ends: signals that ask it to leave, exit codes, and faults of the machine reported in one line."""
 import errno
 import os
 import re

@@ -38,7 +38,7 @@ def minutes(text: str) -> int:
     """Minutes, rounded up, of Slurm's [DAYS-]HOURS:MINUTES:SECONDS.
 
     Raises:
-        UsageError: It is something else; YAML makes a number of one without quotes.
+        UsageError: It is something else; unquoted, YAML parses it as a number.
     """
     match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", text)
     if match is None:
@@ -56,7 +56,7 @@ def sbatch_parameters(slurm: Slurm, name: str, root: Path) -> dict[str, Any]:
         root: The repository, which the job's processes import from.
 
     Raises:
-        UsageError: They contradict each other, or one is no value for sbatch.
+        UsageError: They contradict each other, or one is invalid for sbatch.
     """
     if slurm.nodes < 1 or slurm.ngpus < 0:
         raise UsageError(f"slurm.nodes is at least 1 and slurm.ngpus at least 0, not {slurm.nodes} and {slurm.ngpus}")

@@ -1,4 +1,4 @@
-"""The contract of a task: everything that a run asks of classification, or of a task of your own.
+"""The interface that every task implements: everything that a run asks of classification, or of your own task.
 
 A run uses a task in this order (`main.py`):
 
@@ -58,8 +58,7 @@ class Task(ABC):
 
     Attributes:
         settings_class: `training.options.Settings` with the task's own groups of flags.
-        metrics: Each metric that the evaluator computes, and whether higher is better; the first decides which weights
-            are the best where nothing else is asked for.
+        metrics: Metric name -> whether higher is better; the first is the default that selects best.pth.
         eval_processes: The processes that share an evaluation.
         advice: What a user of the command line can do about the task's own errors, by their class.
         classes: Names of the classes, once a data set that knows them was opened; saved in checkpoints.
@@ -145,7 +144,7 @@ class Task(ABC):
             return self.loss(network, self.dummy_batch(self.settings.loader.batch_size, train=True))[0]
 
     def count(self, batch: Batch) -> int:
-        """The number of images in a batch."""
+        """The number of images in a batch; for batches that are no (images, ...), override it."""
         return len(batch[0])
 
     def report(self, results: dict[str, float], what: str):
@@ -162,7 +161,7 @@ class Task(ABC):
         try:
             with torch.no_grad(), self.precision.autocast():
                 self.evaluator().update(network.eval(), self.dummy_batch(1, train=False))
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError:  # the machine's fault, as in any later batch
             raise
         except (AssertionError, RuntimeError, ValueError) as error:
             raise UsageError(f"{self.name} cannot take {self.input_description}: {error}") from error

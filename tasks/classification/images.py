@@ -1,4 +1,5 @@
 """How the images of a timm model are prepared for evaluation: the one pipeline of main.py and of the scripts."""
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -7,7 +8,7 @@ from timm.data.loader import fast_collate
 from torch.utils.data import DataLoader, Dataset
 
 import datasets
-from training.data.loader import EpochLoader, build_loader
+from training.data.loader import EpochLoader, Transfer, build_loader
 from training.distributed import Distributed
 from training.options import LoaderOptions
 
@@ -48,14 +49,13 @@ class ImagePipeline:
             **augmentation,
         )
 
-    def on_device(self, distributed: Distributed, **erasing: Any) -> partial:
+    def on_device(self, distributed: Distributed, **erasing: Any) -> Callable[[DataLoader], Transfer]:
         """DataLoader -> normalised (B, 3, H, W) images and targets on the device; a `training.data.loader.Transfer`."""
         mean, std = self.config["mean"], self.config["std"]
         return partial(datasets.NormalizedImages, mean=mean, std=std, device=distributed.device, **erasing)
 
     def loader(self, dataset: Dataset, options: LoaderOptions, distributed: Distributed) -> EpochLoader:
         """Batches of a data set whose transform is this pipeline's, each image once over all processes, in order."""
-        transfer: partial[DataLoader] = self.on_device(distributed)
         return build_loader(
-            dataset, options, distributed, train=False, collate_fn=fast_collate, transfer=transfer
+            dataset, options, distributed, train=False, collate_fn=fast_collate, transfer=self.on_device(distributed)
         )

@@ -1,4 +1,4 @@
-"""What may be said of a run that trains or evaluates a classifier: the groups of flags that only this task has."""
+"""The command-line options that only classification has."""
 import argparse
 import math
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ TOKEN_STRIDE = 32
 def _data_set(text: str) -> str:
     if text in DATA_SETS or text.startswith("wds/"):
         return text
-    raise argparse.ArgumentTypeError(f"{text!r} is no data set; choose from {', '.join(DATA_SETS)}, wds/NAME")
+    raise argparse.ArgumentTypeError(f"unknown data set {text!r}; choose from {', '.join(DATA_SETS)}, wds/NAME")
 
 
 def _model(text: str) -> str:
@@ -49,8 +49,8 @@ class ModelOptions(Group):
     input_size: int | tuple[int, int] = flag(224, "side of the image, or HEIGHTxWIDTH", type=image_size,
                                              metavar="PIXELS")
     nb_classes: int | None = flag(None, "number of classes (default: what the data holds)", type=int, check=positive)
-    drop: float = flag(0.0, "dropout before the classifier", type=float, check=fraction)
-    drop_path: float = flag(0.1, "stochastic depth of the last block", type=float, check=fraction)
+    drop: float = flag(0.0, "dropout rate of the classifier", type=float, check=fraction)
+    drop_path: float = flag(0.1, "stochastic depth rate of the last block", type=float, check=fraction)
     grad_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
     load_release: bool = flag(False, "start from the published weights of the model")
 
@@ -66,16 +66,12 @@ class DataOptions(Group):
     data_set: str = flag("IMNET", f"{', '.join(DATA_SETS)} or wds/NAME (WebDataset shards)", type=_data_set)
     data_path: str | None = flag(None, "where the data set is: for image folders, train/ and val/; for shards, a "
                                        "folder or its URL", metavar="FOLDER")
-    shard_cache: str | None = flag(None, "copies of shards from a URL (default: shards in torch.hub's folder)",
+    shard_cache: str | None = flag(None, "cache folder for shards from a URL (default: shards in torch.hub's folder)",
                                    metavar="FOLDER")
-    shard_cache_gb: float | None = flag(None, "remove the oldest of them beyond this (default: none)", type=float,
+    shard_cache_gb: float | None = flag(None, "largest size of the cache (default: no limit)", type=float,
                                         metavar="GB", check=positive)
     download: bool = flag(False, "download CIFAR where it is missing")
     skip_bad_images: bool = flag(False, "skip images that cannot be read, and count them")
-
-    def check(self):
-        if self.data_path is None and self.data_set != "digits":
-            raise UsageError(f"--data_path is missing: the folder of the data set {self.data_set}")
 
 
 def _range(value: list[float]) -> str | None:
@@ -96,7 +92,7 @@ class AugmentationOptions(Group):
     aa: str = flag("rand-m9-mstd0.5-inc1", "timm's AutoAugment or RandAugment policy, or none")
     train_interpolation: str = flag("bicubic", "interpolation of the random crop",
                                     choices=["bicubic", "bilinear", "random"])
-    crop_pct: float | None = flag(None, "part of the image that evaluation crops (default: the model's own)",
+    crop_pct: float | None = flag(None, "centre crop ratio of evaluation (default: the model's own)",
                                   type=float, check=positive)
     repeated_aug: bool = flag(True, "repeated augmentation: a third of the images an epoch, each augmented three ways")
     reprob: float = flag(0.25, "probability of random erasing", type=float, check=fraction)
@@ -118,7 +114,7 @@ class AugmentationOptions(Group):
 class DistillationOptions(Group):
     """Distillation"""
 
-    distillation_type: str = flag("none", "how to learn from --teacher_model", choices=["none", "soft", "hard"])
+    distillation_type: str = flag("none", "distillation loss", choices=["none", "soft", "hard"])
     teacher_model: str | None = flag(None, "any model that timm knows", type=_model)
     teacher_path: str | None = flag(None, "the teacher's weights (default: its published ones)", metavar="CHECKPOINT")
     distillation_alpha: float = flag(0.5, "weight of the teacher, 0 to 1", type=float, check=fraction)
@@ -135,7 +131,7 @@ class DistillationOptions(Group):
 class TokenLabelOptions(Group):
     """Token labels"""
 
-    token_label: str | None = flag(None, "train on the label maps in it (scripts/make_label_maps.py) too",
+    token_label: str | None = flag(None, "folder of token label maps (see scripts/make_label_maps.py)",
                                    metavar="FOLDER")
     token_label_weight: float | None = flag(None, "weight of the tokens' loss (default: 0.5)", type=float,
                                             check=not_negative)
@@ -143,7 +139,7 @@ class TokenLabelOptions(Group):
 
 @dataclass(frozen=True)
 class ClassificationSettings(Settings):
-    """All that may be said of a run that trains or evaluates a classifier."""
+    """All options of a run that trains or evaluates a classifier."""
 
     model: ModelOptions
     data: DataOptions
@@ -160,9 +156,11 @@ class ClassificationSettings(Settings):
         if self.evaluation.eval and not any(weights):
             raise UsageError("--eval needs weights: --resume CHECKPOINT, or --load_release for the published ones")
         if sum(map(bool, weights)) > 1:
-            raise UsageError("--resume, --finetune and --load_release are three sources of weights; give one")
+            raise UsageError("--resume, --finetune and --load_release are mutually exclusive")
         if not self.evaluation.eval:
             self._check_training()
+        if self.data.data_path is None and self.data.data_set != "digits":
+            raise UsageError(f"--data_path is missing: the folder of the data set {self.data.data_set}")
 
     def _check_training(self):
         mixes = self.augmentation.mixup or self.augmentation.cutmix

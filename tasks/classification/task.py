@@ -10,6 +10,8 @@ from torch.utils.data import Dataset
 
 import datasets
 from training.data.loader import EpochLoader, build_loader
+from training.distributed import Distributed
+from training.precision import Precision
 from training.task import Task
 from utils import UsageError
 
@@ -41,11 +43,11 @@ class ClassificationTask(Task):
     advice = ADVICE
     settings: ClassificationSettings
 
-    def __init__(self, *args: Any):
-        super().__init__(*args)
+    def __init__(self, settings: ClassificationSettings, distributed: Distributed, precision: Precision):
+        super().__init__(settings, distributed, precision)
         model, augmentation = self.settings.model, self.settings.augmentation
         self.images = ImagePipeline(model.model, model.input_size, augmentation.crop_pct)
-        self.criterion: Any = None
+        self.criterion: Criterion | None = None
 
     @classmethod
     def check_names(cls, settings: ClassificationSettings):
@@ -55,7 +57,7 @@ class ClassificationTask(Task):
 
     # --- data ---------------------------------------------------------------------------------------------------------
 
-    def dataset(self, split: str) -> datasets.ImageDataset | Dataset:
+    def dataset(self, split: str) -> Dataset:
         """(uint8 image, class index), or with token labels what `token_labels.add_label_maps` makes of it."""
         data, train = self.settings.data, split == "train"
         dataset = datasets.build_dataset(
@@ -151,9 +153,10 @@ class ClassificationTask(Task):
         except UsageError:
             if not networks.takes(self.name, kwargs, without={"drop_path_rate"}):
                 if networks.takes(self.name, kwargs, without={"drop_path_rate", "token_head"}):
-                    raise NoTokenHeadError(f"{self.name} has no token head, as BiFormer and its kin have") from None
+                    raise NoTokenHeadError(f"{self.name} has no token head, as BiFormer has") from None
                 raise
-        print(f"{self.name} has no stochastic depth: drop path is left out")
+        if self.distributed.is_main:
+            print(f"{self.name} has no stochastic depth: drop path is left out")
         kwargs = {key: value for key, value in kwargs.items() if key != "drop_path_rate"}
         return networks.build_model(self.name, pretrained, kwargs)
 

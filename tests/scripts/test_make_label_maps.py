@@ -286,5 +286,5 @@ def test_a_folder_without_maps(photos, tmp_path, capfd):
 @pytest.mark.parametrize("model", ["bvit_5m", "test_resnet"])
 def test_a_model_without_a_token_head(photos, maps, tmp_path, model, capfd):
     code = run(*SMALL, "--model", model, "--data_path", photos, "--token_label", maps)
-    message = f"{model} has no token head, as BiFormer and its kin have; --token_label needs one"
+    message = f"{model} has no token head, as BiFormer has; --token_label needs one"
     assert code == 2 and message in capfd.readouterr().err

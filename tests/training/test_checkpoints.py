@@ -225,7 +225,7 @@ def test_a_folder_of_its_own(monkeypatch):
 def test_the_folder_of_another_run(store):
     store.save(3, state(3))
     folder = str(store.folder)
-    with pytest.raises(FolderInUseError, match="holds a run already"):
+    with pytest.raises(FolderInUseError, match="already holds a run"):
         open_store(CheckpointOptions(output_dir=folder), "x", started=0)
     assert open_store(CheckpointOptions(output_dir=folder, auto_resume=True), "x", 0).steps() == [3]
     assert open_store(CheckpointOptions(output_dir=folder, resume=str(store.last)), "x", 0).steps() == [3]

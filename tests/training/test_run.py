@@ -334,7 +334,7 @@ def test_fewer_epochs_than_were_trained(photos, whole, tmp_path, capfd):
     shutil.copytree(whole, tmp_path / "run", symlinks=True)
     recipe = (tmp_path / "run" / "args.yaml").read_text()
     assert train(photos, tmp_path / "run", "--auto_resume", "--epochs", "1", "--warmup_epochs", "0") == 0
-    assert "nothing is left to train" in capfd.readouterr().out
+    assert "training is already complete" in capfd.readouterr().out
     assert (tmp_path / "run" / "args.yaml").read_text() == recipe
 
 
@@ -343,7 +343,7 @@ def test_weights_alone_are_no_run(photos, whole, tmp_path, name, kwargs, capfd):
     """Whatever their format, they are not said to be damaged."""
     torch.save(torch.load(whole / "last.pth", weights_only=True)["model"], tmp_path / name, **kwargs)
     assert train(photos, tmp_path / "out", "--resume", tmp_path / name) == 1
-    assert "holds weights alone, and no run to resume; fine-tune from it with --finetune\n" in capfd.readouterr().err
+    assert "holds only weights, no run to resume; fine-tune from it with --finetune\n" in capfd.readouterr().err
 
 
 def test_classes_of_other_names(photos, whole, tmp_path, capfd):
@@ -468,7 +468,7 @@ def test_more_steps_after_the_end(photos, tmp_path, first, capfd):
 def test_fewer_steps_than_were_taken(photos, whole, tmp_path, capfd):
     shutil.copytree(whole, tmp_path / "run", symlinks=True)
     assert train(photos, tmp_path / "run", "--auto_resume", "--max_steps", "3", "--warmup_steps", "1") == 0
-    assert "nothing is left to train" in capfd.readouterr().out
+    assert "training is already complete" in capfd.readouterr().out
     assert differences(tmp_path / "run", whole) == []
 
 

@@ -32,7 +32,7 @@ _PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
 @contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """Seed the generators of Python, NumPy and torch (CPU, and `device` if it is CUDA); restores them at the end."""
-    # torch.manual_seed would also reseed every CUDA device, for good
+    # torch.manual_seed would also reseed every CUDA device, permanently
     generators = [torch.default_generator]
     if device is not None and device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
@@ -189,7 +189,7 @@ def _follow_main_process(worker: int):
     if sys.platform == "linux":
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_exit_on_sigterm_of_main, daemon=True).start()
-        # A worker that waits for a lock which a killed process held would outlive the main process for ever.
+        # A worker that waits for a lock which a killed process held would outlive the main process forever.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
