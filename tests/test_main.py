@@ -305,7 +305,8 @@ def test_wrong_command_lines(photos, capfd):
     small = ["--data_path", photos, *SHORT]
     refuses(capfd, 2, "error: warmup_lr 1 is above the learning rate of this batch size, 7.81e-05" + scaled,
             "--warmup_lr", "1", *small)
-    refuses(capfd, 2, "the optimizer adan cannot be used with these arguments: ", "--opt", "adan", "--opt_betas", "0.9", "0.99", *small)
+    refuses(capfd, 2, "the optimizer adan cannot be used with these arguments: ", "--opt", "adan", "--opt_betas",
+            "0.9", "0.99", *small)
     refuses(capfd, 2, "; it gets --opt_eps, --opt_betas, --momentum and --layer_decay\n", "--opt", "adan",
             "--opt_betas", "0.9", "0.99", *small)
     refuses(capfd, 2, "the optimizer adahessian needs second derivatives, which no training here computes\n",

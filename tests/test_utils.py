@@ -39,10 +39,13 @@ def test_seeds_stay_what_they_were(key, mixed):
 
 def test_a_name_that_does_not_exist():
     utils.check_name("model", "a", ["a"])
+    many = ["model", *(f"{letter}{letter}{letter}" for letter in "abcdefghij")]
     with pytest.raises(UsageError, match=r"^unknown model 'modle'; did you mean model[?]$"):
-        utils.check_name("model", "modle", ["model", "zebra"])
+        utils.check_name("model", "modle", many)
     with pytest.raises(UsageError, match=r"^unknown model 'xyz'$"):
-        utils.check_name("model", "xyz", ["model"])
+        utils.check_name("model", "xyz", many)
+    with pytest.raises(UsageError, match=r"^unknown model 'xyz'; choose from model, zebra$"):
+        utils.check_name("model", "xyz", ["model", "zebra"])
 
 
 @pytest.mark.parametrize("error,code,line", [
