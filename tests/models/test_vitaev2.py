@@ -208,6 +208,7 @@ def test_our_own_checkpoint_passes_the_filter_unchanged():
     assert checkpoint_filter_fn(state, model) is state
 
 
+@pytest.mark.slow
 def test_pretrained_with_other_classes_and_channels(tmp_path):
     path = tmp_path / "published.pth"
     torch.save(published_as("bare"), path)

@@ -143,6 +143,7 @@ def ways(case):
     return [False] if RegionGrid.fit(*key_size, key_regions).num_regions > MAX_BITS else [False, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name,dense", [(name, dense) for name, case in SMALL.items() for dense in ways(case)])
 def test_error_is_at_most_twice_that_of_eager(name, dense, dtype):
@@ -176,6 +177,7 @@ def test_error_is_at_most_twice_that_of_eager_on_the_networks_maps(name, dense, 
     check_errors(LARGE[name], dtype, dense, batch=2, head_dim=head_dim)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dense", [False, True])
 def test_heads_and_images_do_not_mix(dense):
     inputs = make_inputs(SMALL["ragged"], torch.float32, heads=3, head_dim=16, batch=2)
@@ -187,6 +189,7 @@ def test_heads_and_images_do_not_mix(dense):
         torch.testing.assert_close(ours, one_by_one, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dense", [False, True])
 def test_repeated_runs_agree_to_the_bit(dense):
     inputs = make_inputs(SMALL["packed"], torch.float32, heads=1, head_dim=16)
@@ -265,6 +268,7 @@ def op_arguments(dense, requires_grad=True):
     return *maps, routes, bits, [query_grid.rows, query_grid.cols], [key_grid.rows, key_grid.cols], 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dense", [False, True])
 def test_operators_pass_opcheck(dense):
     arguments = op_arguments(dense)
@@ -480,6 +484,7 @@ def test_kernels_compile_for_gpus_without_spilling():
     assert len(rows) == 3 * 2 * 2 * 2 and all(row.endswith("| 0 |") for row in rows)
 
 
+@pytest.mark.slow
 def test_a_network_trains_alike_with_it():
     """biformer_nano on a small image, its logits and all gradients; routed otherwise, it must be told apart."""
     torch.manual_seed(1)
