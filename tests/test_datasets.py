@@ -305,7 +305,7 @@ def test_a_fault_of_the_system_is_no_bad_image(folder, monkeypatch, where, name)
     dataset = build_dataset("IMNET", folder, "val", on_error="mask")
     number = getattr(errno, name)
     make_reading_fail(monkeypatch, where, number)
-    with pytest.raises(LostDataError, match=rf"^cannot read .*ant/0\.png: {os.strerror(number)}; see to the machine"):
+    with pytest.raises(LostDataError, match=rf"^cannot read .*ant/0\.png: {os.strerror(number)}; check the disk"):
         dataset[0]
     assert dataset.bad_images == 0
 

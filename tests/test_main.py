@@ -150,6 +150,7 @@ def test_average_is_evaluated_too(photos, tmp_path, capfd):
     assert code == 0 and float(RESULT.search(out).group(1)) == pytest.approx(last["ema_acc1"], abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 def test_distillation(photos, trained, tmp_path, kind):
     student = ["--model", "resnet10t", "--epochs", "1", "--warmup_epochs", "0"]
@@ -177,6 +178,7 @@ def test_fine_tuning_with_other_classes_and_size(photos, trained, tmp_path, capf
     torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_every_option_of_the_recipe_at_once(photos, tmp_path):
     train(photos, tmp_path, "--layer_decay", "0.7", "--update_freq", "2", "--clip_grad", "1", "--opt", "lamb",
           "--batch_size", "2", "--amp", "bf16", "--grad_checkpointing", "--channels_last", "false", "--drop", "0.1",
@@ -195,16 +197,19 @@ def test_disable_eval(photos, tmp_path, capfd):
     assert "Acc@1" not in capfd.readouterr().out and not (tmp_path / "best.pth").exists()
 
 
+@pytest.mark.slow
 def test_models_without_stochastic_depth(photos, tmp_path, capfd):
     train(photos, tmp_path, "--model", "repvit_m0_9", "--epochs", "2")
     assert "repvit_m0_9 has no stochastic depth: drop path is left out" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_models_of_one_size_get_theirs(photos, tmp_path):
     train(photos, tmp_path, "--model", "vit_tiny_patch16_224", "--input_size", "48")
     assert weights(tmp_path / "last.pth")["pos_embed"].shape == (1, 10, 192)
 
 
+@pytest.mark.slow
 def test_shards_are_the_folder_again(photos, trained, tmp_path, capfd):
     """The recipe trains on shards; evaluation finds the same in a folder, in its shards, and in those of a server."""
     assert make_shards.main([str(photos), str(tmp_path / "shards"), "--size", "4"]) == 0
@@ -257,6 +262,7 @@ def original_names(state_dict):
     return out
 
 
+@pytest.mark.slow
 def test_original_convnext_checkpoint(photos, tmp_path, capfd):
     model = timm.create_model("convnext_tiny", num_classes=3)
     names = original_names(model.state_dict())
@@ -356,6 +362,7 @@ def test_classes_of_val_that_are_not_train(photos, tmp_path, capfd):
     refuses(capfd, 1, "lacks class2 and adds other", "--data_path", tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_image_that_cannot_be_read(photos, tmp_path, capfd, workers):
     for split in ("train", "val"):
@@ -420,6 +427,7 @@ def test_a_batch_larger_than_the_training_set(photos, capfd):
             "--batch_size\n", "--data_path", photos, "--update_freq", "9")
 
 
+@pytest.mark.slow
 def test_exit_code_reaches_the_shell():
     done = subprocess.run([sys.executable, "main.py", "--epochs", "0"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr == "error: --epochs must be at least 1, got 0\n"

@@ -65,7 +65,7 @@ def read_label_map(path: Path, num_classes: int) -> torch.Tensor:
     classes = label_map[1]
     if not label_map.isfinite().all() or classes.min() < 0 or classes.max() >= num_classes:
         raise UserError(
-            f"{path}: holds a class beyond {num_classes}, or a value that is no number; remove it, and {advice} "
+            f"{path}: holds a value that is no class index below {num_classes}, or not finite; remove it, and {advice} "
             "with a teacher of these classes"
         )
     return label_map.to(label_map_dtype(num_classes))

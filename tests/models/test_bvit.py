@@ -13,6 +13,8 @@ from helpers.costs import BVIT as COSTS
 from helpers.golden import image
 from helpers.published import gmacs, golden_tensors, published_state_dict, relative_error, save_published
 from models.bvit import broad_attention, checkpoint_filter_fn
+from training.distributed import Distributed
+from training.precision import Precision
 
 # parameters; GMACs at 224 for the class token, and for all tokens
 SMALL = dict(embed_dim=24, depth=3, num_heads=2, num_classes=5)
@@ -194,10 +196,12 @@ def test_published_file_under_its_published_name(tmp_path):
     """As main.py reads it: the name, the file with its command line, the family's filter."""
     path = save_published("bvit_5m_conv_stem", tmp_path / "bvit.pth")
     assert isinstance(torch.load(path, weights_only=False)["args"], argparse.Namespace)
-    args = main.options.parse(["--arch", "BViT-5", "--data_path", "x", "--model_kwargs", "stem_stride=2"])
-    main.check_model(args.model)
-    model = main.create_model(args, num_classes=None)
-    main.load_from(model, str(path), key=None)
+    argv = ["--arch", "BViT-5", "--data_path", "x", "--model_kwargs", "stem_stride=2", "--eval", "--resume", str(path)]
+    task_class, settings = main.parse(argv)
+    main.check_names(task_class, settings)
+    task = task_class(settings, Distributed(torch.device("cpu")), Precision())
+    model = task.network()
+    task.load(model, settings.checkpoint.resume)
     expected = published_state_dict("bvit_5m_conv_stem")
     torch.testing.assert_close(model.stem.weight.double(), expected["conv.weight"], rtol=0, atol=1e-6)
     assert model.pos_embed.equal(expected["pos_embedding"][:, :50].float())

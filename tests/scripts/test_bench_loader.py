@@ -19,6 +19,7 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_data(tmp_path, capsys):
     folder = write_photos(tmp_path / "photos", train=6, val=1)
     benchmark.main(["data", "--data_path", str(folder), "--images", "4", "--rounds", "3", "--rate", "nano=1e6",

@@ -34,6 +34,7 @@ def run(tmp_path, capsys, *arguments):
 # --- the commands ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_models(tmp_path, capsys):
     record, out = run(tmp_path, capsys, "models", "biformer_nano", "--reference", "resnet10t", "--input_size", "32",
                       "--batch_size", "2", "--rounds", "3")
@@ -50,6 +51,7 @@ def test_models(tmp_path, capsys):
     assert training > inference
 
 
+@pytest.mark.slow
 def test_op(tmp_path, capsys):
     record, out = run(tmp_path, capsys, "op", "--batch_size", "1", "--scales", "0.25", "--modes", "train",
                       "--contenders", "gather", "masked", "dense", "--rounds", "3")
@@ -69,6 +71,7 @@ def test_broad(tmp_path, capsys):
     assert class_token < all_tokens < concatenated and network > 0
 
 
+@pytest.mark.slow
 def test_all(tmp_path, capsys, monkeypatch):
     """Every kind of case, at a small size; one fails, and one has no time."""
     tiny = suite.Scale("off", 2, (56, 60), 1, (32,), 2**20, 64, 3, (("tiny", "infer", 1e6),))
@@ -139,6 +142,7 @@ def test_mistakes(capsys, tmp_path):
 # --- the loop -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_cases_are_measured_while_time_is_left(monkeypatch):
     clock, deadlines = [1000.0], []
     monkeypatch.setattr(suite.time, "time", lambda: clock[0])
@@ -370,6 +374,7 @@ def test_broad_attention_is_what_was_published():
     torch.testing.assert_close(broad_attention(qkvs, 3), models.concatenated(qkvs, 3))
 
 
+@pytest.mark.slow
 def test_the_batch_is_halved_until_it_fits(monkeypatch):
     def build(contender, setting, device):
         if setting.batch > 5:
@@ -427,6 +432,7 @@ def test_busy_time_is_the_length_of_the_union():
     assert breakdown.busy_microseconds([(5, 6), (0, 2), (1, 3), (1, 2)]) == 4
 
 
+@pytest.mark.slow
 def test_the_breakdown_of_a_step_adds_up():
     step, *rows = breakdown.measure(Contender("biformer_nano"), Setting("train", 1, 64), trial())
     of_groups = {row["name"]: row["share"] for row in rows if row["kind"] == "group"}

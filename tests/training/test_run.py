@@ -91,6 +91,7 @@ def test_the_comparison_finds_differences(photos, whole, tmp_path):
     assert any(line.startswith("log.txt") for line in found)
 
 
+@pytest.mark.slow
 def test_stopped_while_evaluating(photos, whole, tmp_path, monkeypatch, capfd):
     """The evaluation is finished and logged, and not done again."""
     evaluate = program.evaluate
@@ -109,6 +110,7 @@ def test_stopped_while_evaluating(photos, whole, tmp_path, monkeypatch, capfd):
     assert differences(tmp_path, whole) == []
 
 
+@pytest.mark.slow
 def test_ended_after_the_log_line_of_an_epoch(photos, whole, tmp_path, monkeypatch):
     """The line is written again, not twice; nor is what a longer run had logged kept, or half a line."""
     with monkeypatch.context() as patch:
@@ -152,6 +154,7 @@ def test_saved_by_minutes(photos, tmp_path):
     assert CheckpointStore(tmp_path).steps() == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_resuming_from_the_one_before_a_damaged_one(photos, whole, tmp_path, capfd):
     assert train(photos, tmp_path, "--save_every_steps", "1", "--epochs", "2") == 0
     newest = tmp_path / "checkpoint-00000006.pth"
@@ -199,6 +202,7 @@ def test_stopped_with_other_ways_to_train(photos, whole, tmp_path, monkeypatch, 
     assert differences(tmp_path / "whole", whole) != [], "the flags change nothing"
 
 
+@pytest.mark.slow
 def test_the_scaler_of_gradients_is_live(photos, tmp_path):
     """It counts the steps since the last overflow, and an overflow halves its scale: steps never leave it as it was."""
     assert train(photos, tmp_path, "--amp", "fp16", "--keep_checkpoints", "2") == 0
@@ -295,6 +299,7 @@ def test_a_damaged_checkpoint_by_name(photos, whole, tmp_path, capfd):
     )
 
 
+@pytest.mark.slow
 def test_restarted_by_torchrun(photos, half, whole, monkeypatch, capfd):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert train(photos, half) == 0
@@ -304,6 +309,7 @@ def test_restarted_by_torchrun(photos, half, whole, monkeypatch, capfd):
     assert "which can only resume in a folder that was named; give --output_dir" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric,better", [("acc1", max), ("loss", min), ("ema_loss", min)])
 def test_the_best_by_any_metric(photos, tmp_path, metric, better):
     assert train(photos, tmp_path, "--best_metric", metric, "--epochs", "3") == 0
@@ -425,6 +431,7 @@ def test_the_steps_of_whole_epochs_are_those_epochs(photos, whole, tmp_path):
     assert differences(tmp_path, whole) == []
 
 
+@pytest.mark.slow
 def test_the_last_epoch_is_cut_short(photos, tmp_path, capfd):
     assert train(photos, tmp_path, "--max_steps", "4") == 0
     out = capfd.readouterr().out
@@ -441,6 +448,7 @@ def test_less_than_an_epoch(photos, tmp_path):
     assert [record["step"] for record in records(tmp_path)] == [2] and CheckpointStore(tmp_path).steps() == [2]
 
 
+@pytest.mark.slow
 def test_stopped_in_an_epoch_that_is_cut_short(photos, tmp_path, monkeypatch, capfd):
     assert train(photos, tmp_path / "whole", "--max_steps", "5") == 0
     with monkeypatch.context() as patch:
@@ -452,6 +460,7 @@ def test_stopped_in_an_epoch_that_is_cut_short(photos, tmp_path, monkeypatch, ca
     assert differences(tmp_path / "left", tmp_path / "whole") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [2, 4])
 def test_more_steps_after_the_end(photos, tmp_path, first, capfd):
     """The epoch that was cut short is trained to its end; steps that the schedule does not stretch are as they were."""
@@ -472,6 +481,7 @@ def test_fewer_steps_than_were_taken(photos, whole, tmp_path, capfd):
     assert differences(tmp_path / "run", whole) == []
 
 
+@pytest.mark.slow
 def test_the_learning_rate_goes_by_steps(photos, tmp_path):
     command = ["--sched", "poly", "--poly_power", "0.9", "--warmup_steps", "2", "--max_steps", "8"]
     assert train(photos, tmp_path, *command, "--min_lr", "0") == 0
@@ -480,6 +490,7 @@ def test_the_learning_rate_goes_by_steps(photos, tmp_path):
     assert rates == pytest.approx([peak * (1 - step / 8) ** 0.9 for step in (2, 5, 7)])
 
 
+@pytest.mark.slow
 def test_epochs_of_the_schedule_are_steps(photos, tmp_path):
     """Warm-up and milestones in epochs and the same ones in steps are one run."""
     epochs = ["--sched", "step", "--decay_epochs", "1", "--warmup_epochs", "1"]

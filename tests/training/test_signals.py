@@ -68,6 +68,7 @@ def run_python(script):
     return subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.slow
 def test_a_bug_ends_the_process_too():
     """With its traceback, and whatever still runs: the other processes of the run wait for this one."""
     done = run_python(
@@ -79,6 +80,7 @@ def test_a_bug_ends_the_process_too():
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [0, 1, 2, signals.EXIT_RESUME])
 def test_a_fault_ends_the_process_without_waiting_for_others(code):
     """Python would wait for this thread for ever; only after a fault must it not."""
@@ -101,6 +103,7 @@ def test_signals_are_noted_and_handed_back(number):
     assert signal.getsignal(number) is before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", SignalHandler.SIGNALS)
 def test_an_interrupt_after_any_signal_ends_the_run_at_once(first):
     done = run_python(

@@ -77,9 +77,9 @@ class Foreign:
         (torch.zeros(2, 5, 18), r"a label map is a tensor \(2, k, h, w\), this is \(2, 5, 18\)"),
         (torch.zeros(3, 5, 2, 2), r"this is \(3, 5, 2, 2\)"),
         (dict(a=torch.zeros(1)), "this is dict"),
-        (torch.full((2, 5, 2, 2), 3.0), "no class of 3"),
-        (torch.full((2, 5, 2, 2), -1.0), "no class of 3"),
-        (torch.full((2, 5, 2, 2), torch.nan), "no number"),
+        (torch.full((2, 5, 2, 2), 3.0), "no class index below 3"),
+        (torch.full((2, 5, 2, 2), -1.0), "no class index below 3"),
+        (torch.full((2, 5, 2, 2), torch.nan), "not finite"),
     ],
 )
 def test_a_wrong_file_is_named(tmp_path, content, message, capfd):
