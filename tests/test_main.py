@@ -313,7 +313,7 @@ def test_wrong_command_lines(photos, capfd):
             "--warmup_lr", "1", *small)
     refuses(capfd, 2, "the optimizer adan cannot be used with these arguments: ", "--opt", "adan", "--opt_betas",
             "0.9", "0.99", *small)
-    refuses(capfd, 2, "; it gets --opt_eps, --opt_betas, --momentum and --layer_decay\n", "--opt", "adan",
+    refuses(capfd, 2, "; see --opt_eps, --opt_betas, --momentum and --layer_decay\n", "--opt", "adan",
             "--opt_betas", "0.9", "0.99", *small)
     refuses(capfd, 2, "the optimizer adahessian needs second derivatives, which no training here computes\n",
             "--opt", "adahessian", *small)
@@ -334,7 +334,7 @@ def test_wrong_command_lines(photos, capfd):
 
 
 def test_wrong_tasks(photos, tmp_path, capfd):
-    refuses(capfd, 2, "error: unknown task 'clasification'; did you mean classification?\n", "--task", "clasification")
+    refuses(capfd, 2, "error: unknown task 'clasification'; choose from classification\n", "--task", "clasification")
     refuses(capfd, 2, "--task: expected one argument\n", "--task")
     recipe = tmp_path / "recipe.yaml"
     for value in ("segmentatoin", "3", "[a]"):

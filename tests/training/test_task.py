@@ -125,7 +125,7 @@ def test_two_processes(whole, tmp_path):
 
 def test_mistakes_are_one_line(capfd):
     for code, message, *arguments in (
-        (2, "unknown task 'regresion'; did you mean regression?", "--task", "regresion"),
+        (2, "unknown task 'regresion'; choose from regression", "--task", "regresion"),
         (2, "unknown flag --widht; did you mean --width?", "--widht", "3"),
         (2, "--width must be at least 1, got 0", "--width", "0"),
         (2, "unknown flag --model; did you mean", "--model", "biformer_nano"),
