@@ -64,6 +64,7 @@ def wait(condition, folder, job, seconds=300):
 def wait_for_requeue(folder, job, restarts):
     """Wait until the job waits again, and spare it the two minutes for which Slurm holds back what it requeued."""
     wait(lambda: state(job)["JobState"] == "PENDING", folder, job)
+    time.sleep(2)  # slurmd refuses a job that starts in the second in which it revoked the credential of its last start
     command("scontrol", "update", f"JobId={job}", "StartTime=now")
     wait(lambda: state(job)["Restarts"] == str(restarts) and state(job)["JobState"] == "RUNNING", folder, job)
 
