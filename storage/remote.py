@@ -8,7 +8,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
@@ -174,9 +174,11 @@ class RemoteCache:
                 os.fsync(file.fileno())
             if sha256 is not None and not (found := sha256_of(part)).startswith(sha256.lower()):
                 raise HashMismatchError(sha256, found)
-            self._make_room(part.stat().st_size, copy.suffix)
-            file = part.open("rb")  # before another process could remove the copy to make room for its own
-            os.replace(part, copy)
+            # One process at a time: two that made room at once would both find it, and exceed the bound together.
+            with nullcontext() if self.max_bytes == math.inf else _locked(self.folder / f".room{copy.suffix}.lock"):
+                self._make_room(part.stat().st_size, copy.suffix)
+                file = part.open("rb")  # before another process could remove the copy to make room for its own
+                os.replace(part, copy)
             return file
         finally:
             part.unlink(missing_ok=True)

@@ -20,13 +20,20 @@ def photos(tmp_path_factory):
 
 # All published networks but the smallest of each family; of BiFormer that is biformer_nano, which was not published.
 LARGE = costs.ALL.keys() - {"bvit_5m", "debiformer_tiny", "vitaev2_s"}
+# In the tests of timm's contract, which take every network: two families stand for all.
+LARGE_FOR_CONTRACT = costs.ALL.keys() - {"bvit_5m"}
+
+
+def takes_network(item: pytest.Item, names: set[str]) -> bool:
+    """Whether a parameter of a test is one of these networks, or its weights (NAME_TAG)."""
+    values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    prefixes = tuple(f"{name}_" for name in names)
+    return any(isinstance(value, str) and (value in names or value.startswith(prefixes)) for value in values)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]):
     """Mark the tests of large networks as slow: each has the same code as the smallest of its family."""
     for item in items:
-        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        if any(isinstance(value, str) and (value in LARGE or value.startswith(tuple(f"{n}_" for n in LARGE)))
-               for value in values):
+        if takes_network(item, LARGE_FOR_CONTRACT if item.path.name == "test_models.py" else LARGE):
             item.add_marker(pytest.mark.slow)

@@ -32,6 +32,7 @@ def test_flops(name):
     assert gmacs(timm.create_model(name, attn_impl="gather")) == pytest.approx(COSTS[name][1], rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", [dict, lambda sd: {"model": sd}, lambda sd: {"state_dict": sd}])
 def test_loads_every_published_layout(wrap):
     model = timm.create_model("debiformer_tiny").double()
@@ -40,6 +41,7 @@ def test_loads_every_published_layout(wrap):
     assert checkpoint_filter_fn(model.state_dict(), model).keys() == model.state_dict().keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["tiny", "small", "base"])
 def test_published_names(size):
     ours, published = (timm.create_model(f"{prefix}_{size}", device="meta") for prefix in ("debiformer", "debi"))
@@ -52,6 +54,7 @@ def attention(**kwargs):
     return DeformableAgentAttention(**dict(settings, **kwargs)).double().eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size,agents", [((28, 28), (7, 7)), ((9, 14), (3, 4)), ((1, 1), (1, 1)), ((3, 40), (1, 10))])
 def test_agents_are_read_where_the_points_say(size, agents):
     """Bilinear interpolation, written out for one agent after the other."""

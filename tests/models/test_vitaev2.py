@@ -172,6 +172,7 @@ def test_initial_weights():
     assert torch.cat([m.weight.flatten() for m in linears]).std().item() == pytest.approx(0.02, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["bare", "model", "state_dict"])
 def test_pretrained_from_a_published_file(layout, tmp_path):
     path = tmp_path / "published.pth"

@@ -150,6 +150,7 @@ def test_error_is_at_most_twice_that_of_eager(name, dense, dtype):
     check_errors(SMALL[name], dtype, dense, heads=1, head_dim=16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head_dim", [8, 24, 32, 48, 80, 128])
 def test_any_head_dim(head_dim):
     check_errors(SMALL["ragged"], torch.float32, False, heads=2, head_dim=head_dim)

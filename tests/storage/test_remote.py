@@ -1,6 +1,8 @@
 """storage/remote.py: copies that are intact or not there; shards and weights test the rest of it."""
 import hashlib
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
@@ -81,3 +83,21 @@ def test_other_files_are_left_alone(server, tmp_path):
     for name in ("1.x", "2.x"):
         cache.path(f"{server}/a", name)
     assert {path.name for path in cache.folder.iterdir()} == {"1.lock", "2.lock", "2.x", "of the user"}
+
+
+def test_a_bound_holds_for_processes_that_download_at_once(tmp_path):
+    """Each removes the others' copies, and none of them two at a time."""
+    source, cache = tmp_path / "source", tmp_path / "cache"
+    source.mkdir()
+    for number in range(6):
+        (source / f"{number}.bin").write_bytes(bytes(1000))
+    with served(source) as url:
+        fetch_one = partial(_open_and_close, url, cache)
+        with ThreadPoolExecutor(6) as pool:
+            for _ in range(5):
+                list(pool.map(fetch_one, range(6)))
+                assert len(list(cache.glob("*.bin"))) == 1
+
+
+def _open_and_close(url, cache, number):
+    RemoteCache(cache, max_bytes=1).open(f"{url}/{number}.bin", f"{number}.bin").close()

@@ -127,11 +127,13 @@ def test_saved_by_steps_and_kept(photos, tmp_path):
     assert CheckpointStore(tmp_path).steps() == [3, 4, 6]
 
 
+@pytest.mark.slow
 def test_the_end_of_an_epoch_is_a_step_too(photos, tmp_path):
     assert train(photos, tmp_path, "--save_every", "10", "--save_every_steps", "3", "--keep_checkpoints", "3") == 0
     assert CheckpointStore(tmp_path).steps() == [3, 6]
 
 
+@pytest.mark.slow
 def test_another_batch_size_between_epochs(photos, whole, tmp_path):
     """Epochs of fewer steps: what is newer must not be taken for older."""
     shutil.copytree(whole, tmp_path / "run", symlinks=True)
@@ -140,6 +142,7 @@ def test_another_batch_size_between_epochs(photos, whole, tmp_path):
     assert torch.load(tmp_path / "run" / "last.pth", weights_only=True)["epoch"] == 3
 
 
+@pytest.mark.slow
 def test_a_run_that_is_over_keeps_its_log(photos, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run", symlinks=True)
     assert train(photos, tmp_path / "run", "--auto_resume") == 0
@@ -149,6 +152,7 @@ def test_a_run_that_is_over_keeps_its_log(photos, whole, tmp_path):
     assert differences(tmp_path / "run", whole) == []
 
 
+@pytest.mark.slow
 def test_saved_by_minutes(photos, tmp_path):
     assert train(photos, tmp_path, "--save_every_minutes", "1e-9", "--keep_checkpoints", "9") == 0
     assert CheckpointStore(tmp_path).steps() == [1, 2, 3, 4, 5, 6]
