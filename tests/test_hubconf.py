@@ -14,6 +14,7 @@ def test_models_through_torch_hub():
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 3)
 
 
+@pytest.mark.slow
 def test_a_project_with_packages_of_the_same_names(tmp_path):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "__init__.py").touch()

@@ -55,6 +55,7 @@ def test_gradients_agree_with_the_formula(case, impl):
         torch.testing.assert_close(grad, expect, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", UNFUSED)
 @pytest.mark.parametrize("case", ["ragged", "small queries on a large map"])
 def test_gradcheck(case, impl):

@@ -229,6 +229,7 @@ def test_heads_that_lie_apart_in_memory():
     assert all(g is not None for g in torch.autograd.grad(out.sum(), apart))
 
 
+@pytest.mark.slow
 def test_extreme_logits():
     """Weights that underflow, and a first tile without a single routed key, must not make numbers that are none."""
     grid = RegionGrid.fit(16, 16, 2)

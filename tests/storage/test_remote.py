@@ -82,7 +82,7 @@ def test_other_files_are_left_alone(server, tmp_path):
     (cache.folder / "of the user").write_bytes(b"x" * 99)
     for name in ("1.x", "2.x"):
         cache.path(f"{server}/a", name)
-    assert {path.name for path in cache.folder.iterdir()} == {"1.lock", "2.lock", "2.x", "of the user"}
+    assert {path.name for path in cache.folder.iterdir()} == {".room.x.lock", "1.lock", "2.lock", "2.x", "of the user"}
 
 
 def test_a_bound_holds_for_processes_that_download_at_once(tmp_path):

@@ -122,6 +122,7 @@ def test_ended_after_the_log_line_of_an_epoch(photos, whole, tmp_path, monkeypat
     assert differences(tmp_path, whole) == []
 
 
+@pytest.mark.slow
 def test_saved_by_steps_and_kept(photos, tmp_path):
     assert train(photos, tmp_path, "--save_every_steps", "2", "--keep_checkpoints", "3") == 0
     assert CheckpointStore(tmp_path).steps() == [3, 4, 6]
@@ -276,6 +277,7 @@ def half(photos, tmp_path, monkeypatch):
     return tmp_path / "half"
 
 
+@pytest.mark.slow
 def test_the_same_images_in_other_batches(photos, half, capfd):
     """Accumulation may change where the global batch does not; in the middle of an epoch nothing else may."""
     assert train(photos, half, "--auto_resume", "--batch_size", "6") == 1
@@ -371,6 +373,7 @@ def test_classes_of_other_names(photos, whole, tmp_path, capfd):
     assert "warning: " in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_full_disk(photos, tmp_path, monkeypatch, capfd):
     def full(path, state):
         raise OSError(28, "No space left on device")
@@ -430,6 +433,7 @@ def test_the_clock_stops_at_the_last_step(total):
     assert clock.steps_taken == total and clock.epochs == clock.epoch == -(-total // 3)
 
 
+@pytest.mark.slow
 def test_the_steps_of_whole_epochs_are_those_epochs(photos, whole, tmp_path):
     assert train(photos, tmp_path, "--max_steps", 2 * STEPS, "--epochs", "9") == 0
     assert differences(tmp_path, whole) == []
