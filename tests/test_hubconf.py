@@ -1,6 +1,7 @@
 import subprocess
 import sys
 
+import pytest
 import timm
 import torch
 
