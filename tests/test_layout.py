@@ -52,6 +52,7 @@ NETWORKS = ("models/*", "ops/bra.py")
 
 
 # --- what is read -----------------------------------------------------------------------------------------------------
+STANDARD = sys.stdlib_module_names | {"tomllib"}  # of Python 3.11
 
 
 def name_of(path):
@@ -289,7 +290,7 @@ def test_every_import_is_in_a_requirements_file():
     local = OURS | {p.stem for p in paths} | {"helpers", "routedvit"}
     for path in paths:
         for name in rooms_of(imports_of(path)):
-            if name not in sys.stdlib_module_names and name not in local:
+            if name not in STANDARD and name not in local:
                 assert distributions.get(name, name) in listed, f"{path.name} imports {name}"
 
 
