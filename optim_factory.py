@@ -37,7 +37,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay_groups: str) -
 
     Args:
         model: Any network, without wrappers.
-        weight_decay: Weight decay of those that have one.
+        weight_decay: Weight decay of the other parameters.
         decay_groups: "layernorm" for no weight decay on layer norms alone, as in the published detection and
             segmentation recipes; "none" for weight decay on everything.
     """

@@ -20,7 +20,7 @@ def rename_published(state_dict: dict[str, torch.Tensor], renames: list[tuple[st
 def fit_token_head(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """The entries, with the token head that `model` needs.
 
-    Entries of a token head that `model` does not have are left out; the model's own stand in for those that are missing
+    Entries of a token head that `model` does not have are left out; the model's own take the place of missing ones
     or of another shape.
     """
     own = {name: value for name, value in model.state_dict().items() if name.startswith("token_head.")}

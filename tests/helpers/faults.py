@@ -1,7 +1,7 @@
 """Faults in real training runs, and what they cost; `make test-faults` runs the whole campaign.
 
-A run of a small BiFormer is started, struck, and resumed with --auto_resume, until it is done; then its weights, EMA
-weights, optimizer and log are compared, bit for bit, with those of a run that nothing struck. Runs have one process or
+A run of a small BiFormer is started, disturbed, and resumed with --auto_resume, until it is done; then its weights, EMA
+weights, optimizer and log are compared, bit for bit, with an undisturbed run's. Runs have one process or
 two, data loading processes, mixup, random erasing, repeated augmentation and gradient accumulation.
 """
 import argparse
@@ -141,7 +141,7 @@ Verdict = str | None
 
 
 class TooLate(Exception):
-    """The run was done before it could be struck."""
+    """The run was done before it could be disturbed."""
 
 
 def _expect(attempt: Attempt, codes: set[int], text: str = "") -> Verdict:
@@ -327,16 +327,16 @@ def _restart_by_torchrun(course: Course, rng: random.Random) -> Verdict:
         return True
 
     before = rng.randint(1, 3)
-    struck = lines(before)
+    seen = lines(before)
     starts = output.read_text().count("resuming from")
-    if struck:
+    if seen:
         children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
         os.kill(int(rng.choice(children)), signal.SIGKILL)
         lines(before + 3)
     launcher.terminate()
     launcher.wait(PATIENCE)
     text = output.read_text()
-    if not struck:
+    if not seen:
         raise TooLate
     return None if text.count("resuming from") > starts else f"torchrun did not resume: {text[-2000:]}"
 
@@ -379,7 +379,7 @@ SHORT = {
 
 @dataclass
 class Campaign:
-    """What came of the faults: how often each was tried and survived, and how the struck runs ended."""
+    """What came of the faults: how often each was tried and survived, and how the disturbed runs ended."""
 
     tried: Counter = field(default_factory=Counter)
     survived: Counter = field(default_factory=Counter)
@@ -404,7 +404,7 @@ class Campaign:
         return "\n".join([
             "| fault | tried | survived |", "|---|---|---|", *rows,
             f"| **all** | **{self.tried.total()}** | **{self.survived.total()}** |", "",
-            f"State lost in the {self.runs} runs that were struck, against runs that were not: {lost}.",
+            f"State lost in the {self.runs} disturbed runs, compared with undisturbed ones: {lost}.",
         ])
 
 
@@ -413,7 +413,7 @@ def finish(course: Course):
     attempt = course.start("--num_workers", "1")
     codes = attempt.end()
     if set(codes) != {0}:
-        raise RuntimeError(f"a run that nothing struck ended with {codes}: {attempt.text()[-2000:]}")
+        raise RuntimeError(f"an undisturbed run ended with {codes}: {attempt.text()[-2000:]}")
 
 
 def strike_all(faults: list[Fault], work: Path, rng: random.Random, say: Callable[[str], None]) -> Campaign:
@@ -427,7 +427,7 @@ def strike_all(faults: list[Fault], work: Path, rng: random.Random, say: Callabl
         for number in itertools.count():
             if not waiting:
                 break
-            course = Course(photos, work / f"struck-{world_size}-{number}", world_size)
+            course = Course(photos, work / f"disturbed-{world_size}-{number}", world_size)
             waiting = strike_one(course, waiting, campaign, rng, say)
             finish(course)
             campaign.compare(course, reference.folder)
