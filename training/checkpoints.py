@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from storage.weights import HostileFileError, WeightsError, fetch, read_checkpoint
+from storage.weights import HostileFileError, WeightsError, fetch, read_file
 from utils import UserError, replace_file
 
 from .distributed import Distributed, restart_count
@@ -94,7 +94,7 @@ def is_intact(path: Path) -> bool:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:
                 return False
-        read_checkpoint(str(path))
+        read_file(path)
     except HostileFileError as error:
         raise UserError(str(error)) from error
     except Exception:  # damaged bytes make zipfile raise nearly anything

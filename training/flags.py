@@ -25,7 +25,7 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import yaml
 
-from utils import UsageError, nearest
+from utils import UsageError, nearest, one_line
 
 SettingsT = TypeVar("SettingsT")
 Check = Callable[[Any], str | None]
@@ -262,7 +262,7 @@ def read_recipe(path: str) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from error
+        raise UsageError(f"--config {path}: not YAML ({one_line(error)})") from error
     if not isinstance(recipe, dict):
         raise UsageError(f"--config {path}: must be lines of `flag: value`")
     return {str(key).replace("-", "_"): value for key, value in recipe.items()}

@@ -30,7 +30,7 @@ from PIL import Image
 from torch.utils.data import Sampler
 
 from storage.remote import HashMismatchError, RemoteCache, TransferError, read_bytes
-from utils import LostDataError, is_url
+from utils import LostDataError, is_url, some
 
 INFO_NAMES = ("_info.json", "info.json")
 # A sample's image is the first of these that it has, as in timm for the extensions that timm reads.
@@ -243,8 +243,7 @@ def read_split(folder: LocalFolder | HttpFolder, names: Sequence[str]) -> Split:
         raise ShardError(f"{folder}/{info} lists a shard outside of its folder: {outside[0]}")
     missing = folder.missing(filenames)
     if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise ShardError(f"{folder} lacks shards that {info} lists: {', '.join(missing[:5])}{more}")
+        raise ShardError(f"{folder} lacks shards that {info} lists: {some(missing)}")
     return Split(info, filenames, lengths, hashes, num_classes)
 
 
