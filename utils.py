@@ -3,8 +3,8 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,6 +33,15 @@ class UsageError(UserError):
     """A wrong command line or recipe: exit code 2."""
 
     exit_code = 2
+
+
+@contextmanager
+def as_user_error(kind: type[Exception]) -> Iterator[None]:
+    """Raise an error of this kind, from a module that knows none of ours, as a `UserError` with the same text."""
+    try:
+        yield
+    except kind as error:
+        raise UserError(str(error)) from error
 
 
 def nearest(name: str, known: Iterable[str], n: int = 1) -> str:

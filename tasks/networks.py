@@ -9,7 +9,7 @@ from timm.data import resolve_data_config
 
 import models  # noqa: F401, registers our models with timm
 from storage.weights import WeightsError, class_difference, load_weights, read_checkpoint, unwrap
-from utils import UsageError, UserError, check_name
+from utils import UsageError, UserError, as_user_error, check_name
 
 # Names that models were published under, where timm's style differs.
 PUBLISHED_NAMES = {"BViT-5": "bvit_5m", "BViT-22": "bvit_22m"}
@@ -67,10 +67,8 @@ def read(source: str) -> dict[str, Any]:
     Raises:
         UserError: It cannot be read.
     """
-    try:
+    with as_user_error(WeightsError):
         return read_checkpoint(source)
-    except WeightsError as error:
-        raise UserError(str(error)) from error
 
 
 def load_from(model: torch.nn.Module, source: str, key: str | None = None, **kwargs: Any):
@@ -101,10 +99,8 @@ def load_checkpoint(
     """
     classifier = model.default_cfg.get("classifier") or () if new_classifier else ()
     classifier = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    try:
+    with as_user_error(WeightsError):
         kept = load_weights(model, unwrap(checkpoint, key), family_filter(model), classifier)
-    except WeightsError as error:
-        raise UserError(str(error)) from error
     if kept:
         print(f"{source} has another number of classes: the classifier is re-initialised")
     if difference := class_difference(checkpoint, trained_on):

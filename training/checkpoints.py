@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import torch
 
 from storage.weights import HostileFileError, WeightsError, fetch, read_file
-from utils import UserError, replace_file
+from utils import UserError, as_user_error, replace_file
 
 from .distributed import Distributed, restart_count
 from .log import Meter, check_finite
@@ -265,10 +265,8 @@ def find_start(options: CheckpointOptions, store: CheckpointStore, distributed: 
 
 
 def _named_start(source: str, store: CheckpointStore) -> Path:
-    try:
+    with as_user_error(WeightsError):
         path = fetch(source).resolve()
-    except WeightsError as error:
-        raise UserError(str(error)) from error
     # Files of other formats hold no run; reading them says so.
     if zipfile.is_zipfile(path) and not is_intact(path):
         raise DamagedCheckpointError(f"{source}: damaged or truncated")

@@ -8,7 +8,7 @@ import torch
 from timm.utils import ModelEmaV3
 
 from storage.weights import WeightsError, class_difference, load_weights, read_checkpoint, unwrap
-from utils import UserError
+from utils import UserError, as_user_error
 
 # Current flags override these values of a checkpoint's optimizer.
 HYPERPARAMETERS = ("lr", "lr_scale", "weight_decay", "momentum", "betas", "eps", "fused")
@@ -168,15 +168,13 @@ class Run:
         Raises:
             UserError: It cannot be read, holds no run, or holds one that this one cannot resume.
         """
-        try:
+        with as_user_error(WeightsError):
             checkpoint = read_checkpoint(str(path))
             if not {"optimizer", "meter", "args"} <= checkpoint.keys():
                 raise NoRunError(f"{path} holds only weights, no run to resume")
             if difference := class_difference(checkpoint, self.classes):
                 raise NoRunError(f"{path} {difference}")
             self._load_weights(checkpoint, path)
-        except WeightsError as error:
-            raise UserError(str(error)) from error
         self._load_optimizer(checkpoint["optimizer"], checkpoint["args"]["opt"], opt, path)
         if checkpoint["scaler"]:  # empty in a run without fp16
             self.scaler.load_state_dict(checkpoint["scaler"])

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import Dataset
 
 from storage.weights import WeightsError, load_weights, read_checkpoint, unwrap
-from utils import UsageError, UserError
+from utils import UsageError, UserError, as_user_error
 
 from .data.loader import EpochLoader
 from .distributed import Distributed
@@ -112,10 +112,8 @@ class Task(ABC):
         Raises:
             UserError: It cannot be read, or does not fit.
         """
-        try:
+        with as_user_error(WeightsError):
             load_weights(network, unwrap(read_checkpoint(source), self.settings.checkpoint.model_key))
-        except WeightsError as error:
-            raise UserError(str(error)) from error
 
     @abstractmethod
     def loss(self, network: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
