@@ -1,11 +1,9 @@
 """The public call of routed attention: check the inputs, choose an implementation, dispatch."""
-import os
-from importlib import metadata
-
 import torch
 
 from .impl import gather, masked
 from .routing import Routing
+from .support import triton_unsupported
 
 
 def _triton(*args):
@@ -22,39 +20,14 @@ IMPLS = tuple(_BACKENDS)
 GATHER_COPY_COST = 20
 
 
-def _installed_triton() -> str | None:
-    """The version of Triton that is installed, without importing it."""
-    try:
-        return metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        return None
-
-
-_TRITON_VERSION = _installed_triton()
-_TRITON_LEAST = (3, 3)  # earlier ones do not compile kernels that take tuples
-_TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _TRITON_HEAD_DIM = 128
-# Triton reads the variable once, when it is imported, and then runs its kernels on the CPU, for tests.
-_TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _triton_unsupported(query: torch.Tensor | None) -> str | None:
-    if _TRITON_VERSION is None:
-        return "the package triton is not installed"
-    if query is None:
-        return None
-    if query.dtype not in _TRITON_DTYPES:
-        return f"its kernels compute in bfloat16, float16 and float32, not in {query.dtype}"
-    if query.shape[-1] > _TRITON_HEAD_DIM:
+    reason = triton_unsupported(query)
+    if reason is None and query is not None and query.shape[-1] > _TRITON_HEAD_DIM:
         return f"its kernels take heads of up to {_TRITON_HEAD_DIM} numbers, got {query.shape[-1]}"
-    if query.device.type != "cuda":
-        interpreted = _TRITON_INTERPRETED and query.device.type == "cpu"
-        return None if interpreted else f"its kernels run on CUDA GPUs, the tensors are on {query.device.type}"
-    if tuple(int(part) for part in _TRITON_VERSION.split(".")[:2]) < _TRITON_LEAST:
-        return f"its kernels need Triton 3.3 or newer, {_TRITON_VERSION} is installed"
-    if torch.cuda.get_device_properties(query.device).major < 8:
-        return "its kernels need a GPU of compute capability 8.0 or newer"
-    return None
+    return reason
 
 
 def unsupported(impl: str, query: torch.Tensor | None = None) -> str | None:

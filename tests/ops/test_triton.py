@@ -18,11 +18,11 @@ from ops import BiLevelRoutingAttention, RegionGrid, Routing, choose_impl, route
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from ops.attention import _TRITON_LEAST  # noqa: E402
 from ops.impl.triton import op as fused_op  # noqa: E402
 from ops.impl.triton import routed_attention as fused  # noqa: E402
 from ops.impl.triton.tiles import divide  # noqa: E402
 from ops.impl.triton.tuning import MAX_BITS, is_dense, make_plan  # noqa: E402
+from ops.support import _TRITON_LEAST  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -465,9 +465,9 @@ def test_what_it_cannot_do_is_explained(monkeypatch):
     assert "up to 128 numbers, got 129" in unsupported("triton", torch.empty(1, 1, 1, 1, 129))
     assert "on CUDA GPUs, the tensors are on meta" in unsupported("triton", torch.empty(1, 1, 1, 1, 8, device="meta"))
     assert unsupported("triton") is None
-    monkeypatch.setattr("ops.attention._TRITON_INTERPRETED", False)
+    monkeypatch.setattr("ops.support._TRITON_INTERPRETED", False)
     assert "on CUDA GPUs, the tensors are on cpu" in unsupported("triton", torch.empty(1, 1, 1, 1, 8))
-    monkeypatch.setattr("ops.attention._TRITON_VERSION", None)
+    monkeypatch.setattr("ops.support._TRITON_VERSION", None)
     assert unsupported("triton") == "the package triton is not installed"
 
 
