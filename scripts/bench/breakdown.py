@@ -2,9 +2,12 @@
 import re
 import statistics
 from collections import Counter
+from unittest.mock import patch
 
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from ops import BiLevelRoutingAttention
 
 from .models import Contender, Setting, build
 from .timing import Trial, interleave, timed, warm_up
@@ -14,7 +17,8 @@ CONVOLUTION, DEPTHWISE, OTHER = "other convolution", "depthwise convolution", "o
 # that op. Linear layers are mm and addmm; in these models bmm is attention's alone.
 GROUPS = {
     "optimizer": r"optimizer|fused_adam",
-    "attention": r"attention|attn|routed|flash|fmha|softmax|bmm|baddbmm|topk|index_select|index_add",
+    "routing": r"bi_level_routing|topk|sort|searchsorted|bitwise",
+    "attention": r"attention|attn|routed|flash|fmha|softmax|bmm|baddbmm|index_select|index_add",
     "layer norm": r"layer_?norm",
     "batch norm": r"batch_?norm|bn_fw|bn_bw",
     DEPTHWISE: r"depthwise",
@@ -85,8 +89,13 @@ def measure(contender: Contender, setting: Setting, trial: Trial) -> list[dict]:
         raise RuntimeError(trial.failures[contender.name])
     milliseconds = 1e3 * statistics.median(seconds[contender.name])
 
+    # Its sums and products look like any others: what calls them says whose they are.
+    route = record_function("bi_level_routing")(BiLevelRoutingAttention._route)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
-    with profile(activities=activities, record_shapes=True) as recorded:
+    with (
+        patch.object(BiLevelRoutingAttention, "_route", route),
+        profile(activities=activities, record_shapes=True) as recorded,
+    ):
         for _ in range(STEPS):
             timed(run, trial.device)
     groups, kernels = attribute(recorded.events(), on_gpu)

@@ -113,9 +113,13 @@ def _flex_case(shape: AttentionCase) -> Case:
     return Case("attention", f"{shape.stage}, {shape.mode}, {FLEX}", measure, FLEX_SECONDS)
 
 
+def _swin(size: str) -> str:
+    return f"swin_{size}_patch4_window7_224"
+
+
 def _models_case(size: str, mode: str, scale: Scale, compile_seconds: float = 0.0) -> Case:
     """Ours, the Swin of its size, which ratios are to, and the ConvNeXt, which is the first to be left out."""
-    reference = f"swin_{size}_patch4_window7_224"
+    reference = _swin(size)
     contenders = [Contender(model) for model in (f"biformer_{size}", reference, f"convnext_{size}")]
     setting = Setting(mode, scale.batch, amp=scale.amp, compile=compile_seconds > 0)
     measure = partial(models.measure, contenders, reference, setting)
@@ -127,21 +131,30 @@ def _growth_case(side: int, mode: str, scale: Scale) -> Case:
     return Case("growth", f"{side}, {mode}", partial(models.measure_growth, setting))
 
 
+def _breakdown_case(model: str, scale: Scale) -> Case:
+    setting = Setting(TRAIN, scale.batch, amp=scale.amp)
+    return Case("breakdown", model, partial(breakdown.measure, Contender(model), setting))
+
+
 def cases(scale: Scale) -> list[Case]:
-    """Everything, the most important first."""
+    """Everything, the most important first: how fast the small models train, and what they spend their time on."""
     shapes = attention_cases(scale)
-    step = partial(breakdown.measure, Contender("biformer_small"), Setting(TRAIN, scale.batch, amp=scale.amp))
+    in_float32 = [replace(s, stage=f"{s.stage}, float32", dtype=torch.float32) for s in shapes[:6]]
     ceilings = partial(attention.measure_ceilings, scale.copy_bytes, scale.matrix_side, DTYPES[scale.amp])
+    sizes = ("small", "tiny", "base")
+    headline, *others = (_models_case(size, mode, scale) for mode in (TRAIN, INFER) for size in sizes)
     compiled = [_models_case(size, mode, scale, seconds) for size, mode, seconds in scale.compiled]
     return [
         Case("ceilings", "copy and product", ceilings),
-        *map(_op_case, shapes[:6]),
-        *(_models_case(size, mode, scale) for mode in (TRAIN, INFER) for size in ("small", "tiny", "base")),
-        Case("breakdown", "biformer_small", step),
+        headline,
         compiled[0],
+        *(_breakdown_case(model, scale) for model in ("biformer_small", _swin("small"), "convnext_small")),
+        *map(_op_case, shapes[:6]),
+        *others,
         *map(_op_case, shapes[6:12]),
         *(_growth_case(side, mode, scale) for side in scale.sides for mode in (TRAIN, INFER)),
         *map(_op_case, shapes[12:]),
+        *(map(_op_case, in_float32) if scale.amp != "off" else ()),
         *compiled[1:],
         *map(_flex_case, shapes[:12]),
     ]
