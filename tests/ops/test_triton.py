@@ -462,7 +462,7 @@ def test_what_it_cannot_do_is_explained(monkeypatch):
     inputs = make_inputs(SMALL["ragged"], torch.float64)
     with pytest.raises(ValueError, match=r"impl='triton' cannot run: .*not in torch.float64"):
         routed_attention(*inputs, impl="triton")
-    assert "up to 128 numbers, got 129" in unsupported("triton", torch.empty(1, 1, 1, 1, 129))
+    assert "up to 128 numbers, got 129" in unsupported("triton", torch.empty(1, 1, 1, 1, 129, device=DEVICE))
     assert "on CUDA GPUs, the tensors are on meta" in unsupported("triton", torch.empty(1, 1, 1, 1, 8, device="meta"))
     assert unsupported("triton") is None
     monkeypatch.setattr("ops.support._TRITON_INTERPRETED", False)
