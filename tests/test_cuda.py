@@ -1,0 +1,51 @@
+"""Training on a GPU: resumed runs are exact, and what cannot be is said. On the CPU the same is tested elsewhere."""
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from helpers import ROOT
+from helpers.run_state import differences
+
+pytestmark = pytest.mark.gpu
+# Small, with everything that has a state of its own: EMA, accumulation, mixup, erasing, stochastic depth.
+RUN = [
+    *("--config", "configs/train/quickstart.yaml", "--device", "cuda", "--amp", "bf16", "--deterministic", "true"),
+    *("--epochs", "2", "--warmup_epochs", "1", "--update_freq", "2", "--mixup", "0.8", "--reprob", "0.25"),
+    *("--drop_path", "0.1", "--model_ema", "true", "--model_ema_decay", "0.9", "--save_every_steps", "2"),
+]
+
+
+def command(output, *more):
+    return [sys.executable, "main.py", *RUN, "--output_dir", str(output), *more]
+
+
+def kill_in_second_epoch(output, *more):
+    """SIGKILL as soon as the first epoch is logged."""
+    process = subprocess.Popen(command(output, *more), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not (output / "log.txt").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.compile)])
+def test_a_killed_and_resumed_run_is_exact(tmp_path, compiled):
+    more = ["--compile"] if compiled else []
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command(whole, *more), cwd=ROOT, check=True, capture_output=True)
+    kill_in_second_epoch(killed, *more)
+    subprocess.run(command(killed, *more, "--auto_resume", "true"), cwd=ROOT, check=True, capture_output=True)
+    assert differences(whole, killed) == []
+
+
+def test_deformable_attention_cannot_be_deterministic_and_says_so(tmp_path):
+    result = subprocess.run(
+        command(tmp_path, "--model", "debiformer_tiny", "--max_steps", "1"), cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode != 0 and "cannot be trained deterministically" in result.stderr, result.stderr[-500:]
+    assert "leave out --deterministic" in result.stderr and "Traceback" not in result.stderr
