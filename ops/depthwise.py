@@ -6,41 +6,44 @@ from .layout import conv_channels_last
 from .support import triton_unsupported
 
 _TRITON_KERNELS = (3, 5)
+_TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def _computed_in(x: torch.Tensor) -> torch.dtype:
     """The type that a convolution of `x` computes in here: under autocast another one than its own."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
+    if x.dtype in _TRITON_DTYPES and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
 
 
 def _triton_unsupported(x, weight, bias, residual) -> str | None:
-    """Why the fused kernels cannot compute this, or None where they can."""
     kernel = weight.shape[2]
     if kernel not in _TRITON_KERNELS:
         return f"its kernels take 3 x 3 and 5 x 5 weights, got {kernel} x {kernel}"
-    dtype = _computed_in(x)
-    for tensor in (x, weight, bias, residual):
-        reason = None if tensor is None else triton_unsupported(tensor)
-        if reason is not None:
-            return reason
-    if dtype == x.dtype and not torch.is_autocast_enabled(x.device.type):
-        for name, tensor in (("weight", weight), ("bias", bias)):
-            if tensor is not None and tensor.dtype != dtype:
-                return f"outside of autocast {name} must be of the input's {dtype}, got {tensor.dtype}"
-    return None
+    autocast = torch.is_autocast_enabled(x.device.type)
+    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
+        if tensor is not None and tensor.dtype not in _TRITON_DTYPES:
+            return f"its kernels read bfloat16, float16 and float32, {name} is {tensor.dtype}"
+        if tensor is not None and tensor is not residual and tensor.dtype != x.dtype and not autocast:
+            return f"outside of autocast {name} must be of the input's {x.dtype}, got {tensor.dtype}"
+    return triton_unsupported(x)
+
+
+def unsupported(impl: str, x: torch.Tensor, weight: torch.Tensor, bias=None, residual=None) -> str | None:
+    """Why `impl` cannot compute `depthwise_conv` of these, or None where it can."""
+    if impl not in _BACKENDS:
+        return f"there is no such implementation; choose from {', '.join(_BACKENDS)} or auto"
+    return _triton_unsupported(x, weight, bias, residual) if impl == "triton" else None
 
 
 def choose(x: torch.Tensor, weight: torch.Tensor, bias=None, residual=None) -> str:
     """The implementation that `impl="auto"` takes.
 
-    "triton" for low precision on a GPU that can run it. In float32 PyTorch's own kernels are as fast, and off a GPU
-    there is nothing to fuse.
+    "triton" in low precision on a GPU that can run it. Off a GPU, and in float32, all stays as PyTorch computes it.
     """
     low_precision = x.device.type == "cuda" and _computed_in(x) in (torch.bfloat16, torch.float16)
-    return "triton" if low_precision and _triton_unsupported(x, weight, bias, residual) is None else "torch"
+    return "triton" if low_precision and not unsupported("triton", x, weight, bias, residual) else "torch"
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None):
@@ -69,9 +72,13 @@ def _torch(x, weight, bias, residual) -> torch.Tensor:
 def _triton(x, weight, bias, residual) -> torch.Tensor:
     from .fused import depthwise  # imports Triton, which only its users need
 
-    is_input = residual is x
-    low = x.to(_computed_in(x))
-    return depthwise.depthwise_conv(low, weight, bias, low if is_input and low.dtype == x.dtype else residual)
+    dtype = _computed_in(x)
+    if dtype != x.dtype:  # then a residual that is x is not what is convolved
+        x = x.to(dtype)
+    return depthwise.depthwise_conv(x, weight, bias, residual)
+
+
+_BACKENDS = {"triton": _triton, "torch": _torch}
 
 
 def depthwise_conv(
@@ -103,11 +110,8 @@ def depthwise_conv(
     _check(x, weight, bias, residual)
     if impl == "auto":
         impl = choose(x, weight, bias, residual)
-    if impl == "torch":
-        return _torch(x, weight, bias, residual)
-    if impl != "triton":
-        raise ValueError(f"impl={impl!r} cannot run: there is no such implementation; choose triton, torch or auto")
-    reason = _triton_unsupported(x, weight, bias, residual)
-    if reason is not None:
-        raise ValueError(f"impl='triton' cannot run: {reason}")
-    return _triton(x, weight, bias, residual)
+    else:
+        reason = unsupported(impl, x, weight, bias, residual)
+        if reason is not None:
+            raise ValueError(f"impl={impl!r} cannot run: {reason}")
+    return _BACKENDS[impl](x, weight, bias, residual)
