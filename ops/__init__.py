@@ -4,9 +4,11 @@
     route_regions(...) -> Routing       which key regions each query region attends to
     routed_attention(..., routing)      attention along those routes
     BiLevelRoutingAttention(...)        all of it as a module, (B, H, W, C) in and out
+    depthwise_conv(...)                 a depthwise convolution of such a map, with what is added to it
 """
 from .attention import IMPLS, choose_impl, routed_attention, unsupported
 from .bra import BiLevelRoutingAttention
+from .depthwise import depthwise_conv
 from .layout import conv_channels_last
 from .regions import RegionGrid
 from .routing import Routing, region_means, route_regions
@@ -18,6 +20,7 @@ __all__ = [
     "Routing",
     "choose_impl",
     "conv_channels_last",
+    "depthwise_conv",
     "region_means",
     "route_regions",
     "routed_attention",

@@ -1,0 +1,117 @@
+"""The public call of depthwise convolution: check the inputs, choose an implementation, dispatch."""
+import torch
+import torch.nn.functional as F
+
+from .layout import conv_channels_last
+from .support import triton_unsupported
+
+_TRITON_KERNELS = (3, 5)
+_TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _computed_in(x: torch.Tensor) -> torch.dtype:
+    """The type that a convolution of `x` computes in here: under autocast another one than its own."""
+    device = x.device.type
+    if x.dtype in _TRITON_DTYPES and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def _triton_unsupported(x, weight, bias, residual) -> str | None:
+    kernel = weight.shape[2]
+    if kernel not in _TRITON_KERNELS:
+        return f"its kernels take 3 x 3 and 5 x 5 weights, got {kernel} x {kernel}"
+    autocast = torch.is_autocast_enabled(x.device.type)
+    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
+        if tensor is not None and tensor.dtype not in _TRITON_DTYPES:
+            return f"its kernels read bfloat16, float16 and float32, {name} is {tensor.dtype}"
+        if tensor is not None and tensor is not residual and tensor.dtype != x.dtype and not autocast:
+            return f"outside of autocast {name} must be of the input's {x.dtype}, got {tensor.dtype}"
+    return triton_unsupported(x)
+
+
+def unsupported(impl: str, x: torch.Tensor, weight: torch.Tensor, bias=None, residual=None) -> str | None:
+    """Why `impl` cannot compute `depthwise_conv` of these, or None where it can."""
+    if impl not in _BACKENDS:
+        return f"there is no such implementation; choose from {', '.join(_BACKENDS)} or auto"
+    return _triton_unsupported(x, weight, bias, residual) if impl == "triton" else None
+
+
+def choose(x: torch.Tensor, weight: torch.Tensor, bias=None, residual=None) -> str:
+    """The implementation that `impl="auto"` takes.
+
+    "triton" in low precision on a GPU that can run it. Off a GPU, and in float32, all stays as PyTorch computes it.
+    """
+    low_precision = x.device.type == "cuda" and _computed_in(x) in (torch.bfloat16, torch.float16)
+    return "triton" if low_precision and not unsupported("triton", x, weight, bias, residual) else "torch"
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None):
+    if x.ndim != 4:
+        raise ValueError(f"input must be (batch, height, width, channels), got {tuple(x.shape)}")
+    channels = x.shape[3]
+    is_square = weight.ndim == 4 and weight.shape[2] == weight.shape[3] and weight.shape[2] % 2 == 1
+    if not is_square or weight.shape[:2] != (channels, 1):
+        raise ValueError(f"weight must be ({channels}, 1, k, k) for an odd k, got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != (channels,):
+        raise ValueError(f"bias must be ({channels},), got {tuple(bias.shape)}")
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual must be {tuple(x.shape)} as the input, got {tuple(residual.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, the input on {x.device}")
+
+
+def _torch(x, weight, bias, residual) -> torch.Tensor:
+    out = conv_channels_last(
+        lambda x_BCHW: F.conv2d(x_BCHW, weight, bias, padding=weight.shape[2] // 2, groups=weight.shape[0]), x
+    )
+    return out if residual is None else residual + out
+
+
+def _triton(x, weight, bias, residual) -> torch.Tensor:
+    from .fused import depthwise  # imports Triton, which only its users need
+
+    dtype = _computed_in(x)
+    if dtype != x.dtype:  # then a residual that is x is not what is convolved
+        x = x.to(dtype)
+    return depthwise.depthwise_conv(x, weight, bias, residual)
+
+
+_BACKENDS = {"triton": _triton, "torch": _torch}
+
+
+def depthwise_conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """residual + conv(x, weight) + bias: a depthwise convolution of stride 1 that keeps the map's size.
+
+    The result has the type that PyTorch gives residual + conv2d(x), under autocast too. Triton adds up all of it in
+    float32 and rounds once, where eager PyTorch rounds the convolution and then its sum with the residual.
+
+    Args:
+        x: (B, H, W, C), of any strides. Maps whose tokens lie equally far apart, such as the views of one packed
+            projection, are read as they are.
+        weight: (C, 1, k, k), k odd. "triton" rounds weight and bias to the type that it computes in, as autocast does.
+        bias: (C,), or None.
+        residual: (B, H, W, C), or None. It may be `x` itself, which then is read once.
+        impl: "triton" (fused, for GPUs), "torch" (PyTorch's convolution and addition), or "auto" (see `choose`).
+
+    Returns:
+        (B, H, W, C).
+
+    Raises:
+        ValueError: Shapes or devices do not fit each other, or `impl` cannot run; the message says why.
+    """
+    _check(x, weight, bias, residual)
+    if impl == "auto":
+        impl = choose(x, weight, bias, residual)
+    else:
+        reason = unsupported(impl, x, weight, bias, residual)
+        if reason is not None:
+            raise ValueError(f"impl={impl!r} cannot run: {reason}")
+    return _BACKENDS[impl](x, weight, bias, residual)

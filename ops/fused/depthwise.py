@@ -1,0 +1,218 @@
+"""The fused depthwise convolution as a function, and as custom operators for torch.compile and export.
+
+    routed_layers::depthwise_conv            (x, weight, bias, residual, add_input) -> out
+    routed_layers::depthwise_conv_backward   (grad, x, weight, ...) -> (grad_x, grad_weight, grad_bias)
+
+Calling a custom operator takes the host several times as long as launching the kernel, and small networks wait for the
+host. So an ordinary call goes through an autograd function instead; both compute by `_forward` and `_backward`.
+"""
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+from torch.autograd.function import once_differentiable
+
+from . import depthwise_kernels as kernels
+
+# Of one program: columns of a strip, and warps. A thread has two channels of a strip, see `depthwise_kernels`.
+COLS = 4
+WEIGHT_COLS = {3: 4, 5: 2}
+NUM_WARPS = 4
+# Rows of a segment at most. Rows next to a segment are read twice, and few segments leave a GPU idle.
+ROWS = 16
+WEIGHT_ROWS = 28
+# Programs that add up gradients of the weights, for each size of the kernel: as many as run at once on an H100.
+PROGRAMS = {3: 528, 5: 396}
+
+
+def _map_stride(x: torch.Tensor) -> int | None:
+    """How far apart the tokens of a (B, H, W, C) map lie if all distances are alike and channels lie side by side."""
+    batch, height, width, channels = x.shape
+    image, row, col, channel = x.stride()
+    if width == 1:
+        col = row if height > 1 else image if batch > 1 else channels
+    even = (channels == 1 or channel == 1) and (height == 1 or row == width * col)
+    return col if even and col >= channels and (batch == 1 or image == height * width * col) else None
+
+
+def _evenly_spaced(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The map and how far apart its tokens lie; a copy, unless they all lie equally far apart."""
+    stride = _map_stride(x)
+    return (x, stride) if stride is not None else (x.contiguous(), x.shape[3])
+
+
+class _Tiles(NamedTuple):
+    """How a map is cut into tiles, see `depthwise_kernels`; `places` is the number of tiles without their channels."""
+    rows: int
+    block_strips: int
+    places: int
+    block_channels: int
+    channel_tiles: int
+
+
+@lru_cache(maxsize=1024)
+def _tiles(batch: int, height: int, width: int, channels: int, cols: int, most_rows: int) -> _Tiles:
+    """Channels in tiles of what a warp has, or of half of it where fewer are left over; segments of like size."""
+    block_channels = 64 if channels % 64 == 0 else 32
+    block_strips = 2 * 32 * NUM_WARPS // block_channels
+    rows = triton.cdiv(height, triton.cdiv(height, most_rows))
+    places = triton.cdiv(batch * triton.cdiv(width, cols), block_strips) * triton.cdiv(height, rows)
+    return _Tiles(rows, block_strips, places, block_channels, triton.cdiv(channels, block_channels))
+
+
+def _launch(kernel, x: torch.Tensor, programs: int, *args, **constants):
+    """Triton launches on the current device, which need not be the tensors'."""
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+        with torch.cuda.device_of(x):
+            kernel[(programs,)](*args, **constants, num_warps=NUM_WARPS)
+    else:
+        kernel[(programs,)](*args, **constants, num_warps=NUM_WARPS)
+
+
+def _convolve(x, weight, bias, residual, out, add_input: bool, flip: bool):
+    """out = conv(x, weight) + bias + residual, and + x with `add_input`."""
+    x, stride = _evenly_spaced(x)
+    tiles = _tiles(*x.shape, COLS, ROWS)
+    _launch(
+        kernels.depthwise_kernel, x, tiles.places * tiles.channel_tiles,
+        *(x, weight, bias, residual, out, *x.shape[:3], tiles.rows),
+        C=x.shape[3], X_STRIDE=stride, K=weight.shape[2], FLIP=flip, ADD_INPUT=add_input,
+        COLS=COLS, BLOCK_S=tiles.block_strips, BLOCK_C=tiles.block_channels,
+    )  # fmt: skip
+
+
+def _weight_gradients(x, grad, grad_weight, grad_bias):
+    """Fill the gradients of the weights, and of the bias unless it is None."""
+    x, stride = _evenly_spaced(x)
+    channels, kernel = x.shape[3], grad_weight.shape[2]
+    tiles = _tiles(*x.shape, WEIGHT_COLS[kernel], WEIGHT_ROWS)
+    shares = min(tiles.places, max(1, PROGRAMS[kernel] // tiles.channel_tiles))
+    sums = channels * (16 if kernel == 3 else 32)
+    share = torch.empty(shares * sums, dtype=torch.float32, device=x.device)
+    _launch(
+        kernels.weight_gradient_kernel, x, shares * tiles.channel_tiles,
+        *(x, grad, share, *x.shape[:3], tiles.rows), C=channels, X_STRIDE=stride, K=kernel,
+        COLS=WEIGHT_COLS[kernel], BLOCK_S=tiles.block_strips, BLOCK_C=tiles.block_channels,
+    )  # fmt: skip
+    _launch(
+        kernels.add_shares_kernel, x, triton.cdiv(sums, 32), share, grad_weight, grad_bias, shares,
+        C=channels, K=kernel, BLOCK_S=64, BLOCK_N=32,
+    )  # fmt: skip
+
+
+def _result(x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+def _forward(x, weight, bias, residual, add_input: bool) -> torch.Tensor:
+    out = _result(x, residual)
+    if out.numel():
+        residual = None if residual is None else residual.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        _convolve(x, weight.contiguous(), bias, residual, out, add_input, flip=False)
+    return out
+
+
+def _backward(grad, x, weight, bias, add_input: bool, needed: Sequence[bool]) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of x, weight and bias, None where they are not `needed`."""
+    grad, weight = grad.contiguous(), weight.contiguous()
+    need_x, need_weight, need_bias = needed
+    grad_x, grad_weight, grad_bias = _allocate_gradients(x, weight, bias, (need_x, need_weight or need_bias, need_bias))
+    if x.numel() == 0:
+        return grad_x, *(None if g is None else g.zero_() for g in (grad_weight, grad_bias))
+    if need_x:
+        _convolve(grad, weight, None, None, grad_x, add_input, flip=True)
+    if need_weight or need_bias:
+        _weight_gradients(x, grad, grad_weight, grad_bias)
+    return grad_x, grad_weight if need_weight else None, grad_bias
+
+
+def _allocate_gradients(x, weight, bias, needed: Sequence[bool]) -> tuple[torch.Tensor | None, ...]:
+    return tuple(
+        torch.empty(of.shape, dtype=of.dtype, device=of.device) if need else None
+        for of, need in zip((x, weight, bias), needed, strict=True)
+    )
+
+
+def _save_for_backward(ctx, inputs, output):
+    x, weight, bias, residual, ctx.add_input = inputs
+    ctx.residual_dtype = None if residual is None else residual.dtype
+    ctx.save_for_backward(x, weight, bias)
+
+
+def _gradients(ctx, grad, backward) -> tuple[torch.Tensor | None, ...]:
+    """What autograd asks for; that of the residual is the output's own."""
+    *needed, need_residual, _ = ctx.needs_input_grad
+    grads = (None, None, None)
+    if any(needed):
+        grads = backward(grad, *ctx.saved_tensors, ctx.add_input, needed)
+    return *grads, grad.to(ctx.residual_dtype) if need_residual else None, None
+
+
+class _DepthwiseConv(torch.autograd.Function):
+    """The operator for ordinary calls, at a fraction of its time on the host."""
+
+    forward = staticmethod(_forward)
+    setup_context = staticmethod(_save_for_backward)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _gradients(ctx, grad, _backward)
+
+
+@torch.library.custom_op(
+    "routed_layers::depthwise_conv",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool add_input) -> Tensor",
+)
+def forward_op(x, weight, bias, residual, add_input):
+    return _forward(x, weight, bias, residual, add_input)
+
+
+@forward_op.register_fake
+def _(x, weight, bias, residual, add_input):
+    return _result(x, residual)
+
+
+@torch.library.custom_op(
+    "routed_layers::depthwise_conv_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor weight, Tensor? bias, bool add_input, bool[] needed)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+def backward_op(grad, x, weight, bias, add_input, needed):
+    return _without_none(x, _backward(grad, x, weight, bias, add_input, needed))
+
+
+@backward_op.register_fake
+def _(grad, x, weight, bias, add_input, needed):
+    return _without_none(x, _allocate_gradients(x, weight, bias, needed))
+
+
+def _without_none(x: torch.Tensor, grads: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor, ...]:
+    """An operator returns tensors only: empty ones instead."""
+    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _gradients_by_operator(ctx, grad):
+    grads = _gradients(ctx, grad, backward_op)
+    return tuple(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=True))
+
+
+forward_op.register_autograd(_gradients_by_operator, setup_context=_save_for_backward)
+
+
+def depthwise_conv(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None
+) -> torch.Tensor:
+    """conv(x, weight) + bias + residual of (B, H, W, C) maps, products in the type of `x`; see `ops.depthwise_conv`."""
+    add_input = residual is x
+    args = (x, weight, bias, None if add_input else residual, add_input)
+    # Compilers see an operator that they need not look into. So do tensors that are not ordinary ones, fake ones first.
+    if torch.compiler.is_compiling() or type(x) is not torch.Tensor:
+        return forward_op(*args)
+    return _DepthwiseConv.apply(*args)
