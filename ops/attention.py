@@ -3,7 +3,7 @@ import torch
 
 from .impl import gather, masked
 from .routing import Routing
-from .support import triton_unsupported
+from .support import triton_unsupported, warn_of_fallback
 
 
 def _triton(*args):
@@ -19,15 +19,13 @@ IMPLS = tuple(_BACKENDS)
 # BiFormer's stages at 224; `scripts/benchmark.py op` measures it.
 GATHER_COPY_COST = 20
 
-
 _TRITON_HEAD_DIM = 128
 
 
 def _triton_unsupported(query: torch.Tensor | None) -> str | None:
-    reason = triton_unsupported(query)
-    if reason is None and query is not None and query.shape[-1] > _TRITON_HEAD_DIM:
+    if query is not None and query.shape[-1] > _TRITON_HEAD_DIM:
         return f"its kernels take heads of up to {_TRITON_HEAD_DIM} numbers, got {query.shape[-1]}"
-    return reason
+    return triton_unsupported(query)
 
 
 def unsupported(impl: str, query: torch.Tensor | None = None) -> str | None:
@@ -49,14 +47,18 @@ def choose_impl(query: torch.Tensor, routing: Routing) -> str:
     """The implementation that `impl="auto"` takes for (B, Hq, Wq, heads, head_dim) queries and their routing.
 
     On a GPU `triton`, except where every region is routed to every other: that is dense attention, for which `masked`
-    calls PyTorch's own kernel without a mask. Elsewhere the one that touches fewer keys for each query: `masked`
+    calls PyTorch's own kernel without a mask. Where the installation keeps a GPU from `triton`, a warning says so once.
+    Elsewhere the one that touches fewer keys for each query: `masked`
     attends to all Hk * Wk keys; `gather` attends to K * Tk keys, and copies each of them once for the Tq queries of a
     region, which is expensive where query regions are small.
     """
     routes, query_grid, key_grid, _ = routing
     everything_routed = routes.shape[-1] == key_grid.num_regions
-    if query.device.type == "cuda" and not everything_routed and not unsupported("triton", query):
-        return "triton"
+    if query.device.type == "cuda" and not everything_routed:
+        reason = unsupported("triton", query)
+        if reason is None:
+            return "triton"
+        warn_of_fallback(reason)
     gathered_keys = routes.shape[-1] * key_grid.tokens_per_region
     gather_cost = gathered_keys * (1 + GATHER_COPY_COST / query_grid.tokens_per_region)
     masked_cost = key_grid.height * key_grid.width

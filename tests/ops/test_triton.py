@@ -22,7 +22,7 @@ from ops.impl.triton import op as fused_op  # noqa: E402
 from ops.impl.triton import routed_attention as fused  # noqa: E402
 from ops.impl.triton.tiles import divide  # noqa: E402
 from ops.impl.triton.tuning import MAX_BITS, is_dense, make_plan  # noqa: E402
-from ops.support import _TRITON_LEAST  # noqa: E402
+from ops.support import is_too_old  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -472,9 +472,7 @@ def test_what_it_cannot_do_is_explained(monkeypatch):
 
 
 @pytest.mark.compile
-@pytest.mark.skipif(
-    tuple(map(int, triton.__version__.split(".")[:2])) < _TRITON_LEAST, reason="this Triton does not compile kernels"
-)
+@pytest.mark.skipif(is_too_old(triton.__version__), reason="this Triton does not compile kernels")
 def test_kernels_compile_for_gpus_without_spilling():
     """Ahead of time, for compute capability 8.0 and 9.0; not in the interpreter, so in a process of its own."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
