@@ -10,6 +10,7 @@ import pytest
 import torch
 
 _FAILED = pytest.StashKey[bool]()
+_CRASHED = pytest.StashKey[set]()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -43,3 +44,22 @@ def pytest_runtest_protocol(item: pytest.Item):
         print(message, file=sys.stderr, flush=True)
         os._exit(1)  # an orderly end would call CUDA, which may wait for ever
     return result
+
+
+# What goes by files or modules (--dist loadfile) has a new worker begin with the test that ended the last.
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_handlecrashitem(crashitem: str, sched):
+    sched.config.stash.setdefault(_CRASHED, set()).add(crashitem)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    node.workerinput["crashed"] = sorted(node.config.stash.get(_CRASHED, ()))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item):
+    if item.nodeid in getattr(item.config, "workerinput", {}).get("crashed", ()):
+        pytest.skip("it has ended a worker before, and is reported as failed")
