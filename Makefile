@@ -43,10 +43,20 @@ test: $(VENV)/.requirements-dev  ## run all tests that need no GPU
 test-fast: $(VENV)/.requirements-dev  ## run the tests that take no more than a minute on two cores
 	$(PYTEST) -m "not (slow or compile or distributed or gpu or slurm)"
 
+# Most of the time goes into compiling kernels, on the CPU: several processes share the GPU. A kernel that hangs cannot be
+# interrupted, so its process ends when the time is up, and another takes its place.
+GPU_WORKERS ?= 6
+GPU_TIMEOUT ?= 120
+GPU_PYTHON = $(or $(wildcard $(BIN)/python),$(PYTHON))
+GPU_LIMIT = $(shell $(GPU_PYTHON) -c 'import pytest_timeout' 2>/dev/null && echo --timeout $(GPU_TIMEOUT) --timeout-method thread)
+GPU_PYTEST = $(GPU_PYTHON) -m pytest -n $(GPU_WORKERS) $(GPU_LIMIT)
+
 test-gpu:  ## run the tests that need a CUDA GPU, with the Python that is there
-	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m pytest tests/ops/test_triton.py
 	@# Files without such tests are not read: they may import what is not there.
-	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m pytest -m gpu $(filter-out tests/ops/test_triton.py,$(GPU_TESTS))
+	status=0; \
+	$(GPU_PYTEST) tests/ops/test_triton.py || status=1; \
+	$(GPU_PYTEST) -m gpu $(filter-out tests/ops/test_triton.py,$(GPU_TESTS)) || status=1; \
+	exit $$status
 
 test-faults: $(VENV)/.requirements-dev  ## kill, starve and damage training runs, resume them, and compare them with undisturbed ones
 	$(BIN)/python tests/helpers/faults.py --output benchmarks/faults.md

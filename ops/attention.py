@@ -3,7 +3,7 @@ import torch
 
 from .impl import gather, masked
 from .routing import Routing
-from .support import triton_unsupported
+from .support import triton_unsupported, warn_of_fallback
 
 
 def _triton(*args):
@@ -19,15 +19,16 @@ IMPLS = tuple(_BACKENDS)
 # BiFormer's stages at 224; `scripts/benchmark.py op` measures it.
 GATHER_COPY_COST = 20
 
+# The faster of two implementations is left where one image takes it more bytes than this, and the other fewer.
+IMAGE_BYTES = 2**30
 
 _TRITON_HEAD_DIM = 128
 
 
 def _triton_unsupported(query: torch.Tensor | None) -> str | None:
-    reason = triton_unsupported(query)
-    if reason is None and query is not None and query.shape[-1] > _TRITON_HEAD_DIM:
+    if query is not None and query.shape[-1] > _TRITON_HEAD_DIM:
         return f"its kernels take heads of up to {_TRITON_HEAD_DIM} numbers, got {query.shape[-1]}"
-    return reason
+    return triton_unsupported(query)
 
 
 def unsupported(impl: str, query: torch.Tensor | None = None) -> str | None:
@@ -45,22 +46,45 @@ def unsupported(impl: str, query: torch.Tensor | None = None) -> str | None:
     return None
 
 
+def _costs(query: torch.Tensor, routing: Routing) -> dict[str, tuple[float, int]]:
+    """Of `masked` and `gather`: keys touched for each query, and bytes for one image beside inputs and output."""
+    routes, q, k, _ = routing
+    heads, head_dim = query.shape[-2:]
+    gathered_keys = routes.shape[-1] * k.tokens_per_region
+    # Keys and values are copied for each query region; its logits and their softmax live side by side.
+    gathered = 2 * heads * q.num_regions * gathered_keys * (head_dim + q.tokens_per_region)
+    everything_routed = routes.shape[-1] == k.num_regions
+    # A mask is made of whole regions, and copied where padding is cut off.
+    masks = 0 if everything_routed else 2 if q.is_padded or k.is_padded else 1
+    masked = masks * q.height * q.width * k.height * k.width
+    size = query.element_size()
+    return {
+        "masked": (k.height * k.width, masked * size),
+        "gather": (gathered_keys * (1 + GATHER_COPY_COST / q.tokens_per_region), gathered * size),
+    }
+
+
 def choose_impl(query: torch.Tensor, routing: Routing) -> str:
     """The implementation that `impl="auto"` takes for (B, Hq, Wq, heads, head_dim) queries and their routing.
 
     On a GPU `triton`, except where every region is routed to every other: that is dense attention, for which `masked`
-    calls PyTorch's own kernel without a mask. Elsewhere the one that touches fewer keys for each query: `masked`
-    attends to all Hk * Wk keys; `gather` attends to K * Tk keys, and copies each of them once for the Tq queries of a
-    region, which is expensive where query regions are small.
+    calls PyTorch's own kernel without a mask. Where the installation keeps a GPU from `triton`, a warning says so once.
+
+    Elsewhere the one that touches fewer keys for each query: `masked` attends to all Hk * Wk keys; `gather` attends to
+    K * Tk keys, and copies each of them once for the Tq queries of a region, which is expensive where query regions are
+    small. But where that one takes more than `IMAGE_BYTES` for an image (a mask of Hq * Wq * Hk * Wk numbers; copies
+    and logits of the gathered keys) and the other less than it, the other. The batch plays no part: one image is
+    computed as many are, and a model is exported for any number of them.
     """
-    routes, query_grid, key_grid, _ = routing
-    everything_routed = routes.shape[-1] == key_grid.num_regions
-    if query.device.type == "cuda" and not everything_routed and not unsupported("triton", query):
-        return "triton"
-    gathered_keys = routes.shape[-1] * key_grid.tokens_per_region
-    gather_cost = gathered_keys * (1 + GATHER_COPY_COST / query_grid.tokens_per_region)
-    masked_cost = key_grid.height * key_grid.width
-    return "masked" if masked_cost <= gather_cost else "gather"
+    everything_routed = routing.routes.shape[-1] == routing.key_grid.num_regions
+    if query.device.type == "cuda" and not everything_routed:
+        reason = unsupported("triton", query)
+        if reason is None:
+            return "triton"
+        warn_of_fallback(reason)
+    costs = _costs(query, routing)
+    fast, slow = ("masked", "gather") if costs["masked"][0] <= costs["gather"][0] else ("gather", "masked")
+    return slow if costs[fast][1] > max(IMAGE_BYTES, costs[slow][1]) else fast
 
 
 def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, routing: Routing):

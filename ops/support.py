@@ -1,8 +1,20 @@
 """Whether Triton kernels can run here, said by one predicate that both selects and explains."""
 import os
+import shutil
+import sys
+import sysconfig
+import warnings
 from importlib import metadata
+from pathlib import Path
 
 import torch
+from torch.torch_version import TorchVersion
+
+_TRITON_LEAST = "3.3"  # earlier ones do not compile kernels that take tuples
+_NOT_INSTALLED = "the package triton is not installed"
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Triton reads the variable once, when it is imported, and then runs its kernels on the CPU, for tests.
+_TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _installed_triton() -> str | None:
@@ -13,11 +25,59 @@ def _installed_triton() -> str | None:
         return None
 
 
+def is_too_old(version: str) -> bool:
+    """Whether the kernels cannot be compiled by this version of Triton."""
+    return TorchVersion(version) < _TRITON_LEAST
+
+
+def _has_headers(folder: str | None) -> bool:
+    return bool(folder) and Path(folder, "Python.h").is_file()
+
+
+def _launcher_lacks() -> str | None:
+    """What is missing to compile the launcher, which Triton writes in C; it looks in the same places."""
+    compiler = os.environ.get("CC")
+    if compiler is not None and shutil.which(compiler) is None:
+        return f"Triton compiles its launcher with the C compiler that CC names, and {compiler!r} was not found"
+    if compiler is None and shutil.which("gcc") is None and shutil.which("clang") is None:
+        return "Triton compiles its launcher with a C compiler, and none was found: install gcc or set CC"
+    scheme = sysconfig.get_default_scheme()
+    # Debian's scheme for packages of /usr/local has no headers.
+    include = sysconfig.get_paths(scheme="posix_prefix" if scheme == "posix_local" else scheme)["include"]
+    # Compilers also read headers from the folders that these variables list.
+    told = [folder for name in ("CPATH", "C_INCLUDE_PATH") for folder in os.environ.get(name, "").split(os.pathsep)]
+    if not any(_has_headers(folder) for folder in (include, *told)):
+        python = "python{}.{}-dev".format(*sys.version_info)
+        return f"Triton compiles its launcher, and Python.h is missing in {include}: install {python}"
+    return None
+
+
+def _gpu_lacks(version: str | None, hip: str | None) -> str | None:
+    """What this installation lacks to run Triton kernels on a GPU, whichever it is."""
+    if hip is not None:
+        return f"its kernels are not tested on ROCm, and this PyTorch is built for ROCm {hip}"
+    if version is None:
+        return _NOT_INSTALLED
+    if is_too_old(version):
+        return f"its kernels need Triton {_TRITON_LEAST} or newer, {version} is installed"
+    return _launcher_lacks()
+
+
+# Looked for once, on import: torch.compile takes the answers as constants, where it could not trace the search.
 _TRITON_VERSION = _installed_triton()
-_TRITON_LEAST = (3, 3)  # earlier ones do not compile kernels that take tuples
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Triton reads the variable once, when it is imported, and then runs its kernels on the CPU, for tests.
-_TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_GPU_LACKS = _gpu_lacks(_TRITON_VERSION, torch.version.hip)
+
+
+def _cannot_compute(x: torch.Tensor) -> str | None:
+    """Why no installation could compute on `x`."""
+    if x.dtype not in _DTYPES:
+        return f"its kernels compute in bfloat16, float16 and float32, not in {x.dtype}"
+    if x.device.type != "cuda":
+        interpreted = _TRITON_INTERPRETED and x.device.type == "cpu"
+        return None if interpreted else f"its kernels run on CUDA GPUs, the tensors are on {x.device.type}"
+    if torch.cuda.get_device_properties(x.device).major < 8:
+        return "its kernels need a GPU of compute capability 8.0 or newer"
+    return None
 
 
 def triton_unsupported(x: torch.Tensor | None = None) -> str | None:
@@ -26,17 +86,32 @@ def triton_unsupported(x: torch.Tensor | None = None) -> str | None:
     Args:
         x: A tensor that the kernel would read. Without it, only what holds for every tensor is checked.
     """
-    if _TRITON_VERSION is None:
-        return "the package triton is not installed"
-    if x is None:
-        return None
-    if x.dtype not in _DTYPES:
-        return f"its kernels compute in bfloat16, float16 and float32, not in {x.dtype}"
-    if x.device.type != "cuda":
-        interpreted = _TRITON_INTERPRETED and x.device.type == "cpu"
-        return None if interpreted else f"its kernels run on CUDA GPUs, the tensors are on {x.device.type}"
-    if tuple(int(part) for part in _TRITON_VERSION.split(".")[:2]) < _TRITON_LEAST:
-        return f"its kernels need Triton 3.3 or newer, {_TRITON_VERSION} is installed"
-    if torch.cuda.get_device_properties(x.device).major < 8:
-        return "its kernels need a GPU of compute capability 8.0 or newer"
-    return None
+    reason = None if x is None else _cannot_compute(x)
+    if reason is not None:
+        return reason
+    if x is not None and x.device.type == "cuda":
+        return _GPU_LACKS
+    return _NOT_INSTALLED if _TRITON_VERSION is None else None
+
+
+_warned = set()
+
+
+@torch.compiler.assume_constant_result  # torch.compile then calls it while it traces, which breaks no graph
+def _warn_once(reason: str):
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(
+            f"the fused kernels cannot run on this GPU, and what runs instead is many times slower: {reason}",
+            stacklevel=3,
+        )
+
+
+def warn_of_fallback(reason: str):
+    """Say once that a GPU computes without its kernels, where the installation is why.
+
+    Args:
+        reason: What `triton_unsupported` says. Of what no installation could compute, nothing is said.
+    """
+    if reason == _GPU_LACKS:
+        _warn_once(reason)

@@ -7,6 +7,8 @@ import torch
 from helpers import costs
 from helpers.photos import write_photos
 
+pytest_plugins = ["helpers.lost_gpu"]
+
 # It must be chosen before Triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -340,3 +340,24 @@ def test_make_runs_every_test_that_needs_a_gpu():
     assert "tests/training/data/test_loader.py" in marked and "-m gpu" in commands
     for name in [*marked, "tests/ops/test_triton.py"]:
         assert re.search(rf"{name}(\s|$)", commands), f"{name} is not run, or not all of it"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("failing", ["tests/ops/test_triton.py", "-m gpu", "neither"])
+@pytest.mark.parametrize("has_timeout", [True, False])
+def test_all_tests_on_a_gpu_run_though_some_fail(tmp_path, failing, has_timeout):
+    """By the Python that is there, in several processes, each test within its time where pytest can limit it."""
+    python, log = tmp_path / "python", tmp_path / "log"
+    python.write_text(f"""#!/bin/sh
+case "$*" in *"import pytest_timeout"*) exit {int(not has_timeout)};; esac
+echo "$*" >> {log}
+case "$*" in *"{failing}"*) exit 1;; esac
+""")
+    python.chmod(0o755)
+    command = ["make", "test-gpu", f"BIN={tmp_path}/none", f"PYTHON={python}", "GPU_WORKERS=3", "GPU_TIMEOUT=50"]
+    status = subprocess.run(command, cwd=ROOT, capture_output=True).returncode
+    first, second = log.read_text().splitlines()
+    assert "tests/ops/test_triton.py" in first and "-m gpu" in second and "tests/ops/test_triton.py" not in second
+    for line in (first, second):
+        assert line.startswith("-m pytest -n 3 ") and ("--timeout 50 " in line) == has_timeout
+    assert (status == 0) == (failing == "neither")

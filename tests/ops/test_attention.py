@@ -170,6 +170,36 @@ def test_auto_gathers_from_large_regions_and_masks_small_ones():
     assert [chosen(56, 1), chosen(28, 4), chosen(14, 16)] == ["gather", "gather", "masked"]
 
 
+def chosen_for(size, regions, topk, heads=2, head_dim=32, batch=1, dtype=torch.float32):
+    grid = RegionGrid.fit(*size, regions)
+    query = torch.empty(batch, *size, heads, head_dim, dtype=dtype, device="meta")
+    return choose_impl(query, Routing(torch.empty(batch, grid.num_regions, topk, device="meta"), grid, grid))
+
+
+@pytest.mark.parametrize("topk,impl", [(25, "masked"), (15, "gather"), (6, "gather"), (49, "masked")])
+def test_auto_does_not_gather_gigabytes_where_a_mask_takes_less(topk, impl):
+    """A mask takes 2.2 GB for an image, the copies and logits of 25 regions of 15 x 24 tokens 2.8, those of 15 1.7."""
+    assert chosen_for((100, 167), 7, topk) == impl
+
+
+def test_auto_does_not_mask_gigabytes_where_gathering_takes_less():
+    """Regions of 3 x 4 tokens, most of which are routed. A mask takes 36 GB, copies and logits of a small head 23."""
+    assert chosen_for((200, 334), 84, 2100, heads=1, head_dim=8) == "gather"
+    assert chosen_for((200, 334), 84, 2100, heads=1, head_dim=64) == "masked", "86 GB"
+    assert chosen_for((40, 66), 17, 100, heads=1, head_dim=8) == "masked", "56 MB"
+
+
+@pytest.mark.parametrize("heads,head_dim", [(1, 32), (4, 32), (1, 64)])
+@pytest.mark.parametrize("size,regions,topk", [
+    ((56, 56), 7, 1), ((28, 28), 7, 4), ((14, 14), 7, 16), ((200, 334), 16, 1), ((100, 167), 7, 4), ((50, 84), 7, 16),
+])  # fmt: skip
+def test_memory_does_not_change_the_choice_for_the_networks_maps(size, regions, topk, heads, head_dim):
+    """Nor does the batch: a model computes alike on one image and on many, and is exported for any number."""
+    expected = "masked" if size == (14, 14) else "gather"
+    for batch in (1, 4096):
+        assert chosen_for(size, regions, topk, heads, head_dim, batch) == expected
+
+
 def test_mistakes_are_explained():
     query, key, value, routing = make_inputs("small queries on a large map")
     routes = routing.routes
