@@ -219,6 +219,24 @@ def test_what_surrounds_the_map_in_memory_is_not_read(dense):
     assert fused(*embedded, *inputs[3:], scale=0.3, dense=dense).equal(out)
 
 
+@pytest.mark.parametrize("name", ["ragged", "packed"])
+def test_padding_of_lse_and_delta_is_written(name, monkeypatch):
+    """The dense kernels read it unmasked: what memory held before, here no numbers, must not reach a gradient."""
+    inputs = make_inputs(SMALL[name], torch.float32, heads=2, head_dim=16)
+    empty_like, new_empty = torch.empty_like, torch.Tensor.new_empty
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(float("nan")))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(float("nan")))
+    for ours in run(fused, inputs, torch.float32, scale=0.3, dense=True):
+        assert ours.isfinite().all()
+    query, key, value, (routes, query_grid, key_grid, _) = inputs
+    grids = [query_grid.rows, query_grid.cols], [key_grid.rows, key_grid.cols]
+    lse = fused_op.forward(query, key, value, *fused_op.route_bits(inputs[3]), *grids, 0.3)[1]
+    tokens = query_grid.height * query_grid.width
+    assert lse.shape[2] % 128 == 0 and lse[..., :tokens].isfinite().all() and lse[..., tokens:].isposinf().all()
+    listed = fused_op.forward(query, key, value, routes, None, *grids, 0.3)[1]
+    torch.testing.assert_close(listed, lse[..., :tokens])
+
+
 def test_heads_that_lie_apart_in_memory():
     inputs = make_inputs(SMALL["ragged"], torch.float32, heads=1, head_dim=16)
     apart = [x.transpose(-1, -2).contiguous().transpose(-1, -2).requires_grad_() for x in inputs[:3]]
