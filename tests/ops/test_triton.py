@@ -224,10 +224,11 @@ def test_padding_of_lse_and_delta_is_written(name, monkeypatch):
     """The dense kernels read it unmasked: what memory held before, here no numbers, must not reach a gradient."""
     inputs = make_inputs(SMALL[name], torch.float32, heads=2, head_dim=16)
     empty_like, new_empty = torch.empty_like, torch.Tensor.new_empty
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(float("nan")))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(float("nan")))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).detach().fill_(float("nan")))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).detach().fill_(float("nan")))
     for ours in run(fused, inputs, torch.float32, scale=0.3, dense=True):
         assert ours.isfinite().all()
+    monkeypatch.undo()
     query, key, value, (routes, query_grid, key_grid, _) = inputs
     grids = [query_grid.rows, query_grid.cols], [key_grid.rows, key_grid.cols]
     lse = fused_op.forward(query, key, value, *fused_op.route_bits(inputs[3]), *grids, 0.3)[1]

@@ -17,8 +17,8 @@ There are two ways to say which tokens attend to which:
   tokens, since loads under a mask are not vectorized.
 
 Logits are in base 2: `scale` comes multiplied by log2(e). So is `lse`, the log-sum-exp of each query's logits,
-(B, heads, Hq * Wq) float32; `delta`, of the same shape, is the sum of output times its gradient. DENSE: both go on up to
-a multiple of MAX_BLOCK queries, with infinity and with zero, which the kernels write too: padding gets no weight.
+(B, heads, Hq * Wq) float32; `delta`, of the same shape, is the sum of output times its gradient. DENSE: both go on up
+to a multiple of MAX_BLOCK queries, with infinity and with zero, which the kernels write too: padding gets no weight.
 """
 import triton
 import triton.language as tl
