@@ -223,9 +223,16 @@ def test_what_surrounds_the_map_in_memory_is_not_read(dense):
 def test_padding_of_lse_and_delta_is_written(name, monkeypatch):
     """The dense kernels read it unmasked: what memory held before, here no numbers, must not reach a gradient."""
     inputs = make_inputs(SMALL[name], torch.float32, heads=2, head_dim=16)
-    empty_like, new_empty = torch.empty_like, torch.Tensor.new_empty
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).detach().fill_(float("nan")))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).detach().fill_(float("nan")))
+
+    def poisoned(allocate):
+        def allocate_and_fill(*args, **kwargs):
+            x = allocate(*args, **kwargs).detach()
+            return x.fill_(float("nan")) if x.is_floating_point() else x
+
+        return allocate_and_fill
+
+    for owner, name in ((torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
     for ours in run(fused, inputs, torch.float32, scale=0.3, dense=True):
         assert ours.isfinite().all()
     monkeypatch.undo()
