@@ -2,11 +2,17 @@
 
     python scripts/compile_kernels.py --arch 90 --head_dim 32 --dtype bf16
 
-Prints a Markdown table of registers per thread, shared memory per program and bytes spilled to local memory, for the
-plans that `ops` makes of BiFormer's maps. Exits with 1 if anything is spilled.
+Prints a Markdown table of registers per thread, shared memory per program, bytes spilled to local memory and the
+instructions that warps issue for each image and head, for the plans that `ops` makes of BiFormer's maps. Exits with 1
+if anything is spilled.
+
+    python scripts/compile_kernels.py --arch 90 --head_dim 32 --dtype bf16 --map "14 x 14, top-16" --tile 32 64 2 1
+
+compares another tile: tokens computed and streamed, warps, stages.
 """
 import argparse
 import itertools
+import math
 import re
 import subprocess
 import sys
@@ -23,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ops import RegionGrid
 from ops.impl.triton import kernels
-from ops.impl.triton.tuning import Plan, is_dense, make_plan
+from ops.impl.triton.tuning import Plan, Tile, is_dense, make_plan
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TF32 = "tf32"  # float32 whose products are allowed to be tf32
@@ -47,10 +53,19 @@ POINTERS = {
 
 
 class Usage(NamedTuple):
-    """Registers per thread, bytes of shared memory per program, bytes of local memory per thread (spills)."""
+    """Registers per thread, bytes of shared memory per program, bytes of local memory per thread (spills).
+
+    And instructions: those of the loop over the streamed tokens, and those before and after it.
+    """
     registers: int
     shared: int
     spilled: int
+    loop: int
+    outside: int
+
+    def instructions(self, plan: Plan, trips: float) -> float:
+        """How many instructions the warps of all programs for one image and head issue."""
+        return (self.outside + trips * self.loop) * plan.tiles * plan.tile.num_warps
 
 
 def _source(kernel, dtype: str, head_dim: int, plan: Plan) -> ASTSource:
@@ -80,15 +95,29 @@ def _source(kernel, dtype: str, head_dim: int, plan: Plan) -> ASTSource:
     return ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=aligned)
 
 
-def _usage(cubin: bytes) -> Usage:
+def _count_instructions(sass: str) -> tuple[int, int]:
+    """(Instructions of the largest loop, others), of the disassembly of a kernel."""
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;/]+);", sass)]
+    # What follows the last exit is a branch to itself, and padding.
+    end = max(at for at, text in code if "EXIT" in text)
+    jumps = [(at, re.search(r"\bBRA\S* (?:\S+ )*0x([0-9a-f]+)", text)) for at, text in code if at < end]
+    loops = [(int(jump[1], 16), at) for at, jump in jumps if jump and int(jump[1], 16) < at]
+    first, last = max(loops, key=lambda loop: loop[1] - loop[0], default=(end + 1, end))
+    inside = sum(first <= at <= last for at, _ in code)
+    return inside, sum(at <= end for at, _ in code) - inside
+
+
+def _usage(cubin: bytes, shared: int) -> Usage:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [tool, "--dump-resource-usage", file.name]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        report, sass = (
+            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("--dump-resource-usage", "--dump-sass")
+        )
     registers, stack, local = (int(re.search(rf"\b{name}:(\d+)", report)[1]) for name in ("REG", "STACK", "LOCAL"))
-    return Usage(registers, 0, stack + local)
+    return Usage(registers, shared, stack + local, *_count_instructions(sass))
 
 
 def compile_kernel(kernel: str, arch: int, dtype: str, head_dim: int, plan: Plan) -> Usage:
@@ -100,13 +129,25 @@ def compile_kernel(kernel: str, arch: int, dtype: str, head_dim: int, plan: Plan
     source = _source(KERNELS[kernel], dtype, head_dim, plan)
     options = dict(num_warps=plan.tile.num_warps, num_stages=plan.tile.num_stages)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return _usage(compiled.asm["cubin"])._replace(shared=compiled.metadata.shared)
+    return _usage(compiled.asm["cubin"], compiled.metadata.shared)
 
 
-def plan_of(kernel: str, grid: RegionGrid, topk: int, head_dim: int, dtype: str, dense: bool) -> Plan:
-    """The plan of a kernel where queries and keys are one map."""
+def plan_of(kernel: str, name: str, head_dim: int, dtype: str, tile: Tile | None = None) -> Plan:
+    """The plan of a kernel where queries and keys are one of `MAPS`."""
+    grid, topk = MAPS[name]
     inverse = kernel == "key_value_gradient"
-    return make_plan(grid, grid, topk, inverse, dense, head_dim, torch.float32 if dtype == TF32 else DTYPES[dtype])
+    dtype = torch.float32 if dtype == TF32 else DTYPES[dtype]
+    return make_plan(grid, grid, topk, inverse, is_dense(grid, grid, topk), head_dim, dtype, tile)
+
+
+def trips_of(name: str, plan: Plan) -> int:
+    """How many tiles one of the programs streams: for the gradients of keys, if every region is chosen by `topk`."""
+    grid, topk = MAPS[name]
+    if plan.dense:
+        return math.ceil(grid.height * grid.width / plan.tile.block_n)
+    if plan.packed:
+        return math.ceil(topk * grid.tokens_per_region / plan.tile.block_n)
+    return topk * math.ceil(grid.tokens_per_region / plan.tile.block_n)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -116,22 +157,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--head_dim", type=int, nargs="+", default=[16, 24, 32, 40, 48, 64, 80, 96, 128])
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--map", nargs="+", choices=MAPS, default=list(MAPS))
+    parser.add_argument("--tile", nargs=4, type=int, metavar=("M", "N", "WARPS", "STAGES"), help="instead of ops'")
     args = parser.parse_args(argv)
 
-    print("| kernel | map | way | dtype | head_dim | sm | tile | warps | registers | shared, KiB | spilled, bytes |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    print("| kernel | map | way | dtype | head_dim | sm | tile | warps | stages | registers | shared, KiB", end="")
+    print(" | loop | outside | instructions per image and head | spilled, bytes |")
+    print("|---" * 15 + "|")
     spilled = 0
     for kernel, name, dtype, head_dim, arch in itertools.product(
         args.kernel, args.map, args.dtype, args.head_dim, args.arch
     ):
-        grid, topk = MAPS[name]
-        dense = is_dense(grid, grid, topk)
-        plan = plan_of(kernel, grid, topk, head_dim, dtype, dense)
+        plan = plan_of(kernel, name, head_dim, dtype, Tile(*args.tile) if args.tile else None)
         usage = compile_kernel(kernel, arch, dtype, head_dim, plan)
         spilled += usage.spilled > 0
-        way = "dense" if dense else "packed" if plan.packed else "by list"
-        tile = f"{plan.tile.block_m} x {plan.tile.block_n} | {plan.tile.num_warps}"
-        used = f"{usage.registers} | {usage.shared / 1024:.1f} | {usage.spilled}"
+        way = "dense" if plan.dense else "packed" if plan.packed else "by list"
+        tile = f"{plan.tile.block_m} x {plan.tile.block_n} | {plan.tile.num_warps} | {plan.tile.num_stages}"
+        used = f"{usage.registers} | {usage.shared / 1024:.1f} | {usage.loop} | {usage.outside}"
+        used += f" | {usage.instructions(plan, trips_of(name, plan)):.0f} | {usage.spilled}"
         print(f"| {kernel} | {name} | {way} | {dtype} | {head_dim} | {arch} | {tile} | {used} |", flush=True)
     print(f"\n{spilled} kernels spill" if spilled else "\nno kernel spills")
     return int(spilled > 0)

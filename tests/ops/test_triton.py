@@ -224,6 +224,32 @@ def test_networks_maps_are_tested_in_every_way_that_is_chosen():
     assert ways(LARGE["100 x 167, 7 x 7 regions, top-4"]) == ways(SMALL["ragged"]) == [False, True]
 
 
+@pytest.mark.parametrize("name", ["ragged", "packed"])
+def test_padding_of_lse_and_delta_is_written(name, monkeypatch):
+    """The dense kernels read it unmasked: what memory held before, here no numbers, must not reach a gradient."""
+    inputs = make_inputs(SMALL[name], torch.float32, heads=2, head_dim=16)
+
+    def poisoned(allocate):
+        def allocate_and_fill(*args, **kwargs):
+            x = allocate(*args, **kwargs).detach()
+            return x.fill_(float("nan")) if x.is_floating_point() else x
+
+        return allocate_and_fill
+
+    for owner, name in ((torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+    for ours in run(fused, inputs, torch.float32, scale=0.3, dense=True):
+        assert ours.isfinite().all()
+    monkeypatch.undo()
+    query, key, value, (routes, query_grid, key_grid, _) = inputs
+    grids = [query_grid.rows, query_grid.cols], [key_grid.rows, key_grid.cols]
+    lse = fused_op.forward(query, key, value, *fused_op.route_bits(inputs[3]), *grids, 0.3)[1]
+    tokens = query_grid.height * query_grid.width
+    assert lse.shape[2] % 128 == 0 and lse[..., :tokens].isfinite().all() and lse[..., tokens:].isposinf().all()
+    listed = fused_op.forward(query, key, value, routes, None, *grids, 0.3)[1]
+    torch.testing.assert_close(listed, lse[..., :tokens])
+
+
 def test_heads_that_lie_apart_in_memory():
     inputs = make_inputs(SMALL["ragged"], torch.float32, heads=1, head_dim=16)
     apart = [x.transpose(-1, -2).contiguous().transpose(-1, -2).requires_grad_() for x in inputs[:3]]

@@ -17,7 +17,8 @@ There are two ways to say which tokens attend to which:
   tokens, since loads under a mask are not vectorized.
 
 Logits are in base 2: `scale` comes multiplied by log2(e). So is `lse`, the log-sum-exp of each query's logits,
-(B, heads, Hq, Wq) float32; `delta`, of the same shape, is the sum of output times its gradient.
+(B, heads, Hq * Wq) float32; `delta`, of the same shape, is the sum of output times its gradient. DENSE: both go on up
+to a multiple of MAX_BLOCK queries, with infinity and with zero, which the kernels write too: padding gets no weight.
 """
 import triton
 import triton.language as tl
@@ -119,10 +120,38 @@ def _streamed_keys(
 
 
 @triton.jit
-def _rows_of_map(ptr, image, head, num_heads, grid, row, col):
-    """Pointers into a (B, heads, H, W) map of one number per token and head."""
+def _floats_of_head(ptr, image, head, num_heads, grid, DENSE: tl.constexpr):
+    """Where one head of one image begins in lse or delta."""
     height, width, cols, region_height, region_width = grid
-    return ptr + (image * num_heads + head).to(tl.int64) * height * width + row * width + col
+    length = height * width
+    if DENSE:
+        length = tl.cdiv(length, MAX_BLOCK) * MAX_BLOCK
+    return ptr + (image * num_heads + head).to(tl.int64) * length
+
+
+@triton.jit
+def _load_floats(head_ptr, first, row, col, real, grid, padding, BLOCK: tl.constexpr, DENSE: tl.constexpr):
+    """lse or delta of BLOCK queries. DENSE: of those from `first` on, as whole vectors, since nothing is masked."""
+    height, width, cols, region_height, region_width = grid
+    if DENSE:
+        return tl.load(head_ptr + first + tl.arange(0, BLOCK))
+    else:
+        return tl.load(head_ptr + row * width + col, mask=real, other=padding)
+
+
+@triton.jit
+def _store_floats(head_ptr, floats, first, row, col, real, grid, padding, BLOCK: tl.constexpr, DENSE: tl.constexpr):
+    """Write lse or delta of a tile of queries. DENSE: the map's last tile also writes the padding behind it."""
+    height, width, cols, region_height, region_width = grid
+    if DENSE:
+        length = height * width
+        tl.store(head_ptr + first + tl.arange(0, BLOCK), tl.where(real, floats, padding))
+        if BLOCK < MAX_BLOCK:
+            behind = first + BLOCK + tl.arange(0, MAX_BLOCK)
+            is_padding = (first + BLOCK >= length) & (behind < tl.cdiv(length, MAX_BLOCK) * MAX_BLOCK)
+            tl.store(head_ptr + behind, tl.full((MAX_BLOCK,), padding, tl.float32), mask=is_padding)
+    else:
+        tl.store(head_ptr + row * width + col, floats, mask=real)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -176,8 +205,9 @@ def forward_kernel(
 
     total = tl.where(q_real, total, 1.0)
     store_tokens(out_head, out_strides, q_row, q_col, q_real, out / total[:, None], HEAD_DIM, BLOCK_D)
-    lse = _rows_of_map(lse_ptr, image, head, num_heads, q_grid, q_row, q_col)
-    tl.store(lse, top + tl.log2(total), mask=q_real)
+    lse_head = _floats_of_head(lse_ptr, image, head, num_heads, q_grid, DENSE)
+    lse = top + tl.log2(total)
+    _store_floats(lse_head, lse, first, q_row, q_col, q_real, q_grid, float("inf"), BLOCK_M, DENSE)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -213,8 +243,10 @@ def query_gradient_kernel(
     out = load_tokens(out_head, out_strides, q_row, q_col, q_real, HEAD_DIM, BLOCK_D)
     grad_out = load_tokens(grad_out_head, grad_out_strides, q_row, q_col, q_real, HEAD_DIM, BLOCK_D)
     delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
-    tl.store(_rows_of_map(delta_ptr, image, head, num_heads, q_grid, q_row, q_col), delta, mask=q_real)
-    lse = tl.load(_rows_of_map(lse_ptr, image, head, num_heads, q_grid, q_row, q_col), mask=q_real, other=0.0)
+    delta_head = _floats_of_head(delta_ptr, image, head, num_heads, q_grid, DENSE)
+    _store_floats(delta_head, delta, first, q_row, q_col, q_real, q_grid, 0.0, BLOCK_M, DENSE)
+    lse_head = _floats_of_head(lse_ptr, image, head, num_heads, q_grid, DENSE)
+    lse = _load_floats(lse_head, first, q_row, q_col, q_real, q_grid, float("inf"), BLOCK_M, DENSE)
     query = load_tokens(query_head, query_strides, q_row, q_col, q_real, HEAD_DIM, BLOCK_D)
 
     grad_query = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -278,6 +310,8 @@ def key_value_gradient_kernel(
     grad_out_head = head_of_map(grad_out_ptr, grad_out_strides, image, head)
     grad_key_head = head_of_map(grad_key_ptr, grad_key_strides, image, head)
     grad_value_head = head_of_map(grad_value_ptr, grad_value_strides, image, head)
+    lse_head = _floats_of_head(lse_ptr, image, head, num_heads, q_grid, DENSE)
+    delta_head = _floats_of_head(delta_ptr, image, head, num_heads, q_grid, DENSE)
     key = load_tokens(key_head, key_strides, k_row, k_col, k_real, HEAD_DIM, BLOCK_D)
     value = load_tokens(value_head, value_strides, k_row, k_col, k_real, HEAD_DIM, BLOCK_D)
 
@@ -301,10 +335,8 @@ def key_value_gradient_kernel(
         query = load_tokens(query_head, query_strides, q_row, q_col, q_real, HEAD_DIM, BLOCK_D)
         grad_out = load_tokens(grad_out_head, grad_out_strides, q_row, q_col, q_real, HEAD_DIM, BLOCK_D)
         # An infinite log-sum-exp gives padding no weight.
-        lse = tl.load(
-            _rows_of_map(lse_ptr, image, head, num_heads, q_grid, q_row, q_col), mask=q_real, other=float("inf")
-        )
-        delta = tl.load(_rows_of_map(delta_ptr, image, head, num_heads, q_grid, q_row, q_col), mask=q_real, other=0.0)
+        lse = _load_floats(lse_head, start, q_row, q_col, q_real, q_grid, float("inf"), BLOCK_N, DENSE)
+        delta = _load_floats(delta_head, start, q_row, q_col, q_real, q_grid, 0.0, BLOCK_N, DENSE)
         logits = tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale
         weight = tl.exp2(logits - lse[None, :])
         if DENSE:

@@ -118,7 +118,7 @@ def forward(
     key_regions: Sequence[int],
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = _allocate(query)
+    out, lse = _allocate(query, bits is not None)
     if out.numel() == 0:
         return out, lse
     query_grid, key_grid = _grid_of(query, query_regions), _grid_of(key, key_regions)
@@ -139,16 +139,19 @@ def forward(
     return out, lse
 
 
-def _allocate(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output, and one float for each query and head."""
+def _allocate(query: torch.Tensor, dense: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output, and one float for each query and head, with room behind them as the dense kernels expect it."""
     batch, height, width, heads, _ = query.shape
-    lse = query.new_empty((batch, heads, height, width), dtype=torch.float32)
+    length = height * width
+    if dense:
+        length += -length % kernels.MAX_BLOCK.value
+    lse = query.new_empty((batch, heads, length), dtype=torch.float32)
     return torch.empty_like(query, memory_format=torch.contiguous_format), lse
 
 
 @forward.register_fake
 def _(query, key, value, routes, bits, query_regions, key_regions, scale):
-    return _allocate(query)
+    return _allocate(query, bits is not None)
 
 
 @torch.library.custom_op(

@@ -4,14 +4,21 @@ Chosen from the compiler's reports (`scripts/compile_kernels.py`) and from count
 been measured yet.
 """
 import math
+import re
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+import triton
 
 from ...regions import RegionGrid
 
 MAX_BITS = 64  # routes of one query as the bits of an int64
+TRITON = tuple(int(part) for part in re.match(r"(\d+)\.(\d+)", triton.__version__).groups())
+# (block_m, block_n, inverse) for which Triton from 3.7 on should pipeline the loads, for heads of up to 64: it then takes
+# a tenth fewer instructions for the keys, and does not spill for the queries. Elsewhere, and everywhere in 3.6, the
+# pipeline costs more instructions than it saves, and other programs run while one waits.
+PIPELINED = {(64, 64, True), (16, 64, False)}
 
 
 class Tile(NamedTuple):
@@ -52,13 +59,14 @@ def _power_of_2(n: int, low: int, high: int) -> int:
 def choose_tile(own: int, streamed: int, head_dim: int, dtype: torch.dtype, inverse: bool) -> Tile:
     """The tile for programs that have `own` tokens to compute and `streamed` tokens to stream past them.
 
-    16 tokens are the fewest that the matrix units take. 64 x 64 logits in float32 are 32 registers a thread of 4 warps,
-    which leaves room for the accumulators of heads of 32. Wider heads get more warps; so does float32, whose products
-    run on the plain units from registers, and gets smaller tiles. The kernel of two gradients streams fewer tokens.
+    Chosen for few instructions of all warps together, by counts for compute capability 9.0, and no spilled registers.
 
-    Stages are such that Triton 3.9 spills least; float32 needs no more than 1 for its keys, which saves 5 % of a loop's
-    instructions. In low precision 1 stage would suit Triton 3.6, which takes a fifth fewer instructions for keys that
-    stream whole maps as it copies each of the queries' floats by itself, but 3.9 would take half as many again.
+    16 tokens are the fewest that the matrix units take, and one warp's work: more warps would share the columns and
+    each compute all that is said about the rows. 64 x 64 logits in float32 are 32 registers a thread of 4 warps, which
+    leaves room for the accumulators of heads of 32; of wider heads fewer tokens are streamed, and those of more than 64
+    get twice the warps. So does float32, whose products run on the plain units from registers, and smaller tiles. Past
+    16 keys fewer tokens are streamed, too, since two gradients fill one warp. Maps whose last tile would be nearly
+    empty are streamed in half tiles.
     """
     if dtype == torch.float32:
         block_m = _power_of_2(own, 16, 32 if head_dim <= 64 else 16)
@@ -66,10 +74,14 @@ def choose_tile(own: int, streamed: int, head_dim: int, dtype: torch.dtype, inve
         stages = 1 if inverse else 2 if head_dim <= 64 else 3
         return Tile(block_m, 16, warps, stages)
     block_m = _power_of_2(own, 16, 64)
-    block_n = _power_of_2(streamed, 16, 32 if inverse and (block_m < 64 or head_dim > 32) else 64)
-    warps = block_m // 16 if head_dim <= 32 else max(4, block_m // 8)
-    stages = 3 if not inverse and block_m == 32 and 32 < head_dim < 64 else 2
-    return Tile(block_m, block_n, max(2, warps) if inverse else warps, stages)
+    if head_dim > 64:
+        return Tile(block_m, _power_of_2(streamed, 16, 32 if inverse else 64), max(4, block_m // 8), 2)
+    narrow = inverse and block_m == 16 if head_dim <= 32 else inverse or block_m == 64
+    block_n = _power_of_2(streamed, 16, 32 if narrow else 64)
+    if block_m == block_n == 64 and math.ceil(streamed / 32) * 32 < 0.9 * math.ceil(streamed / 64) * 64:
+        block_n = 32
+    stages = 2 if TRITON >= (3, 7) and (block_m, block_n, inverse) in PIPELINED else 1
+    return Tile(block_m, block_n, max(1 if head_dim <= 32 else 2, block_m // 16), stages)
 
 
 @lru_cache(maxsize=1024)
