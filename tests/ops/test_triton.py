@@ -18,13 +18,14 @@ from ops import BiLevelRoutingAttention, RegionGrid, Routing, choose_impl, route
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
+from helpers.interpreter import DEVICE, needs_working_device  # noqa: E402
 from ops.impl.triton import op as fused_op  # noqa: E402
 from ops.impl.triton import routed_attention as fused  # noqa: E402
 from ops.impl.triton.tiles import divide  # noqa: E402
 from ops.impl.triton.tuning import MAX_BITS, is_dense, make_plan  # noqa: E402
 from ops.support import _TRITON_LEAST  # noqa: E402
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = needs_working_device
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 # (query map, query regions, key map, key regions, top-k)
@@ -57,29 +58,6 @@ LARGE = {
     "agents": ((7, 7), 7, (56, 56), 7, 4),
     "agents on all": ((7, 7), 7, (56, 56), 7, 49),
 }  # fmt: skip
-
-
-@triton.jit
-def _count_kernel(count_ptr, stop):
-    count = 0
-    for _ in range(0, stop):
-        count += 1
-    tl.store(count_ptr, count)
-
-
-def has_working_device():
-    """Interpreters up to Triton 3.6 end a loop by what NumPy from 2.4 on refuses to convert to an integer."""
-    count = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    try:
-        _count_kernel[(1,)](count, 3)
-    except triton.runtime.errors.InterpreterError:
-        return False
-    return count.item() == 3
-
-
-pytestmark = pytest.mark.skipif(
-    not has_working_device(), reason="this interpreter of Triton does not work with this NumPy"
-)
 
 
 @pytest.fixture(autouse=DEVICE == "cpu")
