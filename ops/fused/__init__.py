@@ -1,1 +1,1 @@
-"""Kernels for what surrounds attention, one file each, as custom operators. Imported by their users: they need Triton."""
+"""Kernels for what surrounds attention, one file each, as custom operators. They import Triton: load them late."""

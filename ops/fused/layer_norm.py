@@ -151,7 +151,7 @@ def make_tile(channels: int, numbers: int) -> Tile:
 
 def _launch(kernel, programs: int, tile: Tile, like: torch.Tensor, *args):
     settings = like.shape[-1], tile.channels, tile.rows
-    # Triton launches on the current device. To enter the tensors' takes as long as some launches: only where it differs.
+    # Triton launches on the current device. Entering the tensors' is slow: only where it is another.
     if like.is_cuda and like.get_device() != torch.cuda.current_device():
         with torch.cuda.device_of(like):
             kernel[(programs,)](*args, *settings, num_warps=tile.num_warps)
