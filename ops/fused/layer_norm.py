@@ -112,6 +112,9 @@ def backward_kernel(
         x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         offsets, _ = _place(block, rows, GRAD_OUT_STRIDE, C, BLOCK_ROWS, BLOCK_C)
         grad = tl.load(grad_out_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        if grad_total_ptr is not None:  # loaded here, since no load is moved up across the barriers of a sum
+            offsets, _ = _place(block, rows, GRAD_TOTAL_STRIDE, C, BLOCK_ROWS, BLOCK_C)
+            grad_total = tl.load(grad_total_ptr + offsets, mask=inside, other=0.0)
         row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         mean = tl.load(stats_ptr + row, mask=row < rows, other=0.0)[:, None]
         rstd = tl.load(stats_ptr + rows + row, mask=row < rows, other=0.0)[:, None]
@@ -122,8 +125,7 @@ def backward_kernel(
         along_normal = tl.sum(grad * normal, 1)[:, None] / C
         grad = (grad - tl.sum(grad, 1)[:, None] / C - normal * along_normal) * rstd
         if grad_total_ptr is not None:
-            offsets, _ = _place(block, rows, GRAD_TOTAL_STRIDE, C, BLOCK_ROWS, BLOCK_C)
-            grad += tl.load(grad_total_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+            grad += grad_total.to(tl.float32)
         offsets, _ = _place(block, rows, C, C, BLOCK_ROWS, BLOCK_C)
         tl.store(grad_x_ptr + offsets, grad.to(grad_x_ptr.dtype.element_ty), mask=inside)
     channel = tl.arange(0, BLOCK_C)
