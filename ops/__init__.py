@@ -1,26 +1,33 @@
-"""Routed attention as functions on tensors, and a module built of them.
+"""Routed attention as functions on tensors, a module built of them, and what is fused around it.
 
     RegionGrid.fit(H, W, regions)       how a map of any size is cut into regions
     route_regions(...) -> Routing       which key regions each query region attends to
     routed_attention(..., routing)      attention along those routes
     BiLevelRoutingAttention(...)        all of it as a module, (B, H, W, C) in and out
     depthwise_conv(...)                 a depthwise convolution of such a map, with what is added to it
+    layer_norm(...), add_layer_norm(...)  layer norm, and that of a sum, in one pass over memory
 """
 from .attention import IMPLS, choose_impl, routed_attention, unsupported
 from .bra import BiLevelRoutingAttention
 from .depthwise import depthwise_conv
 from .layout import conv_channels_last
+from .norm import NORM_IMPLS, add_layer_norm, choose_norm_impl, layer_norm, norm_unsupported
 from .regions import RegionGrid
 from .routing import Routing, region_means, route_regions
 
 __all__ = [
     "IMPLS",
+    "NORM_IMPLS",
     "BiLevelRoutingAttention",
     "RegionGrid",
     "Routing",
+    "add_layer_norm",
     "choose_impl",
+    "choose_norm_impl",
     "conv_channels_last",
     "depthwise_conv",
+    "layer_norm",
+    "norm_unsupported",
     "region_means",
     "route_regions",
     "routed_attention",

@@ -244,7 +244,7 @@ def test_implementations_do_not_import_one_another():
         assert not found, name_of(path)
 
 
-def test_only_the_fused_implementation_imports_triton():
+def test_only_fused_kernels_import_triton():
     for path in files_of("ops"):
         assert "triton" not in rooms_of(imports_of(path)) or matches(name_of(path), FUSED), name_of(path)
 

@@ -1,0 +1,132 @@
+"""The public calls of layer norm: check the inputs, choose an implementation, dispatch."""
+import torch
+import torch.nn.functional as F
+
+from .support import triton_unsupported
+
+NORM_IMPLS = ("torch", "triton")
+
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+_TRITON_CHANNELS = 4096  # a program holds whole rows
+
+
+def _fused():
+    from .fused import layer_norm  # imports Triton, which only its users need
+
+    return layer_norm
+
+
+def norm_unsupported(impl: str, *inputs: torch.Tensor) -> str | None:
+    """Why `impl` cannot compute `layer_norm` of inputs such as these, or None where it can.
+
+    Args:
+        impl: A name of `NORM_IMPLS`.
+        inputs: All tensors of the call, the map first. Without them, only what holds for every input is checked.
+    """
+    if impl not in NORM_IMPLS:
+        return f"there is no such implementation; choose from {', '.join(NORM_IMPLS)} or auto"
+    if impl == "torch":
+        return None
+    if not inputs:
+        return triton_unsupported()
+    if inputs[0].shape[-1] > _TRITON_CHANNELS:
+        return f"its kernels take up to {_TRITON_CHANNELS} channels, got {inputs[0].shape[-1]}"
+    return next(filter(None, map(triton_unsupported, inputs)), None)
+
+
+def _fused_dtype(x: torch.Tensor, *branch: torch.Tensor) -> torch.dtype:
+    """Of what the kernels write for x, or for the sum of x and `branch`: its own, or autocast's in place of float32.
+
+    Under autocast `F.layer_norm` returns float32, which the linear layer behind it rounds to autocast's type in another
+    pass over memory. The kernels round once, before they write.
+    """
+    dtype = torch.promote_types(x.dtype, branch[0].dtype) if branch else x.dtype
+    if dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return dtype
+
+
+def choose_norm_impl(*inputs: torch.Tensor) -> str:
+    """The implementation that `impl="auto"` takes: `triton` on a GPU in low precision, `torch` everywhere else.
+
+    In low precision means that the map is of bfloat16 or float16, or of float32 under an autocast to them. While
+    torch.compile or an exporter traces it is `torch`, which compilers fuse with what surrounds it.
+
+    Args:
+        inputs: All tensors of the call, in its order; weight and bias are the last two.
+    """
+    if inputs[0].device.type != "cuda" or torch.compiler.is_compiling():
+        return "torch"
+    if _fused_dtype(*inputs[:-2]) not in _LOW_PRECISION or norm_unsupported("triton", *inputs):
+        return "torch"
+    return "triton"
+
+
+def _resolve(impl: str, *inputs: torch.Tensor) -> str:
+    """The implementation to call; all inputs are checked."""
+    x, weight, bias = inputs[0], *inputs[-2:]
+    if weight.shape != x.shape[-1:] or bias.shape != weight.shape:
+        shapes = f"{tuple(weight.shape)} and {tuple(bias.shape)}"
+        raise ValueError(f"weight and bias must have one number for each channel of {tuple(x.shape)}, got {shapes}")
+    for tensor in inputs[1:]:
+        if tensor.device != x.device:
+            raise ValueError(f"all tensors must be on one device, got {x.device} and {tensor.device}")
+    if impl == "auto":
+        return choose_norm_impl(*inputs)
+    reason = norm_unsupported(impl, *inputs)
+    if reason is not None:
+        raise ValueError(f"impl={impl!r} cannot run: {reason}")
+    return impl
+
+
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, impl: str = "auto"
+) -> torch.Tensor:
+    """Layer norm over the last axis.
+
+    Args:
+        x: (..., C), of any strides.
+        weight: (C,).
+        bias: (C,).
+        eps: What is added to the variance.
+        impl: "torch" (`F.layer_norm`), "triton" (fused, for GPUs; derivatives of first order in reverse mode only), or
+            "auto" (see `choose_norm_impl`).
+
+    Returns:
+        (..., C), of x's dtype. Under autocast `torch` returns float32, and `triton` x's dtype in low precision and
+        autocast's for float32: what the next linear layer would round to.
+
+    Raises:
+        ValueError: Shapes or devices do not fit each other, or `impl` cannot run; the message says why.
+    """
+    if _resolve(impl, x, weight, bias) == "triton":
+        return _fused().layer_norm(x, weight, bias, eps, _fused_dtype(x))
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def add_layer_norm(
+    x: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, impl: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A residual path's next value, and its layer norm over the last axis: x + branch and layer_norm(x + branch).
+
+    Args:
+        x: (..., C), of any strides.
+        branch: (..., C), of x's shape.
+        weight: (C,).
+        bias: (C,).
+        eps: What is added to the variance.
+        impl: As for `layer_norm`.
+
+    Returns:
+        The sum (..., C), of the dtype that PyTorch promotes to, and the layer norm (..., C) of the sum as it is rounded
+        to that dtype; its own is as `layer_norm` says.
+
+    Raises:
+        ValueError: Shapes or devices do not fit each other, or `impl` cannot run; the message says why.
+    """
+    if branch.shape != x.shape:
+        raise ValueError(f"x and branch must be of one shape, got {tuple(x.shape)} and {tuple(branch.shape)}")
+    if _resolve(impl, x, branch, weight, bias) == "triton":
+        return _fused().add_layer_norm(x, branch, weight, bias, eps, _fused_dtype(x, branch))
+    total = x + branch
+    return total, F.layer_norm(total, weight.shape, weight, bias, eps)
