@@ -1,35 +1,71 @@
+import json
+
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 
 from ops import RegionGrid  # noqa: E402
 from ops.impl.triton import op  # noqa: E402
-from ops.impl.triton.tuning import Tile, make_plan  # noqa: E402
+from ops.impl.triton.tuning import Tile  # noqa: E402
 from scripts import tune_kernels  # noqa: E402
 
+SMALL = "28 x 28, top-4"
 
-def test_neighbours_differ_in_one_setting():
+
+@pytest.fixture
+def small(monkeypatch):
+    """A small map in place of a stage, and two tiles beside the chosen one."""
+    monkeypatch.setitem(tune_kernels.MAPS, SMALL, (RegionGrid.fit(4, 4, 2), 2))
+    monkeypatch.setattr(tune_kernels, "neighbours", lambda tile: [tile._replace(block_n=n) for n in (32, 64)])
+    sizes = ["--map", SMALL, "--batch_size", "1", "--heads", "1", "--head_dim", "16", "--dtype", "fp32"]
+    return [*sizes, "--device", "cpu", "--jobs", "0", "--rounds", "2"]
+
+
+def test_neighbours_differ_in_few_settings():
     tile = Tile(16, 64, 1, 2)
     neighbours = tune_kernels.neighbours(tile)
-    assert Tile(32, 64, 1, 2) in neighbours and Tile(16, 64, 1, 3) in neighbours
-    assert Tile(8, 64, 1, 2) not in neighbours, "the matrix units take 16 tokens at least"
-    assert all(sum(a != b for a, b in zip(tile, other, strict=True)) == 1 for other in neighbours)
+    assert {Tile(32, 64, 1, 2), Tile(32, 64, 2, 2), Tile(16, 64, 1, 3), Tile(16, 32, 1, 1)} <= set(neighbours)
+    assert tile not in neighbours and len(neighbours) == len(set(neighbours)) <= 24
+    assert all(16 <= other.block_m <= 128 and 16 <= other.block_n <= 128 for other in neighbours)
 
 
-def test_every_pass_is_timed_with_every_tile(monkeypatch, capsys):
-    """The timing itself needs a GPU: here each pass runs once in the interpreter, and says which tiles it was given."""
-    tiles = []
+def test_every_kernel_is_timed_alone_with_every_tile(small, tmp_path, capsys, monkeypatch):
+    launched = []
+    for name in ("launch_forward", "launch_query_gradient", "launch_key_value_gradient"):
+        launch = getattr(op, name)
 
-    def run_once(run, **_):
-        monkeypatch.setattr(op, "_launch", lambda kernel, plan, *args, **sizes: tiles.append(plan.tile))
-        run()
-        return [1.0, 2.0, 3.0]
+        def noted(*args, name=name, launch=launch, tile=None, **kwargs):
+            launched.append((name, tile))
+            return launch(*args, tile=tile, **kwargs)
 
-    monkeypatch.setattr(triton.testing, "do_bench", run_once)
-    monkeypatch.setattr(op, "_launch", lambda *args, **sizes: None)
-    monkeypatch.setattr(tune_kernels, "DEVICE", "cpu")
-    monkeypatch.setitem(tune_kernels.MAPS, "28 x 28, top-4", (RegionGrid.fit(8, 8, 2), 2))
-    tune_kernels.main(["--map", "28 x 28, top-4", "--batch_size", "1", "--heads", "1"])
+        monkeypatch.setattr(op, name, noted)
+    tune_kernels.main([*small, "--output", str(tmp_path / "tiles.json")])
+    record = json.loads((tmp_path / "tiles.json").read_text())
+    assert record["triton"] == triton.__version__ and record["torch"] == torch.__version__
+    assert [row["kernel"] for row in record["rows"]] == [*tune_kernels.KERNELS] * 2
+    assert [row["way"].count("chosen") for row in record["rows"]] == [1] * 3 + [0] * 3
+    for row in record["rows"]:
+        assert not row["failed"] and row["rounds"] == 2
+        assert len(row["tiles"]) == 3 and tune_kernels.AGAIN in row["tiles"]
+    assert len({tile for _, tile in launched}) >= 3 and len({name for name, _ in launched}) == 3
+    assert capsys.readouterr().out.count("x as fast") == 6 * 3
+
+
+def test_a_tile_that_computes_something_else_is_not_timed(small, capsys, monkeypatch):
+    launch = op.launch_forward
+
+    def wrong(problem, out, lse, tile=None):
+        launch(problem, out, lse, tile)
+        if tile is not None and tile.block_n == 64:
+            out[0, 0, 0] += 1
+
+    monkeypatch.setattr(op, "launch_forward", wrong)
+    tune_kernels.main([*small, "--kernel", "forward"])
     out = capsys.readouterr().out
-    assert out.count("2.0000 ms (1.0000 to 3.0000)") == 2 * 3 and out.count("1.00 x as fast") >= 2 * 3 * 5
-    assert {tile.num_stages for tile in tiles} == {1, 2, 3} and op.make_plan is make_plan
+    assert out.count("wrong: off by 1") == 2 and out.count("x as fast") == 2 * 2
+
+
+def test_what_the_budget_does_not_allow_is_left_out(small, capsys):
+    tune_kernels.main([*small, "--budget", "0"])
+    assert capsys.readouterr().out.count("left out for lack of time") == 2 * 3

@@ -9,6 +9,7 @@ with them, routes and bits are what `route_bits` returns, and whole maps are str
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,17 +18,65 @@ import triton
 from ...regions import RegionGrid
 from ...routing import Routing
 from . import kernels
-from .tuning import MAX_BITS, Plan, make_plan
+from .tuning import MAX_BITS, Plan, Tile, make_plan
 
 
 def _grid_of(x_BHWND: torch.Tensor, rows_cols: Sequence[int]) -> RegionGrid:
     return RegionGrid(x_BHWND.shape[1], x_BHWND.shape[2], *rows_cols)
 
 
+class Problem(NamedTuple):
+    """What all kernels are launched on: maps whose heads lie side by side in memory, and who attends to whom."""
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    routes: torch.Tensor
+    bits: torch.Tensor | None
+    grids: tuple[RegionGrid, RegionGrid]
+    scale: float
+
+    @property
+    def topk(self) -> int:
+        return 0 if self.bits is not None else self.routes.shape[2]
+
+    def plan(self, inverse: bool, tile: Tile | None = None) -> Plan:
+        """The plan of a kernel on the queries' side, or on the keys' (`inverse`); `tile` overrules its tile."""
+        query_grid, key_grid = self.grids
+        kind = (self.bits is not None, self.query.shape[-1], self.query.dtype, tile)
+        if inverse:
+            chosen_by = max(1, self.topk * query_grid.num_regions // key_grid.num_regions)
+            return make_plan(key_grid, query_grid, chosen_by, True, *kind)
+        return make_plan(query_grid, key_grid, self.topk, False, *kind)
+
+
+def make_problem(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    routes: torch.Tensor,
+    bits: torch.Tensor | None,
+    query_regions: Sequence[int],
+    key_regions: Sequence[int],
+    scale: float,
+) -> Problem:
+    """A problem from the operators' arguments."""
+    grids = _grid_of(query, query_regions), _grid_of(key, key_regions)
+    maps = (_rows_side_by_side(x) for x in (query, key, value))
+    return Problem(*maps, routes.contiguous(), bits, grids, scale)
+
+
 @lru_cache(maxsize=1024)
-def _grid_args(query_grid: RegionGrid, key_grid: RegionGrid) -> dict[str, int]:
-    names = ("height", "width", "cols", "region_height", "region_width")
-    return {f"{side}_{n}": getattr(grid, n) for side, grid in (("q", query_grid), ("k", key_grid)) for n in names}
+def _sizes(*grids: RegionGrid) -> tuple[int, ...]:
+    """The grids as the kernels' last arguments."""
+    return tuple(n for g in grids for n in (g.height, g.width, g.cols, g.region_height, g.region_width))
+
+
+@lru_cache(maxsize=1024)
+def _constants(plan: Plan, head_dim: int, precision: str, strides_of_8: bool) -> dict[str, int | bool | str]:
+    """What a kernel is compiled for."""
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    kind = dict(HEAD_DIM=head_dim, BLOCK_D=block_d, PRECISION=precision, STRIDES_OF_8=strides_of_8)
+    return kind | plan.constants()
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -38,27 +87,25 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and allowed else "ieee"
 
 
-def _strides_of_8(strides: Sequence[tuple[int, ...]]) -> bool:
+@lru_cache(maxsize=1024)
+def _strides_of_8(strides: tuple[tuple[int, ...], ...]) -> bool:
     """Whether every head of every token begins a multiple of 8 numbers behind the first one of its map."""
     return all(stride % 8 == 0 for strides_of_map in strides for stride in strides_of_map)
 
 
-def _launch(kernel, plan: Plan, like: torch.Tensor, scale: float, *args, **sizes):
+def _launch(kernel, plan: Plan, problem: Problem, pointers: Sequence, strides: Sequence[tuple], *counts: int):
     """One program for each tile, image and head."""
-    batch, _, _, num_heads, head_dim = like.shape
+    query = problem.query
+    batch, _, _, num_heads, head_dim = query.shape
+    arguments = (*pointers, *strides, problem.scale / math.log(2), num_heads, *counts, *_sizes(*problem.grids))
+    constants = _constants(plan, head_dim, _precision(query.dtype), _strides_of_8(strides))
+    programs = (batch * num_heads * plan.tiles,)
     # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device_of(like):
-        kernel[(batch * num_heads * plan.tiles,)](
-            *args,
-            scale=scale / math.log(2),
-            num_heads=num_heads,
-            HEAD_DIM=head_dim,
-            BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-            PRECISION=_precision(like.dtype),
-            STRIDES_OF_8=_strides_of_8([x for x in args if isinstance(x, tuple)]),
-            **sizes,
-            **plan.constants(),
-        )
+    if query.is_cuda and query.get_device() != torch.cuda.current_device():
+        with torch.cuda.device_of(query):
+            kernel[programs](*arguments, **constants)
+    else:
+        kernel[programs](*arguments, **constants)
 
 
 def _of_tokens(x_BR: torch.Tensor, grid: RegionGrid) -> torch.Tensor:
@@ -97,8 +144,57 @@ def _rows_side_by_side(x_BHWND: torch.Tensor) -> torch.Tensor:
     return x_BHWND if x_BHWND.stride(-1) == 1 else x_BHWND.contiguous()
 
 
-def _strides(*maps_BHWND: torch.Tensor) -> list[tuple[int, ...]]:
-    return [x.stride()[:4] for x in maps_BHWND]
+def _strides(*maps_BHWND: torch.Tensor) -> tuple[tuple[int, ...], ...]:
+    return tuple([x.stride()[:4] for x in maps_BHWND])
+
+
+def launch_forward(problem: Problem, out: torch.Tensor, lse: torch.Tensor, tile: Tile | None = None):
+    """Write the output and `lse`, with `tile` instead of the chosen one."""
+    query, key, value, routes, bits, (query_grid, _), _ = problem
+    pointers = (query, key, value, routes, bits, out, lse)
+    strides = _strides(query, key, value, out)
+    counts = (query_grid.num_regions, problem.topk)
+    _launch(kernels.forward_kernel, problem.plan(False, tile), problem, pointers, strides, *counts)
+
+
+def launch_query_gradient(
+    problem: Problem,
+    out: torch.Tensor,
+    grad_out: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    grad_query: torch.Tensor,
+    tile: Tile | None = None,
+):
+    """Write `delta` and the gradient of the queries."""
+    query, key, value, routes, bits, (query_grid, _), _ = problem
+    pointers = (query, key, value, routes, bits, out, grad_out, lse, delta, grad_query)
+    strides = _strides(query, key, value, out, grad_out, grad_query)
+    counts = (query_grid.num_regions, problem.topk)
+    _launch(kernels.query_gradient_kernel, problem.plan(False, tile), problem, pointers, strides, *counts)
+
+
+def launch_key_value_gradient(
+    problem: Problem,
+    inverse: tuple[torch.Tensor, torch.Tensor],
+    grad_out: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    grads: tuple[torch.Tensor, torch.Tensor],
+    tile: Tile | None = None,
+):
+    """Write the gradients of keys and values; `inverse` is of `inverse_of`, `delta` of the queries' kernel."""
+    query, key, value, routes, bits, (query_grid, key_grid), _ = problem
+    pointers = (query, key, value, routes, bits, *inverse, grad_out, lse, delta, *grads)
+    strides = _strides(query, key, value, grad_out, *grads)
+    counts = (query_grid.num_regions, key_grid.num_regions, problem.topk)
+    _launch(kernels.key_value_gradient_kernel, problem.plan(True, tile), problem, pointers, strides, *counts)
+
+
+def inverse_of(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse of the routes as the kernel reads it; where it streams whole maps it reads none."""
+    routes = problem.routes
+    return (routes, routes) if problem.bits is not None else _inverse(routes, problem.grids[1].num_regions)
 
 
 _MAPS = "Tensor query, Tensor key, Tensor value, Tensor routes, Tensor? bits"
@@ -121,21 +217,8 @@ def forward(
     out, lse = _allocate(query, bits is not None)
     if out.numel() == 0:
         return out, lse
-    query_grid, key_grid = _grid_of(query, query_regions), _grid_of(key, key_regions)
-    query, key, value = (_rows_side_by_side(x) for x in (query, key, value))
-    routes = routes.contiguous()
-    dense = bits is not None
-    topk = 0 if dense else routes.shape[2]
-    _launch(
-        kernels.forward_kernel,
-        make_plan(query_grid, key_grid, topk, False, dense, query.shape[-1], query.dtype),
-        *(query, scale),
-        *(query, key, value, routes, bits, out, lse),
-        *_strides(query, key, value, out),
-        num_query_regions=query_grid.num_regions,
-        topk=topk,
-        **_grid_args(query_grid, key_grid),
-    )
+    problem = make_problem(query, key, value, routes, bits, query_regions, key_regions, scale)
+    launch_forward(problem, out, lse)
     return out, lse
 
 
@@ -175,38 +258,11 @@ def backward(
     grads = grad_query, grad_key, grad_value = _allocate_gradients(query, key, value)
     if out.numel() == 0:
         return grads
-    query_grid, key_grid = _grid_of(query, query_regions), _grid_of(key, key_regions)
-    query, key, value, grad_out = (_rows_side_by_side(x) for x in (query, key, value, grad_out))
-    head_dim, dtype = query.shape[-1], query.dtype
-    routes = routes.contiguous()
-    dense = bits is not None
-    topk = 0 if dense else routes.shape[2]
+    problem = make_problem(query, key, value, routes, bits, query_regions, key_regions, scale)
+    grad_out = _rows_side_by_side(grad_out)
     delta = torch.empty_like(lse)
-    grids = _grid_args(query_grid, key_grid)
-
-    _launch(
-        kernels.query_gradient_kernel,
-        make_plan(query_grid, key_grid, topk, False, dense, head_dim, dtype),
-        *(query, scale),
-        *(query, key, value, routes, bits, out, grad_out, lse, delta, grad_query),
-        *_strides(query, key, value, out, grad_out, grad_query),
-        num_query_regions=query_grid.num_regions,
-        topk=topk,
-        **grids,
-    )
-    members, bounds = (routes, routes) if dense else _inverse(routes, key_grid.num_regions)
-    chosen_by = max(1, topk * query_grid.num_regions // key_grid.num_regions)
-    _launch(
-        kernels.key_value_gradient_kernel,
-        make_plan(key_grid, query_grid, chosen_by, True, dense, head_dim, dtype),
-        *(query, scale),
-        *(query, key, value, routes, bits, members, bounds, grad_out, lse, delta, grad_key, grad_value),
-        *_strides(query, key, value, grad_out, grad_key, grad_value),
-        num_query_regions=query_grid.num_regions,
-        num_key_regions=key_grid.num_regions,
-        topk=topk,
-        **grids,
-    )
+    launch_query_gradient(problem, out, grad_out, lse, delta, grad_query)
+    launch_key_value_gradient(problem, inverse_of(problem), grad_out, lse, delta, (grad_key, grad_value))
     return grads
 
 

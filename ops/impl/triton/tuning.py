@@ -15,7 +15,7 @@ from ...regions import RegionGrid
 
 MAX_BITS = 64  # routes of one query as the bits of an int64
 TRITON = tuple(int(part) for part in re.match(r"(\d+)\.(\d+)", triton.__version__).groups())
-# (block_m, block_n, inverse) for which Triton from 3.7 on should pipeline the loads, for heads of up to 64: it takes
+# (block_m, block_n, inverse) for which Triton from 3.7 on should pipeline loads, for heads of up to 64: it then takes
 # a tenth fewer instructions for the keys, and does not spill for the queries. Elsewhere, and everywhere in 3.6, the
 # pipeline costs more instructions than it saves, and other programs run while one waits.
 PIPELINED = {(64, 64, True), (16, 64, False)}
