@@ -14,6 +14,7 @@ import torch
 import triton
 from torch.autograd.function import once_differentiable
 
+from ..launch import launch
 from . import depthwise_kernels as kernels
 
 # Of one program: columns of a strip, and warps. A thread has two channels of a strip, see `depthwise_kernels`.
@@ -62,23 +63,18 @@ def _tiles(batch: int, height: int, width: int, channels: int, cols: int, most_r
     return _Tiles(rows, block_strips, places, block_channels, triton.cdiv(channels, block_channels))
 
 
-def _launch(kernel, x: torch.Tensor, programs: int, *args, **constants):
-    """Triton launches on the current device, which need not be the tensors'."""
-    if x.is_cuda and x.get_device() != torch.cuda.current_device():
-        with torch.cuda.device_of(x):
-            kernel[(programs,)](*args, **constants, num_warps=NUM_WARPS)
-    else:
-        kernel[(programs,)](*args, **constants, num_warps=NUM_WARPS)
+def _launch(kernel, programs: int, *args, **constants):
+    launch(kernel, programs, args, constants | {"num_warps": NUM_WARPS})
 
 
 def _convolve(x, weight, bias, residual, out, add_input: bool, flip: bool):
-    """out = conv(x, weight) + bias + residual, and + x with `add_input`."""
+    """out = conv(x, weight) + bias + residual, and + x with `add_input`. Tokens of `out` may lie apart, but evenly."""
     x, stride = _evenly_spaced(x)
     tiles = _tiles(*x.shape, COLS, ROWS)
     _launch(
-        kernels.depthwise_kernel, x, tiles.places * tiles.channel_tiles,
+        kernels.depthwise_kernel, tiles.places * tiles.channel_tiles,
         *(x, weight, bias, residual, out, *x.shape[:3], tiles.rows),
-        C=x.shape[3], X_STRIDE=stride, K=weight.shape[2], FLIP=flip, ADD_INPUT=add_input,
+        C=x.shape[3], X_STRIDE=stride, OUT_STRIDE=_map_stride(out), K=weight.shape[2], FLIP=flip, ADD_INPUT=add_input,
         COLS=COLS, BLOCK_S=tiles.block_strips, BLOCK_C=tiles.block_channels,
     )  # fmt: skip
 
@@ -92,12 +88,12 @@ def _weight_gradients(x, grad, grad_weight, grad_bias):
     sums = channels * (16 if kernel == 3 else 32)
     share = torch.empty(shares * sums, dtype=torch.float32, device=x.device)
     _launch(
-        kernels.weight_gradient_kernel, x, shares * tiles.channel_tiles,
+        kernels.weight_gradient_kernel, shares * tiles.channel_tiles,
         *(x, grad, share, *x.shape[:3], tiles.rows), C=channels, X_STRIDE=stride, K=kernel,
         COLS=WEIGHT_COLS[kernel], BLOCK_S=tiles.block_strips, BLOCK_C=tiles.block_channels,
     )  # fmt: skip
     _launch(
-        kernels.add_shares_kernel, x, triton.cdiv(sums, 32), share, grad_weight, grad_bias, shares,
+        kernels.add_shares_kernel, triton.cdiv(sums, 32), share, grad_weight, grad_bias, shares,
         C=channels, K=kernel, BLOCK_S=64, BLOCK_N=32,
     )  # fmt: skip
 

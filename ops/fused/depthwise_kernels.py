@@ -10,8 +10,8 @@ The K * K weights of a channel stay in registers as well. For them to fit, a thr
 four bytes, of which those of a warp lie side by side. Sixteen bytes would be eight channels, and 200 registers for the
 weights of a 5 x 5 kernel.
 
-Maps are (B, H, W, C). In the one that is convolved, tokens lie X_STRIDE numbers apart, so that it may be a view of a
-packed projection; the others are contiguous. All sums are float32. No program writes what another one writes: there are
+Maps are (B, H, W, C). Tokens of the one that is convolved lie X_STRIDE numbers apart, those of the result OUT_STRIDE,
+so that both may be views of a packed projection; the others are contiguous. All sums are float32. No program writes what another one writes: there are
 no atomics, and repeated runs agree to the bit.
 """
 import triton
@@ -103,8 +103,8 @@ def _load_weights(
 @triton.jit(do_not_specialize=_VARYING)
 def depthwise_kernel(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, images, height, width, rows,
-    C: tl.constexpr, X_STRIDE: tl.constexpr, K: tl.constexpr, FLIP: tl.constexpr, ADD_INPUT: tl.constexpr,
-    COLS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, X_STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr, K: tl.constexpr, FLIP: tl.constexpr,
+    ADD_INPUT: tl.constexpr, COLS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """out = conv(x, weight) + bias + residual, the last two where given, in segments of `rows` rows.
 
@@ -137,9 +137,10 @@ def depthwise_kernel(
         ahead = _load_columns(x_map + _row(y + 1, width, X_STRIDE), col - PAD, inside, width, X_STRIDE, WIDE)
         # The row that this one completes; at first it is one of the segment above.
         is_own = real & (y - PAD >= first)
-        done = _row(y - PAD, width, C) + token * C + channel
+        done = _row(y - PAD, width, OUT_STRIDE) + token * OUT_STRIDE + channel
         if residual_ptr is not None:
-            residual = _load_columns(residual_ptr + done, col, is_own, width, C, COLS)
+            residual_row = residual_ptr + _row(y - PAD, width, C) + token * C + channel
+            residual = _load_columns(residual_row, col, is_own, width, C, COLS)
         unfinished = ()
         for j in tl.static_range(K):
             for i in tl.static_range(COLS):
@@ -152,7 +153,7 @@ def depthwise_kernel(
                     if residual_ptr is not None:
                         total += residual[i].to(tl.float32)
                     out = total.to(out_ptr.dtype.element_ty)
-                    tl.store(out_ptr + done + i * C, out, mask=is_own & (col + i < width))
+                    tl.store(out_ptr + done + i * OUT_STRIDE, out, mask=is_own & (col + i < width))
         sums = unfinished
 
 

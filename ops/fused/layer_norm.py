@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from ..launch import launch
+
 _FORWARD_TILE, _BACKWARD_TILE = 4096, 2048  # numbers; in the backward pass a thread holds four of each
 # Four for each multiprocessor of an H100. It decides in which order gradients are summed, so it is the same everywhere.
 _BACKWARD_PROGRAMS = 4 * 132
@@ -152,13 +154,7 @@ def make_tile(channels: int, numbers: int) -> Tile:
 
 
 def _launch(kernel, programs: int, tile: Tile, like: torch.Tensor, *args):
-    settings = like.shape[-1], tile.channels, tile.rows
-    # Triton launches on the current device. Entering the tensors' is slow: only where it is another.
-    if like.is_cuda and like.get_device() != torch.cuda.current_device():
-        with torch.cuda.device_of(like):
-            kernel[(programs,)](*args, *settings, num_warps=tile.num_warps)
-    else:
-        kernel[(programs,)](*args, *settings, num_warps=tile.num_warps)
+    launch(kernel, programs, (*args, like.shape[-1], tile.channels, tile.rows), {"num_warps": tile.num_warps})
 
 
 def _rows_of(x: torch.Tensor) -> tuple[torch.Tensor, int]:

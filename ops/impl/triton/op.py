@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 import triton
 
+from ...launch import launch
 from ...regions import RegionGrid
 from ...routing import Routing
 from . import kernels
@@ -99,13 +100,7 @@ def _launch(kernel, plan: Plan, problem: Problem, pointers: Sequence, strides: S
     batch, _, _, num_heads, head_dim = query.shape
     arguments = (*pointers, *strides, problem.scale / math.log(2), num_heads, *counts, *_sizes(*problem.grids))
     constants = _constants(plan, head_dim, _precision(query.dtype), _strides_of_8(strides))
-    programs = (batch * num_heads * plan.tiles,)
-    # Triton launches on the current device, which need not be the tensors'.
-    if query.is_cuda and query.get_device() != torch.cuda.current_device():
-        with torch.cuda.device_of(query):
-            kernel[programs](*arguments, **constants)
-    else:
-        kernel[programs](*arguments, **constants)
+    launch(kernel, batch * num_heads * plan.tiles, arguments, constants)
 
 
 def _of_tokens(x_BR: torch.Tensor, grid: RegionGrid) -> torch.Tensor:
@@ -214,7 +209,7 @@ def forward(
     key_regions: Sequence[int],
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = _allocate(query, bits is not None)
+    out, lse = allocate(query, bits is not None)
     if out.numel() == 0:
         return out, lse
     problem = make_problem(query, key, value, routes, bits, query_regions, key_regions, scale)
@@ -222,7 +217,7 @@ def forward(
     return out, lse
 
 
-def _allocate(query: torch.Tensor, dense: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def allocate(query: torch.Tensor, dense: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The output, and one float for each query and head, with room behind them as the dense kernels expect it."""
     batch, height, width, heads, _ = query.shape
     length = height * width
@@ -234,7 +229,7 @@ def _allocate(query: torch.Tensor, dense: bool) -> tuple[torch.Tensor, torch.Ten
 
 @forward.register_fake
 def _(query, key, value, routes, bits, query_regions, key_regions, scale):
-    return _allocate(query, bits is not None)
+    return allocate(query, bits is not None)
 
 
 @torch.library.custom_op(
