@@ -7,10 +7,10 @@ import operator
 from collections.abc import Sequence
 
 import torch
-from timm.layers import DropPath, register_notrace_function
+from timm.layers import DropPath, register_notrace_function, register_notrace_module
 from torch import nn
 
-from ._ops import conv_channels_last
+from ._ops import add_layer_norm, depthwise_conv, layer_norm
 
 
 def split_qkv(qkv: torch.Tensor, num_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -53,6 +53,41 @@ def channels_last_image(x: torch.Tensor) -> torch.Tensor:
     return channels_last(x)
 
 
+@register_notrace_module  # which implementation computes it depends on the device, which torch.fx does not know
+class LayerNorm(nn.LayerNorm):
+    """Layer norm by `ops.layer_norm`, whose `impl` is `layer_impl`."""
+
+    def __init__(self, dim: int, eps: float = 1e-6, layer_impl: str = "auto", device=None, dtype=None):
+        super().__init__(dim, eps, device=device, dtype=dtype)
+        self.layer_impl = layer_impl
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., dim) -> (..., dim)."""
+        return layer_norm(x, self.weight, self.bias, self.eps, self.layer_impl)
+
+
+@register_notrace_module
+class AddLayerNorm(LayerNorm):
+    """The next value of a residual path, and its layer norm, by `ops.add_layer_norm`."""
+
+    def forward(self, x: torch.Tensor, branch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(..., dim), (..., dim) -> x + branch and its layer norm, (..., dim) each."""
+        return add_layer_norm(x, branch, self.weight, self.bias, self.eps, self.layer_impl)
+
+
+@register_notrace_module
+class DepthwiseConv(nn.Conv2d):
+    """residual + conv(x), a depthwise convolution of channels-last maps by `ops.depthwise_conv`."""
+
+    def __init__(self, dim: int, kernel_size: int, layer_impl: str = "auto", device=None, dtype=None):
+        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype)
+        self.layer_impl = layer_impl
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, dim), (B, H, W, dim) -> (B, H, W, dim)."""
+        return depthwise_conv(x, self.weight, self.bias, residual, self.layer_impl)
+
+
 class Block(nn.Module):
     """Depthwise position encoding, attention and MLP, each on a residual path.
 
@@ -62,6 +97,7 @@ class Block(nn.Module):
         mlp: (B, H, W, dim) -> (B, H, W, dim).
         pos_conv: Whether to have the position encoding, a 3 x 3 depthwise convolution.
         drop_path: Stochastic depth of attention and MLP.
+        layer_impl: The implementation of the norms and of the position encoding, see `ops`.
     """
 
     def __init__(
@@ -71,25 +107,26 @@ class Block(nn.Module):
         mlp: nn.Module,
         pos_conv: bool = True,
         drop_path: float = 0.0,
+        layer_impl: str = "auto",
         device=None,
         dtype=None,
     ):
         super().__init__()
-        dd = dict(device=device, dtype=dtype)
-        self.pos_embed = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, **dd) if pos_conv else None
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
+        dd = dict(layer_impl=layer_impl, device=device, dtype=dtype)
+        self.pos_embed = DepthwiseConv(dim, 3, **dd) if pos_conv else None
+        self.norm1 = LayerNorm(dim, **dd)
         self.attn = attn
         self.drop_path1 = DropPath(drop_path)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.norm2 = AddLayerNorm(dim, **dd)
         self.mlp = mlp
         self.drop_path2 = DropPath(drop_path)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
         if self.pos_embed is not None:
-            x = x + conv_channels_last(self.pos_embed, x)
-        x = x + self.drop_path1(self.attn(self.norm1(x)))
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
+            x = self.pos_embed(x, residual=x)
+        x, normed = self.norm2(x, self.drop_path1(self.attn(self.norm1(x))))
+        return x + self.drop_path2(self.mlp(normed))
 
 
 class Stem(nn.Sequential):

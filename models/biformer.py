@@ -11,8 +11,8 @@ from torch import nn
 
 from ._checkpoints import rename_biformer
 from ._hierarchical import HierarchicalNetwork, Stage, build_hierarchical
-from ._layers import Block, Downsample, Stem, check_divides, check_per_stage, split_qkv
-from ._ops import BiLevelRoutingAttention, conv_channels_last
+from ._layers import Block, DepthwiseConv, Downsample, Stem, check_divides, check_per_stage, split_qkv
+from ._ops import BiLevelRoutingAttention, check_layer_impl
 from ._pretrained import imagenet_cfg
 
 __all__ = ["BiFormer"]
@@ -28,19 +28,28 @@ class LePEAttention(nn.Module):
         dim: Channels.
         num_heads: Heads; must divide `dim`.
         lepe_on_value: Feed the local term the values, as one published checkpoint does, instead of the input.
+        layer_impl: The implementation of `ops.depthwise_conv`, for the local term.
 
     Raises:
         ValueError: `num_heads` does not divide `dim`.
     """
 
-    def __init__(self, dim: int, num_heads: int = 8, lepe_on_value: bool = False, device=None, dtype=None):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        lepe_on_value: bool = False,
+        layer_impl: str = "auto",
+        device=None,
+        dtype=None,
+    ):
         super().__init__()
         check_divides("num_heads", num_heads, "dim", dim)
         dd = dict(device=device, dtype=dtype)
         self.num_heads = num_heads
         self.lepe_on_value = lepe_on_value
         self.qkv = nn.Linear(dim, 3 * dim, bias=False, **dd)
-        self.lepe = nn.Conv2d(dim, dim, kernel_size=5, padding=2, groups=dim, **dd)
+        self.lepe = DepthwiseConv(dim, 5, layer_impl, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -48,8 +57,8 @@ class LePEAttention(nn.Module):
         qkv = self.qkv(x)
         query, key, value = split_qkv(qkv.flatten(1, 2), self.num_heads)
         attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(x.shape)
-        lepe = conv_channels_last(self.lepe, qkv.chunk(3, dim=-1)[2] if self.lepe_on_value else x)
-        return self.proj(attended + lepe)
+        seen = qkv.chunk(3, dim=-1)[2] if self.lepe_on_value else x
+        return self.proj(self.lepe(seen, residual=attended))
 
 
 class BiFormer(HierarchicalNetwork):
@@ -68,6 +77,8 @@ class BiFormer(HierarchicalNetwork):
         lepe_on_value: Feed the last stage's local term the values instead of its input.
         drop_path_rate: Stochastic depth of the last block; grows linearly from 0 over all blocks.
         attn_impl: The implementation of `ops.routed_attention`.
+        layer_impl: The implementation of layer norms and depthwise convolutions: "torch", "triton" (fused, for GPUs) or
+            "auto", see `ops.layer_norm` and `ops.depthwise_conv`.
         **kwargs: `num_classes`, `global_pool`, `drop_rate` and `token_head`, as of `HierarchicalNetwork`.
 
     Raises:
@@ -88,10 +99,12 @@ class BiFormer(HierarchicalNetwork):
         lepe_on_value: bool = False,
         drop_path_rate: float = 0.0,
         attn_impl: str = "auto",
+        layer_impl: str = "auto",
         device=None,
         dtype=None,
         **kwargs,
     ):
+        check_layer_impl(layer_impl)
         if layout not in ("conv", "stl"):
             raise ValueError(f"layout must be 'conv' or 'stl', got {layout!r}")
         check_per_stage(len(dims), depths=depths)
@@ -109,12 +122,12 @@ class BiFormer(HierarchicalNetwork):
             for drop_path in drop_path_rates[i]:
                 if i < num_routed:
                     attn = BiLevelRoutingAttention(
-                        dim, dim // head_dim, num_regions, topk[i], attn_impl=attn_impl, **dd
+                        dim, dim // head_dim, num_regions, topk[i], attn_impl=attn_impl, layer_impl=layer_impl, **dd
                     )
                 else:
-                    attn = LePEAttention(dim, lepe_on_value=lepe_on_value, **dd)
+                    attn = LePEAttention(dim, lepe_on_value=lepe_on_value, layer_impl=layer_impl, **dd)
                 mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
-                blocks.append(Block(dim, attn, mlp, not patchify, drop_path, **dd))
+                blocks.append(Block(dim, attn, mlp, not patchify, drop_path, layer_impl, **dd))
             downsample = Downsample(dims[i - 1], dim, patchify, **dd) if i else nn.Identity()
             stages.append(Stage(downsample, blocks))
         super().__init__(stem, stages, dims, nn.BatchNorm2d(dims[-1], **dd), in_chans, **dd, **kwargs)

@@ -16,7 +16,15 @@ from torch import nn
 from ._checkpoints import rename_biformer
 from ._hierarchical import HierarchicalNetwork, Stage, build_hierarchical
 from ._layers import Block, Downsample, Stem, check_divides, check_per_stage
-from ._ops import BiLevelRoutingAttention, RegionGrid, Routing, conv_channels_last, route_regions, routed_attention
+from ._ops import (
+    BiLevelRoutingAttention,
+    RegionGrid,
+    Routing,
+    check_layer_impl,
+    conv_channels_last,
+    route_regions,
+    routed_attention,
+)
 from ._pretrained import imagenet_cfg
 
 __all__ = ["DeBiFormer"]
@@ -259,6 +267,8 @@ class DeBiFormer(HierarchicalNetwork):
         agent_topk: Regions that each region of agents attends to, for each stage.
         drop_path_rate: Stochastic depth of the last block; grows linearly from 0 over all blocks.
         attn_impl: The implementation of `ops.routed_attention`.
+        layer_impl: The implementation of the blocks' layer norms and depthwise convolutions: "torch", "triton" (fused,
+            for GPUs) or "auto", see `ops.layer_norm` and `ops.depthwise_conv`.
         **kwargs: `num_classes`, `global_pool`, `drop_rate` and `token_head`, as of `HierarchicalNetwork`.
 
     Raises:
@@ -279,10 +289,12 @@ class DeBiFormer(HierarchicalNetwork):
         agent_topk: tuple[int, ...] = (4, 8, 16, 49),
         drop_path_rate: float = 0.0,
         attn_impl: str = "auto",
+        layer_impl: str = "auto",
         device=None,
         dtype=None,
         **kwargs,
     ):
+        check_layer_impl(layer_impl)
         check_per_stage(
             4,
             depths=depths,
@@ -316,7 +328,7 @@ class DeBiFormer(HierarchicalNetwork):
 
         def half(i: int, attn: nn.Module, drop_path: float) -> Block:
             mlp = ConvMlp(dims[i], int(dims[i] * mlp_ratios[i]), **dd)
-            return Block(dims[i], attn, mlp, pos_conv=True, drop_path=drop_path, **dd)
+            return Block(dims[i], attn, mlp, drop_path=drop_path, layer_impl=layer_impl, **dd)
 
         stem = Stem(in_chans, dims[0], **dd)
         drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
@@ -326,7 +338,7 @@ class DeBiFormer(HierarchicalNetwork):
             for drop_path in drop_path_rates[i]:
                 if i < len(topk):
                     first = BiLevelRoutingAttention(
-                        dim, dim // HEAD_DIM, num_regions, topk[i], attn_impl=attn_impl, **dd
+                        dim, dim // HEAD_DIM, num_regions, topk[i], attn_impl=attn_impl, layer_impl=layer_impl, **dd
                     )
                 else:
                     first = agent_attention(i)

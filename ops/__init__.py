@@ -11,17 +11,19 @@ from .attention import IMPLS, choose_impl, routed_attention, unsupported
 from .bra import BiLevelRoutingAttention
 from .depthwise import depthwise_conv
 from .layout import conv_channels_last
-from .norm import NORM_IMPLS, add_layer_norm, choose_norm_impl, layer_norm, norm_unsupported
+from .norm import add_layer_norm, choose_norm_impl, layer_norm, norm_unsupported
 from .regions import RegionGrid
 from .routing import Routing, region_means, route_regions
+from .support import LAYER_IMPLS, check_layer_impl
 
 __all__ = [
     "IMPLS",
-    "NORM_IMPLS",
+    "LAYER_IMPLS",
     "BiLevelRoutingAttention",
     "RegionGrid",
     "Routing",
     "add_layer_norm",
+    "check_layer_impl",
     "choose_impl",
     "choose_norm_impl",
     "conv_channels_last",

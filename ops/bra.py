@@ -3,9 +3,10 @@ import torch
 from torch import nn
 
 from .attention import routed_attention, unsupported
-from .layout import conv_channels_last
+from .depthwise import depthwise_conv
 from .regions import RegionGrid
 from .routing import Routing, route_regions
+from .support import check_layer_impl, in_low_precision_on_gpu, triton_unsupported
 
 
 class BiLevelRoutingAttention(nn.Module):
@@ -29,6 +30,8 @@ class BiLevelRoutingAttention(nn.Module):
         qkv_bias: Give the query, key and value projection a bias.
         scale: Factor of the logits. The published networks scale by the whole width, dim ** -0.5, the default.
         attn_impl: The implementation of `ops.routed_attention`.
+        layer_impl: The implementation of `ops.depthwise_conv`, for the local term. Where it and `attn_impl` are or
+            choose "triton", routing, attention and local term are one fused operator on the packed projection.
 
     Raises:
         ValueError: `dim` is not a multiple of `num_heads`, `num_regions` or `topk` is out of range, or there is no such
@@ -44,6 +47,7 @@ class BiLevelRoutingAttention(nn.Module):
         qkv_bias: bool = True,
         scale: float | None = None,
         attn_impl: str = "auto",
+        layer_impl: str = "auto",
         device=None,
         dtype=None,
     ):
@@ -56,30 +60,61 @@ class BiLevelRoutingAttention(nn.Module):
             raise ValueError(f"topk must be 1 to num_regions ** 2 = {num_regions**2}, got {topk}")
         if attn_impl != "auto" and unsupported(attn_impl):
             raise ValueError(f"attn_impl={attn_impl!r}: {unsupported(attn_impl)}")
+        check_layer_impl(layer_impl)
         dd = dict(device=device, dtype=dtype)
         self.num_heads = num_heads
         self.num_regions = num_regions
         self.topk = topk
         self.scale = dim**-0.5 if scale is None else scale
         self.attn_impl = attn_impl
+        self.layer_impl = layer_impl
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.lepe = nn.Conv2d(dim, dim, kernel_size=5, padding=2, groups=dim, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
 
-    def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values, (B, H, W, heads, head_dim) each, as views of one projection."""
+    def _project(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, dim) -> (B, H, W, 3 * dim): queries, keys and values, all heads of each side by side."""
         if x.ndim != 4 or x.shape[-1] != self.qkv.in_features:
             raise ValueError(f"input must be (B, H, W, {self.qkv.in_features}), channels last, got {tuple(x.shape)}")
-        return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        return self.qkv(x)
+
+    def _split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values, (B, H, W, heads, head_dim) each, as views of the projection."""
+        return qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(3)
 
     def routing(self, x: torch.Tensor) -> Routing:
         """The regions that each region of a (B, H, W, dim) map attends to."""
-        query, key, _ = self._project(x)
+        query, key, _ = self._split(self._project(x))
         return self._route(query, key)
 
     def _route(self, query: torch.Tensor, key: torch.Tensor) -> Routing:
         grid = RegionGrid.fit(*query.shape[1:3], self.num_regions)
         return route_regions(query, key, grid, grid, self.topk)
+
+    def _packed_settings(self, qkv: torch.Tensor):
+        """What the packed operator is called with, or None where attention or the local term do not take Triton."""
+        impls = {self.attn_impl, self.layer_impl}
+        if not impls <= {"auto", "triton"} or triton_unsupported(qkv) is not None:
+            return None
+        grid = RegionGrid.fit(*qkv.shape[1:3], self.num_regions)
+        if "auto" in impls and (not in_low_precision_on_gpu(qkv) or self.topk >= grid.num_regions):
+            return None
+        from .impl.triton import packed  # imports Triton, which only its users need
+
+        settings = packed.Settings(grid, self.num_heads, min(self.topk, grid.num_regions), self.scale)
+        return settings if packed.packed_unsupported(qkv, settings) is None else None
+
+    def _attend_packed(self, qkv: torch.Tensor, settings) -> torch.Tensor:
+        """Routed attention and the local term, (B, H, W, 3 * dim) -> (B, H, W, dim), as one operator."""
+        from .impl.triton import packed
+
+        return packed.packed_attention(qkv, self.lepe.weight, self.lepe.bias, settings)
+
+    def _attend(self, qkv: torch.Tensor) -> torch.Tensor:
+        """Routed attention and the local term, (B, H, W, 3 * dim) -> (B, H, W, dim), one after another."""
+        query, key, value = self._split(qkv)
+        attended = routed_attention(query, key, value, self._route(query, key), self.scale, self.attn_impl).flatten(3)
+        return depthwise_conv(value.flatten(3), self.lepe.weight, self.lepe.bias, attended, self.layer_impl)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, W, dim) -> (B, H, W, dim).
@@ -87,8 +122,7 @@ class BiLevelRoutingAttention(nn.Module):
         Raises:
             ValueError: The input is of another shape.
         """
-        query, key, value = self._project(x)
-        routing = self._route(query, key)
-        attended = routed_attention(query, key, value, routing, self.scale, self.attn_impl).flatten(3)
-        lepe = conv_channels_last(self.lepe, value.flatten(3))
-        return self.proj(attended + lepe)
+        qkv = self._project(x)
+        settings = self._packed_settings(qkv)
+        attended = self._attend(qkv) if settings is None else self._attend_packed(qkv, settings)
+        return self.proj(attended)

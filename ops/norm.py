@@ -2,9 +2,7 @@
 import torch
 import torch.nn.functional as F
 
-from .support import triton_unsupported
-
-NORM_IMPLS = ("torch", "triton")
+from .support import LAYER_IMPLS, triton_unsupported
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _TRITON_CHANNELS = 4096  # a program holds whole rows
@@ -20,11 +18,11 @@ def norm_unsupported(impl: str, *inputs: torch.Tensor) -> str | None:
     """Why `impl` cannot compute `layer_norm` of inputs such as these, or None where it can.
 
     Args:
-        impl: A name of `NORM_IMPLS`.
+        impl: A name of `LAYER_IMPLS`.
         inputs: All tensors of the call, the map first. Without them, only what holds for every input is checked.
     """
-    if impl not in NORM_IMPLS:
-        return f"there is no such implementation; choose from {', '.join(NORM_IMPLS)} or auto"
+    if impl not in LAYER_IMPLS:
+        return f"there is no such implementation; choose from {', '.join(LAYER_IMPLS)} or auto"
     if impl == "torch":
         return None
     if not inputs:

@@ -115,3 +115,19 @@ def warn_of_fallback(reason: str):
     """
     if reason == _GPU_LACKS:
         _warn_once(reason)
+
+
+LAYER_IMPLS = ("torch", "triton")  # of layer norm and depthwise convolution
+
+
+def check_layer_impl(impl: str):
+    """Raises ValueError unless `impl` is "auto" or an implementation that can run here on some input."""
+    if impl not in ("auto", *LAYER_IMPLS):
+        raise ValueError(f"layer_impl must be auto, {' or '.join(LAYER_IMPLS)}, got {impl!r}")
+    reason = triton_unsupported() if impl == "triton" else None
+    if reason is not None:
+        raise ValueError(f"layer_impl={impl!r}: {reason}")
+
+
+def in_low_precision_on_gpu(x: torch.Tensor) -> bool:
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)

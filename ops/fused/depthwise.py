@@ -67,7 +67,7 @@ def _launch(kernel, programs: int, *args, **constants):
     launch(kernel, programs, args, constants | {"num_warps": NUM_WARPS})
 
 
-def _convolve(x, weight, bias, residual, out, add_input: bool, flip: bool):
+def convolve(x, weight, bias, residual, out, add_input: bool = False, flip: bool = False):
     """out = conv(x, weight) + bias + residual, and + x with `add_input`. Tokens of `out` may lie apart, but evenly."""
     x, stride = _evenly_spaced(x)
     tiles = _tiles(*x.shape, COLS, ROWS)
@@ -79,7 +79,7 @@ def _convolve(x, weight, bias, residual, out, add_input: bool, flip: bool):
     )  # fmt: skip
 
 
-def _weight_gradients(x, grad, grad_weight, grad_bias):
+def weight_gradients(x, grad, grad_weight, grad_bias):
     """Fill the gradients of the weights, and of the bias unless it is None."""
     x, stride = _evenly_spaced(x)
     channels, kernel = x.shape[3], grad_weight.shape[2]
@@ -108,7 +108,7 @@ def _forward(x, weight, bias, residual, add_input: bool) -> torch.Tensor:
     if out.numel():
         residual = None if residual is None else residual.contiguous()
         bias = None if bias is None else bias.contiguous()
-        _convolve(x, weight.contiguous(), bias, residual, out, add_input, flip=False)
+        convolve(x, weight.contiguous(), bias, residual, out, add_input, flip=False)
     return out
 
 
@@ -120,9 +120,9 @@ def _backward(grad, x, weight, bias, add_input: bool, needed: Sequence[bool]) ->
     if x.numel() == 0:
         return grad_x, *(None if g is None else g.zero_() for g in (grad_weight, grad_bias))
     if need_x:
-        _convolve(grad, weight, None, None, grad_x, add_input, flip=True)
+        convolve(grad, weight, None, None, grad_x, add_input, flip=True)
     if need_weight or need_bias:
-        _weight_gradients(x, grad, grad_weight, grad_bias)
+        weight_gradients(x, grad, grad_weight, grad_bias)
     return grad_x, grad_weight if need_weight else None, grad_bias
 
 

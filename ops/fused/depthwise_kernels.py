@@ -11,8 +11,8 @@ four bytes, of which those of a warp lie side by side. Sixteen bytes would be ei
 weights of a 5 x 5 kernel.
 
 Maps are (B, H, W, C). Tokens of the one that is convolved lie X_STRIDE numbers apart, those of the result OUT_STRIDE,
-so that both may be views of a packed projection; the others are contiguous. All sums are float32. No program writes what another one writes: there are
-no atomics, and repeated runs agree to the bit.
+so that both may be views of a packed projection; the others are contiguous. All sums are float32. No program writes
+what another one writes: there are no atomics, and repeated runs agree to the bit.
 """
 import triton
 import triton.language as tl

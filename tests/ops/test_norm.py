@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ops import NORM_IMPLS, add_layer_norm, choose_norm_impl, layer_norm, norm_unsupported
+from ops import LAYER_IMPLS, add_layer_norm, choose_norm_impl, layer_norm, norm_unsupported
 
 pytest.importorskip("triton")
 
@@ -149,7 +149,7 @@ def test_one_number_as_the_gradient_of_everything():
 def test_only_one_of_the_outputs_is_used(used):
     inputs, upstream = make_inputs((2, 5), 24, torch.float32)
     gradients = {}
-    for impl in NORM_IMPLS:
+    for impl in LAYER_IMPLS:
         leaves = [x.detach().requires_grad_() for x in inputs]
         out = add_layer_norm(*leaves, EPS, impl=impl)[used]
         gradients[impl] = torch.autograd.grad(out, leaves, upstream[used], allow_unused=True)

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ...launch import launch
 from ...regions import RegionGrid
 from .kernels import MAX_BLOCK
 from .tiles import divide
@@ -302,7 +303,7 @@ def can_fuse_routes(query: torch.Tensor, key: torch.Tensor, query_grid: RegionGr
     )
 
 
-def _allocate_tables(like: torch.Tensor, query_grid: RegionGrid, key_grid: RegionGrid, topk: int, dense: bool) -> Tables:
+def allocate_tables(like: torch.Tensor, query_grid: RegionGrid, key_grid: RegionGrid, topk: int, dense: bool) -> Tables:
     batch, device = like.shape[0], like.device
     routes = torch.empty((batch, query_grid.num_regions, topk), dtype=torch.int64, device=device)
     if dense:
@@ -334,13 +335,10 @@ def fused_routes(
     plan = _make_plan(query_grid, key_grid, heads * head_dim, dense)
     num_regions = query_grid.num_regions + key_grid.num_regions
     means = torch.empty((batch, num_regions, heads * head_dim), dtype=torch.float32, device=query.device)
-    tables = _allocate_tables(query, query_grid, key_grid, topk, dense)
+    tables = allocate_tables(query, query_grid, key_grid, topk, dense)
     strides = (stride // 8 for x in (query, key) for stride in x.stride()[:3])
-    # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device_of(query):
-        means_kernel[(batch * plan.means_programs,)](query, key, means, *strides, *plan.codes, **plan.means)
-        of_queries, of_keys = tables[1:3] if dense else tables[3:5]
-        tables_kernel[(batch * plan.tables_programs,)](
-            *(means, tables.routes, of_queries, of_keys), topk, *plan.codes, **plan.tables
-        )
+    of_queries, of_keys = tables[1:3] if dense else tables[3:5]
+    launch(means_kernel, batch * plan.means_programs, (query, key, means, *strides, *plan.codes), plan.means)
+    args = (means, tables.routes, of_queries, of_keys, topk, *plan.codes)
+    launch(tables_kernel, batch * plan.tables_programs, args, plan.tables)
     return tables

@@ -13,6 +13,7 @@ import triton
 
 from ...regions import RegionGrid
 
+MAX_HEAD_DIM = 128
 MAX_BITS = 64  # routes of one query as the bits of an int64
 TRITON = tuple(int(part) for part in re.match(r"(\d+)\.(\d+)", triton.__version__).groups())
 # (block_m, block_n, inverse) for which Triton from 3.7 on should pipeline loads, for heads of up to 64: it then takes
@@ -124,6 +125,7 @@ def make_plan(
     )
 
 
+@lru_cache(maxsize=1024)
 def is_dense(query_grid: RegionGrid, key_grid: RegionGrid, topk: int) -> bool:
     """Whether to stream whole maps under a mask of the routes, instead of lists of regions.
 
