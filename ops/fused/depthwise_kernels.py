@@ -55,6 +55,26 @@ def _load_columns(ptr, col, real, width, STRIDE: tl.constexpr, NUM: tl.constexpr
 
 
 @triton.jit
+def _load_residual(ptr, offset, col, real, width, STRIDE: tl.constexpr, NUM: tl.constexpr):
+    """NUM neighbouring columns of a row of the residual, nothing where there is none."""
+    if ptr is None:
+        return ()
+    else:
+        return _load_columns(ptr + offset, col, real, width, STRIDE, NUM)
+
+
+@triton.jit
+def _store_columns(ptr, offset, values, residual, col, real, width, STRIDE: tl.constexpr, NUM: tl.constexpr):
+    """NUM neighbouring columns of a row, with the residual's added."""
+    for i in tl.static_range(NUM):
+        value = values[i]
+        if len(residual) > 0:
+            value += residual[i].to(tl.float32)
+        value = value.to(ptr.dtype.element_ty)
+        tl.store(ptr + offset + i * STRIDE, value, mask=real & (col + i < width))
+
+
+@triton.jit
 def _wide(tensors):
     """All of them in float32."""
     wide = ()
@@ -72,6 +92,14 @@ def _halves(tensors):
         first = first + (a,)
         second = second + (b,)
     return first + second
+
+
+@triton.jit
+def _without_first(tensors, NUM: tl.constexpr):
+    rest = ()
+    for i in tl.static_range(len(tensors) - NUM):
+        rest = rest + (tensors[i + NUM],)
+    return rest
 
 
 @triton.jit
@@ -131,29 +159,37 @@ def depthwise_kernel(
         sums = sums + (nothing,)
     begin = tl.maximum(first - PAD, 0)
     ahead = _load_columns(x_map + _row(begin, width, X_STRIDE), col - PAD, real, width, X_STRIDE, WIDE)
-    for y in range(begin, stop + PAD):
+    end = tl.minimum(stop + PAD, height)
+    out_map = token * C + channel
+    for y in range(begin, end):
         columns = _wide(ahead)
         inside = real & (y + 1 < height)
         ahead = _load_columns(x_map + _row(y + 1, width, X_STRIDE), col - PAD, inside, width, X_STRIDE, WIDE)
         # The row that this one completes; at first it is one of the segment above.
         is_own = real & (y - PAD >= first)
-        done = _row(y - PAD, width, C) + token * C + channel
-        if residual_ptr is not None:
-            residual = _load_columns(residual_ptr + done, col, is_own, width, C, COLS)
-        unfinished = ()
+        done = out_map + _row(y - PAD, width, C)
+        residual = _load_residual(residual_ptr, done, col, is_own, width, C, COLS)
+        finished, unfinished = (), ()
         for j in tl.static_range(K):
             for i in tl.static_range(COLS):
                 total = sums[j * COLS + i] if j < K - 1 else nothing
                 for k in tl.static_range(K):
                     total += columns[i + k] * weights[(K - 1 - j) * K + k]
-                if j > 0:
-                    unfinished = unfinished + (total,)
+                if j == 0:
+                    finished = finished + (total,)
                 else:
-                    if residual_ptr is not None:
-                        total += residual[i].to(tl.float32)
-                    out = total.to(out_ptr.dtype.element_ty)
-                    tl.store(out_ptr + done + i * C, out, mask=is_own & (col + i < width))
+                    unfinished = unfinished + (total,)
+            if j == 0:
+                _store_columns(out_ptr, done, finished, residual, col, is_own, width, C, COLS)
         sums = unfinished
+    # Rows that none below completes, because the map ends.
+    for j in tl.static_range(PAD):
+        y = end - PAD + j
+        is_own = real & (y >= first) & (y < stop)
+        done = out_map + _row(y, width, C)
+        residual = _load_residual(residual_ptr, done, col, is_own, width, C, COLS)
+        _store_columns(out_ptr, done, sums, residual, col, is_own, width, C, COLS)
+        sums = _without_first(sums, COLS)
 
 
 @triton.jit
@@ -183,14 +219,6 @@ def _with_row(sums, columns, grads, K: tl.constexpr, COLS: tl.constexpr):
     for i in tl.static_range(COLS):
         total += grads[K // 2 * COLS + i]
     return added + (total,)
-
-
-@triton.jit
-def _without_first(tensors, NUM: tl.constexpr):
-    rest = ()
-    for i in tl.static_range(len(tensors) - NUM):
-        rest = rest + (tensors[i + NUM],)
-    return rest
 
 
 @triton.jit(do_not_specialize=_VARYING)
