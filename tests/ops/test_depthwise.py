@@ -234,6 +234,13 @@ def test_compiles_into_one_graph(residual):
 
 
 @pytest.mark.compile
+def test_compiles_under_autocast():
+    layer, x = Layer("input"), torch.randn(2, 5, 7, 8, device=DEVICE)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+
+
+@pytest.mark.compile
 def test_exports():
     layer, x = Layer("input"), torch.randn(2, 5, 7, 8, device=DEVICE)
     program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("batch", max=64)},))
