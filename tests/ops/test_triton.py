@@ -20,8 +20,8 @@ import triton.language as tl  # noqa: E402
 
 from ops.impl.triton import op as fused_op  # noqa: E402
 from ops.impl.triton import routed_attention as fused  # noqa: E402
-from ops.impl.triton.tiles import divide  # noqa: E402
 from ops.impl.triton import tuning  # noqa: E402
+from ops.impl.triton.tiles import divide  # noqa: E402
 from ops.impl.triton.tuning import MAX_BITS, choose_tile, is_dense, make_plan  # noqa: E402
 from ops.support import _TRITON_LEAST  # noqa: E402
 
