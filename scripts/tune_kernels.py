@@ -16,7 +16,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, wait
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -121,16 +120,16 @@ def compile_all(case: Case, kernel: str, tiles: list[Tile]):
             continue
 
 
-def compile_in_parallel(cases: list[Case], jobs: int, seconds: float):
-    """Compile every tile of every case in processes of their own, and leave off after some time."""
-    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
-    work = []
-    for case, kernel in itertools.product(cases, KERNELS):
-        tiles = neighbours(case.chosen(kernel))
-        work += [pool.submit(compile_all, case, kernel, tiles[i : i + 4]) for i in range(0, len(tiles), 4)]
-    late = wait(work, timeout=seconds).not_done
-    pool.shutdown(wait=False, cancel_futures=True)
-    print(f"{len(work) - len(late)} of {len(work)} groups of tiles compiled", flush=True)
+def compile_in_parallel(cases: list[Case], kernels: list[str], jobs: int, deadline: float):
+    """Compile every tile of every case in processes of their own, which end at the deadline at the latest."""
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        work = []
+        for case, kernel in itertools.product(cases, kernels):
+            tiles = neighbours(case.chosen(kernel))
+            work += [pool.apply_async(compile_all, (case, kernel, tiles[i : i + 4])) for i in range(0, len(tiles), 4)]
+        while not all(group.ready() for group in work) and time.time() < deadline:
+            time.sleep(0.1)
+        print(f"{sum(group.ready() for group in work)} of {len(work)} groups of tiles compiled", flush=True)
 
 
 def disagreement(results: list[torch.Tensor], expected: list[torch.Tensor], dtype: torch.dtype) -> str | None:
@@ -273,8 +272,7 @@ def main(argv: list[str] | None = None):
     start = time.time()
     cases = cases_of(args)
     if args.jobs:
-        seconds = None if args.budget == float("inf") else LATEST_TO_COMPILE * args.budget
-        compile_in_parallel(cases, args.jobs, seconds)
+        compile_in_parallel(cases, args.kernel, args.jobs, start + LATEST_TO_COMPILE * args.budget)
     settings = dict(batch_size=args.batch_size, heads=args.heads, head_dim=args.head_dim, dtype=args.dtype)
     record = dict(**machine(torch.device(args.device)), triton=triton.__version__, settings=settings, rows=[])
     groups = list(itertools.product(cases, args.kernel))

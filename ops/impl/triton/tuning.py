@@ -16,10 +16,6 @@ from ...regions import RegionGrid
 MAX_HEAD_DIM = 128
 MAX_BITS = 64  # routes of one query as the bits of an int64
 TRITON = tuple(int(part) for part in re.match(r"(\d+)\.(\d+)", triton.__version__).groups())
-# (block_m, block_n, inverse) for which Triton from 3.7 on should pipeline loads, for heads of up to 64: it then takes
-# a tenth fewer instructions for the keys, and does not spill for the queries. Elsewhere, and everywhere in 3.6, the
-# pipeline costs more instructions than it saves, and other programs run while one waits.
-PIPELINED = {(64, 64, True), (16, 64, False)}
 
 
 class Tile(NamedTuple):
@@ -62,12 +58,14 @@ def choose_tile(own: int, streamed: int, head_dim: int, dtype: torch.dtype, inve
 
     Chosen for few instructions of all warps together, by counts for compute capability 9.0, and no spilled registers.
 
-    16 tokens are the fewest that the matrix units take, and one warp's work: more warps would share the columns and
+    16 tokens are the fewest that the matrix units take, and one warp's work: more warps would share the columns, and
     each compute all that is said about the rows. 64 x 64 logits in float32 are 32 registers a thread of 4 warps, which
-    leaves room for the accumulators of heads of 32; of wider heads fewer tokens are streamed, and those of more than 64
-    get twice the warps. So does float32, whose products run on the plain units from registers, and smaller tiles. Past
-    16 keys fewer tokens are streamed, too, since two gradients fill one warp. Maps whose last tile would be nearly
-    empty are streamed in half tiles.
+    leaves room for the accumulators of heads of 32. One warp streams fewer tokens, and so do wider heads, and maps
+    whose last tile would be nearly empty. Heads of more than 64 get twice the warps; so does float32, whose products
+    run on the plain units from registers, and smaller tiles.
+
+    A pipeline of two stages costs more instructions than it saves, and other programs run while one waits for its
+    loads. The exceptions spill registers without it, or take a tenth more instructions from Triton 3.7 on.
     """
     if dtype == torch.float32:
         block_m = _power_of_2(own, 16, 32 if head_dim <= 64 else 16)
@@ -77,12 +75,12 @@ def choose_tile(own: int, streamed: int, head_dim: int, dtype: torch.dtype, inve
     block_m = _power_of_2(own, 16, 64)
     if head_dim > 64:
         return Tile(block_m, _power_of_2(streamed, 16, 32 if inverse else 64), max(4, block_m // 8), 2)
-    narrow = inverse and block_m == 16 if head_dim <= 32 else inverse or block_m == 64
+    narrow = block_m == 16 or (head_dim > 32 and (inverse or block_m == 64))
     block_n = _power_of_2(streamed, 16, 32 if narrow else 64)
     if block_m == block_n == 64 and math.ceil(streamed / 32) * 32 < 0.9 * math.ceil(streamed / 64) * 64:
         block_n = 32
-    stages = 2 if TRITON >= (3, 7) and (block_m, block_n, inverse) in PIPELINED else 1
-    return Tile(block_m, block_n, max(1 if head_dim <= 32 else 2, block_m // 16), stages)
+    piped = block_m == block_n == 64 and TRITON >= (3, 7) if inverse else block_m == 32
+    return Tile(block_m, block_n, block_m // 16, 2 if piped else 1)
 
 
 @lru_cache(maxsize=1024)
