@@ -96,13 +96,12 @@ class BiLevelRoutingAttention(nn.Module):
         impls = {self.attn_impl, self.layer_impl}
         if not impls <= {"auto", "triton"} or triton_unsupported(qkv) is not None:
             return None
-        grid = RegionGrid.fit(*qkv.shape[1:3], self.num_regions)
-        if "auto" in impls and (not in_low_precision_on_gpu(qkv) or self.topk >= grid.num_regions):
+        everything_routed = self.topk >= self.num_regions**2
+        if "auto" in impls and (everything_routed or not in_low_precision_on_gpu(qkv)):
             return None
         from .impl.triton import packed  # imports Triton, which only its users need
 
-        settings = packed.Settings(grid, self.num_heads, min(self.topk, grid.num_regions), self.scale)
-        return settings if packed.packed_unsupported(qkv, settings) is None else None
+        return packed.settings_for(qkv, self.num_heads, self.num_regions, self.topk, self.scale)
 
     def _attend_packed(self, qkv: torch.Tensor, settings) -> torch.Tensor:
         """Routed attention and the local term, (B, H, W, 3 * dim) -> (B, H, W, dim), as one operator."""

@@ -6,9 +6,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from helpers.interpreter import DEVICE, needs_working_device  # noqa: E402
-from ops import BiLevelRoutingAttention, RegionGrid  # noqa: E402
-from ops.impl.triton import packed  # noqa: E402
+from helpers.interpreter import DEVICE, needs_working_device
+from ops import BiLevelRoutingAttention, RegionGrid
+from ops.impl.triton import packed
 
 pytestmark = needs_working_device
 
@@ -84,16 +84,16 @@ def op_arguments(name, requires_grad=True):
     shapes = (1, height, width, 96), (32, 1, 5, 5), (32,)
     tensors = [torch.randn(shape, generator=generator).to(DEVICE).requires_grad_(requires_grad) for shape in shapes]
     grid = RegionGrid.fit(height, width, regions)
-    return *tensors, [grid.rows, grid.cols], 2, min(topk, grid.num_regions), 0.3
+    return *tensors, [grid.rows, grid.cols], 2, min(topk, grid.num_regions), 0.3, name == "dense"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ragged", "dense"])
 def test_operators_pass_opcheck(name):
     torch.library.opcheck(torch.ops.routed_attention.packed.default, op_arguments(name))
-    *tensors, grid, heads, topk, scale = op_arguments(name, requires_grad=False)
-    out, attended, lse, *tables = packed.packed(*tensors, grid, heads, topk, scale)
-    arguments = (torch.randn_like(out), *tensors, attended, lse, tables, grid, heads, topk, scale)
+    arguments = op_arguments(name, requires_grad=False)
+    out, attended, lse, *tables = packed.packed(*arguments)
+    arguments = (torch.randn_like(out), *arguments[:3], attended, lse, tables, *arguments[3:])
     torch.library.opcheck(torch.ops.routed_attention.packed_backward.default, arguments)
 
 
@@ -120,9 +120,9 @@ def test_error_on_the_networks_maps(side, topk, heads, dtype):
     """In low precision, at most twice what the parts lose that PyTorch computes."""
     fused, parts = (module(7, topk, heads, **kwargs) for kwargs in ({}, dict(attn_impl="gather", layer_impl="torch")))
     fused, parts = fused.to(dtype), parts.to(dtype)
-    settings = packed.Settings(RegionGrid.fit(side, side), heads, topk, fused.scale)
     generator = torch.Generator(DEVICE).manual_seed(0)
     qkv = torch.randn(8, side, side, 48 * heads, generator=generator, device=DEVICE, dtype=dtype)
+    settings = packed.settings_for(qkv, heads, 7, topk, fused.scale)
     upstream = torch.randn(8, side, side, 16 * heads, generator=generator, device=DEVICE, dtype=dtype)
 
     def run(attend, qkv, lepe):

@@ -25,37 +25,38 @@ from .tuning import MAX_BITS, MAX_HEAD_DIM, is_dense
 
 
 class Settings(NamedTuple):
-    """What a call is made with beside its tensors."""
+    """What a call is made with beside its tensors; `dense` as of `tuning.is_dense`."""
     grid: RegionGrid
     num_heads: int
     topk: int
     scale: float
+    dense: bool
 
     @classmethod
-    def of(cls, qkv: torch.Tensor, rows_cols: Sequence[int], num_heads: int, topk: int, scale: float) -> "Settings":
-        return cls(RegionGrid(qkv.shape[1], qkv.shape[2], *rows_cols), num_heads, topk, scale)
+    def of(cls, qkv: torch.Tensor, rows_cols: Sequence[int], *others) -> "Settings":
+        return cls(RegionGrid(qkv.shape[1], qkv.shape[2], *rows_cols), *others)
 
     def maps(self, packed: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(B, H, W, 3 * C) -> queries, keys and values, views of (B, H, W, heads, head_dim)."""
         return packed.unflatten(3, (3, self.num_heads, -1)).unbind(3)
 
-    @property
-    def is_dense(self) -> bool:
-        return is_dense(self.grid, self.grid, self.topk)
-
     def problem(self, qkv: torch.Tensor, tables: Sequence[torch.Tensor]) -> Problem:
-        bits = tables[1] if self.is_dense else None
+        bits = tables[1] if self.dense else None
         return Problem(*self.maps(qkv), tables[0], bits, (self.grid, self.grid), self.scale)
 
 
-def packed_unsupported(qkv: torch.Tensor, settings: Settings) -> str | None:
-    """Why the operator cannot compute this, or None where it can; what holds for all kernels is not checked here."""
+def settings_for(qkv: torch.Tensor, num_heads: int, num_regions: int, topk: int, scale: float) -> Settings | None:
+    """The settings of a call with at most `num_regions` along each side, or None where the operator cannot compute it.
+
+    What holds for all kernels is not checked here.
+    """
+    grid = RegionGrid.fit(*qkv.shape[1:3], num_regions)
     channels = qkv.shape[3] // 3
-    if settings.grid.num_regions > MAX_BITS:
-        return f"its routing takes up to {MAX_BITS} regions, got {settings.grid.num_regions}"
-    if channels % 8 or channels > MAX_HEAD_DIM * settings.num_heads:
-        return f"it takes heads of up to {MAX_HEAD_DIM} numbers, and channels that are a multiple of 8, got {channels}"
-    return None if qkv.is_contiguous() else "it reads a contiguous projection"
+    fits = grid.num_regions <= MAX_BITS and channels % 8 == 0 and channels <= MAX_HEAD_DIM * num_heads
+    if not fits or not qkv.is_contiguous():
+        return None
+    topk = min(topk, grid.num_regions)
+    return Settings(grid, num_heads, topk, scale, is_dense(grid, grid, topk))
 
 
 def _of_kernels(tables: Tables, dense: bool) -> tuple[torch.Tensor, ...]:
@@ -66,9 +67,8 @@ def _of_kernels(tables: Tables, dense: bool) -> tuple[torch.Tensor, ...]:
 def _forward(qkv, weight, bias, settings: Settings) -> tuple[torch.Tensor, ...]:
     """The output, and for the backward pass what was attended to, its log-sum-exp, and the tables of routes."""
     query, key, value = settings.maps(qkv)
-    dense = settings.is_dense
-    tables = fused_routes(query, key, settings.grid, settings.grid, settings.topk, dense)
-    tables = _of_kernels(tables, dense)
+    dense = settings.dense
+    tables = _of_kernels(fused_routes(query, key, settings.grid, settings.grid, settings.topk, dense), dense)
     attended, lse = allocate(query, dense)
     launch_forward(settings.problem(qkv, tables), attended, lse)
     attended = attended.flatten(3)
@@ -87,7 +87,7 @@ def _backward(grad_out, qkv, weight, bias, attended, lse, tables, settings: Sett
     through_attention = torch.empty_like(attended)
     delta = torch.empty_like(lse)
     launch_query_gradient(problem, attended, grad_heads, lse, delta, grad_query)
-    inverse = tuple(tables[:1]) * 2 if settings.is_dense else tuple(tables[1:])
+    inverse = tuple(tables[:1]) * 2 if settings.dense else tuple(tables[1:])
     launch_key_value_gradient(problem, inverse, grad_heads, lse, delta, (grad_key, through_attention))
     depthwise.convolve(grad_out, weight, None, through_attention.flatten(3), grad_value.flatten(3), flip=True)
     grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
@@ -113,7 +113,7 @@ class _Packed(torch.autograd.Function):
 
 # --- operators --------------------------------------------------------------------------------------------------------
 
-_SETTINGS = "int[] grid, int num_heads, int topk, float scale"
+_SETTINGS = "int[] grid, int num_heads, int topk, float scale, bool dense"
 
 
 @torch.library.custom_op(
@@ -122,8 +122,8 @@ _SETTINGS = "int[] grid, int num_heads, int topk, float scale"
     schema=f"(Tensor qkv, Tensor weight, Tensor bias, {_SETTINGS})"
     " -> (Tensor out, Tensor attended, Tensor lse, Tensor, Tensor, Tensor)",
 )
-def packed(qkv, weight, bias, grid, num_heads, topk, scale):
-    out, attended, lse, *tables = _forward(qkv, weight, bias, Settings.of(qkv, grid, num_heads, topk, scale))
+def packed(qkv, weight, bias, grid, *settings):
+    out, attended, lse, *tables = _forward(qkv, weight, bias, Settings.of(qkv, grid, *settings))
     return out, attended, lse, *_three(tables)
 
 
@@ -133,13 +133,13 @@ def _three(tables: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
 
 
 @packed.register_fake
-def _(qkv, weight, bias, grid, num_heads, topk, scale):
-    settings = Settings.of(qkv, grid, num_heads, topk, scale)
+def _(qkv, weight, bias, grid, *settings):
+    settings = Settings.of(qkv, grid, *settings)
     query, key, _ = settings.maps(qkv)
-    attended, lse = allocate(query, settings.is_dense)
-    tables = allocate_tables(qkv, settings.grid, settings.grid, settings.topk, settings.is_dense)
+    attended, lse = allocate(query, settings.dense)
+    tables = allocate_tables(qkv, settings.grid, settings.grid, settings.topk, settings.dense)
     out = torch.empty_like(attended.flatten(3))
-    return out, attended.flatten(3), lse, *_three(_of_kernels(tables, settings.is_dense))
+    return out, attended.flatten(3), lse, *_three(_of_kernels(tables, settings.dense))
 
 
 @torch.library.custom_op(
@@ -148,13 +148,13 @@ def _(qkv, weight, bias, grid, num_heads, topk, scale):
     schema="(Tensor grad_out, Tensor qkv, Tensor weight, Tensor bias, Tensor attended, Tensor lse, Tensor[] tables,"
     f" {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
 )
-def packed_backward(grad_out, qkv, weight, bias, attended, lse, tables, grid, num_heads, topk, scale):
-    settings = Settings.of(qkv, grid, num_heads, topk, scale)
+def packed_backward(grad_out, qkv, weight, bias, attended, lse, tables, grid, *settings):
+    settings = Settings.of(qkv, grid, *settings)
     return _backward(grad_out, qkv, weight, bias, attended, lse, tables, settings)
 
 
 @packed_backward.register_fake
-def _(grad_out, qkv, weight, bias, attended, lse, tables, grid, num_heads, topk, scale):
+def _(grad_out, qkv, weight, bias, attended, lse, tables, grid, *settings):
     return tuple(torch.empty_like(x) for x in (qkv, weight, bias))
 
 

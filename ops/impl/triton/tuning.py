@@ -123,7 +123,6 @@ def make_plan(
     )
 
 
-@lru_cache(maxsize=1024)
 def is_dense(query_grid: RegionGrid, key_grid: RegionGrid, topk: int) -> bool:
     """Whether to stream whole maps under a mask of the routes, instead of lists of regions.
 
