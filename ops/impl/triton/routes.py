@@ -235,17 +235,25 @@ def tables_kernel(
 
 
 class _Plan(NamedTuple):
-    """How both kernels are launched: programs an image, constants that they are compiled for, and the grids' codes."""
+    """How both kernels are launched: programs an image, constants that they are compiled for, and the grids' codes.
+
+    Also how long the tables of bits are, for the queries and the keys.
+    """
     means_programs: int
     means: dict[str, int]
     tables_programs: int
     tables: dict[str, int | bool]
     codes: tuple[int, int]
+    lengths: tuple[int, int]
 
 
 def _code_of(grid: RegionGrid) -> int:
     """A grid as one int64, since each argument of a launch costs the host time. Never so small as to be an int32."""
     return grid.height << 40 | grid.width << 16 | grid.rows << 8 | grid.cols
+
+
+def _padded_tokens(grid: RegionGrid) -> int:
+    return triton.cdiv(grid.height * grid.width, MAX_BLOCK.value) * MAX_BLOCK.value
 
 
 def _blocks(regions: int) -> int:
@@ -275,6 +283,7 @@ def _make_plan(query_grid: RegionGrid, key_grid: RegionGrid, channels: int, dens
             **dict(num_warps=4, num_stages=3),
         ),
         codes=(_code_of(query_grid), _code_of(key_grid)),
+        lengths=(_padded_tokens(query_grid), _padded_tokens(key_grid)),
     )
 
 
@@ -305,18 +314,16 @@ def can_fuse_routes(query: torch.Tensor, key: torch.Tensor, query_grid: RegionGr
     )
 
 
-def _allocate_tables(
-    query: torch.Tensor, query_grid: RegionGrid, key_grid: RegionGrid, topk: int, dense: bool
-) -> Tables:
+def _allocate_tables(query: torch.Tensor, num_queries: int, num_keys: int, topk: int, lengths: tuple | None) -> Tables:
+    """Dense where there are `lengths` of the tables of bits."""
     batch, device = query.shape[0], query.device
-    routes = torch.empty((batch, query_grid.num_regions, topk), dtype=torch.int64, device=device)
-    if dense:
-        lengths = [triton.cdiv(g.height * g.width, MAX_BLOCK.value) * MAX_BLOCK.value for g in (query_grid, key_grid)]
+    routes = torch.empty((batch, num_queries, topk), dtype=torch.int64, device=device)
+    if lengths:
         query_bits = torch.empty((batch, lengths[0]), dtype=torch.int64, device=device)
         key_bits = torch.empty((1, lengths[1]), dtype=torch.int64, device=device)
         return Tables(routes, query_bits=query_bits, key_bits=key_bits)
-    members = torch.empty((batch, query_grid.num_regions * topk), dtype=torch.int32, device=device)
-    bounds = torch.empty((batch, key_grid.num_regions + 1), dtype=torch.int32, device=device)
+    members = torch.empty((batch, num_queries * topk), dtype=torch.int32, device=device)
+    bounds = torch.empty((batch, num_keys + 1), dtype=torch.int32, device=device)
     return Tables(routes, members=members, bounds=bounds)
 
 
@@ -334,12 +341,12 @@ def fused_routes(
         topk: Regions to keep for each query region, at least 1; all are kept where there are fewer.
         dense: Make the tables for attention that streams whole maps, instead of those for lists of regions.
     """
-    topk = min(topk, key_grid.num_regions)
+    num_queries, num_keys = query_grid.num_regions, key_grid.num_regions
+    topk = min(topk, num_keys)
     batch, _, _, heads, head_dim = query.shape
     plan = _make_plan(query_grid, key_grid, heads * head_dim, dense)
-    num_regions = query_grid.num_regions + key_grid.num_regions
-    means = torch.empty((batch, num_regions, heads * head_dim), dtype=torch.float32, device=query.device)
-    tables = _allocate_tables(query, query_grid, key_grid, topk, dense)
+    means = torch.empty((batch, num_queries + num_keys, heads * head_dim), dtype=torch.float32, device=query.device)
+    tables = _allocate_tables(query, num_queries, num_keys, topk, plan.lengths if dense else None)
     strides = (stride // 8 for x in (query, key) for stride in x.stride()[:3])
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(query):
