@@ -4,10 +4,10 @@
 training step the host cannot issue them as fast as a GPU runs them. Here one kernel takes the mean of each region, for
 both maps, and a second one, with 16 or all query regions of an image a program, scores, selects and writes the tables.
 
-Nothing is approximated: sums and scores are in float32, whatever the maps' type and PyTorch's setting of tf32. They are
-added in another order than PyTorch's, so routes equal those of `route_regions` except where scores are within rounding
-of one another. Equal scores go to the smaller region. Routes of an image are valid, and all different, even where its
-scores are not numbers. There are no atomics: repeated runs agree to the bit.
+Nothing is approximated: sums are in float32 and scores as exact as float32's, whatever the maps' type and PyTorch's
+setting of tf32. They are added in another order than PyTorch's, so routes equal those of `route_regions` except where
+scores are within rounding of one another. Equal scores go to the smaller region. Routes of an image are valid, and all
+different, even where its scores are not numbers. There are no atomics: repeated runs agree to the bit.
 """
 from functools import lru_cache
 from typing import NamedTuple
@@ -24,6 +24,11 @@ from .tuning import MAX_BITS
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LOWEST = tl.constexpr(-(2**63))
+# Each float32 as three bfloat16 and the six products that matter: as exact as float32's own, but on the matrix units.
+# The plain units would read the keys' tile from shared memory with up to 32 lanes at one bank, ten times as slow.
+# The interpreter knows no such products.
+_HAS_BF16X6 = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
+_PRECISION = tl.constexpr("bf16x6" if _HAS_BF16X6 and not triton.knobs.runtime.interpret else "ieee")
 _TOKENS = tl.constexpr(16)  # tokens of a region whose bits are written at a time
 
 
@@ -61,10 +66,8 @@ def _region(region, code):
     height, width, rows, cols = _unpack(code)
     region_height, region_width = tl.cdiv(height, rows), tl.cdiv(width, cols)
     y, x = divide(region, cols)
-    first_row, first_col = y * region_height, x * region_width
-    return first_row, first_col, tl.minimum(region_height, height - first_row), tl.minimum(
-        region_width, width - first_col
-    )
+    row, col = y * region_height, x * region_width
+    return row, col, tl.minimum(region_height, height - row), tl.minimum(region_width, width - col)
 
 
 @triton.jit
@@ -201,7 +204,7 @@ def tables_kernel(
     for start in range(0, C, BLOCK_C):
         q = _load_means(query_means, query_region, num_queries, start, C, BLOCK_C)
         k = _load_means(query_means + num_queries * C, key_region, num_keys, start, C, BLOCK_C)
-        scores = tl.dot(q, tl.trans(k), scores, input_precision="ieee")
+        scores = tl.dot(q, tl.trans(k), scores, input_precision=_PRECISION)
 
     left = _sortable(scores, is_key)
     bits = tl.zeros((BLOCK_Q,), tl.int64)
@@ -233,7 +236,10 @@ def tables_kernel(
 
 
 class _Plan(NamedTuple):
-    """How both kernels are launched: programs an image, constants that they are compiled for, and the grids' codes."""
+    """How both kernels are launched: programs an image, constants that they are compiled for, and the grids' codes.
+
+    Also how long the tables of bits are, for the queries and the keys.
+    """
     means_programs: int
     means: dict[str, int]
     tables_programs: int
@@ -244,6 +250,10 @@ class _Plan(NamedTuple):
 def _code_of(grid: RegionGrid) -> int:
     """A grid as one int64, since each argument of a launch costs the host time. Never so small as to be an int32."""
     return grid.height << 40 | grid.width << 16 | grid.rows << 8 | grid.cols
+
+
+def _padded_tokens(grid: RegionGrid) -> int:
+    return triton.cdiv(grid.height * grid.width, MAX_BLOCK.value) * MAX_BLOCK.value
 
 
 def _blocks(regions: int) -> int:
@@ -269,8 +279,8 @@ def _make_plan(query_grid: RegionGrid, key_grid: RegionGrid, channels: int, dens
         means=dict(C=channels, BLOCK_C=block_c, BLOCK_T=block_t, num_warps=means_warps),
         tables_programs=triton.cdiv(query_grid.num_regions, block_q),
         tables=dict(
-            **dict(C=channels, BLOCK_C=16, BLOCK_Q=block_q, BLOCK_K=block_k, DENSE=dense),
-            **dict(num_warps=4 if block_q * block_k <= 1024 else 8, num_stages=3),
+            **dict(C=channels, BLOCK_C=32, BLOCK_Q=block_q, BLOCK_K=block_k, DENSE=dense),
+            **dict(num_warps=4, num_stages=3),
         ),
         codes=(_code_of(query_grid), _code_of(key_grid)),
     )
@@ -307,12 +317,11 @@ def allocate_tables(like: torch.Tensor, query_grid: RegionGrid, key_grid: Region
     batch, device = like.shape[0], like.device
     routes = torch.empty((batch, query_grid.num_regions, topk), dtype=torch.int64, device=device)
     if dense:
-        lengths = [triton.cdiv(g.height * g.width, MAX_BLOCK.value) * MAX_BLOCK.value for g in (query_grid, key_grid)]
-        query_bits = torch.empty((batch, lengths[0]), dtype=torch.int64, device=device)
-        key_bits = torch.empty((1, lengths[1]), dtype=torch.int64, device=device)
+        query_bits = torch.empty((batch, _padded_tokens(query_grid)), dtype=torch.int64, device=device)
+        key_bits = torch.empty((1, _padded_tokens(key_grid)), dtype=torch.int64, device=device)
         return Tables(routes, query_bits=query_bits, key_bits=key_bits)
-    members = torch.empty((batch, query_grid.num_regions * topk), dtype=torch.int32, device=device)
-    bounds = torch.empty((batch, key_grid.num_regions + 1), dtype=torch.int32, device=device)
+    members = torch.empty((batch, num_queries * topk), dtype=torch.int32, device=device)
+    bounds = torch.empty((batch, num_keys + 1), dtype=torch.int32, device=device)
     return Tables(routes, members=members, bounds=bounds)
 
 
@@ -330,11 +339,11 @@ def fused_routes(
         topk: Regions to keep for each query region, at least 1; all are kept where there are fewer.
         dense: Make the tables for attention that streams whole maps, instead of those for lists of regions.
     """
-    topk = min(topk, key_grid.num_regions)
+    num_queries, num_keys = query_grid.num_regions, key_grid.num_regions
+    topk = min(topk, num_keys)
     batch, _, _, heads, head_dim = query.shape
     plan = _make_plan(query_grid, key_grid, heads * head_dim, dense)
-    num_regions = query_grid.num_regions + key_grid.num_regions
-    means = torch.empty((batch, num_regions, heads * head_dim), dtype=torch.float32, device=query.device)
+    means = torch.empty((batch, num_queries + num_keys, heads * head_dim), dtype=torch.float32, device=query.device)
     tables = allocate_tables(query, query_grid, key_grid, topk, dense)
     strides = (stride // 8 for x in (query, key) for stride in x.stride()[:3])
     of_queries, of_keys = tables[1:3] if dense else tables[3:5]
