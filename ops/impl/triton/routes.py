@@ -236,10 +236,7 @@ def tables_kernel(
 
 
 class _Plan(NamedTuple):
-    """How both kernels are launched: programs an image, constants that they are compiled for, and the grids' codes.
-
-    Also how long the tables of bits are, for the queries and the keys.
-    """
+    """How both kernels are launched: programs an image, constants that they are compiled for, and the grids' codes."""
     means_programs: int
     means: dict[str, int]
     tables_programs: int
@@ -253,7 +250,8 @@ def _code_of(grid: RegionGrid) -> int:
 
 
 def _padded_tokens(grid: RegionGrid) -> int:
-    return triton.cdiv(grid.height * grid.width, MAX_BLOCK.value) * MAX_BLOCK.value
+    tokens = grid.height * grid.width
+    return tokens + -tokens % MAX_BLOCK.value
 
 
 def _blocks(regions: int) -> int:
@@ -320,8 +318,8 @@ def allocate_tables(like: torch.Tensor, query_grid: RegionGrid, key_grid: Region
         query_bits = torch.empty((batch, _padded_tokens(query_grid)), dtype=torch.int64, device=device)
         key_bits = torch.empty((1, _padded_tokens(key_grid)), dtype=torch.int64, device=device)
         return Tables(routes, query_bits=query_bits, key_bits=key_bits)
-    members = torch.empty((batch, num_queries * topk), dtype=torch.int32, device=device)
-    bounds = torch.empty((batch, num_keys + 1), dtype=torch.int32, device=device)
+    members = torch.empty((batch, query_grid.num_regions * topk), dtype=torch.int32, device=device)
+    bounds = torch.empty((batch, key_grid.num_regions + 1), dtype=torch.int32, device=device)
     return Tables(routes, members=members, bounds=bounds)
 
 
