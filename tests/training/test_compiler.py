@@ -16,7 +16,9 @@ from helpers.photos import write_photos
 from helpers.ports import free_port
 from helpers.run_state import differences
 from tasks.classification.token_labels import label_map_path
-from training.compiler import CompilerError, check_compiler
+from training.advice import with_advice
+from training.compiler import NoCompilerError, check_compiler
+from training.signals import fault_of
 
 CPU = torch.device("cpu")
 # With mixup, cutmix, repeated augmentation and EMA weights, as by default; two epochs of three steps, on 13 images for
@@ -36,7 +38,7 @@ def compiler():
     """Skips where torch.compile does not work."""
     try:
         check_compiler(CPU)
-    except CompilerError as error:
+    except NoCompilerError as error:
         pytest.skip(str(error))
 
 
@@ -149,8 +151,8 @@ def test_evaluation_with_a_last_batch_of_another_size(photos, tmp_path, compiler
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-ADVICE = ("; on a CPU it needs a C++ compiler and Python's headers, on a GPU Triton, a C compiler and Python's headers: "
-          "install them, or leave out --compile\n")
+ADVICE = ("; on a CPU it needs a C++ compiler and Python's headers, on a GPU Triton, a C compiler and Python's "
+          "headers: install them, or leave out --compile\n")
 
 
 def test_a_python_that_torch_does_not_compile(photos, tmp_path, monkeypatch, capfd):
@@ -165,6 +167,20 @@ def test_a_python_that_torch_does_not_compile(photos, tmp_path, monkeypatch, cap
         f"error: torch.compile does not work on cpu here (Python 3.15+ not yet supported for torch.compile){ADVICE}"
     )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+def test_a_network_that_cannot_be_compiled():
+    """In a line as well; any other error of torch's is left to a traceback."""
+    def backend(graph, inputs):
+        raise NotImplementedError("an operator of yours")
+
+    with pytest.raises(RuntimeError) as error:
+        torch.compile(torch.nn.Linear(2, 2), backend=backend)(torch.ones(1, 2))
+    line = with_advice(fault_of(error.value))
+    assert line.startswith("torch.compile cannot compile this network here (backend='backend' raised: NotImpl")
+    assert line.endswith("an operator of yours); leave out --compile") and fault_of(RuntimeError("another")) is None
 
 
 @pytest.mark.slow
