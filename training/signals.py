@@ -48,7 +48,7 @@ class PeerFault(MachineFault):
 
 
 def fault_of(error: OSError | RuntimeError) -> UserError | None:
-    """An error of torch's or the system's as one of those above, or the compiler's; None where it may be a bug of ours."""
+    """An error of torch's or the system's as one of those above or the compiler's; None where it may be our bug."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return OutOfMemoryFault(f"out of memory ({_first_line(text)})")
