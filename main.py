@@ -13,6 +13,7 @@ import engine
 from optim_factory import OptimizerError, Schedule, ScheduleError, WarmupError, create_optimizer, scaled_lr
 from training import advice, flags, options
 from training.checkpoints import Checkpointer, Stopped, find_start, open_store
+from training.compiler import check_compiler
 from training.distributed import init_distributed, shutdown_distributed, warm_up_ddp, wrap_ddp
 from training.log import NonFiniteLossError, RunLog, print_plan
 from training.options import Settings
@@ -79,8 +80,7 @@ def evaluate(task: Task, data: Data, network: torch.nn.Module, what: str = "netw
 
 def evaluate_checkpoint(task: Task):
     """`--eval`: print the metrics of a checkpoint, or of published weights."""
-    asked = task.settings.checkpoint
-    data = Data.for_evaluation(task)
+    data, asked = Data.for_evaluation(task), task.settings.checkpoint
     network = task.network()
     if source := asked.resume or asked.finetune:
         task.load(network, source)
@@ -131,18 +131,16 @@ def create_run(task: Task, data: Data) -> Run:
 
 
 def create_schedule(asked: options.ScheduleOptions, clock: Clock) -> Schedule:
-    steps = clock.epoch_length
     return Schedule(
-        asked.sched, clock.total, asked.total_warmup(steps), asked.warmup_lr, asked.min_lr, asked.poly_power,
-        asked.milestones(steps), asked.decay_rate,
+        asked.sched, clock.total, asked.total_warmup(clock.epoch_length), asked.warmup_lr, asked.min_lr,
+        asked.poly_power, asked.milestones(clock.epoch_length), asked.decay_rate,
     )
 
 
 def create_trainer(task: Task, run: Run, log: RunLog) -> engine.Trainer:
-    """The trainer of a run at its current position: wraps the model (DDP, compile) and creates the schedule."""
+    """The trainer of a run at its current position: wraps the model (compile, DDP) and creates the schedule."""
     settings = task.settings
-    network = wrap_ddp(run.model, task.distributed)
-    network = torch.compile(network) if settings.machine.compile else network
+    network = wrap_ddp(torch.compile(run.model) if settings.machine.compile else run.model, task.distributed)
     warm_up_ddp(network, task.distributed, lambda: task.dummy_loss(network))
     schedule = create_schedule(settings.schedule, run.clock).build(run.optimizer)
     if run.clock.global_step:
@@ -209,6 +207,8 @@ def run_task(task_class: type[Task], settings: Settings):
     """Evaluate or train, on this process's device."""
     machine = settings.machine
     distributed = init_distributed(machine.device, machine.dist_timeout)
+    if machine.compile:
+        check_compiler(distributed.device)
     task = task_class(settings, distributed, Precision.on(distributed.device, machine.amp, machine.channels_last))
     if settings.evaluation.eval:
         evaluate_checkpoint(task)

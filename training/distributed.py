@@ -119,7 +119,12 @@ def shutdown_distributed():
 
 
 def wrap_ddp(network: torch.nn.Module, distributed: Distributed) -> torch.nn.Module:
-    """The network as it is trained: in DistributedDataParallel where there are several processes."""
+    """The network as it is trained: in DistributedDataParallel where there are several processes.
+
+    A network that is compiled is compiled first. The compiler then never sees DistributedDataParallel's own code, in
+    which its graph would break; it knows what it is called in all the same, and ends graphs where buckets of gradients
+    are full, so that these travel while the backward pass goes on.
+    """
     if not distributed.is_distributed:
         return network
     device_ids = [distributed.device] if distributed.device.type == "cuda" else None

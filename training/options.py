@@ -163,7 +163,7 @@ class MachineOptions(Group):
     device: str = flag("auto", "auto, cuda, cuda:1 or cpu")
     amp: str = flag("auto", "mixed precision; auto: bf16 if the GPU has it", choices=["auto", "bf16", "fp16", "off"])
     channels_last: bool = flag(True, "hold images channels last in memory")
-    compile: bool = flag(False, "torch.compile the model")
+    compile: bool = flag(False, "torch.compile the model: faster steps, after minutes at the start")
     seed: int = flag(0, "seed of everything random", type=int,
                      check=lambda seed: not_negative(seed) or (None if seed < 2**32 else "must be below 2 ** 32"))
     deterministic: bool = flag(False, "deterministic GPU kernels, which are slower; CPU runs always are deterministic")

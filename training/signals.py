@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from utils import UserError
 
+from .compiler import compilation_error
 from .distributed import world_size
 
 # EX_TEMPFAIL of sysexits.h: the run was asked to leave and has saved itself; start it again.
@@ -47,12 +48,14 @@ class PeerFault(MachineFault):
 
 
 def fault_of(error: OSError | RuntimeError) -> UserError | None:
-    """An error of torch's or the system's as one of those above; None where it may be a bug of ours."""
+    """An error of torch's or the system's as one of those above or the compiler's; None where it may be our bug."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return OutOfMemoryFault(f"out of memory ({_first_line(text)})")
     if "does not have a deterministic implementation" in text:
         return NondeterministicFault(f"this network cannot be trained deterministically here ({_first_line(text)})")
+    if fault := compilation_error(error):
+        return fault
     if "DataLoader worker (pid" in text:  # torch raises it from a signal handler, wherever the run is
         return WorkerFault(f"a data loading process was killed, as happens when memory runs out ({_first_line(text)})")
     if isinstance(error, dist.DistError) or (world_size() > 1 and _OF_PEERS.search(text)):

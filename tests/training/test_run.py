@@ -6,7 +6,6 @@ import signal
 
 import pytest
 import torch
-from torch._dynamo.exc import BackendCompilerFailed
 
 import main as program
 from helpers.run_state import differences
@@ -213,32 +212,6 @@ def test_the_scaler_of_gradients_is_live(photos, tmp_path):
     assert train(photos, tmp_path, "--amp", "fp16", "--keep_checkpoints", "2") == 0
     one, other = (torch.load(path, weights_only=True)["scaler"] for path in sorted(tmp_path.glob("checkpoint-*.pth")))
     assert one != other
-
-
-def why_not_compile():
-    """What TorchInductor misses, a C++ compiler or Python's headers; None where it finds both."""
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8))
-    except BackendCompilerFailed as error:
-        return str(error).splitlines()[0]
-
-
-@pytest.mark.slow
-@pytest.mark.compile
-def test_compiled(photos, tmp_path, capfd):
-    """Checkpoints are those of the model itself, which trains and evaluates as without the compiler, nearly."""
-    if reason := why_not_compile():
-        pytest.skip(f"torch.compile does not work here: {reason}")
-    command = ["--model", "test_vit", "--model_kwargs", "depth=1", "--epochs", "1", "--warmup_epochs", "0",
-               "--lr", "1e-4", "--min_lr", "0"]
-    assert train(photos, tmp_path / "eager", *command) == 0
-    assert train(photos, tmp_path / "compiled", *command, "--compile") == 0
-    eager, compiled = (
-        torch.load(tmp_path / name / "last.pth", weights_only=True)["model"] for name in ("eager", "compiled")
-    )
-    torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-4)
-    records = [json.loads((tmp_path / name / "log.txt").read_text()) for name in ("eager", "compiled")]
-    assert records[1]["train_loss"] == pytest.approx(records[0]["train_loss"], rel=1e-3)
 
 
 @pytest.mark.slow
