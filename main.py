@@ -13,14 +13,14 @@ import engine
 from optim_factory import OptimizerError, Schedule, ScheduleError, WarmupError, create_optimizer, scaled_lr
 from training import advice, flags, options
 from training.checkpoints import Checkpointer, Stopped, find_start, open_store
-from training.compiler import check_compiler
-from training.distributed import init_distributed, shutdown_distributed, warm_up_ddp, wrap_ddp
+from training.distributed import init_distributed, shutdown_distributed, warm_up_ddp
 from training.log import NonFiniteLossError, RunLog, print_plan
 from training.options import Settings
 from training.precision import Precision
 from training.run import BestMetric, Clock, Run
 from training.signals import EXIT_RESUME, SignalHandler, fault_of, run_and_exit
 from training.task import Data, Task
+from training.wrap import check_wrappers, wrap
 from utils import UserError, check_name, fail, seed_everything, use_deterministic_algorithms
 
 # Where each task is; it is imported when it is asked for.
@@ -140,7 +140,7 @@ def create_schedule(asked: options.ScheduleOptions, clock: Clock) -> Schedule:
 def create_trainer(task: Task, run: Run, log: RunLog) -> engine.Trainer:
     """The trainer of a run at its current position: wraps the model (compile, DDP) and creates the schedule."""
     settings = task.settings
-    network = wrap_ddp(torch.compile(run.model) if settings.machine.compile else run.model, task.distributed)
+    network = wrap(run.model, settings.machine, task.precision, task.distributed)
     warm_up_ddp(network, task.distributed, lambda: task.dummy_loss(network))
     schedule = create_schedule(settings.schedule, run.clock).build(run.optimizer)
     if run.clock.global_step:
@@ -207,8 +207,7 @@ def run_task(task_class: type[Task], settings: Settings):
     """Evaluate or train, on this process's device."""
     machine = settings.machine
     distributed = init_distributed(machine.device, machine.dist_timeout)
-    if machine.compile:
-        check_compiler(distributed.device)
+    check_wrappers(machine, distributed)
     task = task_class(settings, distributed, Precision.on(distributed.device, machine.amp, machine.channels_last))
     if settings.evaluation.eval:
         evaluate_checkpoint(task)

@@ -1,4 +1,5 @@
 """Training on a GPU: resumed runs are exact, and what cannot be is said. On the CPU the same is tested elsewhere."""
+import json
 import os
 import signal
 import subprocess
@@ -6,6 +7,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from helpers import ROOT
 from helpers.run_state import differences
@@ -33,9 +35,9 @@ def kill_in_second_epoch(output, *more):
     assert process.wait() == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.compile)])
-def test_a_killed_and_resumed_run_is_exact(tmp_path, compiled):
-    more = ["--compile"] if compiled else []
+@pytest.mark.parametrize("way", ["eager", "cuda_graph", pytest.param("compile", marks=pytest.mark.compile)])
+def test_a_killed_and_resumed_run_is_exact(tmp_path, way):
+    more = {"eager": [], "cuda_graph": ["--cuda_graph", "--update_freq", "1"], "compile": ["--compile"]}[way]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run(command(whole, *more), cwd=ROOT, check=True, capture_output=True)
     kill_in_second_epoch(killed, *more)
@@ -49,3 +51,15 @@ def test_deformable_attention_cannot_be_deterministic_and_says_so(tmp_path):
     )
     assert result.returncode != 0 and "cannot be trained deterministically" in result.stderr, result.stderr[-500:]
     assert "leave out --deterministic" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_graphs_train_what_eager_steps_train(tmp_path):
+    """The same kernels one after another: equal losses and weights, but for what a GPU adds in another order."""
+    shared = ["--update_freq", "1", "--epochs", "2", "--drop_path", "0.1"]
+    for name, more in (("eager", []), ("graphs", ["--cuda_graph"])):
+        subprocess.run(command(tmp_path / name, *shared, *more), cwd=ROOT, check=True, capture_output=True)
+    eager, graphs = (torch.load(tmp_path / name / "last.pth", weights_only=True) for name in ("eager", "graphs"))
+    for name, weight in eager["model"].items():
+        torch.testing.assert_close(graphs["model"][name], weight, rtol=0, atol=2e-3, msg=name)
+    losses = [json.loads((tmp_path / name / "log.txt").read_text().splitlines()[-1]) for name in ("eager", "graphs")]
+    assert losses[1]["train_loss"] == pytest.approx(losses[0]["train_loss"], rel=1e-2)

@@ -3,13 +3,14 @@ from collections.abc import Mapping
 
 from utils import UserError
 
-from . import checkpoints, compiler, distributed, log, run, signals, task
+from . import checkpoints, compiler, cuda_graphs, distributed, log, run, signals, task
 
 ADVICE: Mapping[type[UserError], str] = {
     distributed.DeviceError: "--device auto takes what is there",
     compiler.NoCompilerError: "on a CPU it needs a C++ compiler and Python's headers, on a GPU Triton, a C compiler "
                               "and Python's headers: install them, or leave out --compile",
     compiler.CompilationError: "leave out --compile",
+    cuda_graphs.CudaGraphError: "leave out --cuda_graph",
     checkpoints.FolderInUseError: "resume it with --auto_resume, or take another --output_dir",
     checkpoints.LaterCheckpointsError: "take another --output_dir",
     checkpoints.NoFolderError: "give --output_dir",

@@ -164,6 +164,7 @@ class MachineOptions(Group):
     amp: str = flag("auto", "mixed precision; auto: bf16 if the GPU has it", choices=["auto", "bf16", "fp16", "off"])
     channels_last: bool = flag(True, "hold images channels last in memory")
     compile: bool = flag(False, "torch.compile the model: faster steps, after minutes at the start")
+    cuda_graph: bool = flag(False, "replay the training pass from CUDA graphs, for a GPU that waits for its host")
     seed: int = flag(0, "seed of everything random", type=int,
                      check=lambda seed: not_negative(seed) or (None if seed < 2**32 else "must be below 2 ** 32"))
     deterministic: bool = flag(False, "deterministic GPU kernels, which are slower; CPU runs always are deterministic")
@@ -191,6 +192,7 @@ class Settings:
     def __post_init__(self):
         if not self.evaluation.eval:
             self.schedule.check_warmup()
+            self._check_cuda_graph()
         self.check()
 
     @property
@@ -211,6 +213,13 @@ class Settings:
         if best.startswith("ema_") and not (self.ema.model_ema and self.ema.model_ema_eval):
             raise UsageError(f"--best_metric {best} needs --model_ema and --model_ema_eval")
         return best
+
+    def _check_cuda_graph(self):
+        if self.machine.cuda_graph and self.machine.compile:
+            raise UsageError("--cuda_graph and --compile are mutually exclusive")
+        if self.machine.cuda_graph and self.optimizer.update_freq > 1:
+            raise UsageError(f"--cuda_graph takes a step on each batch, --update_freq must be 1, "
+                             f"got {self.optimizer.update_freq}")
 
     def check(self):
         """Raises UsageError where groups contradict each other; for a task to extend."""

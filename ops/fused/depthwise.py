@@ -17,15 +17,22 @@ from torch.autograd.function import once_differentiable
 from ..launch import launch
 from . import depthwise_kernels as kernels
 
-# Of one program: columns of a strip, and warps. A thread has two channels of a strip, see `depthwise_kernels`.
-COLS = 4
-WEIGHT_COLS = {3: 4, 5: 2}
-NUM_WARPS = 4
-# Rows of a segment at most. Rows next to a segment are read twice, and few segments leave a GPU idle.
-ROWS = 16
-WEIGHT_ROWS = 28
-# Programs that add up gradients of the weights, for each size of the kernel: as many as run at once on an H100.
-PROGRAMS = {3: 528, 5: 396}
+
+class _Shape(NamedTuple):
+    """What a program takes: columns of a strip, rows of a segment at most, and its warps.
+
+    A thread has two channels of a strip, see `depthwise_kernels`. Rows next to a segment are read twice, and few
+    segments leave a GPU idle. Measured on an H100, batch 128, maps of 56 x 56 x 64 to 7 x 7 x 512.
+    """
+    cols: int
+    rows: int
+    num_warps: int
+
+
+_CONVOLUTION = {3: _Shape(4, 16, 4), 5: _Shape(4, 28, 8)}
+_WEIGHT_GRADIENT = {3: _Shape(4, 28, 4), 5: _Shape(4, 28, 4)}
+# Programs that add up gradients of the weights. It decides in which order they are added, so it is the same everywhere.
+_PROGRAMS = 264
 
 
 def _map_stride(x: torch.Tensor) -> int | None:
@@ -59,48 +66,53 @@ class _Tiles(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _tiles(batch: int, height: int, width: int, channels: int, cols: int, most_rows: int) -> _Tiles:
+def _tiles(batch: int, height: int, width: int, channels: int, shape: _Shape) -> _Tiles:
     """Channels in tiles of what a warp has, or of half of it where fewer are left over; segments of like size."""
     block_channels = 64 if channels % 64 == 0 else 32
-    block_strips = 2 * 32 * NUM_WARPS // block_channels
-    rows = _cdiv(height, _cdiv(height, most_rows))
-    places = _cdiv(batch * _cdiv(width, cols), block_strips) * _cdiv(height, rows)
+    block_strips = 2 * 32 * shape.num_warps // block_channels
+    rows = _cdiv(height, _cdiv(height, shape.rows))
+    places = _cdiv(batch * _cdiv(width, shape.cols), block_strips) * _cdiv(height, rows)
     return _Tiles(rows, block_strips, places, block_channels, _cdiv(channels, block_channels))
-
-
-def _launch(kernel, programs: int, *args, **constants):
-    launch(kernel, programs, args, constants | {"num_warps": NUM_WARPS})
 
 
 def convolve(x, weight, bias, residual, out, add_input: bool = False, flip: bool = False):
     """out = conv(x, weight) + bias + residual, and + x with `add_input`. Tokens of `out` may lie apart, but evenly."""
     x, stride = _evenly_spaced(x)
-    tiles = _tiles(*x.shape, COLS, ROWS)
-    _launch(
-        kernels.depthwise_kernel, tiles.places * tiles.channel_tiles,
-        *(x, weight, bias, residual, out, *x.shape[:3], tiles.rows),
-        C=x.shape[3], X_STRIDE=stride, OUT_STRIDE=_map_stride(out), K=weight.shape[2], FLIP=flip, ADD_INPUT=add_input,
-        COLS=COLS, BLOCK_S=tiles.block_strips, BLOCK_C=tiles.block_channels,
-    )  # fmt: skip
+    channels, kernel = x.shape[3], weight.shape[2]
+    shape = _CONVOLUTION[kernel]
+    tiles = _tiles(*x.shape, shape)
+    launch(
+        kernels.depthwise_kernel,
+        tiles.places * tiles.channel_tiles,
+        (x, weight, bias, residual, out, *x.shape[:3], tiles.rows),
+        dict(
+            **dict(C=channels, X_STRIDE=stride, OUT_STRIDE=_map_stride(out), K=kernel, FLIP=flip, ADD_INPUT=add_input),
+            **dict(COLS=shape.cols, BLOCK_S=tiles.block_strips, BLOCK_C=tiles.block_channels),
+            num_warps=shape.num_warps,
+        ),
+    )
 
 
 def weight_gradients(x, grad, grad_weight, grad_bias):
     """Fill the gradients of the weights, and of the bias unless it is None."""
     x, stride = _evenly_spaced(x)
     channels, kernel = x.shape[3], grad_weight.shape[2]
-    tiles = _tiles(*x.shape, WEIGHT_COLS[kernel], WEIGHT_ROWS)
-    shares = min(tiles.places, max(1, PROGRAMS[kernel] // tiles.channel_tiles))
+    shape = _WEIGHT_GRADIENT[kernel]
+    tiles = _tiles(*x.shape, shape)
+    shares = min(tiles.places, max(1, _PROGRAMS // tiles.channel_tiles))
     sums = channels * (16 if kernel == 3 else 32)
     share = torch.empty(shares * sums, dtype=torch.float32, device=x.device)
-    _launch(
-        kernels.weight_gradient_kernel, shares * tiles.channel_tiles,
-        *(x, grad, share, *x.shape[:3], tiles.rows), C=channels, X_STRIDE=stride, K=kernel,
-        COLS=WEIGHT_COLS[kernel], BLOCK_S=tiles.block_strips, BLOCK_C=tiles.block_channels,
-    )  # fmt: skip
-    _launch(
-        kernels.add_shares_kernel, _cdiv(sums, 32), share, grad_weight, grad_bias, shares,
-        C=channels, K=kernel, BLOCK_S=64, BLOCK_N=32,
-    )  # fmt: skip
+    launch(
+        kernels.weight_gradient_kernel,
+        shares * tiles.channel_tiles,
+        (x, grad, share, *x.shape[:3], tiles.rows),
+        dict(
+            **dict(C=channels, X_STRIDE=stride, K=kernel, COLS=shape.cols),
+            **dict(BLOCK_S=tiles.block_strips, BLOCK_C=tiles.block_channels, num_warps=shape.num_warps),
+        ),
+    )
+    constants = dict(C=channels, K=kernel, BLOCK_S=64, BLOCK_N=32, num_warps=4)
+    launch(kernels.add_shares_kernel, _cdiv(sums, 32), (share, grad_weight, grad_bias, shares), constants)
 
 
 def _result(x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from models.bvit import broad_attention, split_qkv
 from tasks.networks import size_kwargs
+from training.cuda_graphs import capture_on_first_step
 from training.precision import Precision
 
 from .timing import OUT_OF_MEMORY, Trial, compare, release
@@ -41,13 +42,17 @@ class Contender:
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model is run: "infer" or "train", on `batch` images of `side` x `side` pixels."""
+    """How a model is run: "infer" or "train", on `batch` images of `side` x `side` pixels.
+
+    `cuda_graph` replays forward and backward pass of a training step from CUDA graphs, compiled or not.
+    """
     mode: str
     batch: int
     side: int = 224
     amp: str = "off"
     channels_last: bool = True
     compile: bool = False
+    cuda_graph: bool = False
 
 
 @lru_cache(maxsize=9)
@@ -71,6 +76,9 @@ def build(contender: Contender, setting: Setting, device: torch.device) -> Calla
     precision = Precision.on(device, setting.amp, setting.channels_last)
     images = precision.arrange(torch.randn(setting.batch, 3, setting.side, setting.side, device=device))
     network = torch.compile(model) if setting.compile else model
+    if setting.cuda_graph:
+        network = torch.nn.Sequential(network)  # of its own: the model is used again, for other settings
+        capture_on_first_step(network, precision)
 
     def infer():
         with torch.inference_mode(), precision.autocast():
@@ -96,7 +104,8 @@ def measure(contenders: Sequence[Contender], reference: str, setting: Setting, t
     """One row for each model: rate, ratio to the model named `reference` within a round, memory; or why it failed."""
     if setting.compile:
         torch._dynamo.reset()
-    about = dict(mode=setting.mode, compiled=setting.compile, side=setting.side, batch=setting.batch)
+    how = dict(mode=setting.mode, compiled=setting.compile, graphed=setting.cuda_graph)
+    about = dict(how, side=setting.side, batch=setting.batch)
     rows = {contender.name: dict(model=contender.name, **about, reference=reference) for contender in contenders}
     builders = {contender.name: partial(build, contender, setting, trial.device) for contender in contenders}
     return compare(rows, builders, reference, setting.batch, trial)

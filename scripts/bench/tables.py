@@ -38,7 +38,7 @@ def _repeats(row: dict) -> str:
 # What stands in a column; in any other, the value of the row's key of that name.
 CELLS: dict[str, Callable[[dict], str]] = {
     "auto": lambda row: "yes" if row.get("auto") else "",
-    "compiled": lambda row: "compiled" if row.get("compiled") else "eager",
+    "compiled": lambda row: ("compiled" if row.get("compiled") else "eager") + ", graphed" * bool(row.get("graphed")),
     "group or kernel": lambda row: row.get("name", "").replace("|", "/"),
     "of group": lambda row: row.get("group", ""),
     "images/s": _spread("images_per_second", "quartiles", 4),

@@ -163,6 +163,8 @@ class ClassificationSettings(Settings):
             raise UsageError(f"--data_path is missing: the folder of the data set {self.data.data_set}")
 
     def _check_training(self):
+        if self.machine.cuda_graph and self.model.grad_checkpointing:
+            raise UsageError("--cuda_graph cannot capture --grad_checkpointing")
         mixes = self.augmentation.mixup or self.augmentation.cutmix
         if mixes and self.loader.batch_size % 2:
             raise UsageError(f"mixup and cutmix pair images: --batch_size must be even, got {self.loader.batch_size}")

@@ -15,7 +15,6 @@ from ...regions import RegionGrid
 
 MAX_HEAD_DIM = 128
 MAX_BITS = 64  # routes of one query as the bits of an int64
-TRITON = tuple(int(part) for part in re.match(r"(\d+)\.(\d+)", triton.__version__).groups())
 
 
 class Tile(NamedTuple):
@@ -56,16 +55,13 @@ def _power_of_2(n: int, low: int, high: int) -> int:
 def choose_tile(own: int, streamed: int, head_dim: int, dtype: torch.dtype, inverse: bool) -> Tile:
     """The tile for programs that have `own` tokens to compute and `streamed` tokens to stream past them.
 
-    Chosen for few instructions of all warps together, by counts for compute capability 9.0, and no spilled registers.
+    In low precision, for heads of up to 64, measured on an H100 with Triton 3.6 (`scripts/tune_kernels.py`); for the
+    others, by counts of instructions and of spilled registers.
 
     16 tokens are the fewest that the matrix units take, and one warp's work: more warps would share the columns, and
-    each compute all that is said about the rows. 64 x 64 logits in float32 are 32 registers a thread of 4 warps, which
-    leaves room for the accumulators of heads of 32. One warp streams fewer tokens, and so do wider heads, and maps
-    whose last tile would be nearly empty. Heads of more than 64 get twice the warps; so does float32, whose products
+    each compute all that is said about the rows. 32 streamed tokens leave registers free, so that more programs run
+    at once, and waste less of the last tile. Heads of more than 64 get twice the warps; so does float32, whose products
     run on the plain units from registers, and smaller tiles.
-
-    A pipeline of two stages costs more instructions than it saves, and other programs run while one waits for its
-    loads. The exceptions spill registers without it, or take a tenth more instructions from Triton 3.7 on.
     """
     if dtype == torch.float32:
         block_m = _power_of_2(own, 16, 32 if head_dim <= 64 else 16)
@@ -75,12 +71,9 @@ def choose_tile(own: int, streamed: int, head_dim: int, dtype: torch.dtype, inve
     block_m = _power_of_2(own, 16, 64)
     if head_dim > 64:
         return Tile(block_m, _power_of_2(streamed, 16, 32 if inverse else 64), max(4, block_m // 8), 2)
-    narrow = block_m == 16 or (head_dim > 32 and (inverse or block_m == 64))
-    block_n = _power_of_2(streamed, 16, 32 if narrow else 64)
-    if block_m == block_n == 64 and math.ceil(streamed / 32) * 32 < 0.9 * math.ceil(streamed / 64) * 64:
-        block_n = 32
-    piped = block_m == block_n == 64 and TRITON >= (3, 7) if inverse else block_m == 32
-    return Tile(block_m, block_n, block_m // 16, 2 if piped else 1)
+    block_n = _power_of_2(streamed, 16, 32)
+    # Keys hold two accumulators: 64 rows of them have no registers left for what a second stage holds.
+    return Tile(block_m, block_n, block_m // 16, 1 if inverse and block_m > 16 else 2)
 
 
 @lru_cache(maxsize=1024)
