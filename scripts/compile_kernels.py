@@ -37,6 +37,7 @@ KERNELS = {
     "forward": kernels.forward_kernel,
     "query_gradient": kernels.query_gradient_kernel,
     "key_value_gradient": kernels.key_value_gradient_kernel,
+    "gradients": kernels.gradients_kernel,
 }
 # Map and top-k of BiFormer's routed stages at 224, and of the first and the last at 800 x 1333
 MAPS = {
@@ -135,7 +136,7 @@ def compile_kernel(kernel: str, arch: int, dtype: str, head_dim: int, plan: Plan
 def plan_of(kernel: str, name: str, head_dim: int, dtype: str, tile: Tile | None = None) -> Plan:
     """The plan of a kernel where queries and keys are one of `MAPS`."""
     grid, topk = MAPS[name]
-    inverse = kernel == "key_value_gradient"
+    inverse = kernel in ("key_value_gradient", "gradients")
     dtype = torch.float32 if dtype == TF32 else DTYPES[dtype]
     return make_plan(grid, grid, topk, inverse, is_dense(grid, grid, topk), head_dim, dtype, tile)
 
