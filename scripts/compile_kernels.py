@@ -136,7 +136,7 @@ def compile_kernel(kernel: str, arch: int, dtype: str, head_dim: int, plan: Plan
 def plan_of(kernel: str, name: str, head_dim: int, dtype: str, tile: Tile | None = None) -> Plan:
     """The plan of a kernel where queries and keys are one of `MAPS`."""
     grid, topk = MAPS[name]
-    inverse = kernel in ("key_value_gradient", "gradients")
+    inverse = kernel == "key_value_gradient"
     dtype = torch.float32 if dtype == TF32 else DTYPES[dtype]
     return make_plan(grid, grid, topk, inverse, is_dense(grid, grid, topk), head_dim, dtype, tile)
 

@@ -258,7 +258,7 @@ def query_gradient_kernel(
         key = load_tokens(key_head, key_strides, k_row, k_col, k_real, HEAD_DIM, BLOCK_D)
         value = load_tokens(value_head, value_strides, k_row, k_col, k_real, HEAD_DIM, BLOCK_D)
         logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
-        weight = tl.exp2(tl.where(meet, logits, float("-inf")) - lse[:, None])
+        weight = tl.where(meet, tl.exp2(logits - lse[:, None]), 0.0)
         grad_weight = tl.dot(grad_out, tl.trans(value), input_precision=PRECISION)
         grad_logits = (weight * (grad_weight - delta[:, None])).to(key.dtype)
         grad_query = tl.dot(grad_logits, key, grad_query, input_precision=PRECISION)
@@ -364,16 +364,16 @@ def gradients_kernel(
     DENSE: tl.constexpr, PACKED: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
     STRIDES_OF_8: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of one head in one pass: BLOCK_M holds the whole map of keys, past which all queries are streamed.
+    """All gradients of one head in one pass: BLOCK_M holds the whole map of queries, past which all keys are streamed.
 
-    DENSE only. Logits are computed once for both sides, keys as rows: what keys and values sum up then stays where the
-    products leave it, and only the gradients of logits are transposed, for the queries. Padding keys are zero, so that
-    whatever weight they get adds nothing to a query.
+    DENSE only. What a tile of keys and values gets is complete once it has met all queries, so that sums for the
+    queries alone are carried along; all sums are in a fixed order. Logits are computed once for both sides.
     """
     q_grid = (q_height, q_width, q_cols, q_region_height, q_region_width)
     k_grid = (k_height, k_width, k_cols, k_region_height, k_region_width)
     image, head = divide(tl.program_id(0), num_heads)
-    k_row, k_col, k_real = _own_tokens(0, 0, k_grid, BLOCK_M, DENSE, EVEN_M)
+    q_row, q_col, q_real = tokens_of_map(tl.arange(0, BLOCK_M), q_grid, EVEN_M)
+    route_bits = _bits_of_queries(routes_ptr, image, 0, q_grid, BLOCK_M)
     query_strides = known_strides(query_strides, STRIDES_OF_8)
     key_strides = known_strides(key_strides, STRIDES_OF_8)
     value_strides = known_strides(value_strides, STRIDES_OF_8)
@@ -390,32 +390,37 @@ def gradients_kernel(
     grad_query_head = head_of_map(grad_query_ptr, grad_query_strides, image, head)
     grad_key_head = head_of_map(grad_key_ptr, grad_key_strides, image, head)
     grad_value_head = head_of_map(grad_value_ptr, grad_value_strides, image, head)
+
+    out = load_tokens(out_head, out_strides, q_row, q_col, q_real, HEAD_DIM, BLOCK_D)
+    grad_out = load_tokens(grad_out_head, grad_out_strides, q_row, q_col, q_real, HEAD_DIM, BLOCK_D)
+    delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
     lse_head = _floats_of_head(lse_ptr, image, head, num_heads, q_grid, DENSE)
+    lse = _load_floats(lse_head, 0, q_row, q_col, q_real, q_grid, float("inf"), BLOCK_M, DENSE)
+    query = load_tokens(query_head, query_strides, q_row, q_col, q_real, HEAD_DIM, BLOCK_D)
+
+    k_row, k_col, k_real = tokens_of_map(tl.arange(0, BLOCK_N), k_grid, False)
     key = load_tokens(key_head, key_strides, k_row, k_col, k_real, HEAD_DIM, BLOCK_D)
     value = load_tokens(value_head, value_strides, k_row, k_col, k_real, HEAD_DIM, BLOCK_D)
-    key_bits = _bits_of_keys(bits_ptr, 0, BLOCK_M)
+    grad_query = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for start in range(0, k_height * k_width, BLOCK_N):
+        # The next tile is on its way while this one is computed; behind the last there is none, and nothing is read.
+        next_row, next_col, next_real = tokens_of_map(start + BLOCK_N + tl.arange(0, BLOCK_N), k_grid, False)
+        next_key = load_tokens(key_head, key_strides, next_row, next_col, next_real, HEAD_DIM, BLOCK_D)
+        next_value = load_tokens(value_head, value_strides, next_row, next_col, next_real, HEAD_DIM, BLOCK_D)
+        k_row, k_col, k_real, meet = _streamed_keys(
+            route_bits, bits_ptr, 0, start, k_grid, BLOCK_N, DENSE, PACKED, EVEN_N
+        )
+        logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+        weight = tl.where(meet, tl.exp2(logits - lse[:, None]), 0.0)
+        grad_value = tl.dot(tl.trans(weight.to(grad_out.dtype)), grad_out, input_precision=PRECISION)
+        store_tokens(grad_value_head, grad_value_strides, k_row, k_col, k_real, grad_value, HEAD_DIM, BLOCK_D)
+        grad_weight = tl.dot(grad_out, tl.trans(value), input_precision=PRECISION)
+        grad_logits = (weight * (grad_weight - delta[:, None])).to(key.dtype)
+        grad_query = tl.dot(grad_logits, key, grad_query, input_precision=PRECISION)
+        grad_key = tl.dot(tl.trans(grad_logits), query, input_precision=PRECISION) * (scale * LN_2)
+        store_tokens(grad_key_head, grad_key_strides, k_row, k_col, k_real, grad_key, HEAD_DIM, BLOCK_D)
+        key = next_key
+        value = next_value
 
-    grad_key = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    grad_value = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for start in range(0, q_height * q_width, BLOCK_N):
-        q_row, q_col, q_real = tokens_of_map(start + tl.arange(0, BLOCK_N), q_grid, EVEN_N)
-        route_bits = _bits_of_queries(routes_ptr, image, start, q_grid, BLOCK_N)
-        query = load_tokens(query_head, query_strides, q_row, q_col, q_real, HEAD_DIM, BLOCK_D)
-        grad_out = load_tokens(grad_out_head, grad_out_strides, q_row, q_col, q_real, HEAD_DIM, BLOCK_D)
-        out = load_tokens(out_head, out_strides, q_row, q_col, q_real, HEAD_DIM, BLOCK_D)
-        delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
-        # An infinite log-sum-exp gives padding no weight.
-        lse = _load_floats(lse_head, start, q_row, q_col, q_real, q_grid, float("inf"), BLOCK_N, DENSE)
-        logits = tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale
-        weight = tl.exp2(logits - lse[None, :])
-        weight = tl.where((key_bits[:, None] & route_bits[None, :]) != 0, weight, 0.0)
-        grad_value = tl.dot(weight.to(grad_out.dtype), grad_out, grad_value, input_precision=PRECISION)
-        grad_weight = tl.dot(value, tl.trans(grad_out), input_precision=PRECISION)
-        grad_logits = (weight * (grad_weight - delta[None, :])).to(query.dtype)
-        grad_key = tl.dot(grad_logits, query, grad_key, input_precision=PRECISION)
-        grad_query = tl.dot(tl.trans(grad_logits), key, input_precision=PRECISION) * (scale * LN_2)
-        store_tokens(grad_query_head, grad_query_strides, q_row, q_col, q_real, grad_query, HEAD_DIM, BLOCK_D)
-
-    grad_key *= scale * LN_2
-    store_tokens(grad_key_head, grad_key_strides, k_row, k_col, k_real, grad_key, HEAD_DIM, BLOCK_D)
-    store_tokens(grad_value_head, grad_value_strides, k_row, k_col, k_real, grad_value, HEAD_DIM, BLOCK_D)
+    grad_query *= scale * LN_2
+    store_tokens(grad_query_head, grad_query_strides, q_row, q_col, q_real, grad_query, HEAD_DIM, BLOCK_D)
