@@ -1,4 +1,4 @@
-"""The kernels of fused routed attention: forward, gradient of the queries, gradients of the keys and values.
+"""The kernels of fused routed attention: forward, gradient of the queries, gradients of the keys and values, all three.
 
 One program computes one tile of BLOCK_M tokens of one head and streams tiles of BLOCK_N tokens past it, with the
 online softmax of FlashAttention (Dao et al., https://arxiv.org/abs/2205.14135). Tokens are read in place, by stride.
@@ -352,7 +352,7 @@ def key_value_gradient_kernel(
 
 
 @triton.jit(do_not_specialize=_VARYING)
-def gradients_kernel(
+def one_pass_gradients_kernel(
     query_ptr, key_ptr, value_ptr, routes_ptr, bits_ptr, out_ptr, grad_out_ptr, lse_ptr,
     grad_query_ptr, grad_key_ptr, grad_value_ptr,
     query_strides, key_strides, value_strides, out_strides, grad_out_strides,
