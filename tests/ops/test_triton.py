@@ -282,9 +282,7 @@ def test_gradients_in_one_pass_are_those_of_two_kernels(name, head_dim):
     def two_kernels(grads):
         delta = torch.empty_like(lse)
         fused_op.launch_query_gradient(problem, out, grad_out, lse, delta, grads[0])
-        fused_op.launch_key_value_gradient(
-            problem, fused_op.inverse_of(problem), grad_out, lse, delta, grads[1:]
-        )
+        fused_op.launch_key_value_gradient(problem, fused_op.inverse_of(problem), grad_out, lse, delta, grads[1:])
 
     def one_pass(grads):
         fused_op.launch_gradients(problem, fused_op.inverse_of(problem), out, grad_out, lse, grads)
