@@ -29,14 +29,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ops import RegionGrid
 from ops.impl.triton import kernels
-from ops.impl.triton.tuning import Plan, Tile, is_dense, make_plan
+from ops.impl.triton.tuning import Plan, Tile, choose_one_pass_tile, fits_one_pass, is_dense, make_plan
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TF32 = "tf32"  # float32 whose products are allowed to be tf32
+ONE_PASS = "one_pass_gradients"
 KERNELS = {
     "forward": kernels.forward_kernel,
     "query_gradient": kernels.query_gradient_kernel,
     "key_value_gradient": kernels.key_value_gradient_kernel,
+    ONE_PASS: kernels.one_pass_gradients_kernel,
 }
 # Map and top-k of BiFormer's routed stages at 224, and of the first and the last at 800 x 1333
 MAPS = {
@@ -136,8 +138,20 @@ def plan_of(kernel: str, name: str, head_dim: int, dtype: str, tile: Tile | None
     """The plan of a kernel where queries and keys are one of `MAPS`."""
     grid, topk = MAPS[name]
     inverse = kernel == "key_value_gradient"
+    if kernel == ONE_PASS:
+        tile = tile or choose_one_pass_tile(grid.height * grid.width, head_dim)
     dtype = torch.float32 if dtype == TF32 else DTYPES[dtype]
     return make_plan(grid, grid, topk, inverse, is_dense(grid, grid, topk), head_dim, dtype, tile)
+
+
+def is_launched(kernel: str, name: str, head_dim: int, dtype: str) -> bool:
+    """Whether `ops` launches a kernel where queries and keys are one of `MAPS`.
+
+    Where one pass computes all gradients the others are compiled too, to be compared with it.
+    """
+    grid, topk = MAPS[name]
+    dtype = torch.float32 if dtype == TF32 else DTYPES[dtype]
+    return kernel != ONE_PASS or (is_dense(grid, grid, topk) and fits_one_pass(grid, grid, head_dim, dtype))
 
 
 def trips_of(name: str, plan: Plan) -> int:
@@ -167,6 +181,8 @@ def main(argv: list[str] | None = None) -> int:
     for kernel, name, dtype, head_dim, arch in itertools.product(
         args.kernel, args.map, args.dtype, args.head_dim, args.arch
     ):
+        if not is_launched(kernel, name, head_dim, dtype):
+            continue
         plan = plan_of(kernel, name, head_dim, dtype, Tile(*args.tile) if args.tile else None)
         usage = compile_kernel(kernel, arch, dtype, head_dim, plan)
         spilled += usage.spilled > 0

@@ -27,11 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ops import route_regions
 from ops.impl.triton import op
-from ops.impl.triton.tuning import MAX_BITS, Tile, is_dense, make_plan
+from ops.impl.triton.tuning import MAX_BITS, Tile, choose_one_pass_tile, fits_one_pass, is_dense, make_plan
 from scripts.bench.timing import machine, quartiles
 from scripts.compile_kernels import DTYPES, MAPS
 
-KERNELS = ("forward", "queries", "keys")
+KERNELS = ("forward", "queries", "keys", "one pass")
 LIMITS = Tile(block_m=(16, 128), block_n=(16, 128), num_warps=(1, 8), num_stages=(1, 3))
 AGAIN = "chosen, again"
 SAMPLE_SECONDS = 0.002  # of one replay of a graph, at most: a launch outside of it, by which this is judged, is slower
@@ -42,6 +42,9 @@ LATEST_TO_COMPILE = 0.6  # of the budget
 def neighbours(tile: Tile) -> list[Tile]:
     """The tiles that differ in one setting by a factor of two (stages: by one), and those with twice or half the warps
     for twice or half the tokens; each of them also with one stage and with two."""
+    if tile.block_m > LIMITS.block_m[1]:  # a whole map, of which a smaller tile would be a part
+        choices = itertools.product((16, 32, 64), (4, 8), (1, 2))
+        return sorted({Tile(tile.block_m, *choice) for choice in choices} - {tile})
     tiles = {tile}
     for name, (low, high) in LIMITS._asdict().items():
         value = getattr(tile, name)
@@ -66,7 +69,15 @@ class Case(NamedTuple):
     def chosen(self, kernel: str) -> Tile:
         """The tile that `ops` chooses."""
         grid, topk = MAPS[self.map]
+        if kernel == "one pass":
+            return choose_one_pass_tile(grid.height * grid.width, self.head_dim)
         return make_plan(grid, grid, topk, kernel == "keys", self.dense, self.head_dim, DTYPES[self.dtype]).tile
+
+    def kernels(self, names: list[str]) -> list[str]:
+        """Those of the kernels that can run: all gradients in one pass only of a small map."""
+        grid, _ = MAPS[self.map]
+        one_pass = self.dense and fits_one_pass(grid, grid, self.head_dim, DTYPES[self.dtype])
+        return [name for name in names if name != "one pass" or one_pass]
 
     def __str__(self) -> str:
         grid, topk = MAPS[self.map]
@@ -75,7 +86,7 @@ class Case(NamedTuple):
 
 
 class Bench:
-    """The three kernels on one batch, each to be launched alone with any tile."""
+    """The kernels on one batch, each to be launched alone with any tile."""
 
     def __init__(self, case: Case, batch_size: int):
         grid, topk = MAPS[case.map]
@@ -94,8 +105,9 @@ class Bench:
             "forward": (op.launch_forward, (out, lse)),
             "queries": (op.launch_query_gradient, (out, grad_out, lse, delta, grads[0])),
             "keys": (op.launch_key_value_gradient, (inverse, grad_out, lse, delta, grads[1:])),
+            "one pass": (op.launch_one_pass_gradients, (out, grad_out, lse, grads)),
         }
-        self._results = {"forward": (out, lse), "queries": (delta, grads[0]), "keys": grads[1:]}
+        self._results = {"forward": (out, lse), "queries": (delta, grads[0]), "keys": grads[1:], "one pass": grads}
         self.launch("queries")  # the keys read delta
 
     def launch(self, kernel: str, tile: Tile | None = None):
@@ -120,11 +132,16 @@ def compile_all(case: Case, kernel: str, tiles: list[Tile]):
             continue
 
 
+def groups_of(cases: list[Case], kernels: list[str]) -> list[tuple[Case, str]]:
+    """Every case with each of the kernels that can run there."""
+    return [(case, kernel) for case in cases for kernel in case.kernels(kernels)]
+
+
 def compile_in_parallel(cases: list[Case], kernels: list[str], jobs: int, deadline: float):
     """Compile every tile of every case in processes of their own, which end at the deadline at the latest."""
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
         work = []
-        for case, kernel in itertools.product(cases, kernels):
+        for case, kernel in groups_of(cases, kernels):
             tiles = neighbours(case.chosen(kernel))
             work += [pool.apply_async(compile_all, (case, kernel, tiles[i : i + 4])) for i in range(0, len(tiles), 4)]
         while not all(group.ready() for group in work) and time.time() < deadline:
@@ -275,7 +292,7 @@ def main(argv: list[str] | None = None):
         compile_in_parallel(cases, args.kernel, args.jobs, start + LATEST_TO_COMPILE * args.budget)
     settings = dict(batch_size=args.batch_size, heads=args.heads, head_dim=args.head_dim, dtype=args.dtype)
     record = dict(**machine(torch.device(args.device)), triton=triton.__version__, settings=settings, rows=[])
-    groups = list(itertools.product(cases, args.kernel))
+    groups = groups_of(cases, args.kernel)
     for i, (case, kernel) in enumerate(groups):
         # Each takes its share of the time that is left.
         now = time.time()
@@ -283,7 +300,7 @@ def main(argv: list[str] | None = None):
         if now >= start + args.budget:
             print(f"{case}, {kernel}: left out for lack of time", flush=True)
             continue
-        if kernel == args.kernel[0]:
+        if i == 0 or groups[i - 1][0] != case:
             bench = Bench(case, args.batch_size)
         record["rows"].append(tune(bench, kernel, case, args.rounds, deadline))
         report(record["rows"][-1])

@@ -21,6 +21,7 @@ import triton.language as tl  # noqa: E402
 from helpers.interpreter import DEVICE, needs_working_device  # noqa: E402
 from ops.impl.triton import op as fused_op  # noqa: E402
 from ops.impl.triton import routed_attention as fused  # noqa: E402
+from ops.impl.triton import tuning  # noqa: E402
 from ops.impl.triton.tiles import divide  # noqa: E402
 from ops.impl.triton.tuning import MAX_BITS, choose_tile, is_dense, make_plan  # noqa: E402
 from ops.support import is_too_old  # noqa: E402
@@ -224,10 +225,14 @@ def test_networks_maps_are_tested_in_every_way_that_is_chosen():
     assert ways(LARGE["100 x 167, 7 x 7 regions, top-4"]) == ways(SMALL["ragged"]) == [False, True]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", ["ragged", "packed"])
-def test_padding_of_lse_and_delta_is_written(name, monkeypatch):
-    """The dense kernels read it unmasked: what memory held before, here no numbers, must not reach a gradient."""
-    inputs = make_inputs(SMALL[name], torch.float32, heads=2, head_dim=16)
+def test_padding_of_lse_and_delta_is_written(name, dtype, monkeypatch):
+    """The dense kernels read it unmasked: what memory held before, here no numbers, must not reach a gradient.
+
+    In float32 two kernels compute the gradients, in 16 bits one, which has no delta in memory.
+    """
+    inputs = make_inputs(SMALL[name], dtype, heads=2, head_dim=16)
 
     def poisoned(allocate):
         def allocate_and_fill(*args, **kwargs):
@@ -238,7 +243,7 @@ def test_padding_of_lse_and_delta_is_written(name, monkeypatch):
 
     for owner, name in ((torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
-    for ours in run(fused, inputs, torch.float32, scale=0.3, dense=True):
+    for ours in run(fused, inputs, dtype, scale=0.3, dense=True):
         assert ours.isfinite().all()
     monkeypatch.undo()
     query, key, value, (routes, query_grid, key_grid, _) = inputs
@@ -247,7 +252,87 @@ def test_padding_of_lse_and_delta_is_written(name, monkeypatch):
     tokens = query_grid.height * query_grid.width
     assert lse.shape[2] % 128 == 0 and lse[..., :tokens].isfinite().all() and lse[..., tokens:].isposinf().all()
     listed = fused_op.forward(query, key, value, routes, None, *grids, 0.3)[1]
-    torch.testing.assert_close(listed, lse[..., :tokens])
+    torch.testing.assert_close(listed, lse[..., :tokens], rtol=1e-5, atol=1e-5)
+
+
+ONE_PASS = {
+    "even": SMALL["even"],
+    "ragged": SMALL["ragged"],
+    "several tiles of keys": ((9, 13), 3, (9, 13), 3, 4),
+    "more queries than keys": SMALL["large queries on a small map"],
+    "fewer queries than keys": SMALL["small queries on a large map"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [16, 40])
+@pytest.mark.parametrize("name", ONE_PASS)
+def test_gradients_in_one_pass_are_those_of_two_kernels(name, head_dim):
+    """Written into views of one packed map, several images and heads; twice, and to the bit; nothing beside them."""
+    query, key, value, routing = make_inputs(ONE_PASS[name], torch.float16, heads=3, head_dim=head_dim, batch=2)
+    routes, bits = fused_op.route_bits(routing)
+    settings = [routing[1].rows, routing[1].cols], [routing[2].rows, routing[2].cols], 0.3
+    problem = fused_op.make_problem(query, key, value, routes, bits, *settings)
+    assert tuning.fits_one_pass(*problem.grids, head_dim, query.dtype)
+    out, lse = fused_op.forward(query, key, value, routes, bits, *settings)
+    grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+
+    def gradients(launch):
+        packed = [torch.full((*x.shape[:3], 2, *x.shape[3:]), float("nan")).to(x) for x in (query, key, value)]
+        grads = tuple(x[:, :, :, 0] for x in packed)
+        launch(grads)
+        assert all(x[:, :, :, 1].isnan().all() for x in packed)
+        return grads
+
+    def two_kernels(grads):
+        delta = torch.empty_like(lse)
+        fused_op.launch_query_gradient(problem, out, grad_out, lse, delta, grads[0])
+        fused_op.launch_key_value_gradient(problem, fused_op.inverse_of(problem), grad_out, lse, delta, grads[1:])
+
+    def one_pass(grads):
+        fused_op.launch_gradients(problem, fused_op.inverse_of(problem), out, grad_out, lse, grads)
+
+    ours, again, expected = gradients(one_pass), gradients(one_pass), gradients(two_kernels)
+    for one, other, two in zip(ours, again, expected, strict=True):
+        assert one.equal(other)
+        torch.testing.assert_close(one, two, rtol=0, atol=2e-3 * two.abs().max().item())
+
+
+def test_one_pass_is_taken_where_it_fits(monkeypatch):
+    """16 bits, dense and small; a tile that does not hold the whole map is refused, as it would leave the tensors."""
+    launched = []
+    for kernel in ("query_gradient", "key_value_gradient", "one_pass_gradients"):
+        name = f"launch_{kernel}"
+        launch = getattr(fused_op, name)
+        monkeypatch.setattr(fused_op, name, lambda *a, k=kernel, f=launch: (launched.append(k), f(*a)))
+    one, two = ["one_pass_gradients"], ["query_gradient", "key_value_gradient"]
+    for dtype, dense, expected in (
+        (torch.float16, True, one), (torch.float16, False, two), (torch.float32, True, two)
+    ):  # fmt: skip
+        launched.clear()
+        inputs = make_inputs(SMALL["ragged"], dtype, heads=1, head_dim=16)
+        run(fused, inputs, dtype, scale=0.3, dense=dense)
+        assert launched == expected
+
+    def fits(side, other, head_dim=32):
+        grids = RegionGrid.fit(side, side), RegionGrid.fit(other, other)
+        return tuning.fits_one_pass(*grids, head_dim, torch.bfloat16)
+
+    assert fits(14, 14) and fits(16, 16) and fits(14, 14, 64) and not fits(14, 14, 80)
+    assert not fits(17, 17) and not fits(7, 56) and not fits(56, 7)
+    query, key, value, routing = make_inputs(SMALL["several tiles of a ragged region"], torch.float16)
+    routes, bits = fused_op.route_bits(routing)
+    problem = fused_op.make_problem(query, key, value, routes, bits, [2, 2], [2, 2], 0.3)
+    with pytest.raises(ValueError, match="one tile must hold all queries"):
+        problem.plan_of_one_pass()
+
+
+@pytest.mark.parametrize("head_dim", [8, 32, 64])
+@pytest.mark.parametrize("tokens", [1, 16, 17, 49, 100, 196, 256])
+def test_tiles_of_one_pass_hold_the_map(tokens, head_dim):
+    tile = tuning.choose_one_pass_tile(tokens, head_dim)
+    assert tokens <= tile.block_m < max(2 * tokens, 17) and tile.block_n in (16, 32, 64) and tile.num_stages == 1
+    assert tile.num_warps in (1, 2, 4, 8)
 
 
 def test_heads_that_lie_apart_in_memory():
@@ -519,8 +604,9 @@ def test_kernels_compile_for_gpus_without_spilling():
     maps = ["--map", "56 x 56, top-1", "14 x 14, top-16"]
     result = subprocess.run([*command, *maps], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    rows = [line for line in result.stdout.splitlines() if line.startswith(("| forward", "| query", "| key"))]
-    assert len(rows) == 3 * 2 * 2 * 2 and all(row.endswith("| 0 |") for row in rows)
+    names = ("| forward", "| query", "| key", "| one_pass")
+    rows = [line for line in result.stdout.splitlines() if line.startswith(names)]
+    assert len(rows) == 3 * 2 * 2 * 2 + 2 * 2 and all(row.endswith("| 0 |") for row in rows)
 
 
 @pytest.mark.slow

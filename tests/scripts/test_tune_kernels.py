@@ -30,6 +30,18 @@ def test_neighbours_differ_in_few_settings():
     assert all(16 <= other.block_m <= 128 and 16 <= other.block_n <= 128 for other in neighbours)
 
 
+def test_tiles_of_one_pass_hold_the_whole_map():
+    tiles = tune_kernels.neighbours(Tile(256, 16, 4, 1))
+    assert Tile(256, 64, 8, 1) in tiles and Tile(256, 16, 4, 1) not in tiles and {t.block_m for t in tiles} == {256}
+
+
+def test_one_pass_is_timed_where_it_can_run(small, tmp_path):
+    path = tmp_path / "tiles.json"
+    tune_kernels.main([*small, "--dtype", "fp16", "--kernel", "one pass", "--output", str(path)])
+    (row,) = json.loads(path.read_text())["rows"]  # not by list
+    assert row["kernel"] == "one pass" and not row["failed"] and len(row["tiles"]) == 2
+
+
 def test_every_kernel_is_timed_alone_with_every_tile(small, tmp_path, capsys, monkeypatch):
     launched = []
     for name in ("launch_forward", "launch_query_gradient", "launch_key_value_gradient"):
@@ -43,7 +55,7 @@ def test_every_kernel_is_timed_alone_with_every_tile(small, tmp_path, capsys, mo
     tune_kernels.main([*small, "--output", str(tmp_path / "tiles.json")])
     record = json.loads((tmp_path / "tiles.json").read_text())
     assert record["triton"] == triton.__version__ and record["torch"] == torch.__version__
-    assert [row["kernel"] for row in record["rows"]] == [*tune_kernels.KERNELS] * 2
+    assert [row["kernel"] for row in record["rows"]] == ["forward", "queries", "keys"] * 2
     assert [row["way"].count("chosen") for row in record["rows"]] == [1] * 3 + [0] * 3
     for row in record["rows"]:
         assert not row["failed"] and row["rounds"] == 2

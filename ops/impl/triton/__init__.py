@@ -1,8 +1,8 @@
 """Attention and its gradients fused into kernels that read queries, keys and values in place.
 
 Nothing is gathered: beside its inputs and outputs a call holds one float for each query and head, and in the backward
-pass one more and the inverse of the routes. Where it streams whole maps it holds, instead of the routes and their
-inverse, 64 bits for each query of an image. Imported when it is first called, since it imports Triton.
+pass at most one more and the inverse of the routes. Where it streams whole maps it holds, instead of the routes and
+their inverse, 64 bits for each query of an image. Imported when it is first called, since it imports Triton.
 """
 import torch
 

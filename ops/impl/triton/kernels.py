@@ -1,4 +1,4 @@
-"""The kernels of fused routed attention: forward, gradient of the queries, gradients of the keys and values.
+"""The kernels of fused routed attention: forward, gradient of the queries, gradients of the keys and values, all three.
 
 One program computes one tile of BLOCK_M tokens of one head and streams tiles of BLOCK_N tokens past it, with the
 online softmax of FlashAttention (Dao et al., https://arxiv.org/abs/2205.14135). Tokens are read in place, by stride.
@@ -258,7 +258,7 @@ def query_gradient_kernel(
         key = load_tokens(key_head, key_strides, k_row, k_col, k_real, HEAD_DIM, BLOCK_D)
         value = load_tokens(value_head, value_strides, k_row, k_col, k_real, HEAD_DIM, BLOCK_D)
         logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
-        weight = tl.exp2(tl.where(meet, logits, float("-inf")) - lse[:, None])
+        weight = tl.where(meet, tl.exp2(logits - lse[:, None]), 0.0)
         grad_weight = tl.dot(grad_out, tl.trans(value), input_precision=PRECISION)
         grad_logits = (weight * (grad_weight - delta[:, None])).to(key.dtype)
         grad_query = tl.dot(grad_logits, key, grad_query, input_precision=PRECISION)
@@ -349,3 +349,78 @@ def key_value_gradient_kernel(
     grad_key *= scale * LN_2
     store_tokens(grad_key_head, grad_key_strides, k_row, k_col, k_real, grad_key, HEAD_DIM, BLOCK_D)
     store_tokens(grad_value_head, grad_value_strides, k_row, k_col, k_real, grad_value, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def one_pass_gradients_kernel(
+    query_ptr, key_ptr, value_ptr, routes_ptr, bits_ptr, out_ptr, grad_out_ptr, lse_ptr,
+    grad_query_ptr, grad_key_ptr, grad_value_ptr,
+    query_strides, key_strides, value_strides, out_strides, grad_out_strides,
+    grad_query_strides, grad_key_strides, grad_value_strides,
+    scale, num_heads,
+    q_height, q_width, q_cols, q_region_height, q_region_width,
+    k_height, k_width, k_cols, k_region_height, k_region_width,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DENSE: tl.constexpr, PACKED: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
+    STRIDES_OF_8: tl.constexpr,
+):  # fmt: skip
+    """All gradients of one head in one pass: BLOCK_M holds the whole map of queries, past which all keys are streamed.
+
+    DENSE only. What a tile of keys and values gets is complete once it has met all queries, so that sums for the
+    queries alone are carried along; all sums are in a fixed order. Logits are computed once for both sides.
+    """
+    q_grid = (q_height, q_width, q_cols, q_region_height, q_region_width)
+    k_grid = (k_height, k_width, k_cols, k_region_height, k_region_width)
+    image, head = divide(tl.program_id(0), num_heads)
+    q_row, q_col, q_real = tokens_of_map(tl.arange(0, BLOCK_M), q_grid, EVEN_M)
+    route_bits = _bits_of_queries(routes_ptr, image, 0, q_grid, BLOCK_M)
+    query_strides = known_strides(query_strides, STRIDES_OF_8)
+    key_strides = known_strides(key_strides, STRIDES_OF_8)
+    value_strides = known_strides(value_strides, STRIDES_OF_8)
+    out_strides = known_strides(out_strides, STRIDES_OF_8)
+    grad_out_strides = known_strides(grad_out_strides, STRIDES_OF_8)
+    grad_query_strides = known_strides(grad_query_strides, STRIDES_OF_8)
+    grad_key_strides = known_strides(grad_key_strides, STRIDES_OF_8)
+    grad_value_strides = known_strides(grad_value_strides, STRIDES_OF_8)
+    query_head = head_of_map(query_ptr, query_strides, image, head)
+    key_head = head_of_map(key_ptr, key_strides, image, head)
+    value_head = head_of_map(value_ptr, value_strides, image, head)
+    out_head = head_of_map(out_ptr, out_strides, image, head)
+    grad_out_head = head_of_map(grad_out_ptr, grad_out_strides, image, head)
+    grad_query_head = head_of_map(grad_query_ptr, grad_query_strides, image, head)
+    grad_key_head = head_of_map(grad_key_ptr, grad_key_strides, image, head)
+    grad_value_head = head_of_map(grad_value_ptr, grad_value_strides, image, head)
+
+    out = load_tokens(out_head, out_strides, q_row, q_col, q_real, HEAD_DIM, BLOCK_D)
+    grad_out = load_tokens(grad_out_head, grad_out_strides, q_row, q_col, q_real, HEAD_DIM, BLOCK_D)
+    delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
+    lse_head = _floats_of_head(lse_ptr, image, head, num_heads, q_grid, DENSE)
+    lse = _load_floats(lse_head, 0, q_row, q_col, q_real, q_grid, float("inf"), BLOCK_M, DENSE)
+    query = load_tokens(query_head, query_strides, q_row, q_col, q_real, HEAD_DIM, BLOCK_D)
+
+    k_row, k_col, k_real = tokens_of_map(tl.arange(0, BLOCK_N), k_grid, False)
+    key = load_tokens(key_head, key_strides, k_row, k_col, k_real, HEAD_DIM, BLOCK_D)
+    value = load_tokens(value_head, value_strides, k_row, k_col, k_real, HEAD_DIM, BLOCK_D)
+    grad_query = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for start in range(0, k_height * k_width, BLOCK_N):
+        # The next tile is on its way while this one is computed; behind the last there is none, and nothing is read.
+        next_row, next_col, next_real = tokens_of_map(start + BLOCK_N + tl.arange(0, BLOCK_N), k_grid, False)
+        next_key = load_tokens(key_head, key_strides, next_row, next_col, next_real, HEAD_DIM, BLOCK_D)
+        next_value = load_tokens(value_head, value_strides, next_row, next_col, next_real, HEAD_DIM, BLOCK_D)
+        k_row, k_col, k_real, meet = _streamed_keys(
+            route_bits, bits_ptr, 0, start, k_grid, BLOCK_N, DENSE, PACKED, EVEN_N
+        )
+        logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+        weight = tl.where(meet, tl.exp2(logits - lse[:, None]), 0.0)
+        grad_value = tl.dot(tl.trans(weight.to(grad_out.dtype)), grad_out, input_precision=PRECISION)
+        store_tokens(grad_value_head, grad_value_strides, k_row, k_col, k_real, grad_value, HEAD_DIM, BLOCK_D)
+        grad_weight = tl.dot(grad_out, tl.trans(value), input_precision=PRECISION)
+        grad_logits = (weight * (grad_weight - delta[:, None])).to(key.dtype)
+        grad_query = tl.dot(grad_logits, key, grad_query, input_precision=PRECISION)
+        grad_key = tl.dot(tl.trans(grad_logits), query, input_precision=PRECISION) * (scale * LN_2)
+        store_tokens(grad_key_head, grad_key_strides, k_row, k_col, k_real, grad_key, HEAD_DIM, BLOCK_D)
+        key = next_key
+        value = next_value
+
+    grad_query *= scale * LN_2
+    store_tokens(grad_query_head, grad_query_strides, q_row, q_col, q_real, grad_query, HEAD_DIM, BLOCK_D)

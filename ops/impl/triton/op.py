@@ -19,7 +19,7 @@ from ...launch import launch
 from ...regions import RegionGrid
 from ...routing import Routing
 from . import kernels
-from .tuning import MAX_BITS, Plan, Tile, make_plan
+from .tuning import MAX_BITS, Plan, Tile, choose_one_pass_tile, fits_one_pass, make_plan
 
 
 def _grid_of(x_BHWND: torch.Tensor, rows_cols: Sequence[int]) -> RegionGrid:
@@ -48,6 +48,18 @@ class Problem(NamedTuple):
             chosen_by = max(1, self.topk * query_grid.num_regions // key_grid.num_regions)
             return make_plan(key_grid, query_grid, chosen_by, True, *kind)
         return make_plan(query_grid, key_grid, self.topk, False, *kind)
+
+    def plan_of_one_pass(self, tile: Tile | None = None) -> Plan:
+        """The plan of the kernel of all gradients; `tile` overrules its tile.
+
+        Raises:
+            ValueError: A tile does not hold the whole map of queries.
+        """
+        query_grid, head_dim = self.grids[0], self.query.shape[-1]
+        plan = self.plan(False, tile or choose_one_pass_tile(query_grid.height * query_grid.width, head_dim))
+        if plan.tiles != 1 or not plan.dense:
+            raise ValueError(f"one tile must hold all queries of a map that is streamed whole, got {plan}")
+        return plan
 
 
 def make_problem(
@@ -186,6 +198,38 @@ def launch_key_value_gradient(
     _launch(kernels.key_value_gradient_kernel, problem.plan(True, tile), problem, pointers, strides, *counts)
 
 
+def launch_one_pass_gradients(
+    problem: Problem,
+    out: torch.Tensor,
+    grad_out: torch.Tensor,
+    lse: torch.Tensor,
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    tile: Tile | None = None,
+):
+    """Write the gradients of queries, keys and values in one pass over a whole map, where it `fits_one_pass`."""
+    query, key, value, routes, bits, _, _ = problem
+    pointers = (query, key, value, routes, bits, out, grad_out, lse, *grads)
+    strides = _strides(query, key, value, out, grad_out, *grads)
+    _launch(kernels.one_pass_gradients_kernel, problem.plan_of_one_pass(tile), problem, pointers, strides)
+
+
+def launch_gradients(
+    problem: Problem,
+    inverse: tuple[torch.Tensor, torch.Tensor],
+    out: torch.Tensor,
+    grad_out: torch.Tensor,
+    lse: torch.Tensor,
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+):
+    """Write the gradients of queries, keys and values; `inverse` is of `inverse_of`."""
+    if problem.bits is not None and fits_one_pass(*problem.grids, problem.query.shape[-1], problem.query.dtype):
+        launch_one_pass_gradients(problem, out, grad_out, lse, grads)
+        return
+    delta = torch.empty_like(lse)
+    launch_query_gradient(problem, out, grad_out, lse, delta, grads[0])
+    launch_key_value_gradient(problem, inverse, grad_out, lse, delta, grads[1:])
+
+
 def inverse_of(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     """The inverse of the routes as the kernel reads it; where it streams whole maps it reads none."""
     routes = problem.routes
@@ -250,14 +294,11 @@ def backward(
     key_regions: Sequence[int],
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    grads = grad_query, grad_key, grad_value = _allocate_gradients(query, key, value)
+    grads = _allocate_gradients(query, key, value)
     if out.numel() == 0:
         return grads
     problem = make_problem(query, key, value, routes, bits, query_regions, key_regions, scale)
-    grad_out = _rows_side_by_side(grad_out)
-    delta = torch.empty_like(lse)
-    launch_query_gradient(problem, out, grad_out, lse, delta, grad_query)
-    launch_key_value_gradient(problem, inverse_of(problem), grad_out, lse, delta, (grad_key, grad_value))
+    launch_gradients(problem, inverse_of(problem), out, _rows_side_by_side(grad_out), lse, grads)
     return grads
 
 

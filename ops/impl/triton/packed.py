@@ -5,7 +5,7 @@
 
 `grid` is [rows, columns] of regions, and what follows it the heads, top-k and the scale. Queries, keys and values are
 read where the projection wrote them, and their gradients are written side by side for its backward pass: no kernels of
-PyTorch's split, stack or add them. Four launches forward and five backward take the place of some thirty, for a
+PyTorch's split, stack or add them. Four launches forward and four or five backward take the place of some thirty, for a
 training step of many small layers waits for its launches.
 
 The operators are for torch.compile and export. Dispatching one takes longer than launching its kernels, so that eager
@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from ...fused import depthwise
 from ...regions import RegionGrid
-from .op import Problem, allocate, launch_forward, launch_key_value_gradient, launch_query_gradient
+from .op import Problem, allocate, launch_forward, launch_gradients
 from .routes import Tables, allocate_tables, fused_routes
 from .tuning import MAX_BITS, MAX_HEAD_DIM, is_dense
 
@@ -85,10 +85,8 @@ def _backward(grad_out, qkv, weight, bias, attended, lse, tables, settings: Sett
     grad_qkv = torch.empty_like(qkv)
     grad_query, grad_key, grad_value = settings.maps(grad_qkv)
     through_attention = torch.empty_like(attended)
-    delta = torch.empty_like(lse)
-    launch_query_gradient(problem, attended, grad_heads, lse, delta, grad_query)
     inverse = tuple(tables[:1]) * 2 if settings.dense else tuple(tables[1:])
-    launch_key_value_gradient(problem, inverse, grad_heads, lse, delta, (grad_key, through_attention))
+    launch_gradients(problem, inverse, attended, grad_heads, lse, (grad_query, grad_key, through_attention))
     depthwise.convolve(grad_out, weight, None, through_attention.flatten(3), grad_value.flatten(3), flip=True)
     grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
     depthwise.weight_gradients(problem.value.flatten(3), grad_out, grad_weight, grad_bias)
