@@ -44,7 +44,7 @@ class Contender:
 class Setting:
     """How a model is run: "infer" or "train", on `batch` images of `side` x `side` pixels.
 
-    `cuda_graph` replays forward and backward pass of a training step from CUDA graphs, compiled or not.
+    `cuda_graph` replays inference, or forward and backward pass of a training step, from CUDA graphs.
     """
     mode: str
     batch: int
@@ -68,6 +68,20 @@ def _create(contender: Contender, side: int, device: torch.device) -> torch.nn.M
     return model.to(device)
 
 
+def graphed(run: Callable[[], None]) -> Callable[[], None]:
+    """What replays the kernels of `run` from a CUDA graph."""
+    side = torch.cuda.Stream()  # capture forbids the default one, and whatever a first call does but for kernels
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
 def build(contender: Contender, setting: Setting, device: torch.device) -> Callable[[], None]:
     """A function that runs one inference batch or one training step."""
     memory_format = torch.channels_last if setting.channels_last else torch.contiguous_format
@@ -76,16 +90,16 @@ def build(contender: Contender, setting: Setting, device: torch.device) -> Calla
     precision = Precision.on(device, setting.amp, setting.channels_last)
     images = precision.arrange(torch.randn(setting.batch, 3, setting.side, setting.side, device=device))
     network = torch.compile(model) if setting.compile else model
-    if setting.cuda_graph:
-        network = torch.nn.Sequential(network)  # of its own: the model is used again, for other settings
-        capture_on_first_step(network, precision)
 
     def infer():
-        with torch.inference_mode(), precision.autocast():
+        with torch.no_grad(), precision.autocast():
             network(images)
 
     if setting.mode == INFER:
-        return infer
+        return graphed(infer) if setting.cuda_graph else infer
+    if setting.cuda_graph:
+        network = torch.nn.Sequential(network)  # of its own: the model is used again, for other settings
+        capture_on_first_step(network, precision)
 
     targets = torch.randint(NUM_CLASSES, (setting.batch,), device=device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
