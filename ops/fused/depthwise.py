@@ -103,7 +103,7 @@ def weight_gradients(x, grad, grad_weight, grad_bias):
     sums = channels * (16 if kernel == 3 else 32)
     share = torch.empty(shares * sums, dtype=torch.float32, device=x.device)
     launch(
-        kernels.weight_gradient_kernel,
+        kernels.depthwise_weight_gradient_kernel,
         shares * tiles.channel_tiles,
         (x, grad, share, *x.shape[:3], tiles.rows),
         dict(
@@ -112,7 +112,7 @@ def weight_gradients(x, grad, grad_weight, grad_bias):
         ),
     )
     constants = dict(C=channels, K=kernel, BLOCK_S=64, BLOCK_N=32, num_warps=4)
-    launch(kernels.add_shares_kernel, _cdiv(sums, 32), (share, grad_weight, grad_bias, shares), constants)
+    launch(kernels.depthwise_add_shares_kernel, _cdiv(sums, 32), (share, grad_weight, grad_bias, shares), constants)
 
 
 def _result(x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:

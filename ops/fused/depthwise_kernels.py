@@ -224,7 +224,7 @@ def _with_row(sums, columns, grads, K: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=_VARYING)
-def weight_gradient_kernel(
+def depthwise_weight_gradient_kernel(
     x_ptr, grad_ptr, share_ptr, images, height, width, rows,
     C: tl.constexpr, X_STRIDE: tl.constexpr, K: tl.constexpr,
     COLS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -284,7 +284,7 @@ def weight_gradient_kernel(
 
 
 @triton.jit(do_not_specialize=["shares"])
-def add_shares_kernel(
+def depthwise_add_shares_kernel(
     share_ptr, grad_weight_ptr, grad_bias_ptr, shares,
     C: tl.constexpr, K: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip

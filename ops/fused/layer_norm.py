@@ -49,7 +49,7 @@ def _load_channels(ptr, C: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def forward_kernel(
+def layer_norm_kernel(
     x_ptr,
     branch_ptr,  # or None
     weight_ptr,
@@ -89,7 +89,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def backward_kernel(
+def layer_norm_gradient_kernel(
     grad_out_ptr,
     grad_total_ptr,  # or None
     x_ptr,
@@ -186,7 +186,7 @@ def _forward(x, branch, weight, bias, eps: float, dtype: torch.dtype):
     tile = make_tile(out.shape[-1], _FORWARD_TILE)
     rows = stats.numel() // 2
     args = x, branch, weight.contiguous(), bias.contiguous(), total, out, stats, rows, eps, x_stride, branch_stride
-    _launch(forward_kernel, -(-rows // tile.rows), tile, out, *args)
+    _launch(layer_norm_kernel, -(-rows // tile.rows), tile, out, *args)
     return total, out, stats
 
 
@@ -202,7 +202,7 @@ def _backward(grad_out, grad_total, x, weight, stats) -> tuple[torch.Tensor, tor
         grad_out, grad_out_stride = _rows_of(grad_out)
         grad_total, grad_total_stride = (None, 0) if grad_total is None else _rows_of(grad_total)
         args = grad_out, grad_total, x, weight.contiguous(), stats, grad_x, partial, rows
-        _launch(backward_kernel, programs, tile, grad_x, *args, grad_out_stride, grad_total_stride, x_stride)
+        _launch(layer_norm_gradient_kernel, programs, tile, grad_x, *args, grad_out_stride, grad_total_stride, x_stride)
     return grad_x, partial.sum(0)
 
 

@@ -17,8 +17,9 @@ CONVOLUTION, DEPTHWISE, OTHER = "other convolution", "depthwise convolution", "o
 # that op. Linear layers are mm and addmm; in these models bmm is attention's alone.
 GROUPS = {
     "optimizer": r"optimizer|fused_adam",
-    "routing": r"bi_level_routing|topk|sort|searchsorted|bitwise",
-    "attention": r"attention|attn|routed|flash|fmha|softmax|bmm|baddbmm|index_select|index_add",
+    "routing": r"bi_level_routing|routing_|topk|sort|searchsorted|bitwise",
+    "attention": r"attention|attn|routed|flash|fmha|softmax|bmm|baddbmm|index_select|index_add|^forward_kernel"
+                 r"|^(query|key_value|one_pass)_gradients?_kernel",
     "layer norm": r"layer_?norm",
     "batch norm": r"batch_?norm|bn_fw|bn_bw",
     DEPTHWISE: r"depthwise",

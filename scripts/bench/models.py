@@ -79,7 +79,13 @@ def graphed(run: Callable[[], None]) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return graph.replay
+    reads = run  # what `run` holds has to live as long: the graph reads its memory
+
+    def replay():
+        graph.replay()
+        return reads
+
+    return replay
 
 
 def build(contender: Contender, setting: Setting, device: torch.device) -> Callable[[], None]:
@@ -122,7 +128,11 @@ def measure(contenders: Sequence[Contender], reference: str, setting: Setting, t
     about = dict(how, side=setting.side, batch=setting.batch)
     rows = {contender.name: dict(model=contender.name, **about, reference=reference) for contender in contenders}
     builders = {contender.name: partial(build, contender, setting, trial.device) for contender in contenders}
-    return compare(rows, builders, reference, setting.batch, trial)
+    rows = compare(rows, builders, reference, setting.batch, trial)
+    for row in rows:
+        if setting.cuda_graph:  # its memory is the graph's own, and taken before
+            row.pop("peak_memory_mb", None)
+    return rows
 
 
 def growing_contenders(side: int) -> tuple[Contender, ...]:

@@ -19,7 +19,7 @@ from .timing import Trial, describe, release
 STRIDES, HEADS, BASE_HEADS, TOPK = (4, 8, 16), (2, 4, 8), (3, 6, 12), (1, 4, 16)
 REGIONS, FINER_REGIONS = 7, 16
 DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SECTIONS = ("attention", "models", "compiled", "breakdown", "growth")
+SECTIONS = ("attention", "models", "graphed", "compiled", "breakdown", "growth")
 MOST_ROUNDS = 30
 FLEX_SECONDS = 60.0  # that compiling flex_attention for one shape may take
 
@@ -36,12 +36,13 @@ class Scale:
     matrix_side: int
     least_rounds: int  # however late it is
     compiled: tuple[tuple[str, str, float], ...]  # (size, mode, seconds that compiling one model may take)
+    graphs: bool = False  # whether it has CUDA graphs
 
 
 COMPILED_ON_GPU = (("small", TRAIN, 80), ("small", INFER, 35), ("tiny", TRAIN, 50), ("tiny", INFER, 25),
                    ("base", TRAIN, 80), ("base", INFER, 35))
 SCALES = {
-    "cuda": Scale("bf16", 128, (800, 1333), 2, (224, 448, 896, 1344), 2**32, 8192, 5, COMPILED_ON_GPU),
+    "cuda": Scale("bf16", 128, (800, 1333), 2, (224, 448, 896, 1344), 2**32, 8192, 5, COMPILED_ON_GPU, True),
     "cpu": Scale("off", 1, (200, 333), 1, (224, 448, 672), 2**28, 1024, 3, (("tiny", INFER, 60),)),
 }
 
@@ -117,13 +118,14 @@ def _swin(size: str) -> str:
     return f"swin_{size}_patch4_window7_224"
 
 
-def _models_case(size: str, mode: str, scale: Scale, compile_seconds: float = 0.0) -> Case:
+def _models_case(size: str, mode: str, scale: Scale, compile_seconds: float = 0.0, graphed: bool = False) -> Case:
     """Ours, the Swin of its size, which ratios are to, and the ConvNeXt, which is the first to be left out."""
     reference = _swin(size)
     contenders = [Contender(model) for model in (f"biformer_{size}", reference, f"convnext_{size}")]
-    setting = Setting(mode, scale.batch, amp=scale.amp, compile=compile_seconds > 0)
+    setting = Setting(mode, scale.batch, amp=scale.amp, compile=compile_seconds > 0, cuda_graph=graphed)
     measure = partial(models.measure, contenders, reference, setting)
-    return Case("compiled" if setting.compile else "models", f"{size}, {mode}", measure, 2 * compile_seconds)
+    section = "graphed" if graphed else "compiled" if setting.compile else "models"
+    return Case(section, f"{size}, {mode}", measure, 2 * compile_seconds)
 
 
 def _growth_case(side: int, mode: str, scale: Scale) -> Case:
@@ -141,15 +143,18 @@ def cases(scale: Scale) -> list[Case]:
     shapes = attention_cases(scale)
     in_float32 = [replace(s, stage=f"{s.stage}, float32", dtype=torch.float32) for s in shapes[:6]]
     ceilings = partial(attention.measure_ceilings, scale.copy_bytes, scale.matrix_side, DTYPES[scale.amp])
-    sizes = ("small", "tiny", "base")
-    headline, *others = (_models_case(size, mode, scale) for mode in (TRAIN, INFER) for size in sizes)
+    kinds = [(size, mode) for mode in (TRAIN, INFER) for size in ("small", "tiny", "base")]
+    headline, *others = (_models_case(*kind, scale) for kind in kinds)
+    graphed = [_models_case(*kind, scale, graphed=True) for kind in kinds] if scale.graphs else []
     compiled = [_models_case(size, mode, scale, seconds) for size, mode, seconds in scale.compiled]
     return [
         Case("ceilings", "copy and product", ceilings),
+        *graphed[:1],
         headline,
         compiled[0],
         *(_breakdown_case(model, scale) for model in ("biformer_small", _swin("small"), "convnext_small")),
         *map(_op_case, shapes[:6]),
+        *graphed[1:],
         *others,
         *map(_op_case, shapes[6:12]),
         *(_growth_case(side, mode, scale) for side in scale.sides for mode in (TRAIN, INFER)),

@@ -97,6 +97,9 @@ TABLES = {
     "attention": ATTENTION,
     "op": ATTENTION,
     "models": MODELS,
+    "graphed": MODELS._replace(
+        title="Models, replayed from CUDA graphs", note="`ratio` is the speed over that of `reference`."
+    ),
     "compiled": MODELS._replace(title="Models, compiled"),
     "growth": Table(
         "Growing images", "Of one image; MiB beyond weights and optimizer state; `ratio` is the speed over Swin-T's.",

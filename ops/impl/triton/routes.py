@@ -157,7 +157,7 @@ def _write_inverse(members_ptr, bounds_ptr, chosen, query_region, num_keys):
 
 
 @triton.jit(do_not_specialize=["query_code", "key_code"])
-def means_kernel(
+def routing_means_kernel(
     query_ptr, key_ptr, means_ptr,
     q_image_stride, q_row_stride, q_col_stride, k_image_stride, k_row_stride, k_col_stride,
     query_code, key_code,
@@ -183,7 +183,7 @@ def means_kernel(
 
 
 @triton.jit(do_not_specialize=["topk", "query_code", "key_code"])
-def tables_kernel(
+def routing_tables_kernel(
     means_ptr, routes_ptr, queries_ptr, keys_ptr,
     topk, query_code, key_code,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DENSE: tl.constexpr,
@@ -345,7 +345,7 @@ def fused_routes(
     tables = allocate_tables(query, query_grid, key_grid, topk, dense)
     strides = (stride // 8 for x in (query, key) for stride in x.stride()[:3])
     of_queries, of_keys = tables[1:3] if dense else tables[3:5]
-    launch(means_kernel, batch * plan.means_programs, (query, key, means, *strides, *plan.codes), plan.means)
+    launch(routing_means_kernel, batch * plan.means_programs, (query, key, means, *strides, *plan.codes), plan.means)
     args = (means, tables.routes, of_queries, of_keys, topk, *plan.codes)
-    launch(tables_kernel, batch * plan.tables_programs, args, plan.tables)
+    launch(routing_tables_kernel, batch * plan.tables_programs, args, plan.tables)
     return tables
