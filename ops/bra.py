@@ -93,11 +93,11 @@ class BiLevelRoutingAttention(nn.Module):
 
     def _packed_settings(self, qkv: torch.Tensor):
         """What the packed operator is called with, or None where attention or the local term do not take Triton."""
-        impls = {self.attn_impl, self.layer_impl}
-        if not impls <= {"auto", "triton"} or triton_unsupported(qkv) is not None:
-            return None
+        impls = (self.attn_impl, self.layer_impl)
         everything_routed = self.topk >= self.num_regions**2
         if "auto" in impls and (everything_routed or not in_low_precision_on_gpu(qkv)):
+            return None
+        if not all(impl in ("auto", "triton") for impl in impls) or triton_unsupported(qkv) is not None:
             return None
         from .impl.triton import packed  # imports Triton, which only its users need
 

@@ -324,7 +324,7 @@ def test_one_pass_is_taken_where_it_fits(monkeypatch):
     routes, bits = fused_op.route_bits(routing)
     problem = fused_op.make_problem(query, key, value, routes, bits, [2, 2], [2, 2], 0.3)
     with pytest.raises(ValueError, match="one tile must hold all queries"):
-        problem.plan_of_one_pass()
+        problem.kind.plan_of_one_pass()
 
 
 @pytest.mark.parametrize("head_dim", [8, 32, 64])

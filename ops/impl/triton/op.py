@@ -26,6 +26,36 @@ def _grid_of(x_BHWND: torch.Tensor, rows_cols: Sequence[int]) -> RegionGrid:
     return RegionGrid(x_BHWND.shape[1], x_BHWND.shape[2], *rows_cols)
 
 
+class Kind(NamedTuple):
+    """What problems have in common whose kernels are alike, but for strides."""
+    query_grid: RegionGrid
+    key_grid: RegionGrid
+    topk: int
+    dense: bool
+    head_dim: int
+    dtype: torch.dtype
+
+    def plan(self, inverse: bool, tile: Tile | None = None) -> Plan:
+        """The plan of a kernel on the queries' side, or on the keys' (`inverse`); `tile` overrules its tile."""
+        kind = (self.dense, self.head_dim, self.dtype, tile)
+        if inverse:
+            chosen_by = max(1, self.topk * self.query_grid.num_regions // self.key_grid.num_regions)
+            return make_plan(self.key_grid, self.query_grid, chosen_by, True, *kind)
+        return make_plan(self.query_grid, self.key_grid, self.topk, False, *kind)
+
+    def plan_of_one_pass(self, tile: Tile | None = None) -> Plan:
+        """The plan of the kernel of all gradients; `tile` overrules its tile.
+
+        Raises:
+            ValueError: A tile does not hold the whole map of queries.
+        """
+        tokens = self.query_grid.height * self.query_grid.width
+        plan = self.plan(False, tile or choose_one_pass_tile(tokens, self.head_dim))
+        if plan.tiles != 1 or not plan.dense:
+            raise ValueError(f"one tile must hold all queries of a map that is streamed whole, got {plan}")
+        return plan
+
+
 class Problem(NamedTuple):
     """What all kernels are launched on: maps whose heads lie side by side in memory, and who attends to whom."""
     query: torch.Tensor
@@ -40,26 +70,9 @@ class Problem(NamedTuple):
     def topk(self) -> int:
         return 0 if self.bits is not None else self.routes.shape[2]
 
-    def plan(self, inverse: bool, tile: Tile | None = None) -> Plan:
-        """The plan of a kernel on the queries' side, or on the keys' (`inverse`); `tile` overrules its tile."""
-        query_grid, key_grid = self.grids
-        kind = (self.bits is not None, self.query.shape[-1], self.query.dtype, tile)
-        if inverse:
-            chosen_by = max(1, self.topk * query_grid.num_regions // key_grid.num_regions)
-            return make_plan(key_grid, query_grid, chosen_by, True, *kind)
-        return make_plan(query_grid, key_grid, self.topk, False, *kind)
-
-    def plan_of_one_pass(self, tile: Tile | None = None) -> Plan:
-        """The plan of the kernel of all gradients; `tile` overrules its tile.
-
-        Raises:
-            ValueError: A tile does not hold the whole map of queries.
-        """
-        query_grid, head_dim = self.grids[0], self.query.shape[-1]
-        plan = self.plan(False, tile or choose_one_pass_tile(query_grid.height * query_grid.width, head_dim))
-        if plan.tiles != 1 or not plan.dense:
-            raise ValueError(f"one tile must hold all queries of a map that is streamed whole, got {plan}")
-        return plan
+    @property
+    def kind(self) -> Kind:
+        return Kind(*self.grids, self.topk, self.bits is not None, self.query.shape[-1], self.query.dtype)
 
 
 def make_problem(
@@ -78,41 +91,54 @@ def make_problem(
     return Problem(*maps, routes.contiguous(), bits, grids, scale)
 
 
-@lru_cache(maxsize=1024)
-def _sizes(*grids: RegionGrid) -> tuple[int, ...]:
-    """The grids as the kernels' last arguments."""
-    return tuple(n for g in grids for n in (g.height, g.width, g.cols, g.region_height, g.region_width))
-
-
-@lru_cache(maxsize=1024)
-def _constants(plan: Plan, head_dim: int, precision: str, strides_of_8: bool) -> dict[str, int | bool | str]:
-    """What a kernel is compiled for."""
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    kind = dict(HEAD_DIM=head_dim, BLOCK_D=block_d, PRECISION=precision, STRIDES_OF_8=strides_of_8)
-    return kind | plan.constants()
-
-
 def _precision(dtype: torch.dtype) -> str:
     """tf32 products of float32 only where PyTorch's own matrix products use them."""
+    if dtype != torch.float32:
+        return "ieee"
     matmul = torch.backends.cuda.matmul
     # PyTorch 2.9 has a new setting beside the old one, which cannot be read any more once the new one is written.
     allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+    return "tf32" if allowed else "ieee"
 
 
-@lru_cache(maxsize=1024)
 def _strides_of_8(strides: tuple[tuple[int, ...], ...]) -> bool:
     """Whether every head of every token begins a multiple of 8 numbers behind the first one of its map."""
     return all(stride % 8 == 0 for strides_of_map in strides for stride in strides_of_map)
 
 
-def _launch(kernel, plan: Plan, problem: Problem, pointers: Sequence, strides: Sequence[tuple], *counts: int):
+QUERIES, KEYS, ONE_PASS = "queries", "keys", "one pass"  # what a program of a kernel has a tile of
+
+
+class _Prepared(NamedTuple):
+    """What a launch needs to know beside its tensors: tiles of an image's head, the grids, and the constants."""
+    tiles: int
+    sizes: tuple[int, ...]
+    constants: dict[str, int | bool | str]
+
+
+@lru_cache(maxsize=1024)
+def _prepare(side: str, kind: Kind, strides: tuple[tuple[int, ...], ...], precision: str, tile: Tile | None):
+    """Prepared once: a training step that launches many small kernels waits for the host."""
+    plan = kind.plan_of_one_pass(tile) if side == ONE_PASS else kind.plan(side == KEYS, tile)
+    constants = dict(
+        HEAD_DIM=kind.head_dim,
+        BLOCK_D=max(16, triton.next_power_of_2(kind.head_dim)),
+        PRECISION=precision,
+        STRIDES_OF_8=_strides_of_8(strides),
+        **plan.constants(),
+    )
+    grids = (kind.query_grid, kind.key_grid)
+    sizes = tuple(n for g in grids for n in (g.height, g.width, g.cols, g.region_height, g.region_width))
+    return _Prepared(plan.tiles, sizes, constants)
+
+
+def _launch(kernel, side: str, problem: Problem, tile: Tile | None, pointers, strides, *counts: int):
     """One program for each tile, image and head."""
-    query = problem.query
-    batch, _, _, num_heads, head_dim = query.shape
-    arguments = (*pointers, *strides, problem.scale / math.log(2), num_heads, *counts, *_sizes(*problem.grids))
-    constants = _constants(plan, head_dim, _precision(query.dtype), _strides_of_8(strides))
-    launch(kernel, batch * num_heads * plan.tiles, arguments, constants)
+    kind = problem.kind
+    prepared = _prepare(side, kind, strides, _precision(kind.dtype), tile)
+    batch, _, _, num_heads, _ = problem.query.shape
+    arguments = (*pointers, *strides, problem.scale / math.log(2), num_heads, *counts, *prepared.sizes)
+    launch(kernel, batch * num_heads * prepared.tiles, arguments, prepared.constants)
 
 
 def _of_tokens(x_BR: torch.Tensor, grid: RegionGrid) -> torch.Tensor:
@@ -161,7 +187,7 @@ def launch_forward(problem: Problem, out: torch.Tensor, lse: torch.Tensor, tile:
     pointers = (query, key, value, routes, bits, out, lse)
     strides = _strides(query, key, value, out)
     counts = (query_grid.num_regions, problem.topk)
-    _launch(kernels.forward_kernel, problem.plan(False, tile), problem, pointers, strides, *counts)
+    _launch(kernels.forward_kernel, QUERIES, problem, tile, pointers, strides, *counts)
 
 
 def launch_query_gradient(
@@ -178,7 +204,7 @@ def launch_query_gradient(
     pointers = (query, key, value, routes, bits, out, grad_out, lse, delta, grad_query)
     strides = _strides(query, key, value, out, grad_out, grad_query)
     counts = (query_grid.num_regions, problem.topk)
-    _launch(kernels.query_gradient_kernel, problem.plan(False, tile), problem, pointers, strides, *counts)
+    _launch(kernels.query_gradient_kernel, QUERIES, problem, tile, pointers, strides, *counts)
 
 
 def launch_key_value_gradient(
@@ -195,7 +221,7 @@ def launch_key_value_gradient(
     pointers = (query, key, value, routes, bits, *inverse, grad_out, lse, delta, *grads)
     strides = _strides(query, key, value, grad_out, *grads)
     counts = (query_grid.num_regions, key_grid.num_regions, problem.topk)
-    _launch(kernels.key_value_gradient_kernel, problem.plan(True, tile), problem, pointers, strides, *counts)
+    _launch(kernels.key_value_gradient_kernel, KEYS, problem, tile, pointers, strides, *counts)
 
 
 def launch_one_pass_gradients(
@@ -210,7 +236,7 @@ def launch_one_pass_gradients(
     query, key, value, routes, bits, _, _ = problem
     pointers = (query, key, value, routes, bits, out, grad_out, lse, *grads)
     strides = _strides(query, key, value, out, grad_out, *grads)
-    _launch(kernels.one_pass_gradients_kernel, problem.plan_of_one_pass(tile), problem, pointers, strides)
+    _launch(kernels.one_pass_gradients_kernel, ONE_PASS, problem, tile, pointers, strides)
 
 
 def launch_gradients(

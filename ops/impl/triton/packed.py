@@ -12,6 +12,7 @@ The operators are for torch.compile and export. Dispatching one takes longer tha
 calls go through a plain `torch.autograd.Function` around the same two functions.
 """
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -38,25 +39,40 @@ class Settings(NamedTuple):
 
     def maps(self, packed: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(B, H, W, 3 * C) -> queries, keys and values, views of (B, H, W, heads, head_dim)."""
-        return packed.unflatten(3, (3, self.num_heads, -1)).unbind(3)
+        return packed.view(*packed.shape[:3], 3, self.num_heads, -1).unbind(3)
 
-    def problem(self, qkv: torch.Tensor, tables: Sequence[torch.Tensor]) -> Problem:
-        bits = tables[1] if self.dense else None
-        return Problem(*self.maps(qkv), tables[0], bits, (self.grid, self.grid), self.scale)
+    def problem(self, maps: Sequence[torch.Tensor], tables: Sequence[torch.Tensor]) -> Problem:
+        return Problem(*maps, tables[0], tables[1] if self.dense else None, (self.grid, self.grid), self.scale)
 
 
-def settings_for(qkv: torch.Tensor, num_heads: int, num_regions: int, topk: int, scale: float) -> Settings | None:
-    """The settings of a call with at most `num_regions` along each side, or None where the operator cannot compute it.
+def _value(packed: torch.Tensor) -> torch.Tensor:
+    """(B, H, W, 3 * C) -> (B, H, W, C), a view of the values."""
+    channels = packed.shape[3] // 3
+    return packed.narrow(3, 2 * channels, channels)
+
+
+def make_settings(
+    height: int, width: int, channels: int, num_heads: int, num_regions: int, topk: int, scale: float
+) -> Settings | None:
+    """The settings of a call on such a map, or None where the operator cannot compute it.
 
     What holds for all kernels is not checked here.
     """
-    grid = RegionGrid.fit(*qkv.shape[1:3], num_regions)
-    channels = qkv.shape[3] // 3
-    fits = grid.num_regions <= MAX_BITS and channels % 8 == 0 and channels <= MAX_HEAD_DIM * num_heads
-    if not fits or not qkv.is_contiguous():
+    grid = RegionGrid.fit(height, width, num_regions)
+    if grid.num_regions > MAX_BITS or channels % 8 or channels > MAX_HEAD_DIM * num_heads:
         return None
     topk = min(topk, grid.num_regions)
     return Settings(grid, num_heads, topk, scale, is_dense(grid, grid, topk))
+
+
+_settings = lru_cache(maxsize=1024)(make_settings)
+
+
+def settings_for(qkv: torch.Tensor, num_heads: int, num_regions: int, topk: int, scale: float) -> Settings | None:
+    """`make_settings` for a (B, H, W, 3 * C) projection."""
+    _, height, width, channels = qkv.shape
+    make = make_settings if torch.compiler.is_compiling() else _settings  # compilers see through no cache
+    return make(height, width, channels // 3, num_heads, num_regions, topk, scale) if qkv.is_contiguous() else None
 
 
 def _of_kernels(tables: Tables, dense: bool) -> tuple[torch.Tensor, ...]:
@@ -66,30 +82,31 @@ def _of_kernels(tables: Tables, dense: bool) -> tuple[torch.Tensor, ...]:
 
 def _forward(qkv, weight, bias, settings: Settings) -> tuple[torch.Tensor, ...]:
     """The output, and for the backward pass what was attended to, its log-sum-exp, and the tables of routes."""
-    query, key, value = settings.maps(qkv)
-    dense = settings.dense
-    tables = _of_kernels(fused_routes(query, key, settings.grid, settings.grid, settings.topk, dense), dense)
+    maps = query, key, _ = settings.maps(qkv)
+    grid, dense = settings.grid, settings.dense
+    tables = _of_kernels(fused_routes(query, key, grid, grid, settings.topk, dense), dense)
     attended, lse = allocate(query, dense)
-    launch_forward(settings.problem(qkv, tables), attended, lse)
-    attended = attended.flatten(3)
+    launch_forward(settings.problem(maps, tables), attended, lse)
+    value = _value(qkv)
+    attended = attended.view(value.shape)
     out = torch.empty_like(attended)
-    depthwise.convolve(value.flatten(3), weight, bias, attended, out)
+    depthwise.convolve(value, weight, bias, attended, out)
     return out, attended, lse, *tables
 
 
 def _backward(grad_out, qkv, weight, bias, attended, lse, tables, settings: Settings) -> tuple[torch.Tensor, ...]:
     """Gradients of qkv, weight and bias."""
-    problem = settings.problem(qkv, tables)
+    maps = settings.maps(qkv)
+    problem = settings.problem(maps, tables)
     grad_out = grad_out.contiguous()
-    grad_heads, attended = (x.view(problem.query.shape) for x in (grad_out, attended))
-    grad_qkv = torch.empty_like(qkv)
-    grad_query, grad_key, grad_value = settings.maps(grad_qkv)
-    through_attention = torch.empty_like(attended)
-    inverse = tuple(tables[:1]) * 2 if settings.dense else tuple(tables[1:])
-    launch_gradients(problem, inverse, attended, grad_heads, lse, (grad_query, grad_key, through_attention))
-    depthwise.convolve(grad_out, weight, None, through_attention.flatten(3), grad_value.flatten(3), flip=True)
+    grad_qkv, through_attention = torch.empty_like(qkv), torch.empty_like(attended)
+    of_heads = maps[0].shape
+    grads = *settings.maps(grad_qkv)[:2], through_attention.view(of_heads)
+    inverse = (tables[0], tables[0]) if settings.dense else tuple(tables[1:])
+    launch_gradients(problem, inverse, attended.view(of_heads), grad_out.view(of_heads), lse, grads)
+    depthwise.convolve(grad_out, weight, None, through_attention, _value(grad_qkv), flip=True)
     grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
-    depthwise.weight_gradients(problem.value.flatten(3), grad_out, grad_weight, grad_bias)
+    depthwise.weight_gradients(_value(qkv), grad_out, grad_weight, grad_bias)
     return grad_qkv, grad_weight, grad_bias
 
 

@@ -323,7 +323,6 @@ def allocate_tables(like: torch.Tensor, query_grid: RegionGrid, key_grid: Region
     return Tables(routes, members=members, bounds=bounds)
 
 
-@torch.no_grad()
 def fused_routes(
     query: torch.Tensor, key: torch.Tensor, query_grid: RegionGrid, key_grid: RegionGrid, topk: int, dense: bool
 ) -> Tables:
@@ -343,7 +342,7 @@ def fused_routes(
     plan = _make_plan(query_grid, key_grid, heads * head_dim, dense)
     means = torch.empty((batch, num_queries + num_keys, heads * head_dim), dtype=torch.float32, device=query.device)
     tables = allocate_tables(query, query_grid, key_grid, topk, dense)
-    strides = (stride // 8 for x in (query, key) for stride in x.stride()[:3])
+    strides = [stride // 8 for stride in (*query.stride()[:3], *key.stride()[:3])]
     of_queries, of_keys = tables[1:3] if dense else tables[3:5]
     launch(routing_means_kernel, batch * plan.means_programs, (query, key, means, *strides, *plan.codes), plan.means)
     args = (means, tables.routes, of_queries, of_keys, topk, *plan.codes)
