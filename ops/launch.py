@@ -10,42 +10,41 @@ _MOST = 4096  # launches remembered: maps of ever new sizes must not fill the me
 _compiled: dict[tuple, tuple] = {}
 
 
-def _specialisation(arguments: tuple) -> list:
-    """What a kernel is compiled for: tensors' types and alignment; numbers may be 1 or aligned: themselves."""
-    return [(x.dtype, x.data_ptr() % 16) if isinstance(x, torch.Tensor) else x for x in arguments]
+def launch(kernel, programs: int, tensors: tuple, numbers: tuple, constants: dict):
+    """Launch `programs` programs of a kernel on the device of its first tensor, on the current stream.
 
-
-def launch(kernel, programs: int, arguments: tuple, constants: dict):
-    """Launch `programs` programs of a kernel on the device of its first argument, on the current stream.
-
-    Launches are told apart by which `constants` they pass, not by what these hold, since that takes longer than to
-    launch: callers keep one dict for each kind of launch.
+    Launches are told apart by which `constants` they pass, not by what these hold, since to look at that takes longer
+    than to launch: callers keep one dict for each kind of launch.
 
     Args:
-        kernel: A function decorated with `triton.jit`.
+        kernel: A function decorated with `triton.jit`, of tensors, numbers and constants in this order.
         programs: Size of the one-dimensional grid.
-        arguments: What comes before the kernel's constants, in its order: tensors, numbers, tuples of numbers.
+        tensors: Its tensors; None for those that are not there, but the first.
+        numbers: Its numbers, and tuples of numbers.
         constants: Its constants and launch options by name. Never changed.
     """
-    device = arguments[0].device
+    device = tensors[0].device
     if device.type != "cuda":  # the interpreter
-        kernel[(programs,)](*arguments, **constants)
+        kernel[(programs,)](*tensors, *numbers, **constants)
     elif device.index == torch.cuda.current_device():
-        _launch(kernel, programs, arguments, constants, device.index)
+        _launch(kernel, programs, tensors, numbers, constants)
     else:  # Triton launches on the current device
         with torch.cuda.device(device):
-            _launch(kernel, programs, arguments, constants, device.index)
+            _launch(kernel, programs, tensors, numbers, constants)
 
 
-def _launch(kernel, programs: int, arguments: tuple, constants: dict, device: int):
-    key = (kernel.fn, device, id(constants), *_specialisation(arguments))
+def _launch(kernel, programs: int, tensors: tuple, numbers: tuple, constants: dict):
+    # What a kernel is compiled for: tensors' types and alignment; and numbers, which may be 1 or aligned, themselves.
+    kinds = [None if x is None else (x.dtype, x.data_ptr() % 16) for x in tensors]
+    key = (kernel.fn, tensors[0].device, id(constants), numbers, *kinds)
     known = _compiled.get(key)
     if known is not None:
-        compiled, rest, _ = known
-        compiled[(programs, 1, 1)](*arguments, *rest)
+        compiled, values, _ = known
+        compiled[(programs, 1, 1)](*tensors, *numbers, *values)
         return
-    compiled = kernel[(programs,)](*arguments, **constants)
+    compiled = kernel[(programs,)](*tensors, *numbers, **constants)
     if len(_compiled) >= _MOST:
         _compiled.clear()
-    # Held, so that no other dict takes its place in memory, and with it its id.
-    _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments):]), constants
+    values = tuple(constants[name] for name in kernel.arg_names[len(tensors) + len(numbers) :])
+    # The constants are held, so that no other dict takes their place in memory, and with it their id.
+    _compiled[key] = compiled, values, constants

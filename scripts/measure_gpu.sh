@@ -3,11 +3,11 @@
 #
 #   scripts/measure_gpu.sh STEP [FOLDER]
 #
-#   tests      the fused kernels against float64, on the networks' own sizes; then all other tests that need a GPU
+#   tests      the fused kernels against float64, small and on the networks' own sizes
 #   measure    the op, models, growing images and profiles: a record, tables and a plot
-#   headline   biformer_small beside swin_small and convnext_small in training, eager and compiled
+#   headline   biformer_small beside swin_small and convnext_small in training: eager, from CUDA graphs, and compiled
 #   tune       the kernels' tiles beside others, and what the hardware counters say of them (if ncu is there)
-#   resume     a killed and resumed run beside an undisturbed one, bit for bit
+#   resume     a killed and resumed run beside an undisturbed one, bit for bit; then what else trains on a GPU
 #
 # FOLDER (outputs/gpu) takes records and logs. Environment: PYTHON; DEVICE=cpu makes small sizes of everything, which
 # shows that the commands run. Nothing is installed, and no network is needed.
@@ -33,44 +33,46 @@ if [ "$device" = cpu ]; then
     models=(biformer_nano --reference resnet10t)
     size=(--input_size 32 --batch_size 2 --rounds 2 --device cpu)
     sections=(--sections breakdown --budget 20)
-    tiles=(--map "14 x 14, top-16" --batch_size 1 --heads 1 --head_dim 16)
-    tests=(-k "empty_batch or inverse_routes or deterministic")
+    tiles=(--map "14 x 14, top-16" --kernel forward --batch_size 1 --heads 1 --head_dim 16 --rounds 2 --device cpu)
+    kernels=(-m "not gpu" -k "empty_batch or inverse_routes")
+    gpu=(-m gpu --collect-only)
     workers=1
 else
     models=(biformer_small convnext_small --reference swin_small_patch4_window7_224)
     size=(--amp bf16 --channels_last --batch_size 128 --rounds 10 --device cuda)
     sections=(--budget 500)
     tiles=(--budget 200)
-    tests=()
-    workers=${GPU_WORKERS:-8}
+    kernels=(-m "not gpu and not compile")
+    gpu=(-m "gpu and not compile")
+    workers=${GPU_WORKERS:-12}
 fi
-pytest=("$python" -m pytest -q -p no:cacheprovider -n "$workers" --timeout 120)
+pytest=("$python" -m pytest -q -p no:cacheprovider -n "$workers")
+headline=("$python" scripts/benchmark.py models "${models[@]}" --modes train "${size[@]}")
 
 case $step in
 tests)
-    run 130 kernels "${pytest[@]}" tests/ops -m "not gpu and not compile" "${tests[@]}"
-    run 300 kernels-on-maps "${pytest[@]}" tests/ops -m gpu "${tests[@]}"
-    run 150 others "${pytest[@]}" tests/test_cuda.py tests/training/data/test_loader.py -m "gpu and not compile" "${tests[@]}"
+    run 150 kernels "${pytest[@]}" tests/ops "${kernels[@]}"
+    run 400 kernels-on-maps "${pytest[@]}" tests/ops "${gpu[@]}"
     ;;
 measure)
     run 580 measure "$python" scripts/benchmark.py all --device "$device" "${sections[@]}" --output "$folder"
     ;;
 headline)
-    run 120 eager "$python" scripts/benchmark.py models "${models[@]}" --modes train "${size[@]}" --output "$folder/eager"
-    run 450 compiled "$python" scripts/benchmark.py models "${models[@]}" --modes train "${size[@]}" --compile \
-        --output "$folder/compiled"
+    run 90 eager "${headline[@]}" --output "$folder/eager"
+    [ "$device" = cpu ] || run 90 graphs "${headline[@]}" --cuda_graph --output "$folder/graphs"
+    run 400 compiled "${headline[@]}" --compile --output "$folder/compiled"
     ;;
 tune)
     run 260 tune "$python" scripts/tune_kernels.py "${tiles[@]}" --output "$folder/tiles.json"
     if command -v ncu >/dev/null && [ "$device" = cuda ]; then
         run 200 counters ncu --clock-control none --section SpeedOfLight --section Occupancy --section WarpStateStats \
-            --kernel-name-base demangled --kernel-name "regex:.*(forward|gradient)_kernel.*" --launch-count 12 \
+            --kernel-name-base demangled --kernel-name "regex:.*(forward|gradient|gradients)_kernel.*" --launch-count 12 \
             "$python" scripts/benchmark.py op --contenders triton --modes train --amp bf16 --batch_size 128 --rounds 2 \
             --device cuda --output "$folder/counters"
     fi
     ;;
 resume)
-    run 500 resume "${pytest[@]}" tests/test_cuda.py -m gpu "${tests[@]}"
+    run 500 resume "${pytest[@]}" tests/test_cuda.py tests/training/data/test_loader.py "${gpu[@]}"
     ;;
 *)
     echo "unknown step $step: tests, measure, headline, tune or resume" >&2

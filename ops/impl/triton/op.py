@@ -137,8 +137,8 @@ def _launch(kernel, side: str, problem: Problem, tile: Tile | None, pointers, st
     kind = problem.kind
     prepared = _prepare(side, kind, strides, _precision(kind.dtype), tile)
     batch, _, _, num_heads, _ = problem.query.shape
-    arguments = (*pointers, *strides, problem.scale / math.log(2), num_heads, *counts, *prepared.sizes)
-    launch(kernel, batch * num_heads * prepared.tiles, arguments, prepared.constants)
+    numbers = (*strides, problem.scale / math.log(2), num_heads, *counts, *prepared.sizes)
+    launch(kernel, batch * num_heads * prepared.tiles, pointers, numbers, prepared.constants)
 
 
 def _of_tokens(x_BR: torch.Tensor, grid: RegionGrid) -> torch.Tensor:

@@ -344,7 +344,7 @@ def fused_routes(
     tables = allocate_tables(query, query_grid, key_grid, topk, dense)
     strides = [stride // 8 for stride in (*query.stride()[:3], *key.stride()[:3])]
     of_queries, of_keys = tables[1:3] if dense else tables[3:5]
-    launch(routing_means_kernel, batch * plan.means_programs, (query, key, means, *strides, *plan.codes), plan.means)
-    args = (means, tables.routes, of_queries, of_keys, topk, *plan.codes)
-    launch(routing_tables_kernel, batch * plan.tables_programs, args, plan.tables)
+    launch(routing_means_kernel, batch * plan.means_programs, (query, key, means), (*strides, *plan.codes), plan.means)
+    pointers = (means, tables.routes, of_queries, of_keys)
+    launch(routing_tables_kernel, batch * plan.tables_programs, pointers, (topk, *plan.codes), plan.tables)
     return tables
