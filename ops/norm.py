@@ -19,26 +19,26 @@ def norm_unsupported(impl: str, *inputs: torch.Tensor) -> str | None:
 
     Args:
         impl: A name of `LAYER_IMPLS`.
-        inputs: All tensors of the call, the map first. Without them, only what holds for every input is checked.
+        inputs: All tensors of the call, on one device, the map first. Without them, only what holds for every input is checked.
     """
+    if impl == "triton":
+        if inputs and inputs[0].shape[-1] > _TRITON_CHANNELS:
+            return f"its kernels take up to {_TRITON_CHANNELS} channels, got {inputs[0].shape[-1]}"
+        return triton_unsupported(*inputs)
     if impl not in LAYER_IMPLS:
         return f"there is no such implementation; choose from {', '.join(LAYER_IMPLS)} or auto"
-    if impl == "torch":
-        return None
-    if not inputs:
-        return triton_unsupported()
-    if inputs[0].shape[-1] > _TRITON_CHANNELS:
-        return f"its kernels take up to {_TRITON_CHANNELS} channels, got {inputs[0].shape[-1]}"
-    return next(filter(None, map(triton_unsupported, inputs)), None)
+    return None
 
 
-def _fused_dtype(x: torch.Tensor, *branch: torch.Tensor) -> torch.dtype:
+def _fused_dtype(x: torch.Tensor, branch: torch.Tensor | None = None) -> torch.dtype:
     """Of what the kernels write for x, or for the sum of x and `branch`: its own, or autocast's in place of float32.
 
     Under autocast `F.layer_norm` returns float32, which the linear layer behind it rounds to autocast's type in another
     pass over memory. The kernels round once, before they write.
     """
-    dtype = torch.promote_types(x.dtype, branch[0].dtype) if branch else x.dtype
+    dtype = x.dtype
+    if branch is not None and branch.dtype != dtype:
+        dtype = torch.promote_types(dtype, branch.dtype)
     if dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return dtype
@@ -53,28 +53,34 @@ def choose_norm_impl(*inputs: torch.Tensor) -> str:
     Args:
         inputs: All tensors of the call, in its order; weight and bias are the last two.
     """
-    if inputs[0].device.type != "cuda" or torch.compiler.is_compiling():
-        return "torch"
-    if _fused_dtype(*inputs[:-2]) not in _LOW_PRECISION or norm_unsupported("triton", *inputs):
-        return "torch"
-    return "triton"
+    return "torch" if _auto_dtype(*inputs) is None else "triton"
 
 
-def _resolve(impl: str, *inputs: torch.Tensor) -> str:
-    """The implementation to call; all inputs are checked."""
-    x, weight, bias = inputs[0], *inputs[-2:]
+def _auto_dtype(*inputs: torch.Tensor) -> torch.dtype | None:
+    """What `_resolve` returns for auto."""
+    if not inputs[0].is_cuda or torch.compiler.is_compiling():
+        return None
+    dtype = _fused_dtype(*inputs[:-2])
+    return dtype if dtype in _LOW_PRECISION and norm_unsupported("triton", *inputs) is None else None
+
+
+def _resolve(impl: str, *inputs: torch.Tensor) -> torch.dtype | None:
+    """What the kernels are to write, or None where PyTorch is to compute; all inputs are checked."""
+    *maps, weight, bias = inputs
+    x = maps[0]
     if weight.shape != x.shape[-1:] or bias.shape != weight.shape:
         shapes = f"{tuple(weight.shape)} and {tuple(bias.shape)}"
         raise ValueError(f"weight and bias must have one number for each channel of {tuple(x.shape)}, got {shapes}")
-    for tensor in inputs[1:]:
-        if tensor.device != x.device:
-            raise ValueError(f"all tensors must be on one device, got {x.device} and {tensor.device}")
+    device = x.device
+    for tensor in inputs:
+        if tensor.device != device:
+            raise ValueError(f"all tensors must be on one device, got {device} and {tensor.device}")
     if impl == "auto":
-        return choose_norm_impl(*inputs)
+        return _auto_dtype(*inputs)
     reason = norm_unsupported(impl, *inputs)
     if reason is not None:
         raise ValueError(f"impl={impl!r} cannot run: {reason}")
-    return impl
+    return _fused_dtype(*maps) if impl == "triton" else None
 
 
 def layer_norm(
@@ -97,8 +103,9 @@ def layer_norm(
     Raises:
         ValueError: Shapes or devices do not fit each other, or `impl` cannot run; the message says why.
     """
-    if _resolve(impl, x, weight, bias) == "triton":
-        return _fused().layer_norm(x, weight, bias, eps, _fused_dtype(x))
+    dtype = _resolve(impl, x, weight, bias)
+    if dtype is not None:
+        return _fused().layer_norm(x, weight, bias, eps, dtype)
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
@@ -124,7 +131,8 @@ def add_layer_norm(
     """
     if branch.shape != x.shape:
         raise ValueError(f"x and branch must be of one shape, got {tuple(x.shape)} and {tuple(branch.shape)}")
-    if _resolve(impl, x, branch, weight, bias) == "triton":
-        return _fused().add_layer_norm(x, branch, weight, bias, eps, _fused_dtype(x, branch))
+    dtype = _resolve(impl, x, branch, weight, bias)
+    if dtype is not None:
+        return _fused().add_layer_norm(x, branch, weight, bias, eps, dtype)
     total = x + branch
     return total, F.layer_norm(total, weight.shape, weight, bias, eps)

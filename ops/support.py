@@ -4,6 +4,7 @@ import shutil
 import sys
 import sysconfig
 import warnings
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
@@ -68,29 +69,31 @@ _TRITON_VERSION = _installed_triton()
 _GPU_LACKS = _gpu_lacks(_TRITON_VERSION, torch.version.hip)
 
 
-def _cannot_compute(x: torch.Tensor) -> str | None:
-    """Why no installation could compute on `x`."""
-    if x.dtype not in _DTYPES:
-        return f"its kernels compute in bfloat16, float16 and float32, not in {x.dtype}"
-    if x.device.type != "cuda":
-        interpreted = _TRITON_INTERPRETED and x.device.type == "cpu"
-        return None if interpreted else f"its kernels run on CUDA GPUs, the tensors are on {x.device.type}"
-    if torch.cuda.get_device_properties(x.device).major < 8:
-        return "its kernels need a GPU of compute capability 8.0 or newer"
-    return None
+def _major(device: torch.device) -> int:
+    """Of a GPU's compute capability."""
+    return torch.cuda.get_device_properties(device).major
 
 
-def triton_unsupported(x: torch.Tensor | None = None) -> str | None:
-    """Why Triton kernels cannot compute on `x`, or None where they can.
+_known_major = lru_cache(maxsize=None)(_major)  # asking takes long; torch.compile looks through caches, and warns
+
+
+def triton_unsupported(x: torch.Tensor | None = None, *others: torch.Tensor) -> str | None:
+    """Why Triton kernels cannot compute on these tensors, or None where they can.
 
     Args:
         x: A tensor that the kernel would read. Without it, only what holds for every tensor is checked.
+        others: More of them, on the same device.
     """
-    reason = None if x is None else _cannot_compute(x)
-    if reason is not None:
-        return reason
-    if x is not None and x.device.type == "cuda":
-        return _GPU_LACKS
+    if x is None:
+        return _NOT_INSTALLED if _TRITON_VERSION is None else None
+    for tensor in (x, *others):
+        if tensor.dtype not in _DTYPES:
+            return f"its kernels compute in bfloat16, float16 and float32, not in {tensor.dtype}"
+    if x.is_cuda:
+        major = (_major if torch.compiler.is_compiling() else _known_major)(x.device)
+        return "its kernels need a GPU of compute capability 8.0 or newer" if major < 8 else _GPU_LACKS
+    if not _TRITON_INTERPRETED or x.device.type != "cpu":
+        return f"its kernels run on CUDA GPUs, the tensors are on {x.device.type}"
     return _NOT_INSTALLED if _TRITON_VERSION is None else None
 
 

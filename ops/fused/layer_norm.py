@@ -12,7 +12,6 @@ The operators are for torch.compile, export and fake tensors. Dispatching one ta
 that eager calls go through a plain `torch.autograd.Function` around the same two functions.
 """
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 import triton
@@ -140,22 +139,22 @@ def layer_norm_gradient_kernel(
 # --- what launches them -----------------------------------------------------------------------------------------------
 
 
-class Tile(NamedTuple):
-    """Powers of two."""
-    rows: int
-    channels: int
-    num_warps: int
-
-
-@lru_cache(maxsize=256)
-def make_tile(channels: int, numbers: int) -> Tile:
-    """Whole rows, about so many `numbers`."""
+def _tile(channels: int, numbers: int) -> dict:
+    """Constants of a tile of whole rows, powers of two, of about so many `numbers`."""
     block_c = triton.next_power_of_2(channels)
-    return Tile(max(1, numbers // block_c), block_c, 4 if block_c <= 1024 else 8)
+    num_warps = 4 if block_c <= 1024 else 8
+    return dict(C=channels, BLOCK_C=block_c, BLOCK_ROWS=max(1, numbers // block_c), num_warps=num_warps)
 
 
-def _launch(kernel, programs: int, tile: Tile, like: torch.Tensor, *args):
-    launch(kernel, programs, (*args, like.shape[-1], tile.channels, tile.rows), {"num_warps": tile.num_warps})
+@lru_cache(maxsize=1024)
+def _forward_constants(channels: int, eps: float, x_stride: int, branch_stride: int) -> dict:
+    return dict(EPS=eps, X_STRIDE=x_stride, BRANCH_STRIDE=branch_stride, **_tile(channels, _FORWARD_TILE))
+
+
+@lru_cache(maxsize=1024)
+def _backward_constants(channels: int, grad_out_stride: int, grad_total_stride: int, x_stride: int) -> dict:
+    strides = dict(GRAD_OUT_STRIDE=grad_out_stride, GRAD_TOTAL_STRIDE=grad_total_stride, X_STRIDE=x_stride)
+    return strides | _tile(channels, _BACKWARD_TILE)
 
 
 def _rows_of(x: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -168,7 +167,7 @@ def _rows_of(x: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 
 def _empty(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(x.shape, dtype=dtype, device=x.device)
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _allocate(x, branch, dtype: torch.dtype):
@@ -183,51 +182,56 @@ def _forward(x, branch, weight, bias, eps: float, dtype: torch.dtype):
         return total, out, stats
     x, x_stride = _rows_of(x)
     branch, branch_stride = (None, 0) if branch is None else _rows_of(branch)
-    tile = make_tile(out.shape[-1], _FORWARD_TILE)
+    constants = _forward_constants(out.shape[-1], eps, x_stride, branch_stride)
     rows = stats.numel() // 2
-    args = x, branch, weight.contiguous(), bias.contiguous(), total, out, stats, rows, eps, x_stride, branch_stride
-    _launch(layer_norm_kernel, -(-rows // tile.rows), tile, out, *args)
+    args = x, branch, weight.contiguous(), bias.contiguous(), total, out, stats, rows
+    launch(layer_norm_kernel, -(-rows // constants["BLOCK_ROWS"]), args, constants)
     return total, out, stats
 
 
 def _backward(grad_out, grad_total, x, weight, stats) -> tuple[torch.Tensor, torch.Tensor]:
     """(grad_x, grad_parameters)."""
-    grad_x = _empty(x, x.dtype)
-    tile = make_tile(x.shape[-1], _BACKWARD_TILE)
-    rows = stats.numel() // 2
-    programs = min(-(-rows // tile.rows), _BACKWARD_PROGRAMS)
-    partial = torch.empty((programs, 2, x.shape[-1]), dtype=torch.float32, device=x.device)
-    if grad_x.numel():
-        x, x_stride = _rows_of(x)
-        grad_out, grad_out_stride = _rows_of(grad_out)
-        grad_total, grad_total_stride = (None, 0) if grad_total is None else _rows_of(grad_total)
-        args = grad_out, grad_total, x, weight.contiguous(), stats, grad_x, partial, rows
-        _launch(layer_norm_gradient_kernel, programs, tile, grad_x, *args, grad_out_stride, grad_total_stride, x_stride)
+    grad_x, channels, rows = _empty(x, x.dtype), x.shape[-1], stats.numel() // 2
+    if grad_x.numel() == 0:
+        return grad_x, stats.new_zeros((2, channels))
+    x, x_stride = _rows_of(x)
+    grad_out, grad_out_stride = _rows_of(grad_out)
+    grad_total, grad_total_stride = (None, 0) if grad_total is None else _rows_of(grad_total)
+    constants = _backward_constants(channels, grad_out_stride, grad_total_stride, x_stride)
+    programs = min(-(-rows // constants["BLOCK_ROWS"]), _BACKWARD_PROGRAMS)
+    partial = stats.new_empty((programs, 2, channels))
+    args = grad_out, grad_total, x, weight.contiguous(), stats, grad_x, partial, rows
+    launch(layer_norm_gradient_kernel, programs, args, constants)
     return grad_x, partial.sum(0)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
 
 
-def _save(ctx, normalised, x, branch, weight, bias, stats):
+# Autograd itself converts gradients to the types of what they are of.
+
+
+def _save(ctx, normalised, weight, stats):
     ctx.save_for_backward(normalised, weight, stats)
-    ctx.dtypes = x.dtype, None if branch is None else branch.dtype, weight.dtype, bias.dtype
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, backward, grad_total, grad_out):
-    """Of x, branch, weight and bias."""
-    x_dtype, branch_dtype, weight_dtype, bias_dtype = ctx.dtypes
-    grad_x, grad_weight, grad_bias = grad_total, None, None
-    if grad_out is not None:
-        normalised, weight, stats = ctx.saved_tensors
-        grad_x, grad_parameters = backward(grad_out, grad_total, normalised, weight, stats)
-        grad_weight, grad_bias = grad_parameters.unbind(0)
-        grad_weight, grad_bias = grad_weight.to(weight_dtype), grad_bias.to(bias_dtype)
-    if grad_x is None:
-        return None, None, None, None
-    grad_branch = None if branch_dtype is None else grad_x.to(branch_dtype)
-    return grad_x.to(x_dtype), grad_branch, grad_weight, grad_bias
+    """Of the sum (of x and of branch alike), weight and bias."""
+    if grad_out is None:
+        return grad_total, None, None
+    normalised, weight, stats = ctx.saved_tensors
+    grad_x, grad_parameters = backward(grad_out, grad_total, normalised, weight, stats)
+    return grad_x, *grad_parameters.unbind()
+
+
+def _eager_gradients(ctx, *grads):
+    grad_total, grad_out = grads if len(grads) == 2 else (None, *grads)
+    grad_x, grad_weight, grad_bias = _gradients(ctx, _backward, grad_total, grad_out)
+    return grad_x, grad_x if ctx.needs_input_grad[1] else None, grad_weight, grad_bias, None, None
+
+
+_eager_gradients_once = once_differentiable(_eager_gradients)
 
 
 class _Eager(torch.autograd.Function):
@@ -236,14 +240,13 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, branch, weight, bias, eps, dtype):
         total, out, stats = _forward(x, branch, weight, bias, eps, dtype)
-        _save(ctx, x if total is None else total, x, branch, weight, bias, stats)
+        _save(ctx, x if total is None else total, weight, stats)
         return out if total is None else (total, out)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads):
-        grad_total, grad_out = (None, *grads)[-2:]
-        return *_gradients(ctx, _backward, grad_total, grad_out), None, None
+        # `once_differentiable` takes a while, and does nothing unless a graph of the gradients is recorded.
+        return (_eager_gradients_once if torch.is_grad_enabled() else _eager_gradients)(ctx, *grads)
 
 
 # --- operators --------------------------------------------------------------------------------------------------------
@@ -292,26 +295,26 @@ def _(grad_out, grad_total, x, weight, stats):
 
 
 def _save_for_layer_norm(ctx, inputs, output):
-    x, weight, bias, _, _ = inputs
+    x, weight, _, _, _ = inputs
     _, stats = output
     ctx.mark_non_differentiable(stats)
-    _save(ctx, x, x, None, weight, bias, stats)
+    _save(ctx, x, weight, stats)
 
 
 def _layer_norm_gradients(ctx, grad_out, _grad_stats):
-    grad_x, _, grad_weight, grad_bias = _gradients(ctx, backward_op, None, grad_out)
-    return grad_x, grad_weight, grad_bias, None, None
+    return *_gradients(ctx, backward_op, None, grad_out), None, None
 
 
 def _save_for_add_layer_norm(ctx, inputs, output):
-    x, branch, weight, bias, _, _ = inputs
+    _, _, weight, _, _, _ = inputs
     total, _, stats = output
     ctx.mark_non_differentiable(stats)
-    _save(ctx, total, x, branch, weight, bias, stats)
+    _save(ctx, total, weight, stats)
 
 
 def _add_layer_norm_gradients(ctx, grad_total, grad_out, _grad_stats):
-    return *_gradients(ctx, backward_op, grad_total, grad_out), None, None
+    grad_x, grad_weight, grad_bias = _gradients(ctx, backward_op, grad_total, grad_out)
+    return grad_x, grad_x, grad_weight, grad_bias, None, None
 
 
 layer_norm_op.register_autograd(_layer_norm_gradients, setup_context=_save_for_layer_norm)

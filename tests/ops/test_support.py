@@ -2,7 +2,6 @@
 import sys
 import sysconfig
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -92,7 +91,7 @@ def test_rocm_is_refused(headers):
 @pytest.fixture
 def call_on_gpu(monkeypatch):
     """Arguments of routed attention on a GPU of compute capability 9.0, and nothing that was warned of."""
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9))
+    monkeypatch.setattr(support, "_known_major", lambda device: 9)
     monkeypatch.setattr(support, "_warned", set())
     monkeypatch.setattr(support, "_GPU_LACKS", None)
     grid = RegionGrid.fit(14, 14)
@@ -123,7 +122,7 @@ def test_auto_is_silent_where_nothing_can_be_installed(call_on_gpu, monkeypatch)
     query, routing = call_on_gpu
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=7))
+        monkeypatch.setattr(support, "_known_major", lambda device: 7)
         assert choose_impl(query, routing) == "masked"
         monkeypatch.setattr(support, "_GPU_LACKS", "there is no compiler")
         assert choose_impl(query.double(), routing) == "masked"
