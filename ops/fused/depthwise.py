@@ -68,10 +68,12 @@ def _tiles(batch: int, height: int, width: int, channels: int, shape: _Shape) ->
     return _Tiles(rows, block_strips, places, block_channels, _cdiv(channels, block_channels))
 
 
-# What follows from shapes and strides alone is found once: it takes the host longer than the launch does.
 @lru_cache(maxsize=1024)
 def _convolution(map_shape, x_strides, out_strides, kernel: int, add_input: bool, flip: bool) -> tuple | None:
-    """(programs, the kernel's sizes, its constants), or None where the tokens of x do not lie equally far apart."""
+    """(programs, the kernel's sizes, its constants), or None where the tokens of x do not lie equally far apart.
+
+    All follow from shapes and strides, and finding them again in each call would take the host longer than the call.
+    """
     stride = _map_stride(map_shape, x_strides)
     if stride is None:
         return None
@@ -96,10 +98,7 @@ def convolve(x, weight, bias, residual, out, add_input: bool = False, flip: bool
 
 @lru_cache(maxsize=1024)
 def _weight_gradient(map_shape, x_strides, kernel: int) -> tuple | None:
-    """(shares, numbers in each, and programs, sizes and constants as of `_convolution`), or None as there.
-
-    The constants are those of both kernels.
-    """
+    """(shares, numbers in each, programs, sizes, constants, those of the second kernel), or None, as `_convolution`."""
     stride = _map_stride(map_shape, x_strides)
     if stride is None:
         return None
@@ -128,7 +127,7 @@ def weight_gradients(x, grad, grad_weight, grad_bias):
 
 
 def _empty(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """A contiguous tensor like `x`, in less than half the time of `torch.empty`, which reads the shape from Python."""
+    """A contiguous tensor like `x`, in less than half the time of `torch.empty`, which takes a shape from Python."""
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
@@ -176,7 +175,9 @@ def _gradients(ctx, grad, backward) -> tuple[torch.Tensor | None, ...]:
     grads = (None, None, None)
     if any(needed):
         grads = backward(grad, *ctx.saved_tensors, ctx.add_input, needed)
-    return *grads, grad.to(ctx.residual_dtype) if need_residual else None, None
+    if not need_residual:
+        return *grads, None, None
+    return *grads, grad if grad.dtype == ctx.residual_dtype else grad.to(ctx.residual_dtype), None
 
 
 _gradients_once = once_differentiable(_gradients)
