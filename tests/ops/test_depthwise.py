@@ -104,15 +104,23 @@ def test_gradients_that_are_not_needed_are_not_missed(frozen):
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_second_derivatives_are_an_error():
+    x, weight, bias, _ = make_inputs(3, (1, 1), 8, torch.float32)
+    out = depthwise_conv(x.requires_grad_(), weight, bias, impl="triton")
+    (grad,) = torch.autograd.grad(out, x, torch.ones_like(out).requires_grad_(), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 @pytest.mark.slow
 def test_programs_that_take_several_places(monkeypatch):
     inputs = make_inputs(3, (31, 5), 8, torch.float32)
     one_each = run(inputs, torch.float32, "triton")
     monkeypatch.setattr(fused, "_PROGRAMS", 1)
     monkeypatch.setitem(fused._WEIGHT_GRADIENT, 3, fused._WEIGHT_GRADIENT[3]._replace(rows=7))
-    fused._tiles.cache_clear()
+    fused._weight_gradient.cache_clear()
     torch.testing.assert_close(run(inputs, torch.float32, "triton"), one_each, rtol=1e-5, atol=1e-4)
-    fused._tiles.cache_clear()
+    fused._weight_gradient.cache_clear()
 
 
 @pytest.mark.slow
@@ -140,14 +148,17 @@ def test_what_surrounds_the_map_in_memory_is_not_read(kernel):
 
 
 def test_how_far_apart_tokens_lie():
+    def stride(x):
+        return fused._map_stride(x.shape, x.stride())
+
     packed = torch.empty(2, 5, 7, 24)
-    assert fused._map_stride(packed) == 24 and fused._map_stride(packed[..., 8:16]) == 24
-    assert fused._map_stride(packed[:, :1, :1, :8]) == 5 * 7 * 24 and fused._map_stride(packed[:1, :1, :1, :8]) == 8
-    assert fused._map_stride(packed[:, :4]) is None, "images are further apart than they are long"
-    assert fused._map_stride(packed[:1, :4]) == 24
-    assert fused._map_stride(packed.permute(0, 3, 1, 2)) is None, "channels lie apart"
-    assert fused._map_stride(packed.transpose(1, 2)) is None
-    assert fused._map_stride(packed[:1, :1, :1].expand(2, 5, 7, 24)) is None
+    assert stride(packed) == 24 and stride(packed[..., 8:16]) == 24
+    assert stride(packed[:, :1, :1, :8]) == 5 * 7 * 24 and stride(packed[:1, :1, :1, :8]) == 8
+    assert stride(packed[:, :4]) is None, "images are further apart than they are long"
+    assert stride(packed[:1, :4]) == 24
+    assert stride(packed.permute(0, 3, 1, 2)) is None, "channels lie apart"
+    assert stride(packed.transpose(1, 2)) is None
+    assert stride(packed[:1, :1, :1].expand(2, 5, 7, 24)) is None
 
 
 @pytest.mark.parametrize("strange", ["batch of 0", "expanded", "apart", "transposed"])
