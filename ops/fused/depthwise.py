@@ -93,7 +93,7 @@ def convolve(x, weight, bias, residual, out, add_input: bool = False, flip: bool
     if found is None:
         return convolve(x.contiguous(), weight, bias, residual, out, add_input, flip)
     programs, sizes, constants = found
-    launch(kernels.depthwise_kernel, programs, (x, weight, bias, residual, out, *sizes), constants)
+    launch(kernels.depthwise_kernel, programs, (x, weight, bias, residual, out), sizes, constants)
 
 
 @lru_cache(maxsize=1024)
@@ -121,9 +121,9 @@ def weight_gradients(x, grad, grad_weight, grad_bias):
         return weight_gradients(x.contiguous(), grad, grad_weight, grad_bias)
     shares, numbers, programs, sizes, constants, of_sum = found
     share = torch.empty(shares * numbers, dtype=torch.float32, device=x.device)
-    launch(kernels.depthwise_weight_gradient_kernel, programs, (x, grad, share, *sizes), constants)
-    arguments = (share, grad_weight, grad_bias, shares)
-    launch(kernels.depthwise_add_shares_kernel, _cdiv(numbers, 32), arguments, of_sum)
+    launch(kernels.depthwise_weight_gradient_kernel, programs, (x, grad, share), sizes, constants)
+    tensors = (share, grad_weight, grad_bias)
+    launch(kernels.depthwise_add_shares_kernel, _cdiv(numbers, 32), tensors, (shares,), of_sum)
 
 
 def _empty(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
