@@ -19,7 +19,8 @@ def norm_unsupported(impl: str, *inputs: torch.Tensor) -> str | None:
 
     Args:
         impl: A name of `LAYER_IMPLS`.
-        inputs: All tensors of the call, on one device, the map first. Without them, only what holds for every input is checked.
+        inputs: All tensors of the call, on one device, the map first. Without them, only what holds for every input is
+            checked.
     """
     if impl == "triton":
         if inputs and inputs[0].shape[-1] > _TRITON_CHANNELS:

@@ -184,8 +184,8 @@ def _forward(x, branch, weight, bias, eps: float, dtype: torch.dtype):
     branch, branch_stride = (None, 0) if branch is None else _rows_of(branch)
     constants = _forward_constants(out.shape[-1], eps, x_stride, branch_stride)
     rows = stats.numel() // 2
-    args = x, branch, weight.contiguous(), bias.contiguous(), total, out, stats, rows
-    launch(layer_norm_kernel, -(-rows // constants["BLOCK_ROWS"]), args, constants)
+    tensors = x, branch, weight.contiguous(), bias.contiguous(), total, out, stats
+    launch(layer_norm_kernel, -(-rows // constants["BLOCK_ROWS"]), tensors, (rows,), constants)
     return total, out, stats
 
 
@@ -200,8 +200,8 @@ def _backward(grad_out, grad_total, x, weight, stats) -> tuple[torch.Tensor, tor
     constants = _backward_constants(channels, grad_out_stride, grad_total_stride, x_stride)
     programs = min(-(-rows // constants["BLOCK_ROWS"]), _BACKWARD_PROGRAMS)
     partial = stats.new_empty((programs, 2, channels))
-    args = grad_out, grad_total, x, weight.contiguous(), stats, grad_x, partial, rows
-    launch(layer_norm_gradient_kernel, programs, args, constants)
+    tensors = grad_out, grad_total, x, weight.contiguous(), stats, grad_x, partial
+    launch(layer_norm_gradient_kernel, programs, tensors, (rows,), constants)
     return grad_x, partial.sum(0)
 
 
