@@ -10,7 +10,7 @@ import torch
 
 from ops import IMPLS
 
-from . import attention, breakdown, models
+from . import attention, breakdown, layers, models
 from .attention import BACKWARD, DENSE, FLEX, FORWARD, REFERENCE, AttentionCase
 from .models import INFER, TRAIN, Contender, Setting
 from .timing import Trial, describe, release
@@ -19,7 +19,7 @@ from .timing import Trial, describe, release
 STRIDES, HEADS, BASE_HEADS, TOPK = (4, 8, 16), (2, 4, 8), (3, 6, 12), (1, 4, 16)
 REGIONS, FINER_REGIONS = 7, 16
 DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SECTIONS = ("attention", "models", "graphed", "compiled", "breakdown", "growth")
+SECTIONS = ("attention", "layers", "models", "graphed", "compiled", "breakdown", "growth")
 MOST_ROUNDS = 30
 FLEX_SECONDS = 60.0  # that compiling flex_attention for one shape may take
 
@@ -104,6 +104,16 @@ def attention_cases(scale: Scale) -> list[AttentionCase]:
     ]
 
 
+def _layer_cases(scale: Scale) -> list[Case]:
+    """The layers of BiFormer-S's stages at 224."""
+    dims = [32 * heads for heads in HEADS]
+    shapes = [
+        layers.LayerCase(layer, f"stage {i + 1}", scale.batch, 224 // STRIDES[i], dims[i], DTYPES[scale.amp])
+        for layer in layers.LAYERS for i in range(3)
+    ]
+    return [Case("layers", f"{s.layer}, {s.stage}", partial(layers.measure, s)) for s in shapes]
+
+
 def _op_case(shape: AttentionCase) -> Case:
     return Case("attention", f"{shape.stage}, {shape.mode}", partial(attention.measure, shape))
 
@@ -154,6 +164,7 @@ def cases(scale: Scale) -> list[Case]:
         compiled[0],
         *(_breakdown_case(model, scale) for model in ("biformer_small", _swin("small"), "convnext_small")),
         *map(_op_case, shapes[:6]),
+        *_layer_cases(scale),
         *graphed[1:],
         *others,
         *map(_op_case, shapes[6:12]),

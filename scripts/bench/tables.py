@@ -96,6 +96,10 @@ MODELS = Table(
 TABLES = {
     "attention": ATTENTION,
     "op": ATTENTION,
+    "layers": Table(
+        "Layers", "Device time forward and backward, as in a training step; `ratio` is the speed over PyTorch's.",
+        ("layer", "stage", "case", "batch", "impl"), ("ms", "ratio", "MiB", "host, ms"),
+    ),
     "models": MODELS,
     "graphed": MODELS._replace(
         title="Models, replayed from CUDA graphs", note="`ratio` is the speed over that of `reference`."

@@ -13,7 +13,7 @@ from helpers import ROOT
 from models.bvit import broad_attention
 from ops import RegionGrid, route_regions, routed_attention
 from scripts import benchmark
-from scripts.bench import attention, breakdown, flex, models, suite, tables, timing
+from scripts.bench import attention, breakdown, flex, layers, models, suite, tables, timing
 from scripts.bench.attention import BACKWARD, FORWARD, AttentionCase
 from scripts.bench.models import Contender, Setting
 from scripts.bench.suite import Case
@@ -414,6 +414,19 @@ def test_kernels_are_grouped_by_their_names_and_callers():
     assert breakdown.group_of(["cutlass", "aten::convolution"], depthwise=True) == breakdown.DEPTHWISE
 
 
+@pytest.mark.parametrize("layer", layers.LAYERS)
+def test_layers_are_measured_beside_pytorchs(layer):
+    case = layers.LayerCase(layer, "stage 1", 2, 6, 16, torch.float32)
+    one, two = (layers.build(case, "torch", CPU)() for _ in range(2))
+    assert all(a.equal(b) for a, b in zip(one, two, strict=True)), "both implementations get the same inputs"
+    maps = 2 if layer in (layers.ADD_NORM, layers.LOCAL) else 1
+    outs = 2 if layer == layers.ADD_NORM else 1
+    assert len(one) == outs + maps + 2
+    reference, fused = layers.measure(case, trial())
+    assert reference["impl"] == "torch" and reference["ratio"] == 1 and reference["milliseconds"] > 0
+    assert "failed" in fused or fused["milliseconds"] > 0
+
+
 def test_our_kernels_are_grouped_by_their_own_names():
     """Eager calls launch them from autograd functions, whose names say nothing of them."""
     pytest.importorskip("triton")
@@ -470,7 +483,7 @@ def test_committed_records_become_tables(path):
     rows = sum(len(found["rows"]) for name, found in sections.items() if name != "ceilings")
     assert len(lines) == heads + rows + len(record.get("cores", []))
     assert record["machine"]["device"] in text
-    if "sections" in record:
+    if sections.get("growth", {}).get("rows"):
         assert tables.growth_figure(record).axes
 
 
