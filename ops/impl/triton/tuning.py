@@ -54,8 +54,8 @@ def _power_of_2(n: int, low: int, high: int) -> int:
 def choose_tile(own: int, streamed: int, head_dim: int, dtype: torch.dtype, inverse: bool) -> Tile:
     """The tile for programs that have `own` tokens to compute and `streamed` tokens to stream past them.
 
-    In low precision, for heads of up to 64, measured on an H100 with Triton 3.6 (`scripts/tune_kernels.py`); for the
-    others, by counts of instructions and of spilled registers.
+    In low precision, for heads of 32, measured on an H100 with Triton 3.6 (`scripts/tune_kernels.py`); for the others,
+    by counts of instructions and of spilled registers.
 
     16 tokens are the fewest that the matrix units take, and one warp's work: more warps would share the columns, and
     each compute all that is said about the rows. 32 streamed tokens leave registers free, so that more programs run
@@ -70,9 +70,10 @@ def choose_tile(own: int, streamed: int, head_dim: int, dtype: torch.dtype, inve
     block_m = _power_of_2(own, 16, 64)
     if head_dim > 64:
         return Tile(block_m, _power_of_2(streamed, 16, 32 if inverse else 64), max(4, block_m // 8), 2)
-    block_n = _power_of_2(streamed, 16, 32)
-    # Keys hold two accumulators: 64 rows of them have no registers left for what a second stage holds.
-    return Tile(block_m, block_n, block_m // 16, 1 if inverse and block_m > 16 else 2)
+    # 32 rows are no map's of the networks at 224, so they were not measured: two warps have room for 64 tokens.
+    block_n = _power_of_2(streamed, 16, 64 if block_m == 32 and not (inverse and head_dim > 32) else 32)
+    # Keys hold two accumulators: more rows of them, or wider ones, leave no registers to a second stage.
+    return Tile(block_m, block_n, block_m // 16, 1 if inverse and (block_m > 16 or head_dim > 32) else 2)
 
 
 def fits_one_pass(query_grid: RegionGrid, key_grid: RegionGrid, head_dim: int, dtype: torch.dtype) -> bool:
