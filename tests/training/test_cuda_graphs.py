@@ -1,0 +1,65 @@
+"""training.cuda_graphs without a GPU: what is refused, and when the network is captured. tests/test_cuda.py trains."""
+import pytest
+import torch
+
+from main import main
+from training import cuda_graphs
+from training.cuda_graphs import CudaGraphError, capture_on_first_step, check_cuda_graphs
+from training.distributed import Distributed
+from training.precision import Precision
+
+COMMAND = ["--config", "configs/train/quickstart.yaml", "--cuda_graph"]
+
+
+def test_a_gpu_and_one_process_are_asked_for():
+    with pytest.raises(CudaGraphError, match="the device is cpu"):
+        check_cuda_graphs(Distributed(torch.device("cpu")))
+    with pytest.raises(CudaGraphError, match="there are 2"):
+        check_cuda_graphs(Distributed(torch.device("cuda"), 0, 2))
+    check_cuda_graphs(Distributed(torch.device("cuda")))
+
+
+@pytest.mark.parametrize("more,message", [
+    (["--device", "cpu"], "CUDA graphs need a GPU, the device is cpu; leave out --cuda_graph"),
+    (["--compile"], "--cuda_graph and --compile are mutually exclusive"),
+    (["--update_freq", "2"], "--update_freq must be 1, got 2"),
+    (["--grad_checkpointing"], "--cuda_graph cannot capture --grad_checkpointing"),
+])
+def test_refusals_are_one_line_and_leave_nothing(more, message, tmp_path, capsys):
+    assert main([*COMMAND, "--output_dir", str(tmp_path / "run"), *more]) in (1, 2)
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def network(monkeypatch):
+    """A network, and what its capture would have replayed; nothing is captured without a GPU."""
+    captured = []
+
+    def capture(network, inputs, precision):
+        captured.append([tuple(x.shape) for x in inputs])
+        eager = network.forward
+        network.forward = lambda x: eager(x) + (100 if network.training else 0)
+
+    monkeypatch.setattr(cuda_graphs, "_capture", capture)
+    network = torch.nn.Linear(3, 1)
+    for parameter in network.parameters():
+        torch.nn.init.zeros_(parameter)
+    capture_on_first_step(network, Precision())
+    return network, captured
+
+
+def test_the_first_training_pass_is_captured_and_evaluation_is_not(network):
+    network, captured = network
+    x = torch.ones(2, 3)
+    assert network.eval()(x).tolist() == [[0], [0]] and captured == []
+    assert network.train()(x).tolist() == [[100], [100]] and captured == [[(2, 3)]]
+    assert network(x).tolist() == [[100], [100]] and len(captured) == 1
+    assert network.eval()(torch.ones(5, 3)).tolist() == [[0]] * 5, "of any number of images"
+
+
+def test_a_batch_of_another_size_is_an_error_and_is_not_broadcast(network):
+    network, _ = network
+    network.train()(torch.ones(2, 3))
+    with pytest.raises(CudaGraphError, match=r"captured for \[\(2, 3\)\], got \[\(1, 3\)\]"):
+        network(torch.ones(1, 3))
