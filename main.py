@@ -207,7 +207,7 @@ def run_task(task_class: type[Task], settings: Settings):
     """Evaluate or train, on this process's device."""
     machine = settings.machine
     distributed = init_distributed(machine.device, machine.dist_timeout)
-    check_wrappers(machine, distributed)
+    check_wrappers(settings, distributed)
     task = task_class(settings, distributed, Precision.on(distributed.device, machine.amp, machine.channels_last))
     if settings.evaluation.eval:
         evaluate_checkpoint(task)

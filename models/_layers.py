@@ -10,7 +10,7 @@ import torch
 from timm.layers import DropPath, register_notrace_function, register_notrace_module
 from torch import nn
 
-from ._ops import add_layer_norm, depthwise_conv, layer_norm
+from ._ops import DepthwiseConv, add_layer_norm, layer_norm
 
 
 def split_qkv(qkv: torch.Tensor, num_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -53,7 +53,11 @@ def channels_last_image(x: torch.Tensor) -> torch.Tensor:
     return channels_last(x)
 
 
-@register_notrace_module  # which implementation computes it depends on the device, which torch.fx does not know
+# Which implementation computes a layer depends on the device, which torch.fx does not know while it traces.
+register_notrace_module(DepthwiseConv)
+
+
+@register_notrace_module
 class LayerNorm(nn.LayerNorm):
     """Layer norm by `ops.layer_norm`, whose `impl` is `layer_impl`."""
 
@@ -73,19 +77,6 @@ class AddLayerNorm(LayerNorm):
     def forward(self, x: torch.Tensor, branch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(..., dim), (..., dim) -> x + branch and its layer norm, (..., dim) each."""
         return add_layer_norm(x, branch, self.weight, self.bias, self.eps, self.layer_impl)
-
-
-@register_notrace_module
-class DepthwiseConv(nn.Conv2d):
-    """residual + conv(x), a depthwise convolution of channels-last maps by `ops.depthwise_conv`."""
-
-    def __init__(self, dim: int, kernel_size: int, layer_impl: str = "auto", device=None, dtype=None):
-        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype)
-        self.layer_impl = layer_impl
-
-    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """(B, H, W, dim), (B, H, W, dim) -> (B, H, W, dim)."""
-        return depthwise_conv(x, self.weight, self.bias, residual, self.layer_impl)
 
 
 class Block(nn.Module):

@@ -2,12 +2,12 @@
 if "." in __package__:  # installed, as routedvit.models
     from ..ops import (
         BiLevelRoutingAttention,
+        DepthwiseConv,
         RegionGrid,
         Routing,
         add_layer_norm,
         check_layer_impl,
         conv_channels_last,
-        depthwise_conv,
         layer_norm,
         route_regions,
         routed_attention,
@@ -15,12 +15,12 @@ if "." in __package__:  # installed, as routedvit.models
 else:  # from the checkout
     from ops import (
         BiLevelRoutingAttention,
+        DepthwiseConv,
         RegionGrid,
         Routing,
         add_layer_norm,
         check_layer_impl,
         conv_channels_last,
-        depthwise_conv,
         layer_norm,
         route_regions,
         routed_attention,
@@ -28,12 +28,12 @@ else:  # from the checkout
 
 __all__ = [
     "BiLevelRoutingAttention",
+    "DepthwiseConv",
     "RegionGrid",
     "Routing",
     "add_layer_norm",
     "check_layer_impl",
     "conv_channels_last",
-    "depthwise_conv",
     "layer_norm",
     "route_regions",
     "routed_attention",

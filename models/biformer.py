@@ -11,8 +11,8 @@ from torch import nn
 
 from ._checkpoints import rename_biformer
 from ._hierarchical import HierarchicalNetwork, Stage, build_hierarchical
-from ._layers import Block, DepthwiseConv, Downsample, Stem, check_divides, check_per_stage, split_qkv
-from ._ops import BiLevelRoutingAttention, check_layer_impl
+from ._layers import Block, Downsample, Stem, check_divides, check_per_stage, split_qkv
+from ._ops import BiLevelRoutingAttention, DepthwiseConv, check_layer_impl
 from ._pretrained import imagenet_cfg
 
 __all__ = ["BiFormer"]

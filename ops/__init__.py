@@ -9,7 +9,7 @@
 """
 from .attention import IMPLS, choose_impl, routed_attention, unsupported
 from .bra import BiLevelRoutingAttention
-from .depthwise import depthwise_conv
+from .depthwise import DepthwiseConv, depthwise_conv
 from .layout import conv_channels_last
 from .norm import add_layer_norm, choose_norm_impl, layer_norm, norm_unsupported
 from .regions import RegionGrid
@@ -20,6 +20,7 @@ __all__ = [
     "IMPLS",
     "LAYER_IMPLS",
     "BiLevelRoutingAttention",
+    "DepthwiseConv",
     "RegionGrid",
     "Routing",
     "add_layer_norm",

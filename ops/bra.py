@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from .attention import routed_attention, unsupported
-from .depthwise import depthwise_conv
+from .depthwise import DepthwiseConv
 from .regions import RegionGrid
 from .routing import Routing, route_regions
 from .support import check_layer_impl, in_low_precision_on_gpu, triton_unsupported
@@ -67,9 +67,8 @@ class BiLevelRoutingAttention(nn.Module):
         self.topk = topk
         self.scale = dim**-0.5 if scale is None else scale
         self.attn_impl = attn_impl
-        self.layer_impl = layer_impl
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
-        self.lepe = nn.Conv2d(dim, dim, kernel_size=5, padding=2, groups=dim, **dd)
+        self.lepe = DepthwiseConv(dim, 5, layer_impl, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
 
     def _project(self, x: torch.Tensor) -> torch.Tensor:
@@ -93,15 +92,19 @@ class BiLevelRoutingAttention(nn.Module):
 
     def _packed_settings(self, qkv: torch.Tensor):
         """What the packed operator is called with, or None where attention or the local term do not take Triton."""
-        impls = (self.attn_impl, self.layer_impl)
-        everything_routed = self.topk >= self.num_regions**2
-        if "auto" in impls and (everything_routed or not in_low_precision_on_gpu(qkv)):
+        lepe = self.lepe
+        if type(lepe) is not DepthwiseConv or lepe._forward_hooks or lepe._forward_pre_hooks or lepe.bias is None:
+            return None  # what changes a module, or watches it, waits for its call
+        impls = (self.attn_impl, lepe.layer_impl)
+        if "auto" in impls and not in_low_precision_on_gpu(qkv):
             return None
         if not all(impl in ("auto", "triton") for impl in impls) or triton_unsupported(qkv) is not None:
             return None
         from .impl.triton import packed  # imports Triton, which only its users need
 
-        return packed.settings_for(qkv, self.num_heads, self.num_regions, self.topk, self.scale)
+        settings = packed.settings_for(qkv, self.num_heads, self.num_regions, self.topk, self.scale)
+        everything_routed = settings is not None and settings.topk == settings.grid.num_regions
+        return None if everything_routed and "auto" in impls else settings
 
     def _attend_packed(self, qkv: torch.Tensor, settings) -> torch.Tensor:
         """Routed attention and the local term, (B, H, W, 3 * dim) -> (B, H, W, dim), as one operator."""
@@ -113,7 +116,7 @@ class BiLevelRoutingAttention(nn.Module):
         """Routed attention and the local term, (B, H, W, 3 * dim) -> (B, H, W, dim), one after another."""
         query, key, value = self._split(qkv)
         attended = routed_attention(query, key, value, self._route(query, key), self.scale, self.attn_impl).flatten(3)
-        return depthwise_conv(value.flatten(3), self.lepe.weight, self.lepe.bias, attended, self.layer_impl)
+        return self.lepe(value.flatten(3), residual=attended)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, W, dim) -> (B, H, W, dim).

@@ -5,6 +5,7 @@ Training steps of small layers wait for the host. So the checks look up little m
 """
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from .layout import conv_channels_last
 from .support import triton_unsupported
@@ -129,3 +130,21 @@ def depthwise_conv(
         if reason is not None:
             raise ValueError(f"impl={impl!r} cannot run: {reason}")
     return _BACKENDS[impl](x, weight, bias, residual)
+
+
+class DepthwiseConv(nn.Conv2d):
+    """residual + conv(x): a depthwise convolution of channels-last maps by `depthwise_conv`.
+
+    Args:
+        dim: Channels.
+        kernel_size: Rows and columns of the kernel, odd.
+        layer_impl: The implementation of `depthwise_conv`.
+    """
+
+    def __init__(self, dim: int, kernel_size: int, layer_impl: str = "auto", device=None, dtype=None):
+        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype)
+        self.layer_impl = layer_impl
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, dim), (B, H, W, dim) -> (B, H, W, dim)."""
+        return depthwise_conv(x, self.weight, self.bias, residual, self.layer_impl)

@@ -30,9 +30,9 @@ run() {
 }
 
 if [ "$device" = cpu ]; then
-    models=(biformer_nano --reference resnet10t)
+    models=(resnet10t --reference resnet10t)
     size=(--input_size 32 --batch_size 2 --rounds 2 --device cpu)
-    sections=(--sections breakdown --budget 20)
+    sections=(--sections layers --budget 5)
     tiles=(--map "14 x 14, top-16" --kernel forward --batch_size 1 --heads 1 --head_dim 16 --rounds 2 --device cpu)
     kernels=(-m "not gpu" -k "empty_batch or inverse_routes")
     gpu=(-m gpu --collect-only)

@@ -5,7 +5,7 @@ the kernels in it follow one another on the GPU.
 """
 import torch
 
-from utils import UserError
+from utils import UserError, one_line
 
 from .distributed import Distributed
 from .precision import Precision
@@ -23,38 +23,39 @@ def check_cuda_graphs(distributed: Distributed):
         raise CudaGraphError(f"CUDA graphs are for a run of one process, there are {distributed.world_size}")
 
 
-def capture_on_first_step(network: torch.nn.Module, precision: Precision):
-    """Let the network capture its training pass when it is first called in training mode, and replay it from then on.
+class GraphedTraining(torch.nn.Module):
+    """A network whose training pass is captured when it is first called in training mode, and replayed from then on.
 
-    Evaluation is left as it is. The gradients lie in the graph's own memory, and the next backward pass overwrites
-    them: an optimizer step has to follow each pass.
+    Evaluation is left as it is, and so is the network itself. The gradients lie in the graph's own memory, and the next
+    backward pass overwrites them: an optimizer step has to follow each pass.
 
     Args:
-        network: Called with tensors, all of them of the same shapes at each training step.
+        network: Called with tensors, of the same shapes and types at each training step.
         precision: What the network is called in.
     """
-    eager = network.forward
 
-    def first(*inputs: torch.Tensor):
-        if not network.training:
-            return eager(*inputs)
-        network.forward = eager
-        _capture(network, inputs, precision)
-        network.forward = _checked(network.forward, network, [x.shape for x in inputs])
-        return network(*inputs)
+    def __init__(self, network: torch.nn.Module, precision: Precision):
+        super().__init__()
+        self.network = network
+        self.precision = precision
+        self.captured = torch.nn.Sequential(network)  # capture changes how a module is called
+        self.inputs: list[tuple] | None = None
 
-    network.forward = first
+    def forward(self, *inputs: torch.Tensor):
+        """What the network returns.
 
-
-def _checked(replay, network: torch.nn.Module, shapes: list[torch.Size]):
-    """`replay`, which would copy other shapes into its own input as far as they can be broadcast."""
-    def forward(*inputs: torch.Tensor):
-        if network.training and [x.shape for x in inputs] != shapes:
-            got = [tuple(x.shape) for x in inputs]
-            raise CudaGraphError(f"the training pass was captured for {[tuple(s) for s in shapes]}, got {got}")
-        return replay(*inputs)
-
-    return forward
+        Raises:
+            CudaGraphError: It cannot be captured, or was for inputs of other shapes or types.
+        """
+        if not self.training:
+            return self.network(*inputs)
+        found = [(tuple(x.shape), x.dtype) for x in inputs]
+        if self.inputs is None:
+            _capture(self.captured, inputs, self.precision)
+            self.inputs = found
+        elif found != self.inputs:  # they would be copied into the graph's inputs as far as they can be broadcast
+            raise CudaGraphError(f"the training pass was captured for {self.inputs}, got {found}")
+        return self.captured(*inputs)
 
 
 def _capture(network: torch.nn.Module, inputs: tuple[torch.Tensor, ...], precision: Precision):
@@ -63,9 +64,14 @@ def _capture(network: torch.nn.Module, inputs: tuple[torch.Tensor, ...], precisi
     random_state = torch.cuda.get_rng_state(device)
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
     examples = tuple(x.detach().clone() for x in inputs)
-    # A cached cast would be made once, during capture, and never again from the weights as they are then.
-    with torch.autocast(precision.device_type, precision.amp_dtype, precision.amp_dtype is not None, False):
-        torch.cuda.make_graphed_callables(network, examples, allow_unused_input=True)
+    try:
+        # A cached cast would be made once, during capture, and never again from the weights as they are then.
+        with torch.autocast(precision.device_type, precision.amp_dtype, precision.amp_dtype is not None, False):
+            torch.cuda.make_graphed_callables(network, examples, allow_unused_input=True)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise CudaGraphError(f"the training pass cannot be captured ({one_line(error)})") from error
     with torch.no_grad():
         for buffer, before in buffers:
             buffer.copy_(before)

@@ -12,7 +12,6 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ..launch import launch
 from . import depthwise_kernels as kernels
@@ -180,9 +179,6 @@ def _gradients(ctx, grad, backward) -> tuple[torch.Tensor | None, ...]:
     return *grads, grad if grad.dtype == ctx.residual_dtype else grad.to(ctx.residual_dtype), None
 
 
-_gradients_once = once_differentiable(_gradients)
-
-
 class _DepthwiseConv(torch.autograd.Function):
     """The operator for ordinary calls, at a fraction of its time on the host.
 
@@ -197,8 +193,8 @@ class _DepthwiseConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        # With grad mode on, second derivatives may follow. Otherwise the decorator would only take time.
-        return (_gradients_once if torch.is_grad_enabled() else _gradients)(ctx, grad, _backward)
+        # With grad mode on, second derivatives may follow, of which the operator says that there are none.
+        return _gradients_by_operator(ctx, grad) if torch.is_grad_enabled() else _gradients(ctx, grad, _backward)
 
 
 @torch.library.custom_op(

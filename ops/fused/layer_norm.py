@@ -16,7 +16,6 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
 from ..launch import launch
 
@@ -225,15 +224,6 @@ def _gradients(ctx, backward, grad_total, grad_out):
     return grad_x, *grad_parameters.unbind()
 
 
-def _eager_gradients(ctx, *grads):
-    grad_total, grad_out = grads if len(grads) == 2 else (None, *grads)
-    grad_x, grad_weight, grad_bias = _gradients(ctx, _backward, grad_total, grad_out)
-    return grad_x, grad_x if ctx.needs_input_grad[1] else None, grad_weight, grad_bias, None, None
-
-
-_eager_gradients_once = once_differentiable(_eager_gradients)
-
-
 class _Eager(torch.autograd.Function):
     """What both operators compute; `branch` is None for layer norm alone."""
 
@@ -245,8 +235,11 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        # `once_differentiable` takes a while, and does nothing unless a graph of the gradients is recorded.
-        return (_eager_gradients_once if torch.is_grad_enabled() else _eager_gradients)(ctx, *grads)
+        grad_total, grad_out = grads if len(grads) == 2 else (None, *grads)
+        # With grad mode on, second derivatives may follow, of which the operator says that there are none.
+        backward = backward_op if torch.is_grad_enabled() else _backward
+        grad_x, grad_weight, grad_bias = _gradients(ctx, backward, grad_total, grad_out)
+        return grad_x, grad_x if ctx.needs_input_grad[1] else None, grad_weight, grad_bias, None, None
 
 
 # --- operators --------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from models.bvit import broad_attention, split_qkv
 from tasks.networks import size_kwargs
-from training.cuda_graphs import capture_on_first_step
+from training.cuda_graphs import GraphedTraining
 from training.precision import Precision
 
 from .timing import OUT_OF_MEMORY, Trial, compare, release
@@ -104,8 +104,7 @@ def build(contender: Contender, setting: Setting, device: torch.device) -> Calla
     if setting.mode == INFER:
         return graphed(infer) if setting.cuda_graph else infer
     if setting.cuda_graph:
-        network = torch.nn.Sequential(network)  # of its own: the model is used again, for other settings
-        capture_on_first_step(network, precision)
+        network = GraphedTraining(network, precision)
 
     targets = torch.randint(NUM_CLASSES, (setting.batch,), device=device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)

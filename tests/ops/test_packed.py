@@ -1,5 +1,6 @@
 """The packed operator: what its parts compute, one after another, and the gradient in one piece."""
 import copy
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from helpers.interpreter import DEVICE, needs_working_device
-from ops import BiLevelRoutingAttention, RegionGrid
+from ops import BiLevelRoutingAttention, RegionGrid, bra
 from ops.impl.triton import packed
 
 pytestmark = needs_working_device
@@ -76,6 +77,47 @@ def test_it_takes_the_place_of_its_parts_where_both_take_triton():
         with torch.autocast("cuda", dtype=torch.bfloat16):
             assert is_packed(attn_impl="auto", layer_impl="auto")
             assert not is_packed(attn_impl="auto", topk=4), "every region is routed to every other"
+
+
+def test_hooks_of_the_local_term_are_called():
+    attention, x = module(2, 2), torch.randn(1, 8, 8, 32, device=DEVICE)
+    assert attention._packed_settings(attention.qkv(x)) is not None
+    seen = []
+    attention.lepe.register_forward_hook(lambda *args: seen.append(args))
+    assert attention._packed_settings(attention.qkv(x)) is None and seen == []
+    attention(x)
+    assert len(seen) == 1
+
+
+def test_small_maps_on_which_every_region_is_routed_are_left_to_dense_attention():
+    attention = module(7, 16)
+    x = torch.empty(1, 4, 4, 32, device=DEVICE)
+    attention.lepe.layer_impl = "auto"
+    with patch.object(bra, "in_low_precision_on_gpu", lambda x: True):
+        assert attention._packed_settings(attention.qkv(x)) is None
+        assert attention._packed_settings(attention.qkv(torch.empty(1, 7, 7, 32, device=DEVICE))) is not None
+
+
+@pytest.mark.slow
+def test_parameters_of_any_strides():
+    attention = module(2, 2)
+    weight = attention.lepe.weight.detach()
+    x, upstream = inputs((8, 8))
+    expected = results(attention, x, upstream)
+    attention.lepe.weight = torch.nn.Parameter(weight.transpose(2, 3).contiguous().transpose(2, 3))
+    assert not attention.lepe.weight.is_contiguous()
+    for ours, theirs in zip(results(attention, x, upstream), expected, strict=True):
+        assert ours.equal(theirs)
+
+
+@pytest.mark.slow
+def test_second_derivatives_are_an_error():
+    attention = module(2, 2).requires_grad_(False)
+    x = inputs((8, 8))[0].requires_grad_()
+    out = attention(x).sum()
+    (grad,) = torch.autograd.grad(out, x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        (out + grad.square().sum()).backward()
 
 
 def op_arguments(name, requires_grad=True):

@@ -1,10 +1,13 @@
 """training.cuda_graphs without a GPU: what is refused, and when the network is captured. tests/test_cuda.py trains."""
+import copy
+import pickle
+
 import pytest
 import torch
 
 from main import main
 from training import cuda_graphs
-from training.cuda_graphs import CudaGraphError, capture_on_first_step, check_cuda_graphs
+from training.cuda_graphs import CudaGraphError, GraphedTraining, check_cuda_graphs
 from training.distributed import Distributed
 from training.precision import Precision
 
@@ -31,35 +34,50 @@ def test_refusals_are_one_line_and_leave_nothing(more, message, tmp_path, capsys
     assert not (tmp_path / "run").exists()
 
 
+def test_evaluation_replays_no_graphs_and_needs_no_gpu(tmp_path, capsys):
+    assert main([*COMMAND, "--eval", "--resume", str(tmp_path / "none.pth"), "--device", "cpu"]) == 1
+    assert "none.pth" in capsys.readouterr().err
+
+
 @pytest.fixture
-def network(monkeypatch):
-    """A network, and what its capture would have replayed; nothing is captured without a GPU."""
+def graphed(monkeypatch):
+    """A network, and what was captured of it; nothing is captured without a GPU, and a replay adds 100."""
     captured = []
 
     def capture(network, inputs, precision):
         captured.append([tuple(x.shape) for x in inputs])
         eager = network.forward
-        network.forward = lambda x: eager(x) + (100 if network.training else 0)
+        network.forward = lambda x: eager(x) + 100
 
     monkeypatch.setattr(cuda_graphs, "_capture", capture)
     network = torch.nn.Linear(3, 1)
     for parameter in network.parameters():
         torch.nn.init.zeros_(parameter)
-    capture_on_first_step(network, Precision())
-    return network, captured
+    return GraphedTraining(network, Precision()), captured
 
 
-def test_the_first_training_pass_is_captured_and_evaluation_is_not(network):
-    network, captured = network
+def test_the_first_training_pass_is_captured_and_evaluation_is_not(graphed):
+    graphed, captured = graphed
     x = torch.ones(2, 3)
-    assert network.eval()(x).tolist() == [[0], [0]] and captured == []
-    assert network.train()(x).tolist() == [[100], [100]] and captured == [[(2, 3)]]
-    assert network(x).tolist() == [[100], [100]] and len(captured) == 1
-    assert network.eval()(torch.ones(5, 3)).tolist() == [[0]] * 5, "of any number of images"
+    assert graphed.eval()(x).tolist() == [[0], [0]] and captured == []
+    assert graphed.train()(x).tolist() == [[100], [100]] and captured == [[(2, 3)]]
+    assert graphed(x).tolist() == [[100], [100]] and len(captured) == 1
+    assert graphed.eval()(torch.ones(5, 3)).tolist() == [[0]] * 5, "of any number of images"
+    assert graphed.network.training is False and graphed.train().network.training is True
 
 
-def test_a_batch_of_another_size_is_an_error_and_is_not_broadcast(network):
-    network, _ = network
-    network.train()(torch.ones(2, 3))
-    with pytest.raises(CudaGraphError, match=r"captured for \[\(2, 3\)\], got \[\(1, 3\)\]"):
-        network(torch.ones(1, 3))
+def test_the_network_itself_stays_as_it_is(graphed):
+    graphed, _ = graphed
+    x = torch.ones(2, 3)
+    graphed.train()(x)
+    for network in (graphed.network, copy.deepcopy(graphed.network), pickle.loads(pickle.dumps(graphed.network))):
+        assert network(x).tolist() == [[0], [0]]
+    assert len(list(graphed.parameters())) == 2
+
+
+@pytest.mark.parametrize("other", [torch.ones(1, 3), torch.ones(2, 3, dtype=torch.float64)])
+def test_a_batch_of_another_shape_or_type_is_an_error_and_is_not_broadcast(graphed, other):
+    graphed, _ = graphed
+    graphed.train()(torch.ones(2, 3))
+    with pytest.raises(CudaGraphError, match=r"captured for \[\(\(2, 3\), torch.float32\)\], got"):
+        graphed(other)

@@ -16,7 +16,6 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ...fused import depthwise
 from ...regions import RegionGrid
@@ -90,7 +89,7 @@ def _forward(qkv, weight, bias, settings: Settings) -> tuple[torch.Tensor, ...]:
     value = _value(qkv)
     attended = attended.view(value.shape)
     out = torch.empty_like(attended)
-    depthwise.convolve(value, weight, bias, attended, out)
+    depthwise.convolve(value, weight.contiguous(), bias.contiguous(), attended, out)
     return out, attended, lse, *tables
 
 
@@ -104,8 +103,8 @@ def _backward(grad_out, qkv, weight, bias, attended, lse, tables, settings: Sett
     grads = *settings.maps(grad_qkv)[:2], through_attention.view(of_heads)
     inverse = (tables[0], tables[0]) if settings.dense else tuple(tables[1:])
     launch_gradients(problem, inverse, attended.view(of_heads), grad_out.view(of_heads), lse, grads)
-    depthwise.convolve(grad_out, weight, None, through_attention, _value(grad_qkv), flip=True)
-    grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
+    depthwise.convolve(grad_out, weight.contiguous(), None, through_attention, _value(grad_qkv), flip=True)
+    grad_weight, grad_bias = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (weight, bias))
     depthwise.weight_gradients(_value(qkv), grad_out, grad_weight, grad_bias)
     return grad_qkv, grad_weight, grad_bias
 
@@ -120,9 +119,15 @@ class _Packed(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_out):
         qkv, weight, bias, attended, lse, *tables = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # Second derivatives may follow, of which the operator says that there are none.
+            grid, *others = ctx.settings
+            grads = packed_backward(
+                grad_out, qkv, weight, bias, attended, lse, tables, [grid.rows, grid.cols], *others
+            )
+            return *grads, None
         return *_backward(grad_out, qkv, weight, bias, attended, lse, tables, ctx.settings), None
 
 
@@ -170,7 +175,7 @@ def packed_backward(grad_out, qkv, weight, bias, attended, lse, tables, grid, *s
 
 @packed_backward.register_fake
 def _(grad_out, qkv, weight, bias, attended, lse, tables, grid, *settings):
-    return tuple(torch.empty_like(x) for x in (qkv, weight, bias))
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (qkv, weight, bias))
 
 
 def _save_for_backward(ctx, inputs, output):

@@ -20,7 +20,6 @@ from ...launch import launch
 from ...regions import RegionGrid
 from .kernels import MAX_BLOCK
 from .tiles import divide
-from .tuning import MAX_BITS
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LOWEST = tl.constexpr(-(2**63))
@@ -284,33 +283,6 @@ def _make_plan(query_grid: RegionGrid, key_grid: RegionGrid, channels: int, dens
     )
 
 
-def _can_read(x_BHWND: torch.Tensor, grid: RegionGrid) -> bool:
-    _, height, width, heads, head_dim = x_BHWND.shape
-    *strides_BHW, head_stride, stride = x_BHWND.stride()
-    return (
-        x_BHWND.dtype in _DTYPES
-        and (height, width) == (grid.height, grid.width)
-        and grid.num_regions <= MAX_BITS
-        and stride == 1
-        and (heads == 1 or head_stride == head_dim)
-        and not any(s % 8 for s in strides_BHW)
-    )
-
-
-def can_fuse_routes(query: torch.Tensor, key: torch.Tensor, query_grid: RegionGrid, key_grid: RegionGrid) -> bool:
-    """Whether `fused_routes` takes these maps; `ops.route_regions` takes any, and says what is wrong with wrong ones.
-
-    At most 64 regions of each map, all channels of a token side by side, and tokens a multiple of 8 numbers apart, as
-    those of a packed projection are.
-    """
-    return (
-        query.ndim == key.ndim == 5
-        and (query.shape[0], *query.shape[3:]) == (key.shape[0], *key.shape[3:])
-        and _can_read(query, query_grid)
-        and _can_read(key, key_grid)
-    )
-
-
 def allocate_tables(like: torch.Tensor, query_grid: RegionGrid, key_grid: RegionGrid, topk: int, dense: bool) -> Tables:
     batch, device = like.shape[0], like.device
     routes = torch.empty((batch, query_grid.num_regions, topk), dtype=torch.int64, device=device)
@@ -329,7 +301,8 @@ def fused_routes(
     """The routes of `ops.route_regions` and their tables, in two launches. No gradient flows through them.
 
     Args:
-        query: (B, Hq, Wq, heads, head_dim), as `can_fuse_routes` accepts it.
+        query: (B, Hq, Wq, heads, head_dim) of at most 64 regions, all channels of a token side by side, and tokens a
+            multiple of 8 numbers apart, as those of a packed projection are. This is not checked.
         key: (B, Hk, Wk, heads, head_dim), likewise.
         query_grid: Regions of the query map.
         key_grid: Regions of the key map.

@@ -1,7 +1,7 @@
 """The tiles of a kernel, and whether it streams lists of regions or whole maps.
 
-Chosen from the compiler's reports (`scripts/compile_kernels.py`) and from counts of what a tile computes; no GPU has
-been measured yet.
+Chosen by measurements (`scripts/tune_kernels.py`), the compiler's reports (`scripts/compile_kernels.py`), and counts of
+what a tile computes.
 """
 import math
 from functools import lru_cache
