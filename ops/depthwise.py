@@ -43,20 +43,20 @@ def _triton_unsupported(x, weight, bias, residual) -> str | None:
     return triton_unsupported(x)
 
 
-def unsupported(impl: str, x: torch.Tensor, weight: torch.Tensor, bias=None, residual=None) -> str | None:
+def depthwise_unsupported(impl: str, x: torch.Tensor, weight: torch.Tensor, bias=None, residual=None) -> str | None:
     """Why `impl` cannot compute `depthwise_conv` of these, or None where it can."""
     if impl not in _BACKENDS:
         return f"there is no such implementation; choose from {', '.join(_BACKENDS)} or auto"
     return _triton_unsupported(x, weight, bias, residual) if impl == "triton" else None
 
 
-def choose(x: torch.Tensor, weight: torch.Tensor, bias=None, residual=None) -> str:
+def choose_depthwise_impl(x: torch.Tensor, weight: torch.Tensor, bias=None, residual=None) -> str:
     """The implementation that `impl="auto"` takes.
 
     "triton" in low precision on a GPU that can run it. Off a GPU, and in float32, all stays as PyTorch computes it.
     """
     low_precision = x.is_cuda and _computed_in(x) in (torch.bfloat16, torch.float16)
-    return "triton" if low_precision and not unsupported("triton", x, weight, bias, residual) else "torch"
+    return "triton" if low_precision and not depthwise_unsupported("triton", x, weight, bias, residual) else "torch"
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None):
@@ -114,7 +114,8 @@ def depthwise_conv(
         weight: (C, 1, k, k), k odd. "triton" rounds weight and bias to the type that it computes in, as autocast does.
         bias: (C,), or None.
         residual: (B, H, W, C), or None. It may be `x` itself, which then is read once.
-        impl: "triton" (fused, for GPUs), "torch" (PyTorch's convolution and addition), or "auto" (see `choose`).
+        impl: "triton" (fused, for GPUs), "torch" (PyTorch's convolution and addition), or "auto" (see
+            `choose_depthwise_impl`).
 
     Returns:
         (B, H, W, C).
@@ -124,9 +125,9 @@ def depthwise_conv(
     """
     _check(x, weight, bias, residual)
     if impl == "auto":
-        impl = choose(x, weight, bias, residual)
+        impl = choose_depthwise_impl(x, weight, bias, residual)
     else:
-        reason = unsupported(impl, x, weight, bias, residual)
+        reason = depthwise_unsupported(impl, x, weight, bias, residual)
         if reason is not None:
             raise ValueError(f"impl={impl!r} cannot run: {reason}")
     return _BACKENDS[impl](x, weight, bias, residual)

@@ -15,6 +15,7 @@ import torch
 
 from ..launch import launch
 from . import depthwise_kernels as kernels
+from . import empty
 
 
 class _Shape(NamedTuple):
@@ -125,13 +126,8 @@ def weight_gradients(x, grad, grad_weight, grad_bias):
     launch(kernels.depthwise_add_shares_kernel, _cdiv(numbers, 32), tensors, (shares,), of_sum)
 
 
-def _empty(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """A contiguous tensor like `x`, in less than half the time of `torch.empty`, which takes a shape from Python."""
-    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-
-
 def _result(x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-    return _empty(x, None if residual is None else torch.promote_types(x.dtype, residual.dtype))
+    return empty(x, None if residual is None else torch.promote_types(x.dtype, residual.dtype))
 
 
 def _forward(x, weight, bias, residual, add_input: bool) -> torch.Tensor:
@@ -159,7 +155,7 @@ def _backward(grad, x, weight, bias, add_input: bool, needed: Sequence[bool]) ->
 
 def _allocate_gradients(x, weight, bias, needed: Sequence[bool]) -> tuple[torch.Tensor | None, ...]:
     need_x, need_weight, need_bias = needed
-    return _empty(x) if need_x else None, _empty(weight) if need_weight else None, _empty(bias) if need_bias else None
+    return empty(x) if need_x else None, empty(weight) if need_weight else None, empty(bias) if need_bias else None
 
 
 def _save_for_backward(ctx, inputs, output):
@@ -169,7 +165,7 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _gradients(ctx, grad, backward) -> tuple[torch.Tensor | None, ...]:
-    """What autograd asks for; that of the residual is the output's own."""
+    """Gradients of all inputs; the residual's is the output's own."""
     *needed, need_residual, _ = ctx.needs_input_grad
     grads = (None, None, None)
     if any(needed):

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from ..launch import launch
+from . import empty
 
 # Numbers of a tile, and programs that sum the parameters' gradients, measured on an H100 for 64 to 512 channels. Their
 # number decides in which order gradients are summed, so it is the same everywhere.
@@ -165,14 +166,10 @@ def _rows_of(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     return x, x.stride(0)
 
 
-def _empty(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-
-
 def _allocate(x, branch, dtype: torch.dtype):
     """Space for (total, out, stats); total is None where `branch` is."""
-    total = None if branch is None else _empty(x, torch.promote_types(x.dtype, branch.dtype))
-    return total, _empty(x, dtype), torch.empty((2, *x.shape[:-1]), dtype=torch.float32, device=x.device)
+    total = None if branch is None else empty(x, torch.promote_types(x.dtype, branch.dtype))
+    return total, empty(x, dtype), torch.empty((2, *x.shape[:-1]), dtype=torch.float32, device=x.device)
 
 
 def _forward(x, branch, weight, bias, eps: float, dtype: torch.dtype):
@@ -190,7 +187,7 @@ def _forward(x, branch, weight, bias, eps: float, dtype: torch.dtype):
 
 def _backward(grad_out, grad_total, x, weight, stats) -> tuple[torch.Tensor, torch.Tensor]:
     """(grad_x, grad_parameters)."""
-    grad_x, channels, rows = _empty(x, x.dtype), x.shape[-1], stats.numel() // 2
+    grad_x, channels, rows = empty(x, x.dtype), x.shape[-1], stats.numel() // 2
     if grad_x.numel() == 0:
         return grad_x, stats.new_zeros((2, channels))
     x, x_stride = _rows_of(x)
@@ -284,7 +281,7 @@ def _(x, branch, weight, bias, eps, dtype):
 
 @backward_op.register_fake
 def _(grad_out, grad_total, x, weight, stats):
-    return _empty(x, x.dtype), stats.new_empty((2, x.shape[-1]))
+    return empty(x, x.dtype), stats.new_empty((2, x.shape[-1]))
 
 
 def _save_for_layer_norm(ctx, inputs, output):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ops import depthwise_conv
-from ops.depthwise import choose
+from ops.depthwise import choose_depthwise_impl
 
 pytest.importorskip("triton")
 
@@ -284,15 +284,15 @@ def test_torch_is_what_the_networks_compute():
 
 def test_auto_takes_it_in_low_precision_on_a_gpu():
     x, weight, bias, residual = (t.cpu() for t in make_inputs(3, (5, 7), 8, torch.bfloat16))
-    assert choose(x, weight, bias, residual) == "torch"
+    assert choose_depthwise_impl(x, weight, bias, residual) == "torch"
     if DEVICE == "cuda":
         x, weight, bias, residual = (t.cuda() for t in (x, weight, bias, residual))
-        assert choose(x, weight, bias, residual) == "triton"
-        assert choose(x.float(), weight.float()) == "torch"
-        assert choose(x, weight.float()) == "torch", "eager says what is wrong with it"
-        assert choose(x, weight.new_empty(8, 1, 7, 7)) == "torch"
+        assert choose_depthwise_impl(x, weight, bias, residual) == "triton"
+        assert choose_depthwise_impl(x.float(), weight.float()) == "torch"
+        assert choose_depthwise_impl(x, weight.float()) == "torch", "eager says what is wrong with it"
+        assert choose_depthwise_impl(x, weight.new_empty(8, 1, 7, 7)) == "torch"
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            assert choose(x.float(), weight.float()) == "triton"
+            assert choose_depthwise_impl(x.float(), weight.float()) == "triton"
 
 
 def test_what_it_cannot_do_is_explained(monkeypatch):

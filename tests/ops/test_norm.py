@@ -322,13 +322,15 @@ def test_auto_takes_it_on_a_gpu_in_low_precision():
 
 
 def test_auto_leaves_derivatives_of_any_kind_off_a_gpu():
-    x, weight, bias = torch.randn(3, 5, 24), torch.randn(24), torch.randn(24)
+    # in double precision, for the two derivatives are sums in another order
+    generator = torch.Generator().manual_seed(0)
+    x, tangent = torch.randn(2, 3, 5, 24, dtype=torch.float64, generator=generator)
+    weight, bias = torch.randn(2, 24, dtype=torch.float64, generator=generator)
 
     def call(x):
         total, out = add_layer_norm(x, x, weight, bias, EPS)
         return (total + layer_norm(out, weight, bias, EPS)).square().sum()
 
-    tangent = torch.randn_like(x)
     gradient = torch.func.grad(call)(x)
     torch.testing.assert_close(torch.func.jvp(call, (x,), (tangent,))[1], (gradient * tangent).sum())
     assert torch.func.vmap(torch.func.grad(call))(x).shape == x.shape

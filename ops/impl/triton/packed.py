@@ -75,7 +75,7 @@ def settings_for(qkv: torch.Tensor, num_heads: int, num_regions: int, topk: int,
 
 
 def _of_kernels(tables: Tables, dense: bool) -> tuple[torch.Tensor, ...]:
-    """Those that attention's kernels read."""
+    """The tables that the kernels of attention read."""
     return (tables.query_bits, tables.key_bits) if dense else (tables.routes, tables.members, tables.bounds)
 
 
