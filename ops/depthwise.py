@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .layout import conv_channels_last
-from .support import triton_unsupported
+from .support import LOW_PRECISION, triton_unsupported
 
 _TRITON_KERNELS = (3, 5)
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -55,7 +55,7 @@ def choose_depthwise_impl(x: torch.Tensor, weight: torch.Tensor, bias=None, resi
 
     "triton" in low precision on a GPU that can run it. Off a GPU, and in float32, all stays as PyTorch computes it.
     """
-    low_precision = x.is_cuda and _computed_in(x) in (torch.bfloat16, torch.float16)
+    low_precision = x.is_cuda and _computed_in(x) in LOW_PRECISION
     return "triton" if low_precision and not depthwise_unsupported("triton", x, weight, bias, residual) else "torch"
 
 

@@ -19,7 +19,7 @@ def launch(kernel, programs: int, tensors: tuple, numbers: tuple, constants: dic
     Args:
         kernel: A function decorated with `triton.jit`, of tensors, numbers and constants in this order.
         programs: Size of the one-dimensional grid.
-        tensors: Its tensors; None for those that are not there, but the first.
+        tensors: Its tensors, the first on the GPU; others may be None.
         numbers: Its numbers, and tuples of numbers.
         constants: Its constants and launch options by name. Never changed.
     """

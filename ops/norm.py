@@ -2,9 +2,8 @@
 import torch
 import torch.nn.functional as F
 
-from .support import LAYER_IMPLS, triton_unsupported
+from .support import LAYER_IMPLS, LOW_PRECISION, triton_unsupported
 
-_LOW_PRECISION = (torch.bfloat16, torch.float16)
 _TRITON_CHANNELS = 4096  # a program holds whole rows
 
 
@@ -62,7 +61,7 @@ def _auto_dtype(*inputs: torch.Tensor) -> torch.dtype | None:
     if not inputs[0].is_cuda or torch.compiler.is_compiling():
         return None
     dtype = _fused_dtype(*inputs[:-2])
-    return dtype if dtype in _LOW_PRECISION and norm_unsupported("triton", *inputs) is None else None
+    return dtype if dtype in LOW_PRECISION and norm_unsupported("triton", *inputs) is None else None
 
 
 def _resolve(impl: str, *inputs: torch.Tensor) -> torch.dtype | None:

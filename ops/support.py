@@ -120,6 +120,7 @@ def warn_of_fallback(reason: str):
         _warn_once(reason)
 
 
+LOW_PRECISION = (torch.bfloat16, torch.float16)
 LAYER_IMPLS = ("torch", "triton")  # of layer norm and depthwise convolution
 
 
@@ -133,4 +134,4 @@ def check_layer_impl(impl: str):
 
 
 def in_low_precision_on_gpu(x: torch.Tensor) -> bool:
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+    return x.is_cuda and x.dtype in LOW_PRECISION

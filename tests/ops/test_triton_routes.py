@@ -4,13 +4,12 @@ import torch
 
 from ops import RegionGrid, Routing, route_regions
 
-triton = pytest.importorskip("triton")
-import triton.language as tl  # noqa: E402
+pytest.importorskip("triton")
 
-from ops.impl.triton import op as fused_op  # noqa: E402
-from ops.impl.triton.routes import fused_routes  # noqa: E402
+from helpers.interpreter import DEVICE, needs_working_device
+from ops.impl.triton import op as fused_op
+from ops.impl.triton.routes import fused_routes
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 # (query map, query regions, key map, key regions)
@@ -30,29 +29,6 @@ LARGE = {
     "50 x 84": ((50, 84), 7, (50, 84), 7),
     "agents": ((7, 7), 7, (56, 56), 7),
 }
-
-
-@triton.jit
-def _count_kernel(count_ptr, stop):
-    count = 0
-    for _ in range(0, stop):
-        count += 1
-    tl.store(count_ptr, count)
-
-
-def has_working_device():
-    """Interpreters up to Triton 3.6 end a loop by what NumPy from 2.4 on refuses to convert to an integer."""
-    count = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    try:
-        _count_kernel[(1,)](count, 3)
-    except triton.runtime.errors.InterpreterError:
-        return False
-    return count.item() == 3
-
-
-needs_kernels = pytest.mark.skipif(
-    not has_working_device(), reason="this interpreter of Triton does not work with this NumPy"
-)
 
 
 def make_maps(case, dtype=torch.float32, batch=3, heads=2, head_dim=16):
@@ -85,7 +61,7 @@ def check(maps, topk, dense):
         assert table.dtype == expected_table.dtype and table.is_contiguous() and table.equal(expected_table)
 
 
-@needs_kernels
+@needs_working_device
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("topk", [1, 4, 64])
 @pytest.mark.parametrize("name", ["ragged", "one token", "small queries on a large map"])
@@ -93,7 +69,7 @@ def test_equals_pytorch(name, topk, dense):
     check(make_maps(SMALL[name]), topk, dense)
 
 
-@needs_kernels
+@needs_working_device
 @pytest.mark.slow
 @pytest.mark.parametrize("topk,dense", [(16, False), (4, True)])
 @pytest.mark.parametrize("name", SMALL)
@@ -101,7 +77,7 @@ def test_equals_pytorch_on_every_kind_of_map(name, topk, dense):
     check(make_maps(SMALL[name], torch.bfloat16, batch=2), topk, dense)
 
 
-@needs_kernels
+@needs_working_device
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [4, 12, 24, 40, 96])
 def test_any_type_and_width(dtype, head_dim):
@@ -132,7 +108,7 @@ def test_equals_pytorch_on_the_networks_maps(name, dtype, heads, dense):
         assert all(a is b is None or a.equal(b) for a, b in zip(tables, again, strict=True))
 
 
-@needs_kernels
+@needs_working_device
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
 def test_equal_scores_go_to_the_smaller_region(value):
@@ -143,7 +119,7 @@ def test_equal_scores_go_to_the_smaller_region(value):
     assert routes.equal(torch.arange(4, device=DEVICE).expand(1, num_regions, 4))
 
 
-@needs_kernels
+@needs_working_device
 def test_what_is_not_a_number_is_routed_to_first():
     """As PyTorch's top-k sorts it; the rest keeps its order."""
     query, key, *grids = make_maps(SMALL["ragged"], batch=1)
@@ -152,7 +128,7 @@ def test_what_is_not_a_number_is_routed_to_first():
     assert routes.equal(route_regions(query, key, *grids, 4).routes) and (routes[..., 0] == 3).all()
 
 
-@needs_kernels
+@needs_working_device
 @pytest.mark.parametrize("dense", [False, True])
 def test_what_surrounds_the_maps_in_memory_is_not_read(dense):
     maps = make_maps(SMALL["ragged"])
@@ -165,13 +141,13 @@ def test_what_surrounds_the_maps_in_memory_is_not_read(dense):
     check((*around, *maps[2:]), 2, dense)
 
 
-@needs_kernels
+@needs_working_device
 def test_empty_batch():
     tables = fused_routes(*make_maps(SMALL["ragged"], batch=0), 2, False)
     assert tables.routes.shape == (0, 4, 2) and tables.members.shape == (0, 8) and tables.bounds.shape == (0, 5)
 
 
-@needs_kernels
+@needs_working_device
 def test_no_gradient_flows():
     query, key, *grids = make_maps(SMALL["ragged"], batch=1)
     routes = fused_routes(query.requires_grad_(), key.requires_grad_(), *grids, 2, False).routes
