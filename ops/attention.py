@@ -1,7 +1,8 @@
 """The public call of routed attention: check the inputs, choose an implementation, dispatch."""
 import torch
 
-from .impl import gather, masked
+from .impl import gather
+from .impl.blocks import chunked_attention, masked_attention
 from .routing import Routing
 from .support import triton_unsupported, warn_of_fallback
 
@@ -12,15 +13,18 @@ def _triton(*args):
     return triton.routed_attention(*args)
 
 
-_BACKENDS = {"triton": _triton, "gather": gather.routed_attention, "masked": masked.routed_attention}
+_BACKENDS = {
+    "triton": _triton,
+    "chunked": chunked_attention,
+    "masked": masked_attention,
+    "gather": gather.routed_attention,
+}
 IMPLS = tuple(_BACKENDS)
 
-# Copying one gathered key costs as much as attending to it from this many queries. Fitted on the CPU in float32, on
-# BiFormer's stages at 224; `scripts/benchmark.py op` measures it.
-GATHER_COPY_COST = 20
-
-# The faster of two implementations is left where one image takes it more bytes than this, and the other fewer.
-IMAGE_BYTES = 2**30
+# Fitted to `scripts/benchmark.py choice` on the CPU: what a key costs each query under a mask, and what the copy of a
+# key costs, both in units of attending to a key that lies there.
+MASK_COST = 1.25
+COPY_COST = 33
 
 _TRITON_HEAD_DIM = 128
 
@@ -46,45 +50,27 @@ def unsupported(impl: str, query: torch.Tensor | None = None) -> str | None:
     return None
 
 
-def _costs(query: torch.Tensor, routing: Routing) -> dict[str, tuple[float, int]]:
-    """Of `masked` and `gather`: keys touched for each query, and bytes for one image beside inputs and output."""
-    routes, q, k, _ = routing
-    heads, head_dim = query.shape[-2:]
-    gathered_keys = routes.shape[-1] * k.tokens_per_region
-    # Keys and values are copied for each query region; its logits and their softmax live side by side.
-    gathered = 2 * heads * q.num_regions * gathered_keys * (head_dim + q.tokens_per_region)
-    everything_routed = routes.shape[-1] == k.num_regions
-    # A mask is made of whole regions, and copied where padding is cut off.
-    masks = 0 if everything_routed else 2 if q.is_padded or k.is_padded else 1
-    masked = masks * q.height * q.width * k.height * k.width
-    size = query.element_size()
-    return {
-        "masked": (k.height * k.width, masked * size),
-        "gather": (gathered_keys * (1 + GATHER_COPY_COST / q.tokens_per_region), gathered * size),
-    }
-
-
 def choose_impl(query: torch.Tensor, routing: Routing) -> str:
     """The implementation that `impl="auto"` takes for (B, Hq, Wq, heads, head_dim) queries and their routing.
 
     On a GPU `triton`, except where every region is routed to every other: that is dense attention, for which `masked`
     calls PyTorch's own kernel without a mask. Where the installation keeps a GPU from `triton`, a warning says so once.
 
-    Elsewhere the one that touches fewer keys for each query: `masked` attends to all Hk * Wk keys; `gather` attends to
-    K * Tk keys, and copies each of them once for the Tq queries of a region, which is expensive where query regions are
-    small. But where that one takes more than `IMAGE_BYTES` for an image (a mask of Hq * Wq * Hk * Wk numbers; copies
-    and logits of the gathered keys) and the other less than it, the other. The batch plays no part: one image is
-    computed as many are, and a model is exported for any number of them.
+    Elsewhere the faster of `masked`, by which every query attends to all Hk * Wk keys, and `chunked`, by which it
+    attends to K * Tk copies: each is made once for the Tq queries of a region, which is expensive where regions are
+    small. Memory plays no part, which is bounded for both, nor does the batch: a model is exported for any number of
+    images.
     """
-    everything_routed = routing.routes.shape[-1] == routing.key_grid.num_regions
+    routes, q, k, _ = routing
+    everything_routed = routes.shape[-1] == k.num_regions
     if query.device.type == "cuda" and not everything_routed:
         reason = unsupported("triton", query)
         if reason is None:
             return "triton"
         warn_of_fallback(reason)
-    costs = _costs(query, routing)
-    fast, slow = ("masked", "gather") if costs["masked"][0] <= costs["gather"][0] else ("gather", "masked")
-    return slow if costs[fast][1] > max(IMAGE_BYTES, costs[slow][1]) else fast
+    masked = k.height * k.width * MASK_COST
+    chunked = routes.shape[-1] * k.tokens_per_region * (1 + COPY_COST / q.tokens_per_region)
+    return "chunked" if chunked < masked and not everything_routed else "masked"
 
 
 def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, routing: Routing):
@@ -135,8 +121,9 @@ def routed_attention(
             in regions. The indices are not checked, which would wait for the device; the result for a region that is
             listed twice is undefined.
         scale: Factor of the logits, head_dim ** -0.5 unless given.
-        impl: "triton" (fused, for GPUs), "gather" (the paper's formulation, plain products), "masked" (dense attention
-            under a mask), or "auto" (see `choose_impl`).
+        impl: "triton" (fused, for GPUs), "chunked" (copies of the routed keys, one block of queries at a time),
+            "masked" (all keys under a mask, one block at a time), "gather" (the paper's formulation, plain products of
+            copies of all at once), or "auto" (see `choose_impl`).
 
     Returns:
         (B, Hq, Wq, heads, head_dim), of the query's dtype.

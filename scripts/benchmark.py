@@ -3,6 +3,7 @@
     python scripts/benchmark.py models biformer_tiny swin_tiny_patch4_window7_224 --batch_size 8
     python scripts/benchmark.py models biformer_tiny biformer_tiny:attn_impl=gather --modes infer
     python scripts/benchmark.py op --batch_size 8
+    python scripts/benchmark.py choice --budget 600         # what `auto` chooses, on shapes drawn from a grid
     python scripts/benchmark.py data --data_path FOLDER     # images/s of a core, and cores for one GPU
     python scripts/benchmark.py broad                       # BViT's broad attention beside its network
     python scripts/benchmark.py all                         # op, models and profile, within a budget of seconds
@@ -27,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from ops import IMPLS  # noqa: E402
-from scripts.bench import attention, loader, models, suite, tables  # noqa: E402
+from scripts.bench import attention, choice, loader, models, suite, tables  # noqa: E402
 from scripts.bench.suite import Case  # noqa: E402
 from scripts.bench.timing import machine  # noqa: E402
 from utils import UserError, replace_file  # noqa: E402
@@ -69,7 +70,11 @@ def broad_cases(args: argparse.Namespace) -> list[Case]:
     return [Case("broad", name, partial(models.measure_broad, name, args.batch_size)) for name in args.models]
 
 
-CASES = {"all": all_cases, "models": models_cases, "op": op_cases, "broad": broad_cases}
+def choice_cases(args: argparse.Namespace) -> list[Case]:
+    return [Case("choice", name, measure) for name, measure in choice.cases()]
+
+
+CASES = {"all": all_cases, "models": models_cases, "op": op_cases, "broad": broad_cases, "choice": choice_cases}
 
 
 def record_path(args: argparse.Namespace, about: dict) -> Path:
@@ -87,6 +92,8 @@ def collect(record: dict, sections: dict[str, dict], args: argparse.Namespace):
     if args.command != "all":
         found = sections[args.command]
         record.update(results=found["rows"], failed=found["failed"])
+        if args.command == "choice":
+            record.update(results=choice.summary(found["rows"]), shapes=found["rows"])
         if args.command == "data":
             record["cores"] = loader.cores(dict(args.rate) or loader.EXAMPLE_RATES, found["rows"])
         return
@@ -161,8 +168,11 @@ def build_parser() -> argparse.ArgumentParser:
     of_data.add_argument("--rate", type=named_rate, action="append", default=[], metavar="[NAME=]RATE",
                          help="images/s that a GPU trains on")
     of_data.set_defaults(device="cpu", threads=1)
+    of_choice = commands.add_parser("choice", help="what `auto` chooses on the CPU, beside all that it could choose")
+    of_choice.set_defaults(device="cpu", threads=None)
     of_all = commands.add_parser("all", help="op, models, growing images and a profile, within a budget of seconds")
-    of_all.add_argument("--budget", type=float, default=480, help="seconds; what does not fit is left out")
+    for command in (of_choice, of_all):
+        command.add_argument("--budget", type=float, default=480, help="seconds; what does not fit is left out")
     of_all.add_argument("--sections", nargs="+", choices=suite.SECTIONS, default=list(suite.SECTIONS))
     of_plot = commands.add_parser("plot", help="draw a record of `all` again, beside it")
     of_plot.add_argument("record", type=Path)
@@ -173,7 +183,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--batch_size", type=int, default=8)
     for command in (of_models, of_op, of_broad, of_data):
         command.add_argument("--rounds", type=int, default=15)
-    for command in (of_models, of_op, of_broad, of_data, of_all):
+    for command in (of_models, of_op, of_broad, of_data, of_choice, of_all):
         command.add_argument("--output", type=Path, default=ROOT / "benchmarks", help="folder of the results")
     for command in (of_models, of_op, of_broad, of_all):
         command.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
@@ -193,7 +203,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--device {args.device}: PyTorch sees no CUDA GPU here")
     if args.command == "data" and args.images < 1:
         parser.error("--images must be at least 1")
-    if args.command == "all" and args.budget <= 0:
+    if getattr(args, "budget", 1) <= 0:
         parser.error("--budget must be positive")
     if args.command == "plot" and not args.record.is_file():
         parser.error(f"no record at {args.record}")

@@ -49,6 +49,10 @@ CELLS: dict[str, Callable[[dict], str]] = {
     "idle": lambda row: f"{row['idle_share']:.0%}" if row.get("idle_share") is not None else "",
     "ratio": _spread("ratio", "ratio_quartiles"),
     "x floor": _number("times_floor", 2),
+    "slower": lambda row: f"{row['slower']:.0%}",
+    "median": _number("median"),
+    "decile": _number("decile"),
+    "worst": _number("worst"),
     "MiB": _number("peak_memory_mb"),
     "MiB an image": _number("mb_per_image"),
     "error": _number("error", 2),
@@ -112,6 +116,12 @@ TABLES = {
     "breakdown": Table(
         "A training step", "Device time (of ops, on the CPU) by torch.profiler; `idle` is how long the GPU waits.",
         ("model", "batch", "kind", "group or kernel", "of group"), ("ms a step", "share", "idle"),
+    ),
+    "choice": Table(
+        "The choice of an implementation",
+        "Time of what `auto` chooses over that of the reference; `slower` is the share of shapes where it takes more "
+        "than 5 % longer. `best` is the fastest implementation, `dense` attends to the whole map, without routing.",
+        ("threads", "dtype", "mode", "reference"), ("shapes", "slower", "median", "decile", "worst"),
     ),
     "broad": Table("Broad attention", "Inference; MiB beyond the inputs.", ("model", "batch", "part"), ("ms", "MiB")),
     "data": Table(

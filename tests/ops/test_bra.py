@@ -30,7 +30,7 @@ def test_is_the_published_formula():
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("impl", ["gather", "masked", "auto"])
+@pytest.mark.parametrize("impl", ["chunked", "masked", "gather", "auto"])
 @pytest.mark.parametrize("size", [(14, 14), (9, 13)])
 def test_compiles_into_one_graph(size, impl):
     attention = BiLevelRoutingAttention(dim=16, num_heads=2, topk=4, attn_impl=impl)

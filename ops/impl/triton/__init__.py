@@ -7,6 +7,7 @@ their inverse, 64 bits for each query of an image. Imported when it is first cal
 import torch
 
 from ...routing import Routing
+from ..autocast import cast_inputs
 from .op import forward, route_bits
 from .tuning import is_dense
 
@@ -20,10 +21,7 @@ def routed_attention(
     dense: bool | None = None,
 ) -> torch.Tensor:
     """See `ops.routed_attention`. `dense` overrules `tuning.is_dense`, for measurements."""
-    device = query.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = cast_inputs(query, key, value)
     routes, query_grid, key_grid, _ = routing
     if dense is None:
         dense = is_dense(query_grid, key_grid, routes.shape[2])

@@ -1,0 +1,127 @@
+"""The operators, opaque to torch.compile, export and autograd.
+
+    routed_attention::blocks           (query, key, value, routes, grids, scale, masked) -> (out, lse)
+    routed_attention::blocks_backward  (..., out, grad_out, lse, ...) -> (grad_query, grad_key, grad_value)
+
+A grid is passed as its [rows, cols]; the map's shape says the rest.
+"""
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from ...regions import RegionGrid
+from . import chunked
+from . import masked as masked_blocks
+from .problem import Found, Problem
+
+_SETTINGS = "int[] query_regions, int[] key_regions, float scale, bool masked"
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor routes"
+
+
+def _problems(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    routes: torch.Tensor,
+    query_regions: Sequence[int],
+    key_regions: Sequence[int],
+    scale: float,
+    masked: bool,
+) -> Iterator[tuple[slice, Problem]]:
+    """As many images at once as the cache holds."""
+    grids = (RegionGrid(*x.shape[1:3], *regions) for x, regions in ((query, query_regions), (key, key_regions)))
+    whole = Problem(query, key, value, routes, *grids, scale)
+    step = max(1, (masked_blocks if masked else chunked).images_at_once(whole))
+    for start in range(0, len(query), step):
+        images = slice(start, start + step)
+        yield images, whole.of(images)
+
+
+def _allocate(query: torch.Tensor, query_regions: Sequence[int], masked: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output, and a number for each query and head, in the order in which the blocks compute them."""
+    batch, height, width, heads, _ = query.shape
+    tokens = height * width
+    if not masked:
+        grid = RegionGrid(height, width, *query_regions)
+        tokens = grid.num_regions * grid.tokens_per_region
+    lse = query.new_empty((batch, tokens * heads), dtype=torch.promote_types(query.dtype, torch.float32))
+    return torch.empty_like(query, memory_format=torch.contiguous_format), lse
+
+
+@torch.library.custom_op(
+    "routed_attention::blocks", mutates_args=(), schema=f"({_INPUTS}, {_SETTINGS}) -> (Tensor out, Tensor lse)"
+)
+def forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    routes: torch.Tensor,
+    query_regions: Sequence[int],
+    key_regions: Sequence[int],
+    scale: float,
+    masked: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = _allocate(query, query_regions, masked)
+    attend = masked_blocks.forward if masked else chunked.forward
+    for images, problem in _problems(query, key, value, routes, query_regions, key_regions, scale, masked):
+        attend(problem, out[images], lse[images])
+    return out, lse
+
+
+@forward.register_fake
+def _(query, key, value, routes, query_regions, key_regions, scale, masked):
+    return _allocate(query, query_regions, masked)
+
+
+@torch.library.custom_op(
+    "routed_attention::blocks_backward",
+    mutates_args=(),
+    schema=f"({_INPUTS}, Tensor out, Tensor grad_out, Tensor lse, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
+)
+def backward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    routes: torch.Tensor,
+    out: torch.Tensor,
+    grad_out: torch.Tensor,
+    lse: torch.Tensor,
+    query_regions: Sequence[int],
+    key_regions: Sequence[int],
+    scale: float,
+    masked: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grads = _allocate_gradients(query, key, value)
+    gradients = masked_blocks.backward if masked else chunked.backward
+    for images, problem in _problems(query, key, value, routes, query_regions, key_regions, scale, masked):
+        found = Found(out[images], grad_out[images], lse[images])
+        gradients(problem, found, tuple(grad[images] for grad in grads))
+    return grads
+
+
+def _allocate_gradients(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
+
+
+@backward.register_fake
+def _(query, key, value, routes, out, grad_out, lse, query_regions, key_regions, scale, masked):
+    return _allocate_gradients(query, key, value)
+
+
+def _save_for_backward(ctx, inputs, output):
+    query, key, value, routes, *ctx.settings = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, key, value, routes, out, lse)
+
+
+def _gradients(ctx, grad_out, _grad_lse):
+    nones = (None,) * (1 + len(ctx.settings))
+    if grad_out is None:
+        return None, None, None, *nones
+    query, key, value, routes, out, lse = ctx.saved_tensors
+    return *backward(query, key, value, routes, out, grad_out, lse, *ctx.settings), *nones
+
+
+forward.register_autograd(_gradients, setup_context=_save_for_backward)

@@ -1,0 +1,33 @@
+"""Maps as rows: the tokens of one region and head side by side in memory."""
+import torch
+from einops import rearrange
+
+from ..regions import RegionGrid
+
+
+def to_rows(x_BHWND: torch.Tensor, grid: RegionGrid) -> torch.Tensor:
+    """(B, H, W, N, D) -> (B * R * N, T, D), zeros where a region is padded."""
+    return rearrange(grid.pad(x_BHWND), "b (y h) (x w) n d -> (b y x n) (h w) d", y=grid.rows, x=grid.cols)
+
+
+def from_rows(rows: torch.Tensor, grid: RegionGrid, num_heads: int) -> torch.Tensor:
+    """(B * R * N, T, D) -> (B, H, W, N, D), without the padding."""
+    sizes = dict(y=grid.rows, x=grid.cols, n=num_heads, h=grid.region_height)
+    return grid.crop(rearrange(rows, "(b y x n) (h w) d -> b (y h) (x w) n d", **sizes))
+
+
+def write_rows(rows: torch.Tensor, grid: RegionGrid, out_BHWND: torch.Tensor):
+    """`from_rows` into a map that is there: without padding, one copy instead of two."""
+    if grid.is_padded:
+        out_BHWND.copy_(from_rows(rows, grid, out_BHWND.shape[-2]))
+        return
+    view = rearrange(out_BHWND, "b (y h) (x w) n d -> b y x n h w d", y=grid.rows, x=grid.cols)
+    view.copy_(rows.view(view.shape))
+
+
+def row_index(routes_BRK: torch.Tensor, num_regions: int, num_heads: int) -> torch.Tensor:
+    """Which of the keys' rows each row of queries is routed to, (B * Rq * N, K); there are `num_regions` of keys."""
+    images_B = torch.arange(routes_BRK.shape[0], device=routes_BRK.device)
+    heads_N = torch.arange(num_heads, device=routes_BRK.device)
+    region_BRK = images_B[:, None, None] * num_regions + routes_BRK
+    return (region_BRK[:, :, None, :] * num_heads + heads_N[:, None]).flatten(0, 2)

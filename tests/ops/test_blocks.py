@@ -1,0 +1,168 @@
+"""Attention one block at a time: how maps are cut into blocks does not matter, nor which transform calls them."""
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from helpers.routed_reference import routed_attention as reference
+from ops import BiLevelRoutingAttention, RegionGrid, route_regions, routed_attention
+from ops.impl.blocks import chunked, masked, op, products
+from scripts.bench.timing import peak_memory
+
+from .test_attention import CASES, make_inputs
+
+IMPLS = ("chunked", "masked")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def no_mask_is_small(monkeypatch):
+    """The maps of these tests are: PyTorch's attention would take their masks whole."""
+    monkeypatch.setattr("ops.impl.blocks._SMALL_MASK_BYTES", 0)
+
+
+def results(inputs, impl, scale=0.3):
+    """The output and the gradients of query, key and value."""
+    upstream = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    out = routed_attention(*inputs, scale=scale, impl=impl)
+    return out, *torch.autograd.grad(out, inputs[:3], upstream.to(out.dtype))
+
+
+def limit_blocks(monkeypatch, size):
+    for module in (chunked, masked):
+        monkeypatch.setattr(module, "block_bytes", lambda device: size)
+    monkeypatch.setattr(masked, "_LEAST_QUERIES", 1)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("case", CASES)
+def test_plain_products_agree_with_the_formula(case, impl, monkeypatch):
+    """Where PyTorch has no fused attention for blocks: not on the CPU, but they can be tried there."""
+    monkeypatch.setattr(products, "is_fused", lambda x: False)
+    inputs = make_inputs(case, requires_grad=True)
+    expected = reference(*inputs, scale=0.3)
+    upstream = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected = expected, *torch.autograd.grad(expected, inputs[:3], upstream)
+    for result, expect in zip(results(inputs, impl), expected, strict=True):
+        torch.testing.assert_close(result, expect, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("case", ["ragged", "all regions", "small queries on a large map", "one row"])
+def test_small_blocks_add_up(case, impl, monkeypatch):
+    inputs = make_inputs(case, torch.float32, batch=3, requires_grad=True)
+    whole = results(inputs, impl)
+    for size in (1, 1000, 4000):
+        limit_blocks(monkeypatch, size)
+        for result, expect in zip(results(inputs, impl), whole, strict=True):
+            torch.testing.assert_close(result, expect)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_one_image_is_computed_as_many_are(impl, monkeypatch):
+    limit_blocks(monkeypatch, 3000)
+    inputs = make_inputs("ragged", torch.float32, batch=4, requires_grad=True)
+    together = results(inputs, impl)[0]
+    *maps, routing = inputs
+    for i in range(4):
+        alone = routed_attention(*(x[i : i + 1] for x in maps), routing._replace(routes=routing.routes[i : i + 1]),
+                                 scale=0.3, impl=impl)
+        torch.testing.assert_close(alone, together[i : i + 1])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_repeats_bit_for_bit(impl, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        inputs = make_inputs("more ragged", torch.float32, batch=9, head_dim=32, requires_grad=True)
+        first = results(inputs, impl)
+        for _ in range(3):
+            assert all(map(torch.equal, results(inputs, impl), first))
+    finally:
+        torch.set_num_threads(before)
+
+
+def peak(impl, side, regions, topk, train):
+    """MiB beyond the inputs, and MiB of a map."""
+    grid = RegionGrid.fit(side, side, regions)
+    maps = [torch.randn(1, side, side, 2, 32, requires_grad=train) for _ in range(3)]
+    routing = route_regions(*maps[:2], grid, grid, topk)
+
+    def run():
+        out = routed_attention(*maps, routing, impl=impl)
+        if train:
+            torch.autograd.grad(out, maps, torch.ones_like(out))
+
+    run()
+    return peak_memory(run, CPU), maps[0].numel() * 4 / 2**20
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_memory_is_of_maps_and_one_block(impl, train):
+    """`gather` holds keys and values 40 times, a whole mask would be as large as 98 maps."""
+    megabytes, one_map = peak(impl, 112, 14, 20, train)
+    block = torch.get_num_threads() + (256 * 112**2 * 4 / 2**20 if impl == "masked" else 0)
+    assert megabytes < (16 if train else 7) * one_map + 2 * block
+    assert peak("gather", 112, 14, 20, False)[0] > 40 * one_map
+
+
+def module(impl, regions=4):
+    return BiLevelRoutingAttention(dim=16, num_heads=2, num_regions=regions, topk=3, attn_impl=impl)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("impl", IMPLS)
+def test_exports_as_one_operator(impl):
+    attention = module(impl)
+    x = torch.randn(2, 9, 7, 16)
+    program = torch.export.export(attention, (x,), dynamic_shapes=({0: torch.export.Dim("batch", max=64)},))
+    assert sum("routed_attention.blocks" in str(node.target) for node in program.graph.nodes) == 1
+    torch.testing.assert_close(program.module()(x[:1]), attention(x[:1]))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_operator_is_registered_as_pytorch_expects(impl):
+    query, key, value, routing = make_inputs("ragged", torch.float32, requires_grad=True)
+    grids = [[grid.rows, grid.cols] for grid in routing[1:3]]
+    torch.library.opcheck(op.forward, (query, key, value, routing.routes, *grids, 0.3, impl == "masked"))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_activation_checkpointing(impl):
+    attention, x = module(impl), torch.randn(1, 5, 7, 16, requires_grad=True)
+    (expected,) = torch.autograd.grad(attention(x).square().sum(), x)
+    (again,) = torch.autograd.grad(checkpoint(attention, x, use_reentrant=False).square().sum(), x)
+    assert again.equal(expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_transforms_of_torch_func(impl):
+    """They know no operators of ours, and get plain ones."""
+    attention, x = module(impl).double(), torch.randn(3, 5, 7, 16, dtype=torch.float64)
+
+    def loss(image):
+        return attention(image[None]).square().sum()
+
+    torch.testing.assert_close(torch.func.vmap(loss)(x), torch.stack([loss(image) for image in x]))
+    images = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(sum(map(loss, images)), images)
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(x), expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_second_derivatives_are_refused(impl):
+    x = torch.randn(1, 5, 7, 16, requires_grad=True)
+    (grad,) = torch.autograd.grad(module(impl)(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="blocks_backward"):
+        torch.autograd.grad(grad.sum(), x)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_without_gradients_of_some_inputs(impl):
+    query, key, value, routing = make_inputs("ragged", requires_grad=True)
+    out = routed_attention(query.detach(), key, value.detach(), routing, impl=impl)
+    expected = torch.autograd.grad(reference(query, key, value, routing, 8**-0.5).sum(), key)[0]
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), key)[0], expected, rtol=1e-11, atol=1e-11)
