@@ -15,12 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import training.threads  # before torch  # noqa: F401  # isort: skip
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import datasets
 from tasks.classification.images import ImagePipeline
