@@ -5,6 +5,7 @@ from .impl import gather
 from .impl.blocks import chunked_attention, masked_attention
 from .routing import Routing
 from .support import triton_unsupported, warn_of_fallback
+from .transforms import needs_plain_operators
 
 
 def _triton(*args):
@@ -13,9 +14,13 @@ def _triton(*args):
     return triton.routed_attention(*args)
 
 
+def _chunked(*args):
+    return (gather.routed_attention if needs_plain_operators() else chunked_attention)(*args)
+
+
 _BACKENDS = {
     "triton": _triton,
-    "chunked": chunked_attention,
+    "chunked": _chunked,
     "masked": masked_attention,
     "gather": gather.routed_attention,
 }
@@ -23,8 +28,10 @@ IMPLS = tuple(_BACKENDS)
 
 # Fitted to `scripts/benchmark.py choice` on the CPU: what a key costs each query under a mask, and what the copy of a
 # key costs, both in units of attending to a key that lies there.
-MASK_COST = 1.25
-COPY_COST = 33
+MASK_COST = 1.3
+COPY_COST = 29
+REGION_COST = 1400
+QUERY_COST = 95
 
 _TRITON_HEAD_DIM = 128
 
@@ -69,7 +76,8 @@ def choose_impl(query: torch.Tensor, routing: Routing) -> str:
             return "triton"
         warn_of_fallback(reason)
     masked = k.height * k.width * MASK_COST
-    chunked = routes.shape[-1] * k.tokens_per_region * (1 + COPY_COST / q.tokens_per_region)
+    copied = routes.shape[-1] * k.tokens_per_region
+    chunked = copied + QUERY_COST + (copied * COPY_COST + REGION_COST) / q.tokens_per_region
     return "chunked" if chunked < masked and not everything_routed else "masked"
 
 

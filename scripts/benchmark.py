@@ -21,11 +21,12 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
-import timm
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import training.threads  # before torch, as main.py does  # noqa: E402, F401  # isort: skip
+import timm  # noqa: E402
+import torch  # noqa: E402
 
 from ops import IMPLS  # noqa: E402
 from scripts.bench import attention, choice, loader, models, suite, tables  # noqa: E402

@@ -28,4 +28,4 @@ def limit_spinning(environment: MutableMapping[str, str] = os.environ) -> bool:
     return True
 
 
-CHANGED = limit_spinning()
+limit_spinning()

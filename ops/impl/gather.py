@@ -8,7 +8,7 @@ from einops import rearrange
 
 from ..regions import RegionGrid
 from ..routing import Routing
-from .rows import from_rows, row_index, to_rows
+from ..rows import from_rows, row_index, to_rows
 
 
 def _gather(x_BHWND: torch.Tensor, grid: RegionGrid, rows_PK: torch.Tensor) -> torch.Tensor:

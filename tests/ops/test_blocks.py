@@ -3,12 +3,11 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from helpers.routed_inputs import CASES, make_inputs
 from helpers.routed_reference import routed_attention as reference
 from ops import BiLevelRoutingAttention, RegionGrid, route_regions, routed_attention
 from ops.impl.blocks import chunked, masked, op, products
 from scripts.bench.timing import peak_memory
-
-from .test_attention import CASES, make_inputs
 
 IMPLS = ("chunked", "masked")
 CPU = torch.device("cpu")
@@ -33,11 +32,12 @@ def limit_blocks(monkeypatch, size):
     monkeypatch.setattr(masked, "_LEAST_QUERIES", 1)
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("case", CASES)
-def test_plain_products_agree_with_the_formula(case, impl, monkeypatch):
-    """Where PyTorch has no fused attention for blocks: not on the CPU, but they can be tried there."""
-    monkeypatch.setattr(products, "is_fused", lambda x: False)
+def test_agrees_with_the_formula(case, impl, fused, monkeypatch):
+    """Plain products are for other devices than the CPU, but can be tried there."""
+    monkeypatch.setattr(products, "is_fused", lambda x: fused)
     inputs = make_inputs(case, requires_grad=True)
     expected = reference(*inputs, scale=0.3)
     upstream = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..rows import row_index, to_rows, write_rows
+from ...rows import row_index, to_rows, write_rows
 from .problem import Found, Problem, block_bytes
 from .products import attend, gradients, is_fused
 

@@ -41,10 +41,16 @@ def gradients(
     scale: float,
     bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of query, key and value, which are `inputs`, from `out` and `lse` of `attend`."""
+    """The gradients of query, key and value, which are `inputs`, from `out` and `lse` of `attend`.
+
+    Fused, they are float32 at least: PyTorch's operator takes 2 to 20 times as long in 16 bits on a processor that has
+    instructions for them.
+    """
+    if is_fused(inputs[0]):
+        tensors = (x.to(lse.dtype) for x in (grad_out, *inputs, out))
+        bias = None if bias is None else bias.to(lse.dtype)
+        return _flash_backward(*tensors, lse, 0.0, False, attn_mask=bias, scale=scale)
     query, key, value = inputs
-    if is_fused(query):
-        return _flash_backward(grad_out, query, key, value, out, lse, 0.0, False, attn_mask=bias, scale=scale)
     weights = _logits(query, key, scale, bias).sub_(lse[..., None]).exp_()
     delta = (grad_out * out).sum(-1, keepdim=True, dtype=weights.dtype)
     grad_logits = ((grad_out @ value.transpose(-2, -1)).sub(delta) * weights).to(query.dtype) * scale

@@ -7,7 +7,7 @@ their inverse, 64 bits for each query of an image. Imported when it is first cal
 import torch
 
 from ...routing import Routing
-from ..autocast import cast_inputs
+from ...transforms import cast_inputs
 from .op import forward, route_bits
 from .tuning import is_dense
 

@@ -2,7 +2,7 @@
 import torch
 from einops import rearrange
 
-from ..regions import RegionGrid
+from .regions import RegionGrid
 
 
 def to_rows(x_BHWND: torch.Tensor, grid: RegionGrid) -> torch.Tensor:
