@@ -5,9 +5,20 @@ from einops import rearrange
 from .regions import RegionGrid
 
 
+def _by_region_and_head(x_BHWND: torch.Tensor, grid: RegionGrid) -> torch.Tensor:
+    """(B, H, W, N, D) -> (B, Y, X, N, h, w, D), a view where the map needs no padding."""
+    return rearrange(grid.pad(x_BHWND), "b (y h) (x w) n d -> b y x n h w d", y=grid.rows, x=grid.cols)
+
+
 def to_rows(x_BHWND: torch.Tensor, grid: RegionGrid) -> torch.Tensor:
     """(B, H, W, N, D) -> (B * R * N, T, D), zeros where a region is padded."""
-    return rearrange(grid.pad(x_BHWND), "b (y h) (x w) n d -> (b y x n) (h w) d", y=grid.rows, x=grid.cols)
+    return _by_region_and_head(x_BHWND, grid).reshape(-1, grid.tokens_per_region, x_BHWND.shape[-1])
+
+
+def to_rows_of_both(x_BHWND: torch.Tensor, y_BHWND: torch.Tensor, grid: RegionGrid) -> torch.Tensor:
+    """`to_rows` of two maps, (2, B * R * N, T, D)."""
+    views = [_by_region_and_head(z, grid) for z in (x_BHWND, y_BHWND)]
+    return torch.stack(views).view(2, -1, grid.tokens_per_region, x_BHWND.shape[-1])
 
 
 def from_rows(rows: torch.Tensor, grid: RegionGrid, num_heads: int) -> torch.Tensor:
@@ -21,7 +32,7 @@ def write_rows(rows: torch.Tensor, grid: RegionGrid, out_BHWND: torch.Tensor):
     if grid.is_padded:
         out_BHWND.copy_(from_rows(rows, grid, out_BHWND.shape[-2]))
         return
-    view = rearrange(out_BHWND, "b (y h) (x w) n d -> b y x n h w d", y=grid.rows, x=grid.cols)
+    view = _by_region_and_head(out_BHWND, grid)
     view.copy_(rows.view(view.shape))
 
 

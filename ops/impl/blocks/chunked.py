@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from ...rows import row_index, to_rows, write_rows
-from .problem import Found, Problem, block_bytes
+from ...rows import row_index, to_rows, to_rows_of_both, write_rows
+from .problem import Found, Problem, block_bytes, join
 from .products import attend, gradients, is_fused
 
 
@@ -39,7 +39,7 @@ def _padding_bias(problem: Problem) -> torch.Tensor | None:
 def _blocks(problem: Problem) -> Iterator[_Block]:
     """The blocks, one after the other in the same memory."""
     num_regions, num_heads = problem.key_grid.num_regions, problem.num_heads
-    pair = torch.cat([to_rows(x, problem.key_grid) for x in (problem.key, problem.value)])
+    pair = to_rows_of_both(problem.key, problem.value, problem.key_grid).flatten(0, 1)
     blocks = row_index(problem.routes, num_regions, num_heads).split(_block_rows(problem))
     memory = pair.new_empty(2 * blocks[0].numel(), *pair.shape[1:])
     bias_RT = _padding_bias(problem)
@@ -71,7 +71,7 @@ def forward(problem: Problem, out: torch.Tensor, lse: torch.Tensor):
     results = [
         attend(query[block.queries], block.key, block.value, problem.scale, block.bias) for block in _blocks(problem)
     ]
-    found = [torch.cat(parts) for parts in zip(*results, strict=True)]
+    found = [join(parts) for parts in zip(*results, strict=True)]
     write_rows(found[0][:, 0], problem.query_grid, out)
     lse.view(found[1].shape).copy_(found[1])
 
@@ -92,6 +92,6 @@ def backward(problem: Problem, found: Found, grads: tuple[torch.Tensor, torch.Te
         # One row after the other, in the order of the queries: the sums are the same in every run.
         for total, grad in zip(totals, of_keys, strict=True):
             total.index_add_(0, block.rows, grad.reshape(-1, *rows[1:]).to(total.dtype))
-    write_rows(torch.cat(grad_queries), query_grid, grads[0])
+    write_rows(join(grad_queries), query_grid, grads[0])
     for total, grad in zip(totals, grads[1:], strict=True):
         write_rows(total, key_grid, grad)

@@ -9,7 +9,7 @@ import torch
 
 from ...regions import RegionGrid
 from ...routing import Routing
-from .problem import Found, Problem, block_bytes
+from .problem import Found, Problem, block_bytes, join
 from .products import attend, gradients, is_fused
 
 # PyTorch's fused attention multiplies up to this many queries at once.
@@ -81,7 +81,7 @@ def forward(problem: Problem, out: torch.Tensor, lse: torch.Tensor):
     """Write attention, (B, H, W, N, D), and the log-sum-exp of the logits, (B, N * H * W)."""
     query, key, value = (_heads(x) for x in problem[:3])
     results = [attend(query[:, :, part], key, value, problem.scale, bias) for part, bias in _blocks(problem)]
-    found = [torch.cat(parts, dim=2) for parts in zip(*results, strict=True)]
+    found = [join(parts, dim=2) for parts in zip(*results, strict=True)]
     _write(found[0], out)
     lse.view(found[1].shape).copy_(found[1])
 
@@ -98,5 +98,5 @@ def backward(problem: Problem, found: Found, grads: tuple[torch.Tensor, torch.Te
         grad_queries.append(grad_query)
         for total, grad in zip(totals, of_keys, strict=True):
             total += grad
-    for result, grad in zip((torch.cat(grad_queries, dim=2), *totals), grads, strict=True):
+    for result, grad in zip((join(grad_queries, dim=2), *totals), grads, strict=True):
         _write(result, grad)
