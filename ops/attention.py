@@ -26,12 +26,12 @@ _BACKENDS = {
 }
 IMPLS = tuple(_BACKENDS)
 
-# Fitted to `scripts/benchmark.py choice` on the CPU: what a key costs each query under a mask, and what the copy of a
-# key costs, both in units of attending to a key that lies there.
-MASK_COST = 1.3
-COPY_COST = 29
-REGION_COST = 1400
-QUERY_COST = 95
+# Fitted to `scripts/benchmark.py choice` on the CPU, in units of what a key costs a query: copying a key once for a
+# region of queries, computing another region, and bringing another query into the order of regions.
+COPY_COST, REGION_COST, QUERY_COST = 20, 1000, 100
+
+# Copies of few regions of a small image are made at once: blocks of them would save less than their calls cost.
+FEW_REGIONS, FEW_NUMBERS = 4, 2**20
 
 _TRITON_HEAD_DIM = 128
 
@@ -57,16 +57,26 @@ def unsupported(impl: str, query: torch.Tensor | None = None) -> str | None:
     return None
 
 
+def _copies(query: torch.Tensor, routing: Routing) -> str:
+    """The better of the implementations that copy the routed keys."""
+    routes, q, k, _ = routing
+    heads, head_dim = query.shape[-2:]
+    copied = routes.shape[-1] * k.tokens_per_region
+    # Keys and values for each query region; logits and their softmax.
+    numbers = 2 * heads * q.num_regions * copied * (head_dim + q.tokens_per_region)
+    return "gather" if routes.shape[-1] <= FEW_REGIONS and numbers <= FEW_NUMBERS else "chunked"
+
+
 def choose_impl(query: torch.Tensor, routing: Routing) -> str:
     """The implementation that `impl="auto"` takes for (B, Hq, Wq, heads, head_dim) queries and their routing.
 
     On a GPU `triton`, except where every region is routed to every other: that is dense attention, for which `masked`
     calls PyTorch's own kernel without a mask. Where the installation keeps a GPU from `triton`, a warning says so once.
 
-    Elsewhere the faster of `masked`, by which every query attends to all Hk * Wk keys, and `chunked`, by which it
-    attends to K * Tk copies: each is made once for the Tq queries of a region, which is expensive where regions are
-    small. Memory plays no part, which is bounded for both, nor does the batch: a model is exported for any number of
-    images.
+    Elsewhere the fastest by the shape. By `masked` every query attends to all Hk * Wk keys; by `chunked`, to K * Tk
+    copies, each made once for the Tq queries of a region, which is expensive where regions are small. `gather` makes
+    the copies of the whole map at once, and takes the place of `chunked` where they are few and small. The batch plays
+    no part: a model is exported for any number of images.
     """
     routes, q, k, _ = routing
     everything_routed = routes.shape[-1] == k.num_regions
@@ -75,10 +85,11 @@ def choose_impl(query: torch.Tensor, routing: Routing) -> str:
         if reason is None:
             return "triton"
         warn_of_fallback(reason)
-    masked = k.height * k.width * MASK_COST
     copied = routes.shape[-1] * k.tokens_per_region
-    chunked = copied + QUERY_COST + (copied * COPY_COST + REGION_COST) / q.tokens_per_region
-    return "chunked" if chunked < masked and not everything_routed else "masked"
+    cost_of_copies = copied + QUERY_COST + (copied * COPY_COST + REGION_COST) / q.tokens_per_region
+    if everything_routed or k.height * k.width <= cost_of_copies:
+        return "masked"
+    return _copies(query, routing)
 
 
 def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, routing: Routing):

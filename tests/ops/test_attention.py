@@ -148,10 +148,11 @@ def chosen_for(size, regions, topk, batch=1, device="meta", dtype=torch.float32)
 @pytest.mark.parametrize("size,regions,topk,impl", [
     ((56, 56), 7, 1, "chunked"), ((28, 28), 7, 4, "chunked"), ((14, 14), 7, 16, "masked"),  # BiFormer at 224
     ((112, 112), 7, 1, "chunked"), ((56, 56), 7, 4, "chunked"), ((28, 28), 7, 16, "chunked"),  # at 448
-    ((28, 28), 14, 16, "masked"), ((56, 56), 28, 16, "chunked"),  # with regions of 4 tokens at 448 and 896
+    ((28, 28), 14, 16, "chunked"), ((56, 56), 28, 16, "chunked"),  # with regions of 4 tokens at 448 and 896
     ((200, 334), 16, 1, "chunked"), ((100, 167), 7, 4, "chunked"), ((50, 84), 7, 16, "chunked"),
-    ((7, 7), 7, 1, "masked"), ((10, 10), 4, 1, "masked"),  # a map so small that calls cost more than products
-    ((100, 167), 7, 48, "masked"), ((28, 28), 7, 49, "masked"), ((3, 3), 1, 1, "masked"),
+    ((7, 7), 7, 1, "masked"), ((10, 10), 4, 1, "masked"),  # so small that calls cost more than products
+    ((20, 20), 4, 1, "gather"), ((56, 56), 8, 1, "gather"),  # copies no larger than the map
+    ((100, 167), 7, 49, "masked"), ((28, 28), 7, 49, "masked"), ((3, 3), 1, 1, "masked"),
 ])  # fmt: skip
 def test_auto_takes_the_faster_by_the_shape_alone(size, regions, topk, impl):
     """A model computes alike on one image and on many, and is exported for any number."""
