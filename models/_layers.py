@@ -6,11 +6,12 @@ memory and nothing is transposed between them.
 import operator
 from collections.abc import Sequence
 
+import timm.layers
 import torch
 from timm.layers import DropPath, register_notrace_function, register_notrace_module
 from torch import nn
 
-from ._ops import DepthwiseConv, add_layer_norm, layer_norm
+from ._ops import DepthwiseConv, add_layer_norm, is_plain, layer_norm, linear_gelu, reuses_memory
 
 
 def split_qkv(qkv: torch.Tensor, num_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -77,6 +78,25 @@ class AddLayerNorm(LayerNorm):
     def forward(self, x: torch.Tensor, branch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(..., dim), (..., dim) -> x + branch and its layer norm, (..., dim) each."""
         return add_layer_norm(x, branch, self.weight, self.bias, self.eps, self.layer_impl)
+
+
+class Mlp(timm.layers.Mlp):
+    """timm's MLP, whose hidden layer is one call of `ops.linear_gelu` where that saves copies."""
+
+    def _saves_copies(self, x: torch.Tensor) -> bool:
+        """Whether it does, and nothing watches or changes the modules up to `fc2`, or stands between them."""
+        fc1, act, drop = self.fc1, self.act, self.drop1
+        if not is_plain(fc1, nn.Linear) or not reuses_memory(x, fc1.weight, fc1.bias):
+            return False
+        if not is_plain(act, nn.GELU) or act.approximate != "none" or not is_plain(self.norm, nn.Identity):
+            return False
+        return is_plain(drop, nn.Dropout) and not (drop.training and drop.p)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        if not self._saves_copies(x):
+            return super().forward(x)
+        return self.drop2(self.fc2(linear_gelu(x, self.fc1.weight, self.fc1.bias)))
 
 
 class Block(nn.Module):

@@ -8,7 +8,10 @@ if "." in __package__:  # installed, as routedvit.models
         add_layer_norm,
         check_layer_impl,
         conv_channels_last,
+        is_plain,
         layer_norm,
+        linear_gelu,
+        reuses_memory,
         route_regions,
         routed_attention,
     )
@@ -21,7 +24,10 @@ else:  # from the checkout
         add_layer_norm,
         check_layer_impl,
         conv_channels_last,
+        is_plain,
         layer_norm,
+        linear_gelu,
+        reuses_memory,
         route_regions,
         routed_attention,
     )
@@ -34,7 +40,10 @@ __all__ = [
     "add_layer_norm",
     "check_layer_impl",
     "conv_channels_last",
+    "is_plain",
     "layer_norm",
+    "linear_gelu",
+    "reuses_memory",
     "route_regions",
     "routed_attention",
 ]

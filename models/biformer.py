@@ -5,13 +5,13 @@ Published code and weights: https://github.com/rayleizhu/BiFormer
 """
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp, calculate_drop_path_rates, register_notrace_module
+from timm.layers import calculate_drop_path_rates, register_notrace_module
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from ._checkpoints import rename_biformer
 from ._hierarchical import HierarchicalNetwork, Stage, build_hierarchical
-from ._layers import Block, Downsample, Stem, check_divides, check_per_stage, split_qkv
+from ._layers import Block, Downsample, Mlp, Stem, check_divides, check_per_stage, split_qkv
 from ._ops import BiLevelRoutingAttention, DepthwiseConv, check_layer_impl
 from ._pretrained import imagenet_cfg
 

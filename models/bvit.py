@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from timm.layers import (
     ClassifierHead,
     DropPath,
-    Mlp,
     PatchEmbed,
     calculate_drop_path_rates,
     global_pool_nlc,
@@ -25,7 +24,7 @@ from timm.models.vision_transformer import init_weights_vit_timm
 from torch import nn
 
 from ._checkpoints import rename_published
-from ._layers import check_divides, split_qkv
+from ._layers import Mlp, check_divides, split_qkv
 from ._pretrained import build_with_pretrained_weights, imagenet_cfg, unwrap
 
 __all__ = ["BViT"]

@@ -10,14 +10,14 @@ import math
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates, register_notrace_module
+from timm.layers import DropPath, calculate_drop_path_rates, register_notrace_module
 from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import window_partition, window_reverse
 from torch import nn
 
 from ._checkpoints import fit_token_head, rename_published
 from ._hierarchical import HierarchicalNetwork, Stage, build_hierarchical
-from ._layers import channels_last, check_divides, check_per_stage, split_qkv
+from ._layers import Mlp, channels_last, check_divides, check_per_stage, split_qkv
 from ._ops import conv_channels_last
 from ._pretrained import imagenet_cfg, unwrap
 

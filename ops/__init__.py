@@ -6,12 +6,15 @@
     BiLevelRoutingAttention(...)        all of it as a module, (B, H, W, C) in and out
     depthwise_conv(...)                 a depthwise convolution of such a map, with what is added to it
     layer_norm(...), add_layer_norm(...)  layer norm, and that of a sum, in one pass over memory
+    linear_gelu(...)                    a linear layer and its GELU, without copies where a CPU infers
 """
 from .attention import IMPLS, choose_impl, routed_attention, unsupported
 from .bra import BiLevelRoutingAttention
 from .depthwise import DepthwiseConv, depthwise_conv
 from .layout import conv_channels_last
+from .linear import linear_gelu, reuses_memory
 from .norm import add_layer_norm, choose_norm_impl, layer_norm, norm_unsupported
+from .onednn import is_plain
 from .regions import RegionGrid
 from .routing import Routing, region_means, route_regions
 from .support import LAYER_IMPLS, check_layer_impl
@@ -29,9 +32,12 @@ __all__ = [
     "choose_norm_impl",
     "conv_channels_last",
     "depthwise_conv",
+    "is_plain",
     "layer_norm",
+    "linear_gelu",
     "norm_unsupported",
     "region_means",
+    "reuses_memory",
     "route_regions",
     "routed_attention",
     "unsupported",

@@ -140,7 +140,7 @@ def test_empty_batch(impl):
 
 def chosen_for(size, regions, topk, batch=1, device="meta", dtype=torch.float32):
     grid = RegionGrid.fit(*size, regions)
-    query = torch.empty(batch, *size, 2, 32, dtype=dtype, device=device)
+    query = torch.empty(batch, *size, 4, 32, dtype=dtype, device=device)
     routes = torch.empty(batch, grid.num_regions, min(topk, grid.num_regions), device=device)
     return choose_impl(query, Routing(routes, grid, grid))
 
@@ -151,7 +151,7 @@ def chosen_for(size, regions, topk, batch=1, device="meta", dtype=torch.float32)
     ((28, 28), 14, 16, "chunked"), ((56, 56), 28, 16, "chunked"),  # with regions of 4 tokens at 448 and 896
     ((200, 334), 16, 1, "chunked"), ((100, 167), 7, 4, "chunked"), ((50, 84), 7, 16, "chunked"),
     ((7, 7), 7, 1, "masked"), ((10, 10), 4, 1, "masked"),  # so small that calls cost more than products
-    ((20, 20), 4, 1, "gather"), ((56, 56), 8, 1, "gather"),  # copies no larger than the map
+    ((20, 20), 4, 1, "gather"), ((28, 28), 14, 1, "gather"),  # copies no larger than the map
     ((100, 167), 7, 49, "masked"), ((28, 28), 7, 49, "masked"), ((3, 3), 1, 1, "masked"),
 ])  # fmt: skip
 def test_auto_takes_the_faster_by_the_shape_alone(size, regions, topk, impl):
