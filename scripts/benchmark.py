@@ -46,9 +46,10 @@ def all_cases(args: argparse.Namespace) -> list[Case]:
 def models_cases(args: argparse.Namespace) -> list[Case]:
     contenders = [models.Contender.parse(text) for text in args.models]
     cases = []
+    size = args.input_size, args.input_size
     for mode in args.modes:
         setting = models.Setting(
-            mode, args.batch_size, args.input_size, args.amp, args.channels_last, args.compile, args.cuda_graph
+            mode, args.batch_size, size, args.amp, args.channels_last, args.compile, args.cuda_graph
         )
         cases.append(Case("models", mode, partial(models.measure, contenders, args.reference, setting)))
     return cases

@@ -1,4 +1,5 @@
 """Whole models side by side: inference and training, growing images, and BViT's broad attention."""
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -42,13 +43,13 @@ class Contender:
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model is run: "infer" or "train", on `batch` images of `side` x `side` pixels.
+    """How a model is run: "infer" or "train", on `batch` images of `size`, (height, width).
 
     `cuda_graph` replays inference, or forward and backward pass of a training step, from CUDA graphs.
     """
     mode: str
     batch: int
-    side: int = 224
+    size: tuple[int, int] = (224, 224)
     amp: str = "off"
     channels_last: bool = True
     compile: bool = False
@@ -56,10 +57,10 @@ class Setting:
 
 
 @lru_cache(maxsize=9)
-def _create(contender: Contender, side: int, device: torch.device) -> torch.nn.Module:
+def _create(contender: Contender, size: tuple[int, int], device: torch.device) -> torch.nn.Module:
     """A model on the device; cached, because initialising the weights of large ones takes seconds."""
     torch.manual_seed(0)
-    kwargs = size_kwargs(contender.model, side) | dict(contender.kwargs)
+    kwargs = size_kwargs(contender.model, size) | dict(contender.kwargs)
     model = timm.create_model(contender.model, num_classes=NUM_CLASSES, **kwargs)
     for module in model.modules():
         # Some factories turn stochastic depth on and some do not; here all train without it.
@@ -91,10 +92,10 @@ def graphed(run: Callable[[], None]) -> Callable[[], None]:
 def build(contender: Contender, setting: Setting, device: torch.device) -> Callable[[], None]:
     """A function that runs one inference batch or one training step."""
     memory_format = torch.channels_last if setting.channels_last else torch.contiguous_format
-    model = _create(contender, setting.side, device).to(memory_format=memory_format).train(setting.mode == TRAIN)
+    model = _create(contender, setting.size, device).to(memory_format=memory_format).train(setting.mode == TRAIN)
     model.zero_grad()
     precision = Precision.on(device, setting.amp, setting.channels_last)
-    images = precision.arrange(torch.randn(setting.batch, 3, setting.side, setting.side, device=device))
+    images = precision.arrange(torch.randn(setting.batch, 3, *setting.size, device=device))
     network = torch.compile(model) if setting.compile else model
 
     def infer():
@@ -124,7 +125,9 @@ def measure(contenders: Sequence[Contender], reference: str, setting: Setting, t
     if setting.compile:
         torch._dynamo.reset()
     how = dict(mode=setting.mode, compiled=setting.compile, graphed=setting.cuda_graph)
-    about = dict(how, side=setting.side, batch=setting.batch)
+    height, width = setting.size
+    about = dict(how, size=str(height) if height == width else f"{height} x {width}", pixels=height * width,
+                 batch=setting.batch)
     rows = {contender.name: dict(model=contender.name, **about, reference=reference) for contender in contenders}
     builders = {contender.name: partial(build, contender, setting, trial.device) for contender in contenders}
     rows = compare(rows, builders, reference, setting.batch, trial)
@@ -134,13 +137,17 @@ def measure(contenders: Sequence[Contender], reference: str, setting: Setting, t
     return rows
 
 
-def growing_contenders(side: int) -> tuple[Contender, ...]:
-    """BiFormer with 7 x 7 regions, BiFormer with regions of a fixed size, windows, and dense attention."""
+def growing_contenders(size: tuple[int, int]) -> tuple[Contender, ...]:
+    """BiFormer and DeBiFormer with 7 x 7 regions, BiFormer with regions of a fixed size, windows, and convolutions."""
+    regions = int(7 * math.sqrt(size[0] * size[1]) / 224)
     return (
         Contender("biformer_tiny", label="biformer_tiny, 7 x 7 regions"),
-        Contender("biformer_tiny", (("num_regions", 7 * side // 224),), "biformer_tiny, regions of a fixed size"),
+        Contender("biformer_tiny", (("num_regions", regions),), "biformer_tiny, regions of a fixed size"),
+        Contender("biformer_small", label="biformer_small, 7 x 7 regions"),
+        Contender("debiformer_tiny", label="debiformer_tiny, 7 x 7 regions"),
         Contender(GROWTH_REFERENCE),
-        Contender("deit_small_patch16_224"),
+        Contender("swin_small_patch4_window7_224"),
+        Contender("convnext_tiny"),
     )
 
 
@@ -149,7 +156,7 @@ def measure_growth(setting: Setting, trial: Trial) -> list[dict]:
 
     Where a model runs out of memory, the batch of all of them is halved.
     """
-    rows = measure(growing_contenders(setting.side), GROWTH_REFERENCE, setting, replace(trial, failures={}))
+    rows = measure(growing_contenders(setting.size), GROWTH_REFERENCE, setting, replace(trial, failures={}))
     if setting.batch > 1 and any(row.get("failed") == OUT_OF_MEMORY for row in rows):
         release(trial.device)
         return measure_growth(replace(setting, batch=setting.batch // 2), trial)

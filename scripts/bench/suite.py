@@ -31,7 +31,7 @@ class Scale:
     batch: int  # images at 224
     photo: tuple[int, int]  # (height, width) of the large image whose maps the op sees
     photo_batch: int
-    sides: tuple[int, ...]  # of growing images, multiples of 224; a batch holds the same number of pixels at each
+    sizes: tuple[tuple[int, int], ...]  # (height, width) of growing images; a batch holds as many pixels of each
     copy_bytes: int  # of `attention.measure_ceilings`, and the side of its matrices
     matrix_side: int
     least_rounds: int  # however late it is
@@ -41,9 +41,11 @@ class Scale:
 
 COMPILED_ON_GPU = (("small", TRAIN, 80), ("small", INFER, 35), ("tiny", TRAIN, 50), ("tiny", INFER, 25),
                    ("base", TRAIN, 80), ("base", INFER, 35))
+PHOTO = (800, 1333)
+SIZES = ((224, 224), (448, 448), (672, 672), (896, 896), PHOTO, (1344, 1344))
 SCALES = {
-    "cuda": Scale("bf16", 128, (800, 1333), 2, (224, 448, 896, 1344), 2**32, 8192, 5, COMPILED_ON_GPU, True),
-    "cpu": Scale("off", 1, (200, 333), 1, (224, 448, 672), 2**28, 1024, 3, (("tiny", INFER, 60),)),
+    "cuda": Scale("bf16", 128, PHOTO, 2, SIZES, 2**32, 8192, 5, COMPILED_ON_GPU, True),
+    "cpu": Scale("off", 1, (200, 333), 1, SIZES, 2**28, 1024, 3, (("tiny", INFER, 60),)),
 }
 
 
@@ -138,9 +140,9 @@ def _models_case(size: str, mode: str, scale: Scale, compile_seconds: float = 0.
     return Case(section, f"{size}, {mode}", measure, 2 * compile_seconds)
 
 
-def _growth_case(side: int, mode: str, scale: Scale) -> Case:
-    setting = Setting(mode, max(1, scale.batch * 224**2 // side**2), side, scale.amp)
-    return Case("growth", f"{side}, {mode}", partial(models.measure_growth, setting))
+def _growth_case(size: tuple[int, int], mode: str, scale: Scale) -> Case:
+    setting = Setting(mode, max(1, scale.batch * 224**2 // math.prod(size)), size, scale.amp)
+    return Case("growth", f"{size[0]} x {size[1]}, {mode}", partial(models.measure_growth, setting))
 
 
 def _breakdown_case(model: str, scale: Scale) -> Case:
@@ -168,7 +170,7 @@ def cases(scale: Scale) -> list[Case]:
         *graphed[1:],
         *others,
         *map(_op_case, shapes[6:12]),
-        *(_growth_case(side, mode, scale) for side in scale.sides for mode in (TRAIN, INFER)),
+        *(_growth_case(size, mode, scale) for size in scale.sizes for mode in (INFER, TRAIN)),
         *map(_op_case, shapes[12:]),
         *(map(_op_case, in_float32) if scale.amp != "off" else ()),
         *compiled[1:],

@@ -1,4 +1,5 @@
 """A record as Markdown tables, and its growing images as a plot."""
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -111,7 +112,7 @@ TABLES = {
     "compiled": MODELS._replace(title="Models, compiled"),
     "growth": Table(
         "Growing images", "Of one image; MiB beyond weights and optimizer state; `ratio` is the speed over Swin-T's.",
-        ("side", "mode", "model"), ("batch", "ms", "ratio", "MiB an image"),
+        ("size", "mode", "model"), ("batch", "ms", "ratio", "MiB an image"),
     ),
     "breakdown": Table(
         "A training step", "Device time (of ops, on the CPU) by torch.profiler; `idle` is how long the GPU waits.",
@@ -157,14 +158,14 @@ def document(record: dict) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-COLOURS = ("#0b6e4f", "#5fb49c", "#c8553d", "#3d5a80")
-MARKERS = ("o", "s", "^", "D")
+COLOURS = ("#0b6e4f", "#5fb49c", "#12355b", "#e0a030", "#c8553d", "#7b2d26", "#8a8f98")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = {TRAIN: "-", INFER: "--"}
 PANELS = (("milliseconds", "Time an image (ms)"), ("mb_per_image", "Memory an image (MiB)"))
 
 
 def growth_figure(record: dict):
-    """A matplotlib Figure of two panels, time and memory of one image against its side, all axes logarithmic.
+    """A matplotlib Figure of two panels, time and memory of one image against its size, all axes logarithmic.
 
     Raises:
         ValueError: The record holds no results of growing images.
@@ -177,17 +178,18 @@ def growth_figure(record: dict):
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     figure = Figure(figsize=(9, 4.4), dpi=150, layout="constrained")
-    sides = sorted({row["side"] for row in rows})
+    sizes = {math.sqrt(row["pixels"]): row["size"] for row in sorted(rows, key=lambda row: row["pixels"])}
     for axes, (key, label) in zip(figure.subplots(1, 2), PANELS, strict=True):
         for model, colour, marker in zip(dict.fromkeys(row["model"] for row in rows), COLOURS, MARKERS, strict=False):
             name = model.replace("_patch4_window7_224", "").replace("_patch16_224", "")
             for mode, line in LINES.items():
-                points = sorted((r["side"], r[key]) for r in rows if (r["model"], r["mode"]) == (model, mode))
+                of_line = [row for row in rows if (row["model"], row["mode"]) == (model, mode)]
+                points = sorted((math.sqrt(row["pixels"]), row[key]) for row in of_line)
                 if points:
                     axes.plot(*zip(*points, strict=True), line, color=colour, marker=marker, markersize=5,
                               label=f"{name}, {mode}")
-        axes.set(xscale="log", yscale="log", xlabel="Side of the image (pixels)", ylabel=label)
-        axes.set_xticks(sides, [str(side) for side in sides])
+        axes.set(xscale="log", yscale="log", xlabel="Size of the image (pixels)", ylabel=label)
+        axes.set_xticks(list(sizes), list(sizes.values()), rotation=30)
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         for axis in (axes.xaxis, axes.yaxis):

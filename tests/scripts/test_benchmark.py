@@ -97,7 +97,7 @@ def test_all(tmp_path, capsys, monkeypatch):
     every_case = suite.cases
     monkeypatch.setattr(suite, "cases", cases)
     monkeypatch.setattr(models, "GROWTH_REFERENCE", "resnet10t")
-    monkeypatch.setattr(models, "growing_contenders", lambda side: pair)
+    monkeypatch.setattr(models, "growing_contenders", lambda size: pair)
     record, out = run(tmp_path, capsys, "all", "--budget", "300")
     sections = record["sections"]
     assert {name: found["failed"] for name, found in sections.items() if found["failed"]} == {
@@ -387,7 +387,7 @@ def test_the_batch_is_halved_until_it_fits(monkeypatch):
 
     monkeypatch.setattr(models, "build", build)
     monkeypatch.setattr(models, "GROWTH_REFERENCE", "good")
-    monkeypatch.setattr(models, "growing_contenders", lambda side: (Contender("good"), Contender("broken")))
+    monkeypatch.setattr(models, "growing_contenders", lambda size: (Contender("good"), Contender("broken")))
     good, broken = models.measure_growth(Setting("infer", 12), trial())
     assert good["batch"] == 3 and good["ratio"] == 1
     assert good["images_per_second"] == pytest.approx(1e3 / good["milliseconds"])
@@ -500,10 +500,10 @@ def test_tables_say_what_failed_and_what_was_left_out():
 
 def test_the_plot_shows_each_model_and_mode():
     rows = [
-        dict(model=model, mode=mode, side=side, milliseconds=side / 100, mb_per_image=side / 10)
+        dict(model=model, mode=mode, size=str(side), pixels=side**2, milliseconds=side / 100, mb_per_image=side / 10)
         for model in ("a", "b") for mode in ("train", "infer") for side in (448, 224)
     ]
-    rows.append(dict(model="c", mode="train", side=224, failed="out of memory"))
+    rows.append(dict(model="c", mode="train", size="224", pixels=224**2, failed="out of memory"))
     figure = tables.growth_figure(dict(machine=dict(device="Chip"), sections=dict(growth=dict(rows=rows))))
     time_axes, memory_axes = figure.axes
     assert [list(line.get_xdata()) for line in time_axes.lines] == [[224, 448]] * 4
