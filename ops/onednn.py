@@ -7,6 +7,8 @@ import platform
 import torch
 from torch import nn
 
+from .transforms import is_traced_or_transformed
+
 # oneDNN has kernels for other processors too, which these choices were not measured on.
 _ONEDNN_ON_X86 = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
 
@@ -16,13 +18,8 @@ def _is_transformed() -> bool:
 
     They know PyTorch's own operators, each with its derivatives, its batching rule and its translation.
     """
-    return (
-        torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+    modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
+    return modes > 0 or is_traced_or_transformed()
 
 
 def runs_on_onednn(*tensors: torch.Tensor | None) -> bool:

@@ -36,9 +36,14 @@ def write_rows(rows: torch.Tensor, grid: RegionGrid, out_BHWND: torch.Tensor):
     view.copy_(rows.view(view.shape))
 
 
+def absolute_routes(routes_BRK: torch.Tensor, num_regions: int) -> torch.Tensor:
+    """(B * Rq, K): which of all B * `num_regions` key regions each query region is routed to."""
+    images_B = torch.arange(routes_BRK.shape[0], device=routes_BRK.device)
+    return (images_B[:, None, None] * num_regions + routes_BRK).flatten(0, 1)
+
+
 def row_index(routes_BRK: torch.Tensor, num_regions: int, num_heads: int) -> torch.Tensor:
     """Which of the keys' rows each row of queries is routed to, (B * Rq * N, K); there are `num_regions` of keys."""
-    images_B = torch.arange(routes_BRK.shape[0], device=routes_BRK.device)
     heads_N = torch.arange(num_heads, device=routes_BRK.device)
-    region_BRK = images_B[:, None, None] * num_regions + routes_BRK
-    return (region_BRK[:, :, None, :] * num_heads + heads_N[:, None]).flatten(0, 2)
+    regions_RK = absolute_routes(routes_BRK, num_regions)
+    return (regions_RK[:, None, :] * num_heads + heads_N[:, None]).flatten(0, 1)

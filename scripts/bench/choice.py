@@ -87,10 +87,11 @@ def summary(rows: list[dict]) -> list[dict]:
         group = [row for row in rows if (row["threads"], row["dtype"], row["mode"]) == (threads, dtype, mode)]
         for reference in ("best", DENSE, REFERENCE):
             ratios = [row[f"of_{reference}"] for row in group]
+            deciles = quantiles(ratios, n=10, method="inclusive") if len(ratios) > 1 else ratios
             found.append(dict(
                 threads=threads, dtype=dtype, mode=mode, reference=reference, shapes=len(ratios),
                 slower=sum(ratio > SLOWER for ratio in ratios) / len(ratios), median=median(ratios),
-                decile=quantiles(ratios, n=10)[-1] if len(ratios) > 1 else ratios[0], worst=max(ratios),
+                decile=deciles[-1], worst=max(ratios),
             ))
     return found
 

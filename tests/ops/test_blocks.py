@@ -2,6 +2,7 @@
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from helpers.routed_inputs import CASES, make_inputs
 from helpers.routed_reference import routed_attention as reference
@@ -16,7 +17,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def no_mask_is_small(monkeypatch):
     """The maps of these tests are: PyTorch's attention would take their masks whole."""
-    monkeypatch.setattr("ops.impl.blocks._SMALL_MASK_BYTES", 0)
+    monkeypatch.setattr("ops.impl.blocks._WHOLE_MASK_BYTES", {"cpu": 0})
 
 
 def results(inputs, impl, scale=0.3):
@@ -57,6 +58,19 @@ def test_small_blocks_add_up(case, impl, monkeypatch):
             torch.testing.assert_close(result, expect)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradients_of_small_blocks_in_16_bits(impl, dtype, monkeypatch):
+    limit_blocks(monkeypatch, 1500)
+    inputs = make_inputs("ragged", dtype, head_dim=32, requires_grad=True)
+    expected = reference(*inputs, scale=0.3)
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected = expected, *torch.autograd.grad(expected, inputs[:3], upstream)
+    for result, expect in zip(results(inputs, impl), expected, strict=True):
+        error = (result.double() - expect.double()).abs().max() / expect.double().abs().max()
+        assert error <= 4 * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_one_image_is_computed_as_many_are(impl, monkeypatch):
     limit_blocks(monkeypatch, 3000)
@@ -71,10 +85,12 @@ def test_one_image_is_computed_as_many_are(impl, monkeypatch):
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_repeats_bit_for_bit(impl, threads):
+def test_repeats_bit_for_bit(impl, threads, monkeypatch):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
+        monkeypatch.setattr(masked, "_LEAST_QUERIES", 32)
+        monkeypatch.setattr(masked, "block_bytes", lambda device: 1)
         inputs = make_inputs("more ragged", torch.float32, batch=9, head_dim=32, requires_grad=True)
         first = results(inputs, impl)
         for _ in range(3):
@@ -100,12 +116,14 @@ def peak(impl, side, regions, topk, train):
 
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_memory_is_of_maps_and_one_block(impl, train):
-    """`gather` holds keys and values 40 times, a whole mask would be as large as 98 maps."""
-    megabytes, one_map = peak(impl, 112, 14, 20, train)
-    block = torch.get_num_threads() + (256 * 112**2 * 4 / 2**20 if impl == "masked" else 0)
-    assert megabytes < (16 if train else 7) * one_map + 2 * block
-    assert peak("gather", 112, 14, 20, False)[0] > 40 * one_map
+@pytest.mark.parametrize("side,regions,topk", [(112, 14, 20), (56, 28, 100), (48, 48, 200)])
+def test_memory_is_of_maps_and_one_block(side, regions, topk, impl, train):
+    """Regions of 64 tokens, 4 and 1: `gather` holds keys and values `topk` times, a whole mask is dozens of maps."""
+    megabytes, one_map = peak(impl, side, regions, topk, train)
+    block = torch.get_num_threads() + (256 * side**2 * 4 / 2**20 if impl == "masked" else 0)
+    routes = regions**2 * (8 * topk if impl == "chunked" else 8 * regions**2) / 2**20
+    assert megabytes < (16 if train else 7) * one_map + 2 * (block + routes)
+    assert side != 112 or peak("gather", side, regions, topk, False)[0] > 40 * one_map
 
 
 def module(impl, regions=4):
@@ -153,10 +171,56 @@ def test_transforms_of_torch_func(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_forward_mode_and_tracers_get_plain_operators(impl):
+    attention, x = module("gather" if impl == "masked" else impl), torch.randn(1, 5, 7, 16)
+    with torch.autograd.forward_ad.dual_level():
+        out = attention(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+        assert torch.autograd.forward_ad.unpack_dual(out).tangent is not None
+    traced = torch.jit.trace(module(impl), x, check_trace=False)
+    assert "routed_attention" not in str(traced.inlined_graph)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "masked"])
+def test_operations_are_counted(impl):
+    """Those of all keys under a mask, of the routed ones elsewhere, and of keys that pad a region."""
+    query, key, value, routing = make_inputs("even", torch.float32, requires_grad=True)
+    keys = 14 * 14 if impl == "masked" else 4 * 4
+    with FlopCounterMode(display=False) as counter:
+        out = routed_attention(query, key, value, routing, impl=impl)
+    assert counter.get_total_flops() == 2 * 2 * query.numel() * keys
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.grad(out.sum(), (query, key, value))
+    assert counter.get_total_flops() == 5 * 2 * query.numel() * keys
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast_leaves_float64_alone(impl):
+    inputs = make_inputs("ragged")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = routed_attention(*inputs, scale=0.3, impl=impl)
+    torch.testing.assert_close(out, reference(*inputs, scale=0.3), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "gather"])
+@pytest.mark.parametrize("size,regions", [((1, 40), 4), ((7, 12), 7)])
+def test_channels_that_do_not_lie_side_by_side(size, regions, impl):
+    """One head and regions of one row: rows of queries are then views, whose channels are far apart."""
+    grid = RegionGrid.fit(*size, regions)
+    maps = [torch.randn(1, 8, *size, dtype=torch.float64).permute(0, 2, 3, 1).unflatten(-1, (1, 8)) for _ in range(3)]
+    maps = [x.requires_grad_() for x in maps]
+    inputs = *maps, route_regions(*maps[:2], grid, grid, 2)
+    expected = reference(*inputs, scale=0.3)
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for result, expect in zip(results(inputs, impl), (expected, *torch.autograd.grad(expected, maps, upstream)),
+                              strict=True):
+        torch.testing.assert_close(result, expect, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_second_derivatives_are_refused(impl):
     x = torch.randn(1, 5, 7, 16, requires_grad=True)
     (grad,) = torch.autograd.grad(module(impl)(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="blocks_backward"):
+    with pytest.raises(RuntimeError, match=r'second derivatives; attn_impl="gather" has'):
         torch.autograd.grad(grad.sum(), x)
 
 

@@ -13,35 +13,40 @@ from ...transforms import cast_inputs, needs_plain_operators
 from .masked import route_bias
 from .op import forward
 
-# Of the mask of an image. A smaller one stays in the cache whole, and is not worth the calls of an operator of ours.
-_SMALL_MASK_BYTES = 2**20
+# The mask of an image is taken whole up to this size. On the CPU a smaller one stays in the cache, and is not worth the
+# calls of an operator of ours; a GPU without our kernels is faster with PyTorch's than with plain products.
+_WHOLE_MASK_BYTES = {"cpu": 2**20}
+_WHOLE_MASK_BYTES_ELSEWHERE = 2**30
 
 
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, routing: Routing, scale: float, masked: bool):
     routes, query_grid, key_grid, _ = routing
     grids = [query_grid.rows, query_grid.cols], [key_grid.rows, key_grid.cols]
-    return forward(*cast_inputs(query, key, value), routes, *grids, scale, masked)[0]
+    return forward(query, key, value, routes, *grids, scale, masked)[0]
 
 
 def chunked_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, routing: Routing, scale: float
 ) -> torch.Tensor:
     """`ops.routed_attention` over copies of the routed keys and values."""
-    return _attend(query, key, value, routing, scale, masked=False)
+    return _attend(*cast_inputs(query, key, value), routing, scale, masked=False)
 
 
 def _takes_mask_whole(query: torch.Tensor, routing: Routing) -> bool:
     """Whether PyTorch's attention and its backward pass under the mask of the whole map are faster than blocks."""
-    if query.dtype in LOW_PRECISION and torch.is_grad_enabled():
+    device = query.device.type
+    if device == "cpu" and query.dtype in LOW_PRECISION and torch.is_grad_enabled():
         return False  # see `products.gradients`
     queries, keys = (grid.height * grid.width for grid in (routing.query_grid, routing.key_grid))
-    return queries * keys * query.element_size() <= _SMALL_MASK_BYTES
+    limit = _WHOLE_MASK_BYTES.get(device, _WHOLE_MASK_BYTES_ELSEWHERE)
+    return queries * keys * query.element_size() <= limit
 
 
 def masked_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, routing: Routing, scale: float
 ) -> torch.Tensor:
     """`ops.routed_attention` over all keys under a mask; PyTorch's dense attention where every region is routed."""
+    query, key, value = cast_inputs(query, key, value)
     everything_routed = routing.routes.shape[-1] == routing.key_grid.num_regions
     if not (everything_routed or _takes_mask_whole(query, routing) or needs_plain_operators()):
         return _attend(query, key, value, routing, scale, masked=True)

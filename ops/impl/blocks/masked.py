@@ -2,6 +2,7 @@
 
 It computes all pairs and keeps the routed ones. Where regions have few tokens this beats copies of keys by far.
 """
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -9,8 +10,8 @@ import torch
 
 from ...regions import RegionGrid
 from ...routing import Routing
-from .problem import Found, Problem, block_bytes, join
-from .products import attend, gradients, is_fused
+from .problem import Found, Problem, block_bytes
+from .products import attend, bytes_of_logit, gradients
 
 # PyTorch's fused attention multiplies up to this many queries at once.
 _LEAST_QUERIES = 256
@@ -29,22 +30,22 @@ def _region_of_token(grid: RegionGrid, device: torch.device) -> torch.Tensor:
 
 
 def _bias_of_regions(routes_BRK: torch.Tensor, key_grid: RegionGrid, dtype: torch.dtype) -> torch.Tensor:
-    """(B, Rq, Lk): zero where a query region is routed to a key's region, else minus infinity."""
+    """(B, Rq, Rk): zero where a query region is routed to a key region, else minus infinity."""
     shape = (*routes_BRK.shape[:2], key_grid.num_regions)
-    bias_BRR = torch.full(shape, float("-inf"), dtype=dtype, device=routes_BRK.device).scatter(2, routes_BRK, 0.0)
-    return bias_BRR.index_select(2, _region_of_token(key_grid, routes_BRK.device))
+    return torch.full(shape, float("-inf"), dtype=dtype, device=routes_BRK.device).scatter(2, routes_BRK, 0.0)
 
 
 def route_bias(routing: Routing, dtype: torch.dtype) -> torch.Tensor:
     """(B, 1, Lq, Lk): zero where a query's region is routed to a key's region, else minus infinity."""
-    bias_BRL = _bias_of_regions(routing.routes, routing.key_grid, dtype)
-    return bias_BRL.index_select(1, _region_of_token(routing.query_grid, bias_BRL.device))[:, None]
+    bias_BRR = _bias_of_regions(routing.routes, routing.key_grid, dtype)
+    queries, keys = (_region_of_token(grid, bias_BRR.device) for grid in (routing.query_grid, routing.key_grid))
+    return bias_BRR.index_select(2, keys).index_select(1, queries)[:, None]
 
 
 def _bytes_of_query(problem: Problem) -> int:
     """What a query adds to a block: its line of the mask, and its logits where they are in memory."""
-    lines = 1 if is_fused(problem.query) else 1 + problem.num_heads
-    return lines * problem.key_grid.height * problem.key_grid.width * problem.query.element_size()
+    of_key = problem.query.element_size() + problem.num_heads * bytes_of_logit(problem.query)
+    return of_key * problem.key_grid.height * problem.key_grid.width
 
 
 def images_at_once(problem: Problem) -> int:
@@ -55,17 +56,21 @@ def images_at_once(problem: Problem) -> int:
 
 def _blocks(problem: Problem) -> Iterator[_Block]:
     """The blocks, one after the other in the same memory."""
-    bias_BRL = _bias_of_regions(problem.routes, problem.key_grid, problem.query.dtype)
-    queries = max(_LEAST_QUERIES, block_bytes(bias_BRL.device) // _bytes_of_query(problem))
-    regions = _region_of_token(problem.query_grid, bias_BRL.device).split(queries)
-    memory = bias_BRL.new_empty(len(bias_BRL) * len(regions[0]) * bias_BRL.shape[2])
-    start = 0
-    for region_L in regions:
-        shape = (len(bias_BRL), len(region_L), bias_BRL.shape[2])
-        bias_BLL = memory[: shape[0] * shape[1] * shape[2]].view(shape)
-        torch.index_select(bias_BRL, 1, region_L, out=bias_BLL)
-        yield _Block(slice(start, start + len(region_L)), bias_BLL[:, None])
-        start += len(region_L)
+    bias_BRR = _bias_of_regions(problem.routes, problem.key_grid, problem.query.dtype)
+    grid, device = problem.query_grid, bias_BRR.device
+    of_query, of_key = (_region_of_token(g, device) for g in (grid, problem.key_grid))
+    step = max(_LEAST_QUERIES, block_bytes(device) // _bytes_of_query(problem))
+    memory = bias_BRR.new_empty(len(bias_BRR) * min(step, len(of_query)) * len(of_key))
+    in_band = grid.region_height * grid.width  # tokens of a row of regions
+    for start in range(0, len(of_query), step):
+        regions_L = of_query[start : start + step]
+        first = start // in_band * grid.cols
+        last = ((start + len(regions_L) - 1) // in_band + 1) * grid.cols
+        bias_BRL = bias_BRR[:, first:last].index_select(2, of_key)
+        shape = (len(bias_BRR), len(regions_L), len(of_key))
+        bias_BLL = memory[: math.prod(shape)].view(shape)
+        torch.index_select(bias_BRL, 1, regions_L - first, out=bias_BLL)
+        yield _Block(slice(start, start + len(regions_L)), bias_BLL[:, None])
 
 
 def _heads(x_BHWND: torch.Tensor) -> torch.Tensor:
@@ -80,10 +85,10 @@ def _write(x_BNLD: torch.Tensor, out_BHWND: torch.Tensor):
 def forward(problem: Problem, out: torch.Tensor, lse: torch.Tensor):
     """Write attention, (B, H, W, N, D), and the log-sum-exp of the logits, (B, N * H * W)."""
     query, key, value = (_heads(x) for x in problem[:3])
-    results = [attend(query[:, :, part], key, value, problem.scale, bias) for part, bias in _blocks(problem)]
-    found = [join(parts, dim=2) for parts in zip(*results, strict=True)]
-    _write(found[0], out)
-    lse.view(found[1].shape).copy_(found[1])
+    lse, found = lse.view(query.shape[:-1]), torch.empty_like(query)
+    for part, bias in _blocks(problem):
+        found[:, :, part], lse[:, :, part] = attend(query[:, :, part], key, value, problem.scale, bias)
+    _write(found, out)
 
 
 def backward(problem: Problem, found: Found, grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor]):
@@ -91,12 +96,11 @@ def backward(problem: Problem, found: Found, grads: tuple[torch.Tensor, torch.Te
     query, key, value, out, grad_out = (_heads(x) for x in (*problem[:3], found.out, found.grad_out))
     lse = found.lse.view(query.shape[:-1])
     totals = [torch.zeros_like(x, dtype=lse.dtype) for x in (key, value)]
-    grad_queries = []
+    grad_query = torch.empty_like(query)
     for part, bias in _blocks(problem):
         inputs, of_part = (query[:, :, part], key, value), (out[:, :, part], lse[:, :, part])
-        grad_query, *of_keys = gradients(grad_out[:, :, part], inputs, *of_part, problem.scale, bias)
-        grad_queries.append(grad_query)
+        grad_query[:, :, part], *of_keys = gradients(grad_out[:, :, part], inputs, *of_part, problem.scale, bias)
         for total, grad in zip(totals, of_keys, strict=True):
             total += grad
-    for result, grad in zip((join(grad_queries, dim=2), *totals), grads, strict=True):
+    for result, grad in zip((grad_query, *totals), grads, strict=True):
         _write(result, grad)

@@ -5,9 +5,11 @@
 
 A grid is passed as its [rows, cols]; the map's shape says the rest.
 """
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from ...regions import RegionGrid
 from . import chunked
@@ -124,4 +126,25 @@ def _gradients(ctx, grad_out, _grad_lse):
     return *backward(query, key, value, routes, out, grad_out, lse, *ctx.settings), *nones
 
 
+def _no_second_derivatives(ctx, *_grads):
+    raise RuntimeError('attention by blocks has no second derivatives; attn_impl="gather" has')
+
+
 forward.register_autograd(_gradients, setup_context=_save_for_backward)
+backward.register_autograd(_no_second_derivatives)
+
+
+def _operations(query, key, routes, key_regions: Sequence[int], masked: bool) -> int:
+    """Of one product of queries and keys, two for a multiply-add; tensors are given by their shapes."""
+    keys = key[1] * key[2] if masked else routes[2] * RegionGrid(*key[1:3], *key_regions).tokens_per_region
+    return 2 * math.prod(query) * keys
+
+
+@register_flop_formula(torch.ops.routed_attention.blocks)
+def _(query, key, value, routes, query_regions, key_regions, scale, masked, **_kwargs) -> int:
+    return 2 * _operations(query, key, routes, key_regions, masked)
+
+
+@register_flop_formula(torch.ops.routed_attention.blocks_backward)
+def _(query, key, value, routes, out, grad_out, lse, query_regions, key_regions, scale, masked, **_kwargs) -> int:
+    return 5 * _operations(query, key, routes, key_regions, masked)

@@ -1,5 +1,4 @@
 """What a block is cut from, and how large it may be."""
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,11 +36,6 @@ class Found(NamedTuple):
     out: torch.Tensor
     grad_out: torch.Tensor
     lse: torch.Tensor
-
-
-def join(parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
-    """What was computed block by block; a single block is not copied."""
-    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim=dim)
 
 
 def block_bytes(device: torch.device) -> int:

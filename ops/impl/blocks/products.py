@@ -15,6 +15,11 @@ def is_fused(x: torch.Tensor) -> bool:
     return x.device.type == "cpu"
 
 
+def bytes_of_logit(query: torch.Tensor) -> int:
+    """Bytes that a pair of query and key takes: its logit in float32, and its weight beside it."""
+    return 0 if is_fused(query) else 2 * max(4, query.element_size())
+
+
 def _logits(query: torch.Tensor, key: torch.Tensor, scale: float, bias: torch.Tensor | None) -> torch.Tensor:
     """(P, N, Lq, Lk), in float32 at least."""
     logits = query * scale @ key.transpose(-2, -1)
