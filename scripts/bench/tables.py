@@ -177,7 +177,7 @@ def growth_figure(record: dict):
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    figure = Figure(figsize=(9, 4.4), dpi=150, layout="constrained")
+    figure = Figure(figsize=(10, 6), dpi=150, layout="constrained")
     sizes = {math.sqrt(row["pixels"]): row["size"] for row in sorted(rows, key=lambda row: row["pixels"])}
     for axes, (key, label) in zip(figure.subplots(1, 2), PANELS, strict=True):
         for model, colour, marker in zip(dict.fromkeys(row["model"] for row in rows), COLOURS, MARKERS, strict=False):
@@ -196,6 +196,6 @@ def growth_figure(record: dict):
             axis.set_minor_locator(NullLocator())
         axes.grid(True, which="major", color="0.88")
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.suptitle(record["machine"]["device"], fontsize=11)
     return figure

@@ -1,8 +1,8 @@
 """Attention one block of queries at a time, so that what a block reads stays in the processor's cache.
 
 `chunked` copies the keys and values that a block's queries are routed to; `masked` lets a block attend to the whole map
-under a mask. Neither copies nor mask are ever whole: beside inputs and outputs a call holds maps of the inputs' size,
-one block, and one float for each query and head; the backward pass reads the block again.
+under a mask. Copies are never whole, nor is a mask that would be large: beside inputs and outputs a call holds maps of
+the inputs' size, the routes, one block, and one float for each query and head; the backward pass reads the block again.
 """
 import torch
 import torch.nn.functional as F
