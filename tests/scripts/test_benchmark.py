@@ -395,7 +395,7 @@ def test_the_batch_is_halved_until_it_fits(monkeypatch):
 
 
 def test_growing_regions_keep_their_size():
-    by_label = {contender.name: dict(contender.kwargs) for contender in models.growing_contenders(896)}
+    by_label = {contender.name: dict(contender.kwargs) for contender in models.growing_contenders((896, 896))}
     assert by_label["biformer_tiny, regions of a fixed size"] == dict(num_regions=28)
 
 
