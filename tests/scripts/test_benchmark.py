@@ -75,10 +75,10 @@ def test_broad(tmp_path, capsys):
 @pytest.mark.slow
 def test_all(tmp_path, capsys, monkeypatch):
     """Every kind of case, at a small size; one fails, and one has no time."""
-    tiny = suite.Scale("off", 2, (56, 60), 1, (32,), 2**20, 64, 3, (("tiny", "infer", 1e6),))
+    tiny = suite.Scale("off", 2, (56, 60), 1, ((32, 32),), 2**20, 64, 3, (("tiny", "infer", 1e6),))
     monkeypatch.setitem(suite.SCALES, "cpu", tiny)
     pair = tuple(Contender(model) for model in ("biformer_nano", "resnet10t"))
-    setting = Setting("infer", 1, 32)
+    setting = Setting("infer", 1, (32, 32))
 
     def cases(scale):
         assert scale is tiny
@@ -91,7 +91,7 @@ def test_all(tmp_path, capsys, monkeypatch):
             Case("models", "broken", lambda trial: 1 / 0),
             kinds["compiled"],
             Case("growth", "g", lambda trial: models.measure_growth(setting, trial)),
-            Case("breakdown", "b", lambda trial: breakdown.measure(pair[0], Setting("train", 2, 32), trial)),
+            Case("breakdown", "b", lambda trial: breakdown.measure(pair[0], Setting("train", 2, (32, 32)), trial)),
         ]
 
     every_case = suite.cases
@@ -463,7 +463,7 @@ def test_busy_time_is_the_length_of_the_union():
 
 @pytest.mark.slow
 def test_the_breakdown_of_a_step_adds_up():
-    step, *rows = breakdown.measure(Contender("biformer_nano"), Setting("train", 1, 64), trial())
+    step, *rows = breakdown.measure(Contender("biformer_nano"), Setting("train", 1, (64, 64)), trial())
     of_groups = {row["name"]: row["share"] for row in rows if row["kind"] == "group"}
     assert sum(of_groups.values()) == pytest.approx(1) and step["idle_share"] is None
     assert all(of_groups[group] > 0 for group in breakdown.GROUPS if group != breakdown.CONVOLUTION)
