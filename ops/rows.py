@@ -36,6 +36,12 @@ def write_rows(rows: torch.Tensor, grid: RegionGrid, out_BHWND: torch.Tensor):
     view.copy_(rows.view(view.shape))
 
 
+def padding_bias(grid: RegionGrid, like: torch.Tensor) -> torch.Tensor:
+    """(R, T) of the type of `like`: minus infinity where a token is padding, zero elsewhere."""
+    real_RT = grid.is_real(like.device)
+    return like.new_zeros(real_RT.shape).masked_fill_(~real_RT, float("-inf"))
+
+
 def absolute_routes(routes_BRK: torch.Tensor, num_regions: int) -> torch.Tensor:
     """(B * Rq, K): which of all B * `num_regions` key regions each query region is routed to."""
     images_B = torch.arange(routes_BRK.shape[0], device=routes_BRK.device)

@@ -8,7 +8,7 @@ from einops import rearrange
 
 from ..regions import RegionGrid
 from ..routing import Routing
-from ..rows import from_rows, row_index, to_rows
+from ..rows import from_rows, padding_bias, row_index, to_rows
 
 
 def _gather(x_BHWND: torch.Tensor, grid: RegionGrid, rows_PK: torch.Tensor) -> torch.Tensor:
@@ -16,13 +16,6 @@ def _gather(x_BHWND: torch.Tensor, grid: RegionGrid, rows_PK: torch.Tensor) -> t
     # Whole rows of T * D numbers: one copy of contiguous memory each.
     gathered = to_rows(x_BHWND, grid).flatten(1).index_select(0, rows_PK.flatten())
     return rearrange(gathered, "(r k) (t d) -> r (k t) d", k=rows_PK.shape[1], t=grid.tokens_per_region)
-
-
-def _padding_bias(routes_BRK: torch.Tensor, key_grid: RegionGrid, like: torch.Tensor) -> torch.Tensor:
-    """(B, Rq, 1, 1, K * Tk): minus infinity where a gathered key is padding, zero elsewhere."""
-    real_RT = key_grid.is_real(like.device)
-    bias_RT = torch.zeros_like(real_RT, dtype=like.dtype).masked_fill_(~real_RT, float("-inf"))
-    return bias_RT[routes_BRK].flatten(2)[:, :, None, None, :]
 
 
 def routed_attention(
@@ -43,6 +36,7 @@ def routed_attention(
     logits = torch.bmm(query_rows, key_rows.transpose(1, 2))
     if key_grid.is_padded:
         logits_BRNTL = logits.view(*routes.shape[:2], num_heads, *logits.shape[1:])
-        logits = (logits_BRNTL + _padding_bias(routes, key_grid, logits)).view_as(logits)
+        bias_BRL = padding_bias(key_grid, logits)[routes].flatten(2)
+        logits = (logits_BRNTL + bias_BRL[:, :, None, None, :]).view_as(logits)
     attended = torch.bmm(logits.softmax(dim=-1), value_rows)
     return from_rows(attended, query_grid, num_heads)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...rows import absolute_routes, to_rows, to_rows_of_both, write_rows
+from ...rows import absolute_routes, padding_bias, to_rows, to_rows_of_both, write_rows
 from .problem import Found, Problem, block_bytes
 from .products import attend, bytes_of_logit, gradients
 
@@ -28,20 +28,12 @@ def _block_rows(problem: Problem) -> int:
     return max(1, block_bytes(problem.query.device) // max(1, keys * of_key))
 
 
-def _padding_bias(problem: Problem) -> torch.Tensor | None:
-    """(Rk, Tk): minus infinity where a key is padding, zero elsewhere; None where none is."""
-    if not problem.key_grid.is_padded:
-        return None
-    real_RT = problem.key_grid.is_real(problem.query.device)
-    return problem.query.new_zeros(real_RT.shape).masked_fill_(~real_RT, float("-inf"))
-
-
 def _blocks(problem: Problem) -> Iterator[_Block]:
     """The blocks, one after the other in the same memory."""
     num_regions, num_heads = problem.key_grid.num_regions, problem.num_heads
     regions_RK = absolute_routes(problem.routes, num_regions)
     pair = to_rows_of_both(problem.key, problem.value, problem.key_grid).flatten(0, 1)
-    bias_RT = _padding_bias(problem)
+    bias_RT = padding_bias(problem.key_grid, problem.query) if problem.key_grid.is_padded else None
     total, step, topk = len(regions_RK) * num_heads, _block_rows(problem), regions_RK.shape[1]
     memory = pair.new_empty(2 * min(step, total) * topk, *pair.shape[1:])
     for start in range(0, total, step):
