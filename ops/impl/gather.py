@@ -12,7 +12,7 @@ from ..rows import from_rows, padding_bias, row_index, to_rows
 
 
 def _gather(x_BHWND: torch.Tensor, grid: RegionGrid, rows_PK: torch.Tensor) -> torch.Tensor:
-    """(B, H, W, N, D) -> (B * Rq * N, K * T, D): the tokens that each query region and head is routed to."""
+    """(B, H, W, N, D) -> (B * N * Rq, K * T, D): the tokens that each query region and head is routed to."""
     # Whole rows of T * D numbers: one copy of contiguous memory each.
     gathered = to_rows(x_BHWND, grid).flatten(1).index_select(0, rows_PK.flatten())
     return rearrange(gathered, "(r k) (t d) -> r (k t) d", k=rows_PK.shape[1], t=grid.tokens_per_region)
@@ -35,8 +35,8 @@ def routed_attention(
 
     logits = torch.bmm(query_rows, key_rows.transpose(1, 2))
     if key_grid.is_padded:
-        logits_BRNTL = logits.view(*routes.shape[:2], num_heads, *logits.shape[1:])
+        logits_BNRTL = logits.view(len(routes), num_heads, routes.shape[1], *logits.shape[1:])
         bias_BRL = padding_bias(key_grid, logits)[routes].flatten(2)
-        logits = (logits_BRNTL + bias_BRL[:, :, None, None, :]).view_as(logits)
+        logits = (logits_BNRTL + bias_BRL[:, None, :, None, :]).view_as(logits)
     attended = torch.bmm(logits.softmax(dim=-1), value_rows)
     return from_rows(attended, query_grid, num_heads)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...rows import absolute_routes, padding_bias, to_rows, to_rows_of_both, write_rows
+from ...rows import padding_bias, row_index, to_rows, to_rows_of_both, write_rows
 from .problem import Found, Problem, block_bytes
 from .products import attend, bytes_of_logit, gradients
 
@@ -30,49 +30,48 @@ def _block_rows(problem: Problem) -> int:
 
 def _blocks(problem: Problem) -> Iterator[_Block]:
     """The blocks, one after the other in the same memory."""
-    num_regions, num_heads = problem.key_grid.num_regions, problem.num_heads
-    regions_RK = absolute_routes(problem.routes, num_regions)
-    pair = to_rows_of_both(problem.key, problem.value, problem.key_grid).flatten(0, 1)
-    bias_RT = padding_bias(problem.key_grid, problem.query) if problem.key_grid.is_padded else None
-    total, step, topk = len(regions_RK) * num_heads, _block_rows(problem), regions_RK.shape[1]
-    memory = pair.new_empty(2 * min(step, total) * topk, *pair.shape[1:])
-    for start in range(0, total, step):
-        part = torch.arange(start, min(start + step, total), device=pair.device)
-        regions = regions_RK[part // num_heads]
-        rows = (regions * num_heads + part[:, None] % num_heads).flatten()
-        of_both = torch.cat((rows, rows + len(pair) // 2))  # one call copies keys and values
-        copies = torch.index_select(pair, 0, of_both, out=memory[: len(of_both)])
-        key, value = copies.view(2, len(part), 1, -1, pair.shape[-1])
-        bias = None if bias_RT is None else bias_RT[regions % num_regions].view(len(part), 1, 1, -1)
+    grid = problem.key_grid
+    rows_PK = row_index(problem.routes, grid.num_regions, problem.num_heads)
+    pairs = to_rows_of_both(problem.key, problem.value, grid)  # one call copies keys and values
+    bias_RT = padding_bias(grid, problem.query) if grid.is_padded else None
+    step = _block_rows(problem)
+    memory = pairs.new_empty(rows_PK[:step].numel(), *pairs.shape[1:])
+    for start in range(0, len(rows_PK), step):
+        part = rows_PK[start : start + step]
+        rows = part.flatten()
+        copies = torch.index_select(pairs, 0, rows, out=memory[: len(rows)])
+        key, value = copies.view(len(part), 1, -1, pairs.shape[-1]).chunk(2, -1)
+        bias = None if bias_RT is None else bias_RT[part % grid.num_regions].view(len(part), 1, 1, -1)
         yield _Block(slice(start, start + len(part)), rows, key, value, bias)
 
 
 def _queries(problem: Problem, x_BHWND: torch.Tensor) -> torch.Tensor:
-    """(B * Rq * N, 1, Tq, D), from a map of the queries' size."""
-    return to_rows(x_BHWND, problem.query_grid)[:, None].contiguous()
+    """(B * N * Rq, 1, Tq, D), from a map of the queries' size."""
+    return to_rows(x_BHWND, problem.query_grid)[:, None]
 
 
 def images_at_once(problem: Problem) -> int:
-    """How many images have keys and values that stay in the cache while blocks copy them, each several times."""
+    """How many images have keys and values whose rows take little memory beside the maps."""
     one = 2 * math.prod(problem.key.shape[1:]) * problem.key.element_size()
-    return 4 * block_bytes(problem.key.device) // max(1, one)
+    return 2 * block_bytes(problem.key.device) // max(1, one)
 
 
 def forward(problem: Problem, out: torch.Tensor, lse: torch.Tensor):
-    """Write attention, (B, H, W, N, D), and the log-sum-exp of the logits, (B, Rq * N * Tq)."""
+    """Write attention, (B, H, W, N, D), and the log-sum-exp of the logits, (B, N * Rq * Tq)."""
     query = _queries(problem, problem.query)
-    lse, found = lse.view(query.shape[:-1]), torch.empty_like(query)
+    lse = lse.view(query.shape[:-1])
     for block in _blocks(problem):
         part = block.queries
-        found[part], lse[part] = attend(query[part], block.key, block.value, problem.scale, block.bias)
-    write_rows(found[:, 0], problem.query_grid, out)
+        # What was found takes the place of the queries, which nothing reads again.
+        query[part], lse[part] = attend(query[part], block.key, block.value, problem.scale, block.bias)
+    write_rows(query[:, 0], problem.query_grid, out)
 
 
 def backward(problem: Problem, found: Found, grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor]):
     """Write the gradients of query, key and value, (B, H, W, N, D) each."""
     query_grid, key_grid = problem.query_grid, problem.key_grid
     query, out, grad_out = (_queries(problem, x) for x in (problem.query, found.out, found.grad_out))
-    lse, grad_query = found.lse.view(query.shape[:-1]), torch.empty_like(query)
+    lse, grad_query = found.lse.view(query.shape[:-1]), query  # in their place too
     rows = len(query) // query_grid.num_regions * key_grid.num_regions, key_grid.tokens_per_region, query.shape[-1]
     totals = [torch.zeros(rows, dtype=lse.dtype, device=lse.device) for _ in range(2)]
     for block in _blocks(problem):
