@@ -7,11 +7,15 @@ The published factories do not run as they are; the networks here are their conf
 the published code after its errors were fixed. The paper's table gives 77 M parameters for the base model, the
 published configuration has 95.5 M, and is followed.
 """
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from timm.layers import calculate_drop_path_rates, register_notrace_module, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ._checkpoints import rename_biformer
 from ._hierarchical import HierarchicalNetwork, Stage, build_hierarchical
@@ -22,6 +26,7 @@ from ._ops import (
     Routing,
     check_layer_impl,
     conv_channels_last,
+    is_traced_or_transformed,
     route_regions,
     routed_attention,
 )
@@ -101,6 +106,11 @@ class Offsets(nn.Module):
         return self.proj(self.act(self.norm(x)))[..., 0].permute(0, 3, 1, 2)
 
 
+# Bytes of the points and the biases of one image's attention to its agents that are made at once, at the resolutions
+# where a map has tens of millions of them: what the cache holds is not written to memory and read again.
+_BAND_BYTES = 2**24
+
+
 def _cell_centres(count: int, like: torch.Tensor) -> torch.Tensor:
     """Centres of `count` equal cells of [-1, 1]."""
     return (torch.arange(count, device=like.device, dtype=like.dtype) + 0.5) / count * 2 - 1
@@ -109,6 +119,13 @@ def _cell_centres(count: int, like: torch.Tensor) -> torch.Tensor:
 def _token_positions(count: int, like: torch.Tensor) -> torch.Tensor:
     """`count` positions from -1 to 1; a single one lies at 0."""
     return _cell_centres(1, like) if count == 1 else torch.linspace(-1, 1, count, device=like.device, dtype=like.dtype)
+
+
+def _recomputed(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The function, which eager autograd computes again for its gradients instead of keeping what is in between."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or is_traced_or_transformed():
+        return function  # compilers choose what they keep, and transforms refuse it
+    return functools.partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
 
 
 class DeformableAgentAttention(nn.Module):
@@ -211,16 +228,52 @@ class DeformableAgentAttention(nn.Module):
         routing = self._route(agent_query, key)
         return routed_attention(agent_query, key, self._heads(value), routing, self.scale, self.attn_impl).flatten(3)
 
-    def _position_bias(self, points: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """(B, heads, H * W, Ha * Wa): the table, sampled at half the offset from each agent to each token."""
+    def _position_bias(self, points: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor) -> torch.Tensor:
+        """(B, heads, h * W, Ha * Wa): the table, sampled at half the offset from each agent to each token.
+
+        Args:
+            points: (B, groups, Ha, Wa, 2) of the agents.
+            rows: (h,) positions of the tokens' rows.
+            cols: (W,) positions of their columns.
+        """
         agent_rows, agent_cols = points.flatten(2, 3).unbind(-1)
-        rows = (_token_positions(height, points)[:, None] - agent_rows[:, :, None]) / 2
-        cols = (_token_positions(width, points)[:, None] - agent_cols[:, :, None]) / 2
+        rows = (rows[:, None] - agent_rows[:, :, None]) / 2
+        cols = (cols[:, None] - agent_cols[:, :, None]) / 2
         grid = torch.stack(torch.broadcast_tensors(cols[:, :, None], rows[:, :, :, None]), dim=-1)
         table = self.bias_table.to(points.dtype).unflatten(0, (self.num_groups, -1))
         table = table.expand(points.shape[0], *table.shape).flatten(0, 1)
         bias = F.grid_sample(table, grid.flatten(2, 3).flatten(0, 1), align_corners=True)
         return bias.unflatten(0, (-1, self.num_groups)).flatten(1, 2)
+
+    def _attend_band(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        points: torch.Tensor,
+        rows: torch.Tensor,
+        cols: torch.Tensor,
+    ) -> torch.Tensor:
+        """(B, h * W, dim): `_attend_to_agents` of (B, heads, h * W, 32) queries, those of the tokens at `rows`."""
+        bias = self._position_bias(points, rows, cols).to(query.dtype)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=self.scale)
+        return out.transpose(1, 2).flatten(2)
+
+    def _attend_to_agents(self, query: torch.Tensor, agents: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, dim): attention of the (B, H, W, dim) queries to all agents, with a bias by position."""
+        height, width = query.shape[1:3]
+        inputs = query, self.agent_key(agents), self.agent_value(agents)
+        query, key, value = (self._heads(x).flatten(1, 2).transpose(1, 2) for x in inputs)
+        rows, cols = (_token_positions(count, points) for count in (height, width))
+        of_row = (2 * self.num_groups + self.num_heads) * width * key.shape[2] * points.element_size()
+        step = max(1, _BAND_BYTES // max(1, of_row))
+        if step >= height:
+            out = self._attend_band(query, key, value, points, rows, cols)
+        else:
+            bands = zip(query.split(step * width, dim=2), rows.split(step), strict=True)
+            attend = _recomputed(self._attend_band)
+            out = torch.cat([attend(part, key, value, points, at, cols) for part, at in bands], dim=1)
+        return out.unflatten(1, (height, width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
@@ -229,14 +282,7 @@ class DeformableAgentAttention(nn.Module):
         attended = self._attend_to_regions(agents, key, value)
         agents = agents + self.agent_proj(attended + conv_channels_last(self.lepe, value))
         agents = self.agent_norm2(agents + self.agent_mlp(self.agent_norm1(agents)))
-
-        query, agent_key, agent_value = (
-            self._heads(y).flatten(1, 2).transpose(1, 2)
-            for y in (query, self.agent_key(agents), self.agent_value(agents))
-        )
-        bias = self._position_bias(points, *x.shape[1:3]).to(query.dtype)
-        out = F.scaled_dot_product_attention(query, agent_key, agent_value, attn_mask=bias, scale=self.scale)
-        return self.proj(out.transpose(1, 2).reshape(x.shape))
+        return self.proj(self._attend_to_agents(query, agents, points))
 
 
 # Regions, points and positions depend on the map's size, which torch.fx does not know while it traces.

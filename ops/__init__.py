@@ -18,6 +18,7 @@ from .onednn import is_plain
 from .regions import RegionGrid
 from .routing import Routing, region_means, route_regions
 from .support import LAYER_IMPLS, check_layer_impl
+from .transforms import is_traced_or_transformed
 
 __all__ = [
     "IMPLS",
@@ -33,6 +34,7 @@ __all__ = [
     "conv_channels_last",
     "depthwise_conv",
     "is_plain",
+    "is_traced_or_transformed",
     "layer_norm",
     "linear_gelu",
     "norm_unsupported",

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 import models
 from helpers.costs import DEBIFORMER as COSTS
 from helpers.published import assert_agrees, gmacs, published_state_dict
+from models import debiformer
 from models.debiformer import DeformableAgentAttention, ResidualConv2d, checkpoint_filter_fn
+from scripts.bench.timing import peak_memory
 
 # parameters, GMACs at 224, of which the paper's table says 2.6, 5.4 and 11.8
 
@@ -82,16 +84,20 @@ def test_offsets_share_their_weights_over_groups():
     torch.testing.assert_close(module.offsets(swapped), module.offsets(query).flip(1))
 
 
+def position_bias(module, points, height, width):
+    return module._position_bias(points, *(torch.linspace(-1, 1, n, dtype=points.dtype) for n in (height, width)))
+
+
 def test_bias_depends_on_where_token_and_agent_are():
     """Where the table has the map's size, moving token and agent by one row each moves nothing."""
     module = attention()
     centre = torch.zeros(1, 2, 1, 1, 2, dtype=torch.float64)
     one_row = torch.tensor([2 / 27, 0.0], dtype=torch.float64)
-    here, there = (module._position_bias(p, 28, 28).unflatten(2, (28, 28)) for p in (centre, centre + one_row))
+    here, there = (position_bias(module, p, 28, 28).unflatten(2, (28, 28)) for p in (centre, centre + one_row))
     torch.testing.assert_close(there[:, :, 1:], here[:, :, :-1])
     assert here[0, 0].std() > 0
     table = module.bias_table[0]
-    corner = module._position_bias(centre - 1, 28, 28).unflatten(2, (28, 28))
+    corner = position_bias(module, centre - 1, 28, 28).unflatten(2, (28, 28))
     torch.testing.assert_close(corner[0, 0, :, :, 0], table[27:, 27:])  # an agent in the corner sees a quarter
 
 
@@ -105,10 +111,71 @@ def test_tokens_attend_to_agents_with_the_bias():
         out = module(x)
         query = module.qkv(x)[..., :64]
         points = module.routing(x).points
-        bias = module._position_bias(points, 12, 8)
+        bias = position_bias(module, points, 12, 8)
     query, key, value = (t.flatten(1, 2).unflatten(-1, (2, 32)).transpose(1, 2) for t in (query, *found.values()))
     attended = ((query @ key.transpose(-1, -2)) * 64**-0.5 + bias).softmax(-1) @ value
     torch.testing.assert_close(out, module.proj(attended.transpose(1, 2).reshape(x.shape)))
+
+
+def input_and_gradients(module, x):
+    x = x.clone().requires_grad_()
+    out = module(x)
+    return out, *torch.autograd.grad(out.square().sum(), (x, *module.parameters()))
+
+
+@pytest.mark.parametrize("size", [(28, 28), (9, 14), (5, 40)])
+def test_tokens_attend_in_bands_where_there_are_many(size, monkeypatch):
+    module, x = attention(), torch.randn(2, *size, 64, dtype=torch.float64)
+    whole = input_and_gradients(module, x)
+    bands = []
+    attend = module._attend_band
+    monkeypatch.setattr(module, "_attend_band", lambda *args: bands.append(args) or attend(*args))
+    monkeypatch.setattr(debiformer, "_BAND_BYTES", 3 * 6 * size[1] * -(-size[0] // 4) * -(-size[1] // 4) * 8)
+    for result, expect in zip(input_and_gradients(module, x), whole, strict=True):
+        torch.testing.assert_close(result, expect, rtol=1e-10, atol=1e-12)
+    assert len(bands) == 2 * -(-size[0] // 3)  # once forward, and once more for the gradients
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_memory_of_a_large_map_is_that_of_a_band(train):
+    """All points and biases of 112 x 112 tokens would be 112 * 112 * 28 * 28 * 6 * 4 bytes, 225 MiB."""
+    module = attention().float()
+    x = torch.randn(1, 112, 112, 64)
+
+    def run():
+        with torch.set_grad_enabled(train):
+            out = module(x)
+        if train:
+            out.sum().backward()
+
+    run()
+    assert peak_memory(run, torch.device("cpu")) < (80 if train else 40)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("export", [True, False])
+def test_bands_compile_and_export(export, monkeypatch):
+    monkeypatch.setattr(debiformer, "_BAND_BYTES", 30_000)
+    module, x = attention(), torch.randn(2, 12, 8, 64, dtype=torch.float64)
+    expected = input_and_gradients(module, x)
+    if export:
+        batch = torch.export.Dim("batch")
+        program = torch.export.export(module, (x,), dynamic_shapes=({0: batch},))
+        three = torch.cat([x, x[:1]])
+        torch.testing.assert_close(program.module()(three), module(three))
+    else:
+        compiled = torch.compile(module, fullgraph=True)
+        x = x.requires_grad_()
+        out = compiled(x)
+        gradient = torch.autograd.grad(out.square().sum(), x)[0]
+        torch.testing.assert_close((out, gradient), expected[:2])
+
+
+def test_bands_know_transforms(monkeypatch):
+    monkeypatch.setattr(debiformer, "_BAND_BYTES", 30_000)
+    module, x = attention(attn_impl="gather"), torch.randn(1, 12, 8, 64, dtype=torch.float64)
+    gradient = torch.func.grad(lambda x: module(x).square().sum())(x)
+    torch.testing.assert_close(gradient, input_and_gradients(module, x)[1])
 
 
 def test_the_residual_of_a_convolution_keeps_the_weights_digits():
