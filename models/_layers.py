@@ -11,7 +11,7 @@ import torch
 from timm.layers import DropPath, register_notrace_function, register_notrace_module
 from torch import nn
 
-from ._ops import DepthwiseConv, add_layer_norm, is_plain, layer_norm, linear_gelu, reuses_memory
+from ._ops import DepthwiseConv, add_layer_norm, apply_linear, is_plain, layer_norm, linear_gelu, reuses_memory
 
 
 def split_qkv(qkv: torch.Tensor, num_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -96,7 +96,7 @@ class Mlp(timm.layers.Mlp):
         """(..., in_features) -> (..., out_features)."""
         if not self._saves_copies(x):
             return super().forward(x)
-        return self.drop2(self.fc2(linear_gelu(x, self.fc1.weight, self.fc1.bias)))
+        return self.drop2(apply_linear(self.fc2, linear_gelu(x, self.fc1.weight, self.fc1.bias)))
 
 
 class Block(nn.Module):

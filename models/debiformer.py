@@ -24,6 +24,7 @@ from ._ops import (
     BiLevelRoutingAttention,
     RegionGrid,
     Routing,
+    apply_linear,
     check_layer_impl,
     conv_channels_last,
     is_traced_or_transformed,
@@ -70,7 +71,7 @@ class ConvMlp(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
-        return self.fc2(self.act(conv_channels_last(self.conv, self.fc1(x))))
+        return apply_linear(self.fc2, self.act(conv_channels_last(self.conv, apply_linear(self.fc1, x))))
 
 
 class Offsets(nn.Module):
@@ -218,7 +219,7 @@ class DeformableAgentAttention(nn.Module):
 
     def routing(self, x: torch.Tensor) -> Routing:
         """The regions that the agents of a (B, H, W, dim) map attend to, and the points where they are sampled."""
-        query, key, _ = self.qkv(x).chunk(3, dim=-1)
+        query, key, _ = apply_linear(self.qkv, x).chunk(3, dim=-1)
         agents, points = self.make_agents(x, query)
         return self._route(self._heads(self.agent_query(agents)), self._heads(key))._replace(points=points)
 
@@ -277,12 +278,12 @@ class DeformableAgentAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
-        query, key, value = self.qkv(x).chunk(3, dim=-1)
+        query, key, value = apply_linear(self.qkv, x).chunk(3, dim=-1)
         agents, points = self.make_agents(x, query)
         attended = self._attend_to_regions(agents, key, value)
         agents = agents + self.agent_proj(attended + conv_channels_last(self.lepe, value))
         agents = self.agent_norm2(agents + self.agent_mlp(self.agent_norm1(agents)))
-        return self.proj(self._attend_to_agents(query, agents, points))
+        return apply_linear(self.proj, self._attend_to_agents(query, agents, points))
 
 
 # Regions, points and positions depend on the map's size, which torch.fx does not know while it traces.

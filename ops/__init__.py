@@ -6,13 +6,13 @@
     BiLevelRoutingAttention(...)        all of it as a module, (B, H, W, C) in and out
     depthwise_conv(...)                 a depthwise convolution of such a map, with what is added to it
     layer_norm(...), add_layer_norm(...)  layer norm, and that of a sum, in one pass over memory
-    linear_gelu(...)                    a linear layer and its GELU, without copies where a CPU infers
+    apply_linear(...), linear_gelu(...)  a linear layer, alone or with its GELU, without copies where a CPU infers
 """
 from .attention import IMPLS, choose_impl, routed_attention, unsupported
 from .bra import BiLevelRoutingAttention
 from .depthwise import DepthwiseConv, depthwise_conv
 from .layout import conv_channels_last
-from .linear import linear_gelu, reuses_memory
+from .linear import apply_linear, linear_gelu, reuses_memory
 from .norm import add_layer_norm, choose_norm_impl, layer_norm, norm_unsupported
 from .onednn import is_plain
 from .regions import RegionGrid
@@ -28,6 +28,7 @@ __all__ = [
     "RegionGrid",
     "Routing",
     "add_layer_norm",
+    "apply_linear",
     "check_layer_impl",
     "choose_impl",
     "choose_norm_impl",

@@ -4,6 +4,7 @@ from torch import nn
 
 from .attention import routed_attention, unsupported
 from .depthwise import DepthwiseConv
+from .linear import apply_linear
 from .regions import RegionGrid
 from .routing import Routing, route_regions
 from .support import check_layer_impl, in_low_precision_on_gpu, triton_unsupported
@@ -75,7 +76,7 @@ class BiLevelRoutingAttention(nn.Module):
         """(B, H, W, dim) -> (B, H, W, 3 * dim): queries, keys and values, all heads of each side by side."""
         if x.ndim != 4 or x.shape[-1] != self.qkv.in_features:
             raise ValueError(f"input must be (B, H, W, {self.qkv.in_features}), channels last, got {tuple(x.shape)}")
-        return self.qkv(x)
+        return apply_linear(self.qkv, x)
 
     def _split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values, (B, H, W, heads, head_dim) each, as views of the projection."""
@@ -127,4 +128,4 @@ class BiLevelRoutingAttention(nn.Module):
         qkv = self._project(x)
         settings = self._packed_settings(qkv)
         attended = self._attend(qkv) if settings is None else self._attend_packed(qkv, settings)
-        return self.proj(attended)
+        return apply_linear(self.proj, attended)

@@ -2,9 +2,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from helpers.onednn import needs_onednn
-from ops import linear, linear_gelu, reuses_memory
+from ops import apply_linear, linear, linear_gelu, reuses_memory
 
 WIDTHS = [64, 128, linear._ONEDNN_INPUTS, 256, 512]
 
@@ -108,3 +109,52 @@ def test_transforms_see_pytorchs_own():
     torch.testing.assert_close(torch.func.vmap(linear_gelu, (0, None, None))(x, weight, bias), eager(x, weight, bias))
     out, tangent = torch.func.jvp(lambda x: linear_gelu(x, weight, bias), (x,), (x,))
     torch.testing.assert_close((out, tangent), torch.func.jvp(lambda x: eager(x, weight, bias), (x,), (x,)))
+
+
+def make_layer(channels, bias=True):
+    x, weight, numbers = make_inputs((4, 6), channels)
+    layer = nn.Linear(channels, len(weight), bias=bias)
+    layer.weight.data.copy_(weight)
+    if bias:
+        layer.bias.data.copy_(numbers)
+    return layer, x
+
+
+def runs(layer, x):
+    """What `apply_linear` gives, and whether the module was called for it."""
+    calls = []
+    forward, nn.Linear.forward = nn.Linear.forward, lambda self, x: calls.append(self) or forward(self, x)
+    try:
+        return apply_linear(layer, x), bool(calls)
+    finally:
+        nn.Linear.forward = forward
+
+
+@pytest.mark.parametrize("channels", WIDTHS)
+def test_a_layer_is_off_by_at_most_twice_what_it_is_itself(channels):
+    layer, x = make_layer(channels)
+    exact = F.linear(x.double(), layer.weight.double(), layer.bias.double())
+    with torch.no_grad():
+        ours, eager_error = apply_linear(layer, x), (layer(x) - exact).abs().max()
+    assert (ours - exact).abs().max() <= 2 * eager_error + torch.finfo(x.dtype).eps * exact.abs().max()
+
+
+@needs_onednn
+def test_a_narrow_layer_with_a_bias_infers_without_its_copy():
+    with torch.no_grad():
+        assert not runs(*make_layer(64))[1]
+        for layer, x in (make_layer(64, bias=False), make_layer(512)):
+            assert runs(layer, x)[1]
+
+
+def test_a_layer_that_something_watches_or_trains_is_called():
+    layer, x = make_layer(64)
+    out, called = runs(layer, x)
+    assert called and torch.equal(torch.autograd.grad(out.sum(), layer.bias)[0], torch.full((192,), 24.0))
+    with torch.no_grad():
+        seen = []
+        handle = layer.register_forward_hook(lambda module, inputs, out: seen.append(out))
+        assert runs(layer, x)[1] and torch.equal(seen[0], layer(x))
+        handle.remove()
+        quantised = torch.ao.quantization.quantize_dynamic(nn.Sequential(layer), {nn.Linear})[0]
+        assert torch.equal(apply_linear(quantised, x), quantised(x))

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from ...autograd import allocate_gradients, register_gradients
 from ...regions import RegionGrid
 from . import chunked
 from . import masked as masked_blocks
@@ -93,7 +94,7 @@ def backward(
     scale: float,
     masked: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    grads = _allocate_gradients(query, key, value)
+    grads = allocate_gradients(query, key, value)
     gradients = masked_blocks.backward if masked else chunked.backward
     for images, problem in _problems(query, key, value, routes, query_regions, key_regions, scale, masked):
         found = Found(out[images], grad_out[images], lse[images])
@@ -101,36 +102,16 @@ def backward(
     return grads
 
 
-def _allocate_gradients(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
-
-
 @backward.register_fake
 def _(query, key, value, routes, out, grad_out, lse, query_regions, key_regions, scale, masked):
-    return _allocate_gradients(query, key, value)
-
-
-def _save_for_backward(ctx, inputs, output):
-    query, key, value, routes, *ctx.settings = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, key, value, routes, out, lse)
-
-
-def _gradients(ctx, grad_out, _grad_lse):
-    nones = (None,) * (1 + len(ctx.settings))
-    if grad_out is None:
-        return None, None, None, *nones
-    query, key, value, routes, out, lse = ctx.saved_tensors
-    return *backward(query, key, value, routes, out, grad_out, lse, *ctx.settings), *nones
+    return allocate_gradients(query, key, value)
 
 
 def _no_second_derivatives(ctx, *_grads):
     raise RuntimeError('attention by blocks has no second derivatives; attn_impl="gather" has')
 
 
-forward.register_autograd(_gradients, setup_context=_save_for_backward)
+register_gradients(forward, backward, num_tensors=4)
 backward.register_autograd(_no_second_derivatives)
 
 

@@ -5,8 +5,7 @@ import torch
 
 from ...regions import RegionGrid
 
-# A block of this size is worth its calls, and what it reads stays in the cache. With half as much, gradients take 5 to 15 %
-# longer.
+# A block of this size is worth its calls, and what it reads stays in the cache. In smaller ones, gradients take longer.
 _BYTES_OF_THREAD = 2**21
 _BYTES_OF_GPU = 2**28  # to share between all of its cores
 

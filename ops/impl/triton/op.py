@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 import triton
 
+from ...autograd import allocate_gradients, register_gradients
 from ...launch import launch
 from ...regions import RegionGrid
 from ...routing import Routing
@@ -320,7 +321,7 @@ def backward(
     key_regions: Sequence[int],
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    grads = _allocate_gradients(query, key, value)
+    grads = allocate_gradients(query, key, value)
     if out.numel() == 0:
         return grads
     problem = make_problem(query, key, value, routes, bits, query_regions, key_regions, scale)
@@ -328,29 +329,9 @@ def backward(
     return grads
 
 
-def _allocate_gradients(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
-
-
 @backward.register_fake
 def _(query, key, value, routes, bits, out, grad_out, lse, query_regions, key_regions, scale):
-    return _allocate_gradients(query, key, value)
+    return allocate_gradients(query, key, value)
 
 
-def _save_for_backward(ctx, inputs, output):
-    query, key, value, routes, bits, *ctx.settings = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, key, value, routes, bits, out, lse)
-
-
-def _gradients(ctx, grad_out, _grad_lse):
-    nones = (None,) * (2 + len(ctx.settings))
-    if grad_out is None:
-        return None, None, None, *nones
-    query, key, value, routes, bits, out, lse = ctx.saved_tensors
-    return *backward(query, key, value, routes, bits, out, grad_out, lse, *ctx.settings), *nones
-
-
-forward.register_autograd(_gradients, setup_context=_save_for_backward)
+register_gradients(forward, backward, num_tensors=5)
