@@ -81,7 +81,7 @@ class AddLayerNorm(LayerNorm):
 
 
 class Mlp(timm.layers.Mlp):
-    """timm's MLP, whose hidden layer is one call of `ops.linear_gelu` where that saves copies."""
+    """timm's MLP by `ops.linear_gelu` and `ops.apply_linear`, where they save copies."""
 
     def _saves_copies(self, x: torch.Tensor) -> bool:
         """Whether it does, and nothing watches or changes the modules up to `fc2`, or stands between them."""

@@ -107,9 +107,10 @@ class Offsets(nn.Module):
         return self.proj(self.act(self.norm(x)))[..., 0].permute(0, 3, 1, 2)
 
 
-# Bytes of the points and the biases of one image's attention to its agents that are made at once, at the resolutions
-# where a map has tens of millions of them: what the cache holds is not written to memory and read again.
-_BAND_BYTES = 2**24
+# Bytes of the positions and biases, of one image, that are made at once: on a CPU, few enough for the cache. The batch
+# plays no part, for an export does not know it.
+_BAND_BYTES = {"cpu": 2**24}
+_BAND_BYTES_ELSEWHERE = 2**28
 
 
 def _cell_centres(count: int, like: torch.Tensor) -> torch.Tensor:
@@ -134,7 +135,8 @@ class DeformableAgentAttention(nn.Module):
 
     The agents are sampled from the map at learnt points, one for each `stride` x `stride` cell. Each attends to the
     tokens of the `topk` regions that its region is routed to; then every token attends to all agents, with a bias by
-    position.
+    position. Where a map has very many tokens, they do so in bands of its rows, and training computes a band's
+    attention a second time for its gradients instead of keeping the biases.
 
     Args:
         dim: Channels, a multiple of the heads' 32.
@@ -229,10 +231,18 @@ class DeformableAgentAttention(nn.Module):
         routing = self._route(agent_query, key)
         return routed_attention(agent_query, key, self._heads(value), routing, self.scale, self.attn_impl).flatten(3)
 
-    def _position_bias(self, points: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor) -> torch.Tensor:
+    def _table(self, points: torch.Tensor) -> torch.Tensor:
+        """The table of relative positions for each image and group, (B * groups, heads / groups, S, S)."""
+        table = self.bias_table.to(points.dtype).unflatten(0, (self.num_groups, -1))
+        return table.expand(points.shape[0], *table.shape).flatten(0, 1)
+
+    def _position_bias(
+        self, table: torch.Tensor, points: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor
+    ) -> torch.Tensor:
         """(B, heads, h * W, Ha * Wa): the table, sampled at half the offset from each agent to each token.
 
         Args:
+            table: As `_table` makes it.
             points: (B, groups, Ha, Wa, 2) of the agents.
             rows: (h,) positions of the tokens' rows.
             cols: (W,) positions of their columns.
@@ -241,24 +251,25 @@ class DeformableAgentAttention(nn.Module):
         rows = (rows[:, None] - agent_rows[:, :, None]) / 2
         cols = (cols[:, None] - agent_cols[:, :, None]) / 2
         grid = torch.stack(torch.broadcast_tensors(cols[:, :, None], rows[:, :, :, None]), dim=-1)
-        table = self.bias_table.to(points.dtype).unflatten(0, (self.num_groups, -1))
-        table = table.expand(points.shape[0], *table.shape).flatten(0, 1)
         bias = F.grid_sample(table, grid.flatten(2, 3).flatten(0, 1), align_corners=True)
         return bias.unflatten(0, (-1, self.num_groups)).flatten(1, 2)
 
     def _attend_band(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        points: torch.Tensor,
-        rows: torch.Tensor,
-        cols: torch.Tensor,
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *positions: torch.Tensor
     ) -> torch.Tensor:
-        """(B, h * W, dim): `_attend_to_agents` of (B, heads, h * W, 32) queries, those of the tokens at `rows`."""
-        bias = self._position_bias(points, rows, cols).to(query.dtype)
+        """(B, h * W, dim): `_attend_to_agents` of (B, heads, h * W, 32) queries; `positions` are `_position_bias`'s.
+
+        It reads tensors that it is given and none of the module's, which may change before it is computed again.
+        """
+        bias = self._position_bias(*positions).to(query.dtype)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=self.scale)
         return out.transpose(1, 2).flatten(2)
+
+    def _rows_at_once(self, width: int, num_agents: int, points: torch.Tensor) -> int:
+        """How many rows of the map a band has."""
+        numbers = 2 * self.num_groups + self.num_heads  # two coordinates for each group, a bias for each head
+        limit = _BAND_BYTES.get(points.device.type, _BAND_BYTES_ELSEWHERE)
+        return max(1, limit // (numbers * width * num_agents * points.element_size()))
 
     def _attend_to_agents(self, query: torch.Tensor, agents: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
         """(B, H, W, dim): attention of the (B, H, W, dim) queries to all agents, with a bias by position."""
@@ -266,14 +277,13 @@ class DeformableAgentAttention(nn.Module):
         inputs = query, self.agent_key(agents), self.agent_value(agents)
         query, key, value = (self._heads(x).flatten(1, 2).transpose(1, 2) for x in inputs)
         rows, cols = (_token_positions(count, points) for count in (height, width))
-        of_row = (2 * self.num_groups + self.num_heads) * width * key.shape[2] * points.element_size()
-        step = max(1, _BAND_BYTES // max(1, of_row))
+        table, step = self._table(points), self._rows_at_once(width, key.shape[2], points)
         if step >= height:
-            out = self._attend_band(query, key, value, points, rows, cols)
+            out = self._attend_band(query, key, value, table, points, rows, cols)
         else:
-            bands = zip(query.split(step * width, dim=2), rows.split(step), strict=True)
             attend = _recomputed(self._attend_band)
-            out = torch.cat([attend(part, key, value, points, at, cols) for part, at in bands], dim=1)
+            bands = zip(query.split(step * width, dim=2), rows.split(step), strict=True)
+            out = torch.cat([attend(part, key, value, table, points, at, cols) for part, at in bands], dim=1)
         return out.unflatten(1, (height, width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

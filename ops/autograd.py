@@ -13,7 +13,7 @@ def register_gradients(forward: torch.library.CustomOpDef, backward: torch.libra
     Args:
         forward: (query, key, value, ..., settings...) -> (out, lse), of which `lse` is for the derivative alone.
         backward: (query, key, value, ..., out, grad_out, lse, settings...) -> the gradients of query, key and value.
-        num_tensors: How many inputs are tensors, those first three among them; the others are settings.
+        num_tensors: How many inputs are tensors or None, those first three among them; the others are settings.
     """
 
     def save(ctx, inputs, output):

@@ -15,11 +15,16 @@ _ONEDNN_INPUTS = 192
 
 
 def reuses_memory(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
-    """Whether functions of this file make no copies of these: inference that `onednn.runs_on_onednn`."""
+    """Whether a layer of these is inference that `onednn.runs_on_onednn`, of which `linear_gelu` makes no copies."""
     if not runs_on_onednn(x, weight, bias) or needs_grad(x, weight, bias):
         return False
-    fit = x.ndim > 1 and weight.shape[1:] == x.shape[-1:] and (bias is None or bias.shape == weight.shape[:1])
-    return fit and x.numel() > 0  # what does not fit is for F.linear to refuse
+    if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_contiguous()):
+        return False  # oneDNN's operator reads a bias as if it were contiguous
+    return x.ndim > 1 and weight.shape[1:] == x.shape[-1:] and x.numel() > 0  # F.linear refuses what does not fit
+
+
+def _onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, then: str) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], "none")
 
 
 def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -39,20 +44,21 @@ def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     if not reuses_memory(x, weight, bias):
         return F.gelu(F.linear(x, weight, bias))
     if weight.shape[-1] <= _ONEDNN_INPUTS:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none")
+        return _onednn_linear(x, weight, bias, "gelu")
     return torch.ops.aten.gelu_(F.linear(x, weight, bias))
 
 
-def apply_linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    """layer(x), up to rounding.
+def apply_linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """layer(x), up to rounding; where a CPU infers, a narrow linear layer does not copy its bias first.
 
-    Layers stay modules of PyTorch's own class, which quantisation and others look for.
+    Layers stay modules of PyTorch's own class, which quantisation and others look for. On fewer than thousands of rows
+    it makes no difference.
 
     Args:
-        layer: Of C inputs. Where it has hooks, or is of a subclass, it is called.
+        layer: A linear layer of C inputs. What has hooks, or has taken a linear layer's place, is called.
         x: (..., C), of any strides.
     """
-    saves_copy = layer.bias is not None and layer.in_features <= _ONEDNN_INPUTS and is_plain(layer, nn.Linear)
+    saves_copy = is_plain(layer, nn.Linear) and layer.bias is not None and layer.in_features <= _ONEDNN_INPUTS
     if not saves_copy or not reuses_memory(x, layer.weight, layer.bias):
         return layer(x)
-    return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
+    return _onednn_linear(x, layer.weight, layer.bias, "none")

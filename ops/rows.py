@@ -47,7 +47,15 @@ def padding_bias(grid: RegionGrid, like: torch.Tensor) -> torch.Tensor:
     return like.new_zeros(real_RT.shape).masked_fill_(~real_RT, float("-inf"))
 
 
-def row_index(routes_BRK: torch.Tensor, num_regions: int, num_heads: int) -> torch.Tensor:
-    """Which of the keys' rows each row of queries is routed to, (B * N * Rq, K); there are `num_regions` of keys."""
-    heads_BN = torch.arange(len(routes_BRK) * num_heads, device=routes_BRK.device).view(-1, num_heads)
-    return (heads_BN[:, :, None, None] * num_regions + routes_BRK[:, None]).flatten(0, 2)
+def row_index(
+    routes_BRK: torch.Tensor, num_regions: int, num_heads: int, start: int = 0, stop: int | None = None
+) -> torch.Tensor:
+    """Which rows of keys each row of queries is routed to, (P, K), for the P rows of queries from `start` to `stop`.
+
+    There are B * N * Rq rows of queries, and `num_regions` regions of keys.
+    """
+    batch, num_queries, _ = routes_BRK.shape
+    rows_P = torch.arange(start, batch * num_heads * num_queries if stop is None else stop, device=routes_BRK.device)
+    heads_P = rows_P // num_queries  # of all images
+    routes_PK = routes_BRK[heads_P // num_heads, rows_P % num_queries]
+    return heads_P[:, None] * num_regions + routes_PK

@@ -35,7 +35,7 @@ def routed_attention(
 
     logits = torch.bmm(query_rows, key_rows.transpose(1, 2))
     if key_grid.is_padded:
-        logits_BNRTL = logits.view(len(routes), num_heads, routes.shape[1], *logits.shape[1:])
+        logits_BNRTL = logits.view(routes.shape[0], num_heads, routes.shape[1], *logits.shape[1:])
         bias_BRL = padding_bias(key_grid, logits)[routes].flatten(2)
         logits = (logits_BNRTL + bias_BRL[:, None, :, None, :]).view_as(logits)
     attended = torch.bmm(logits.softmax(dim=-1), value_rows)

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 import models
 from helpers.costs import DEBIFORMER as COSTS
 from helpers.published import assert_agrees, gmacs, published_state_dict
-from models import debiformer
 from models.debiformer import DeformableAgentAttention, ResidualConv2d, checkpoint_filter_fn
 from scripts.bench.timing import peak_memory
 
@@ -85,7 +84,8 @@ def test_offsets_share_their_weights_over_groups():
 
 
 def position_bias(module, points, height, width):
-    return module._position_bias(points, *(torch.linspace(-1, 1, n, dtype=points.dtype) for n in (height, width)))
+    positions = (torch.linspace(-1, 1, n, dtype=points.dtype) for n in (height, width))
+    return module._position_bias(module._table(points), points, *positions)
 
 
 def test_bias_depends_on_where_token_and_agent_are():
@@ -117,23 +117,28 @@ def test_tokens_attend_to_agents_with_the_bias():
     torch.testing.assert_close(out, module.proj(attended.transpose(1, 2).reshape(x.shape)))
 
 
-def input_and_gradients(module, x):
+def output_and_gradients(module, x):
     x = x.clone().requires_grad_()
     out = module(x)
     return out, *torch.autograd.grad(out.square().sum(), (x, *module.parameters()))
 
 
+def limit_bands(monkeypatch, rows):
+    """Bands of so many rows; gives the list of the attentions that are computed."""
+    attended, attend = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(DeformableAgentAttention, "_rows_at_once", lambda *args: rows)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **kw: attended.append(0) or attend(*args, **kw))
+    return attended
+
+
 @pytest.mark.parametrize("size", [(28, 28), (9, 14), (5, 40)])
-def test_tokens_attend_in_bands_where_there_are_many(size, monkeypatch):
-    module, x = attention(), torch.randn(2, *size, 64, dtype=torch.float64)
-    whole = input_and_gradients(module, x)
-    bands = []
-    attend = module._attend_band
-    monkeypatch.setattr(module, "_attend_band", lambda *args: bands.append(args) or attend(*args))
-    monkeypatch.setattr(debiformer, "_BAND_BYTES", 3 * 6 * size[1] * -(-size[0] // 4) * -(-size[1] // 4) * 8)
-    for result, expect in zip(input_and_gradients(module, x), whole, strict=True):
+def test_bands_of_rows_are_the_whole_map(size, monkeypatch):
+    module, x = attention(attn_impl="gather"), torch.randn(2, *size, 64, dtype=torch.float64)
+    whole = output_and_gradients(module, x)
+    attended = limit_bands(monkeypatch, 3)
+    for result, expect in zip(output_and_gradients(module, x), whole, strict=True):
         torch.testing.assert_close(result, expect, rtol=1e-10, atol=1e-12)
-    assert len(bands) == 2 * -(-size[0] // 3)  # once forward, and once more for the gradients
+    assert len(attended) == 2 * -(-size[0] // 3)  # once forward, and once more for the gradients
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -152,30 +157,45 @@ def test_memory_of_a_large_map_is_that_of_a_band(train):
     assert peak_memory(run, torch.device("cpu")) < (80 if train else 40)
 
 
+def test_bands_take_the_parameters_of_their_forward_pass(monkeypatch):
+    """Not those that the module has when a band is computed again."""
+    module, x = attention(attn_impl="gather"), torch.randn(1, 12, 8, 64, dtype=torch.float64)
+    others = {name: (p + 0.3 * torch.randn_like(p)).detach().requires_grad_() for name, p in module.named_parameters()}
+
+    def gradients():
+        return torch.autograd.grad(torch.func.functional_call(module, others, (x,)).square().sum(), others.values())
+
+    whole = gradients()
+    limit_bands(monkeypatch, 5)
+    for result, expect in zip(gradients(), whole, strict=True):
+        torch.testing.assert_close(result, expect, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.compile
-@pytest.mark.parametrize("export", [True, False])
-def test_bands_compile_and_export(export, monkeypatch):
-    monkeypatch.setattr(debiformer, "_BAND_BYTES", 30_000)
-    module, x = attention(), torch.randn(2, 12, 8, 64, dtype=torch.float64)
-    expected = input_and_gradients(module, x)
-    if export:
-        batch = torch.export.Dim("batch")
-        program = torch.export.export(module, (x,), dynamic_shapes=({0: batch},))
-        three = torch.cat([x, x[:1]])
-        torch.testing.assert_close(program.module()(three), module(three))
-    else:
-        compiled = torch.compile(module, fullgraph=True)
-        x = x.requires_grad_()
-        out = compiled(x)
-        gradient = torch.autograd.grad(out.square().sum(), x)[0]
-        torch.testing.assert_close((out, gradient), expected[:2])
+def test_bands_export_for_any_batch(monkeypatch):
+    module, x = attention(attn_impl="gather").requires_grad_(False), torch.randn(3, 12, 8, 64, dtype=torch.float64)
+    whole = module(x)
+    limit_bands(monkeypatch, 5)
+    program = torch.export.export(module, (x[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    assert sum("scaled_dot_product" in str(node.target) for node in program.graph.nodes) == 3
+    torch.testing.assert_close(program.module()(x), whole)
+
+
+@pytest.mark.compile
+def test_bands_compile(monkeypatch):
+    module, x = attention(), torch.randn(2, 12, 8, 64, dtype=torch.float64, requires_grad=True)
+    whole = output_and_gradients(module, x)
+    monkeypatch.setattr(DeformableAgentAttention, "_rows_at_once", lambda *args: 5)
+    out = torch.compile(module, fullgraph=True)(x)
+    torch.testing.assert_close((out, *torch.autograd.grad(out.square().sum(), x)), whole[:2])
 
 
 def test_bands_know_transforms(monkeypatch):
-    monkeypatch.setattr(debiformer, "_BAND_BYTES", 30_000)
     module, x = attention(attn_impl="gather"), torch.randn(1, 12, 8, 64, dtype=torch.float64)
-    gradient = torch.func.grad(lambda x: module(x).square().sum())(x)
-    torch.testing.assert_close(gradient, input_and_gradients(module, x)[1])
+    whole = output_and_gradients(module, x)[1]
+    attended = limit_bands(monkeypatch, 5)
+    torch.testing.assert_close(torch.func.grad(lambda x: module(x).square().sum())(x), whole)
+    assert len(attended) == 3
 
 
 def test_the_residual_of_a_convolution_keeps_the_weights_digits():

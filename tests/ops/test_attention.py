@@ -138,6 +138,29 @@ def test_empty_batch(impl):
     assert routed_attention(*inputs, impl=impl).shape == inputs[0].shape
 
 
+@pytest.mark.parametrize("batch,export", [(1, False), (2, False), pytest.param(2, True, marks=pytest.mark.compile)])
+@pytest.mark.parametrize("case", ["even", "ragged"])
+@pytest.mark.parametrize("impl", UNFUSED)
+def test_traces_and_exports_for_any_batch(impl, case, batch, export):
+    inputs = make_inputs(case, torch.float32, batch=3)
+    *settings, points = inputs[3][1:]
+
+    def attend(query, key, value, routes):
+        return routed_attention(query, key, value, Routing(routes, *settings, points), impl=impl)
+
+    class Attend(torch.nn.Module):
+        forward = staticmethod(attend)
+
+    tensors = (*inputs[:3], inputs[3].routes)
+    few = tuple(x[:batch] for x in tensors)
+    if export:
+        dynamic = dict.fromkeys(("query", "key", "value", "routes"), {0: torch.export.Dim("batch")})
+        recorded = torch.export.export(Attend(), few, dynamic_shapes=dynamic).module()
+    else:
+        recorded = torch.jit.trace(attend, few, check_trace=False)
+    torch.testing.assert_close(recorded(*tensors), attend(*tensors))
+
+
 def chosen_for(size, regions, topk, batch=1, device="meta", dtype=torch.float32):
     grid = RegionGrid.fit(*size, regions)
     query = torch.empty(batch, *size, 4, 32, dtype=dtype, device=device)

@@ -122,7 +122,7 @@ def test_memory_is_of_maps_and_one_block(side, regions, topk, impl, train):
     """Regions of 64 tokens, 4 and 1: `gather` holds keys and values `topk` times, a whole mask is dozens of maps."""
     megabytes, one_map = peak(impl, side, regions, topk, train)
     block = block_bytes(CPU) / 2**20 + (256 * side**2 * 4 / 2**20 if impl == "masked" else 0)
-    routes = regions**2 * (8 * topk * 2 if impl == "chunked" else 8 * regions**2) / 2**20  # of both heads
+    routes = regions**2 * (8 * topk if impl == "chunked" else 8 * regions**2) / 2**20
     assert megabytes < (16 if train else 7) * one_map + 2 * (block + routes)
     assert side != 112 or peak("gather", side, regions, topk, False)[0] > 40 * one_map
 

@@ -120,41 +120,65 @@ def make_layer(channels, bias=True):
     return layer, x
 
 
-def runs(layer, x):
-    """What `apply_linear` gives, and whether the module was called for it."""
-    calls = []
-    forward, nn.Linear.forward = nn.Linear.forward, lambda self, x: calls.append(self) or forward(self, x)
-    try:
-        return apply_linear(layer, x), bool(calls)
-    finally:
-        nn.Linear.forward = forward
-
-
-@pytest.mark.parametrize("channels", WIDTHS)
-def test_a_layer_is_off_by_at_most_twice_what_it_is_itself(channels):
-    layer, x = make_layer(channels)
-    exact = F.linear(x.double(), layer.weight.double(), layer.bias.double())
-    with torch.no_grad():
-        ours, eager_error = apply_linear(layer, x), (layer(x) - exact).abs().max()
-    assert (ours - exact).abs().max() <= 2 * eager_error + torch.finfo(x.dtype).eps * exact.abs().max()
+@pytest.fixture
+def called(monkeypatch):
+    """The linear layers that were called as modules."""
+    layers, forward = [], nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: layers.append(self) or forward(self, x))
+    return layers
 
 
 @needs_onednn
-def test_a_narrow_layer_with_a_bias_infers_without_its_copy():
+@pytest.mark.parametrize("change", [lambda x: x, lambda x: x.transpose(0, 1), lambda x: x[:, ::2], lambda x: x[:, :1]])
+@pytest.mark.parametrize("channels", [64, linear._ONEDNN_INPUTS])
+def test_a_narrow_layer_infers_without_the_copy_of_its_bias(channels, change, called):
+    layer, x = make_layer(channels)
+    x = change(x)
+    exact = F.linear(x.double(), layer.weight.double(), layer.bias.double())
     with torch.no_grad():
-        assert not runs(*make_layer(64))[1]
-        for layer, x in (make_layer(64, bias=False), make_layer(512)):
-            assert runs(layer, x)[1]
+        ours = apply_linear(layer, x)
+        assert not called
+        eager_error = (layer(x) - exact).abs().max()
+    assert (ours - exact).abs().max() <= 2 * eager_error + torch.finfo(x.dtype).eps * exact.abs().max()
 
 
-def test_a_layer_that_something_watches_or_trains_is_called():
+@torch.no_grad()
+def test_other_layers_are_called(called):
+    cases = [make_layer(64, bias=False), make_layer(linear._ONEDNN_INPUTS + 1), (make_layer(64)[0], torch.randn(0, 64))]
+    hooked, x = make_layer(64)
+    hooked.register_forward_hook(lambda module, inputs, out: out + 1)
+    for layer, x in [*cases, (hooked, x)]:
+        called.clear()
+        out = apply_linear(layer, x)
+        assert called == [layer] and torch.equal(out, layer(x))
+    quantised = torch.ao.quantization.quantize_dynamic(nn.Sequential(make_layer(64)[0]), {nn.Linear})[0]
+    for other in (quantised, nn.Identity(), nn.Sequential(make_layer(64)[0])):
+        x = make_layer(64)[1]
+        assert torch.equal(apply_linear(other, x), other(x))
+
+
+def test_a_layer_that_is_trained_cast_or_traced_is_called(called):
     layer, x = make_layer(64)
-    out, called = runs(layer, x)
-    assert called and torch.equal(torch.autograd.grad(out.sum(), layer.bias)[0], torch.full((192,), 24.0))
+    gradient = torch.autograd.grad(apply_linear(layer, x).sum(), layer.bias)[0]
+    assert called == [layer] and torch.equal(gradient, torch.full((192,), 24.0))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(apply_linear(layer, x), layer(x))
     with torch.no_grad():
-        seen = []
-        handle = layer.register_forward_hook(lambda module, inputs, out: seen.append(out))
-        assert runs(layer, x)[1] and torch.equal(seen[0], layer(x))
-        handle.remove()
-        quantised = torch.ao.quantization.quantize_dynamic(nn.Sequential(layer), {nn.Linear})[0]
-        assert torch.equal(apply_linear(quantised, x), quantised(x))
+        layer.requires_grad_(False)
+        traced = torch.jit.trace(lambda x: apply_linear(layer, x), x)
+        torch.testing.assert_close(traced(x[:1]), layer(x[:1]))
+        torch.testing.assert_close(torch.func.vmap(lambda x: apply_linear(layer, x))(x), layer(x))
+
+
+@pytest.mark.parametrize("channels", [64, 256])
+@pytest.mark.parametrize("change", [
+    lambda bias: torch.stack((bias, bias + 1), -1)[:, 0],
+    lambda bias: bias[:1].expand(len(bias)),
+], ids=["every second", "expanded"])
+def test_bias_of_any_strides(change, channels):
+    x, weight, bias = make_inputs((4, 6), channels)
+    check_error(x, weight, change(bias))
+    layer = nn.Linear(channels, len(weight))
+    layer.weight.data, layer.bias.data = weight, change(bias)
+    with torch.no_grad():
+        torch.testing.assert_close(apply_linear(layer, x), F.linear(x, weight, change(bias)))

@@ -31,18 +31,19 @@ def _block_rows(problem: Problem) -> int:
 def _blocks(problem: Problem) -> Iterator[_Block]:
     """The blocks, one after the other in the same memory."""
     grid = problem.key_grid
-    rows_PK = row_index(problem.routes, grid.num_regions, problem.num_heads)
     pairs = to_rows_of_both(problem.key, problem.value, grid)  # one call copies keys and values
     bias_RT = padding_bias(grid, problem.query) if grid.is_padded else None
-    step = _block_rows(problem)
-    memory = pairs.new_empty(rows_PK[:step].numel(), *pairs.shape[1:])
-    for start in range(0, len(rows_PK), step):
-        part = rows_PK[start : start + step]
+    batch, num_queries, topk = problem.routes.shape
+    total, step = batch * problem.num_heads * num_queries, _block_rows(problem)
+    memory = pairs.new_empty(min(step, total) * topk, *pairs.shape[1:])
+    for start in range(0, total, step):
+        stop = min(start + step, total)
+        part = row_index(problem.routes, grid.num_regions, problem.num_heads, start, stop)
         rows = part.flatten()
         copies = torch.index_select(pairs, 0, rows, out=memory[: len(rows)])
         key, value = copies.view(len(part), 1, -1, pairs.shape[-1]).chunk(2, -1)
         bias = None if bias_RT is None else bias_RT[part % grid.num_regions].view(len(part), 1, 1, -1)
-        yield _Block(slice(start, start + len(part)), rows, key, value, bias)
+        yield _Block(slice(start, stop), rows, key, value, bias)
 
 
 def _queries(problem: Problem, x_BHWND: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,7 @@ def _problems(
     scale: float,
     masked: bool,
 ) -> Iterator[tuple[slice, Problem]]:
-    """As many images at once as the cache holds."""
+    """As many images at once as `images_at_once` says."""
     grids = (RegionGrid(*x.shape[1:3], *regions) for x, regions in ((query, query_regions), (key, key_regions)))
     whole = Problem(query, key, value, routes, *grids, scale)
     step = max(1, (masked_blocks if masked else chunked).images_at_once(whole))
