@@ -154,7 +154,7 @@ def test_traces_and_exports_for_any_batch(impl, case, batch, export):
     tensors = (*inputs[:3], inputs[3].routes)
     few = tuple(x[:batch] for x in tensors)
     if export:
-        dynamic = dict.fromkeys(("query", "key", "value", "routes"), {0: torch.export.Dim("batch")})
+        dynamic = {name: {0: torch.export.Dim("batch")} for name in ("query", "key", "value", "routes")}
         recorded = torch.export.export(Attend(), few, dynamic_shapes=dynamic).module()
     else:
         recorded = torch.jit.trace(attend, few, check_trace=False)

@@ -145,16 +145,15 @@ def test_a_narrow_layer_infers_without_the_copy_of_its_bias(channels, change, ca
 @torch.no_grad()
 def test_other_layers_are_called(called):
     cases = [make_layer(64, bias=False), make_layer(linear._ONEDNN_INPUTS + 1), (make_layer(64)[0], torch.randn(0, 64))]
-    hooked, x = make_layer(64)
+    hooked, numbers = make_layer(64)
     hooked.register_forward_hook(lambda module, inputs, out: out + 1)
-    for layer, x in [*cases, (hooked, x)]:
+    for layer, x in [*cases, (hooked, numbers)]:
         called.clear()
         out = apply_linear(layer, x)
         assert called == [layer] and torch.equal(out, layer(x))
     quantised = torch.ao.quantization.quantize_dynamic(nn.Sequential(make_layer(64)[0]), {nn.Linear})[0]
     for other in (quantised, nn.Identity(), nn.Sequential(make_layer(64)[0])):
-        x = make_layer(64)[1]
-        assert torch.equal(apply_linear(other, x), other(x))
+        assert torch.equal(apply_linear(other, numbers), other(numbers))
 
 
 def test_a_layer_that_is_trained_cast_or_traced_is_called(called):
