@@ -9,9 +9,9 @@ from torch import nn
 
 from .onednn import is_plain, needs_grad, runs_on_onednn
 
-# Inputs to which oneDNN's product is the faster one, and as exact as MKL's: it adds up wider ones in longer chains.
-# Measured with AVX2 and AVX-512.
-_ONEDNN_INPUTS = 192
+# Where oneDNN's product is the faster one, and as exact as MKL's: it adds up more inputs in longer chains, and those of
+# few rows too, for which MKL has other kernels. Measured with AVX2 and AVX-512.
+_ONEDNN_INPUTS, _ONEDNN_ROWS = 192, 1024
 
 
 def reuses_memory(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
@@ -21,6 +21,11 @@ def reuses_memory(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_contiguous()):
         return False  # oneDNN's operator reads a bias as if it were contiguous
     return x.ndim > 1 and weight.shape[1:] == x.shape[-1:] and x.numel() > 0  # F.linear refuses what does not fit
+
+
+def _suits_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    inputs = weight.shape[-1]
+    return inputs <= _ONEDNN_INPUTS and x.numel() >= _ONEDNN_ROWS * inputs
 
 
 def _onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, then: str) -> torch.Tensor:
@@ -43,22 +48,23 @@ def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     """
     if not reuses_memory(x, weight, bias):
         return F.gelu(F.linear(x, weight, bias))
-    if weight.shape[-1] <= _ONEDNN_INPUTS:
+    if _suits_onednn(x, weight):
         return _onednn_linear(x, weight, bias, "gelu")
     return torch.ops.aten.gelu_(F.linear(x, weight, bias))
 
 
 def apply_linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """layer(x), up to rounding; where a CPU infers, a narrow linear layer does not copy its bias first.
+    """layer(x), up to rounding; where a CPU infers, a narrow linear layer of many rows does not copy its bias
+    first.
 
-    Layers stay modules of PyTorch's own class, which quantisation and others look for. On fewer than thousands of rows
-    it makes no difference.
+    Layers stay modules of PyTorch's own class, which quantisation and others look for.
 
     Args:
         layer: A linear layer of C inputs. What has hooks, or has taken a linear layer's place, is called.
         x: (..., C), of any strides.
     """
-    saves_copy = is_plain(layer, nn.Linear) and layer.bias is not None and layer.in_features <= _ONEDNN_INPUTS
-    if not saves_copy or not reuses_memory(x, layer.weight, layer.bias):
-        return layer(x)
-    return _onednn_linear(x, layer.weight, layer.bias, "none")
+    copies_bias = is_plain(layer, nn.Linear) and layer.bias is not None
+    # Last by its size, which compilers and exports would otherwise take for a constant.
+    if copies_bias and reuses_memory(x, layer.weight, layer.bias) and _suits_onednn(x, layer.weight):
+        return _onednn_linear(x, layer.weight, layer.bias, "none")
+    return layer(x)
