@@ -214,7 +214,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.command == "models":
         if args.cuda_graph and kind != "cuda":
             parser.error("--cuda_graph needs a GPU")
-        names = [text.partition(":")[0] for text in [*args.models, args.reference]]
+        try:
+            names = [models.Contender.parse(text).model for text in [*args.models, args.reference]]
+        except argparse.ArgumentTypeError as error:
+            parser.error(str(error))
         unknown = [name for name in names if not timm.is_model(name)]
         if unknown:
             parser.error(f"unknown model {', '.join(unknown)}")

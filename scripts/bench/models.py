@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from models.bvit import broad_attention, split_qkv
 from tasks.networks import size_kwargs
 from training.cuda_graphs import GraphedTraining
+from training.flags import key_value
 from training.precision import Precision
 
 from .timing import OUT_OF_MEMORY, Trial, compare, release
@@ -32,9 +33,13 @@ class Contender:
 
     @classmethod
     def parse(cls, text: str) -> "Contender":
-        """`NAME`, or `NAME:KEYWORD=VALUE,...` with words for values."""
+        """`NAME`, or `NAME:KEYWORD=VALUE,...`, where a value is a number or a word.
+
+        Raises:
+            argparse.ArgumentTypeError: A keyword has no value.
+        """
         model, _, keywords = text.partition(":")
-        return cls(model, tuple(tuple(keyword.split("=", 1)) for keyword in keywords.split(",") if keyword), text)
+        return cls(model, tuple(key_value(keyword) for keyword in keywords.split(",") if keyword), text)
 
     @property
     def name(self) -> str:

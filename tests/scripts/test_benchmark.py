@@ -128,10 +128,16 @@ def test_sections_are_chosen():
         assert len(set(names)) == len(names)
 
 
+def test_keywords_of_a_model_are_values():
+    contender = models.Contender.parse("biformer_nano:num_regions=4,attn_impl=gather")
+    assert contender.kwargs == (("num_regions", 4), ("attn_impl", "gather"))
+
+
 def test_mistakes(capsys, tmp_path):
     for arguments, message in (
         (["broad", "biformer_nano"], "broad attention is BViT's: bvit_5m, bvit_22m"),
         (["models", "biformer_nanoo"], "unknown model biformer_nanoo"),
+        (["models", "biformer_nano:gather"], "takes KEY=VALUE, not 'gather'"),
         (["op", "--device", "abacus"], "must be one of cuda, cpu, got abacus"),
         (["all", "--budget", "0", "--device", "cpu"], "--budget must be positive"),
         (["plot", str(tmp_path / "none.json")], "no record at"),
