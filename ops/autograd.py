@@ -2,9 +2,9 @@
 import torch
 
 
-def allocate_gradients(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def allocate_gradients(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Memory for the gradient of each."""
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
 
 
 def register_gradients(forward: torch.library.CustomOpDef, backward: torch.library.CustomOpDef, num_tensors: int):

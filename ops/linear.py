@@ -54,8 +54,7 @@ def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 
 def apply_linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """layer(x), up to rounding; where a CPU infers, a narrow linear layer of many rows does not copy its bias
-    first.
+    """layer(x), up to rounding, without copying the bias of a narrow layer to many rows where a CPU infers.
 
     Layers stay modules of PyTorch's own class, which quantisation and others look for.
 

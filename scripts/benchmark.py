@@ -34,7 +34,7 @@ from scripts.bench.suite import Case  # noqa: E402
 from scripts.bench.timing import machine  # noqa: E402
 from utils import UserError, replace_file  # noqa: E402
 
-DEFAULT_MODELS = ["biformer_tiny", "swin_tiny_patch4_window7_224", "convnext_tiny", "biformer_stl"]
+DEFAULT_MODELS = ("biformer_tiny", "swin_tiny_patch4_window7_224", "convnext_tiny", "biformer_stl")
 NOT_SETTINGS = ("command", "models", "output", "data_path", "rate")
 
 
@@ -44,14 +44,13 @@ def all_cases(args: argparse.Namespace) -> list[Case]:
 
 
 def models_cases(args: argparse.Namespace) -> list[Case]:
-    contenders = [models.Contender.parse(text) for text in args.models]
     cases = []
     size = args.input_size, args.input_size
     for mode in args.modes:
         setting = models.Setting(
             mode, args.batch_size, size, args.amp, args.channels_last, args.compile, args.cuda_graph
         )
-        cases.append(Case("models", mode, partial(models.measure, contenders, args.reference, setting)))
+        cases.append(Case("models", mode, partial(models.measure, args.models, args.reference, setting)))
     return cases
 
 
@@ -148,12 +147,23 @@ def named_rate(text: str) -> tuple[str, float]:
     return name or f"at {rate}", float(rate)
 
 
+def contender(text: str) -> models.Contender:
+    """A type of arguments: `NAME`, or `NAME:KEYWORD=VALUE,...`, of a model that timm knows."""
+    parsed = models.Contender.parse(text)
+    if not timm.is_model(parsed.model):
+        raise argparse.ArgumentTypeError(f"unknown model {parsed.model}")
+    return parsed
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     of_models = commands.add_parser("models", help="images per second and memory of timm models")
-    of_models.add_argument("models", nargs="*", default=DEFAULT_MODELS, help="NAME or NAME:KEYWORD=VALUE")
-    of_models.add_argument("--reference", default="swin_tiny_patch4_window7_224", help="the model that ratios are to")
+    defaults = [contender(name) for name in DEFAULT_MODELS]
+    of_models.add_argument("models", nargs="*", type=contender, default=defaults, help="NAME or NAME:KEYWORD=VALUE")
+    of_models.add_argument(
+        "--reference", type=contender, default="swin_tiny_patch4_window7_224", help="the model that ratios are to"
+    )
     of_models.add_argument("--input_size", type=int, default=224)
     of_models.add_argument("--channels_last", action="store_true", help="images and weights in channels-last layout")
     of_models.add_argument("--compile", action="store_true", help="torch.compile each model")
@@ -214,15 +224,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.command == "models":
         if args.cuda_graph and kind != "cuda":
             parser.error("--cuda_graph needs a GPU")
-        try:
-            names = [models.Contender.parse(text).model for text in [*args.models, args.reference]]
-        except argparse.ArgumentTypeError as error:
-            parser.error(str(error))
-        unknown = [name for name in names if not timm.is_model(name)]
-        if unknown:
-            parser.error(f"unknown model {', '.join(unknown)}")
         if args.reference not in args.models:
             args.models = [*args.models, args.reference]
+        args.reference = args.reference.name
     return args
 
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+from ...autograd import allocate_gradients
 from ...fused import depthwise
 from ...regions import RegionGrid
 from .op import Problem, allocate, launch_forward, launch_gradients
@@ -104,7 +105,7 @@ def _backward(grad_out, qkv, weight, bias, attended, lse, tables, settings: Sett
     inverse = (tables[0], tables[0]) if settings.dense else tuple(tables[1:])
     launch_gradients(problem, inverse, attended.view(of_heads), grad_out.view(of_heads), lse, grads)
     depthwise.convolve(grad_out, weight.contiguous(), None, through_attention, _value(grad_qkv), flip=True)
-    grad_weight, grad_bias = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (weight, bias))
+    grad_weight, grad_bias = allocate_gradients(weight, bias)
     depthwise.weight_gradients(_value(qkv), grad_out, grad_weight, grad_bias)
     return grad_qkv, grad_weight, grad_bias
 
@@ -175,7 +176,7 @@ def packed_backward(grad_out, qkv, weight, bias, attended, lse, tables, grid, *s
 
 @packed_backward.register_fake
 def _(grad_out, qkv, weight, bias, attended, lse, tables, grid, *settings):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (qkv, weight, bias))
+    return allocate_gradients(qkv, weight, bias)
 
 
 def _save_for_backward(ctx, inputs, output):
