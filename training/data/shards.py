@@ -32,9 +32,9 @@ from torch.utils.data import Sampler
 from storage.remote import HashMismatchError, RemoteCache, TransferError, read_bytes
 from utils import LostDataError, is_url, some
 
+from .files import IMAGE_EXTENSIONS
+
 INFO_NAMES = ("_info.json", "info.json")
-# A sample's image is the first of these that it has, as in timm for the extensions that timm reads.
-IMAGE_EXTENSIONS = ("jpg", "png", "webp", "jpeg", "bmp", "tif", "tiff", "ppm", "pgm")
 # How many shards are shuffled together. With 1,000 samples in each, about as many as WebDataset's usual buffer.
 WINDOW_SHARDS = 8
 # Workers read ahead, from one window into the next.
@@ -222,11 +222,16 @@ def read_split(folder: LocalFolder | HttpFolder, names: Sequence[str]) -> Split:
     try:
         listed = json.loads(content)
         splits = listed["splits"]
-        split = splits[next(name for name in names if name in splits)]
+        known = splits.keys()
+        split = splits[next(name for name in names if name in known)]
         filenames, lengths = tuple(map(str, split["filenames"])), tuple(map(int, split["shard_lengths"]))
         hashes = tuple(split.get("sha256") or [None] * len(filenames))
         consistent = len(filenames) == len(lengths) == len(hashes) and sum(lengths) == split["num_samples"]
-    except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
+    except StopIteration:
+        raise ShardError(
+            f"{folder}/{info} lists no split {' or '.join(names)}; it lists {some(sorted(known)) or 'none'}"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError):
         consistent = False
     if not consistent or min(lengths, default=0) < 0:
         raise ShardError(

@@ -416,7 +416,11 @@ def test_list_of_shards_with_mistakes(folder, tmp_path):
     with pytest.raises(UserError, match="has 16 images, fewer than one batch of 32"):
         loader_of(train_set(folder), batch_size=32)
     good = read_info(folder)["validation"]
-    for splits in ({}, {"test": good}, {"val": {"name": "val"}}, {"val": {**good, "num_samples": 11}}, {"val": 3}, [],
+    for splits, others in (({}, "none"), ({"test": good, "dev": good}, "dev, test")):
+        write_info(folder, splits)
+        with pytest.raises(UserError, match=rf"_info.json lists no split val or validation; it lists {others}$"):
+            val_set(folder)
+    for splits in ({"val": {"name": "val"}}, {"val": {**good, "num_samples": 11}}, {"val": 3}, [],
                    {"val": {**good, "shard_lengths": [10]}}, {"val": {**good, "sha256": ["0"]}},
                    {"val": {**good, "shard_lengths": [11, -1, 0, 0]}}, {"val": {**good, "shard_lengths": ["x"] * 4}}):
         write_info(folder, splits)

@@ -1,0 +1,175 @@
+"""training/data/folders.py: which folder is which class, and which images are held out."""
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from timm.data import ImageNetInfo
+
+from training.data.folders import ValSplit, number_classes, open_folders
+from utils import UserError
+
+FISH = ["n02102040", "n01440764", "n03888257"]
+
+
+def write(root, counts):
+    for place, number in counts.items():
+        for i in range(number):
+            path = root / place / f"{i}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    return root
+
+
+def names(root, split, **settings):
+    """Images below the folder of a split, and their targets."""
+    source = open_folders(root, split, Path, **settings)
+    return {str(path.relative_to(source.root)): target for path, target in source}
+
+
+# --- numbers of classes -----------------------------------------------------------------------------------------------
+
+
+def test_integer_names_are_in_the_order_of_their_numbers(tmp_path):
+    """Of folders 0 to 11, folder 10 was class 2."""
+    write(tmp_path, {f"train/{i}": 1 for i in range(12)})
+    source = open_folders(tmp_path, "train", str)
+    assert source.classes == [str(i) for i in range(12)] and not source.notes
+    assert number_classes(["10", "9", "01", "1"]).classes == ["01", "1", "9", "10"]
+    assert [(int(Path(path).parent.name), target) for path, target in source.samples] == [(i, i) for i in range(12)]
+
+
+@pytest.mark.parametrize("folders, order", [
+    (["10", "9", "x"], ["10", "9", "x"]), (["b", "B", "a"], ["B", "a", "b"]), (["²", "10", "9"], ["10", "9", "²"]),
+])
+def test_other_names_are_in_the_order_of_their_letters(folders, order):
+    numbering = number_classes(folders)
+    assert numbering.classes == order and numbering.indices == {name: i for i, name in enumerate(order)}
+    assert numbering.note is None
+
+
+@pytest.mark.parametrize("num_classes, subset", [
+    (1000, "imagenet-1k"), (21841, "imagenet-22k"), (11821, "imagenet-12k")])
+def test_synsets_have_the_numbers_of_imagenet(num_classes, subset):
+    synsets = ImageNetInfo(subset).label_names()
+    numbering = number_classes(FISH, num_classes)
+    assert numbering.classes == synsets and len(synsets) == num_classes
+    assert numbering.indices == {name: synsets.index(name) for name in FISH}
+    first, last = min(map(synsets.index, FISH)), max(map(synsets.index, FISH))
+    assert numbering.note == (f"3 class folders are synsets of ImageNet: numbered as its {num_classes} classes, "
+                              f"{first} is {synsets[first]} and {last} is {synsets[last]}")
+
+
+@pytest.mark.parametrize("num_classes", [None, 3])
+def test_synsets_alone_are_classes_of_their_own(num_classes):
+    numbering = number_classes(FISH, num_classes)
+    assert numbering.classes == sorted(FISH) and numbering.note is None
+
+
+def test_the_whole_of_imagenet_is_numbered_as_ever():
+    numbering = number_classes(ImageNetInfo("imagenet-1k").label_names()[::-1], 1000)
+    assert numbering.classes == sorted(numbering.classes) == ImageNetInfo("imagenet-1k").label_names()
+    assert numbering.note is None
+
+
+@pytest.mark.parametrize("folders, num_classes", [(["cat", "dog"], 1000), (["3", "7"], 10), ([*FISH, "dog"], 1000),
+                                                  ([*FISH, "n99999999"], 1000), (FISH, 999)])
+def test_a_line_says_which_numbers_the_folders_got(folders, num_classes):
+    numbering, order = number_classes(folders, num_classes), sorted(folders)
+    assert numbering.indices == {name: i for i, name in enumerate(order)}
+    assert numbering.note == (f"{len(order)} class folders, for a network of {num_classes} classes: numbered in order, "
+                              f"0 is {order[0]} and {len(order) - 1} is {order[-1]}")
+
+
+# --- what is found ----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_left_out_is_said(tmp_path):
+    write(tmp_path, {"train/a": 2, "train/b": 2, "train/.Trash": 2, "train/__MACOSX": 1})
+    for name in ("train/a/x.heic", "train/b/y.heic", "train/b/z.txt", "train/loose.png", "train/labels.csv"):
+        (tmp_path / name).touch()
+    source = open_folders(tmp_path, "train", str)
+    assert len(source) == 4 and source.classes == ["a", "b"]
+    assert source.notes == [
+        f"left out 1 image in {tmp_path}/train itself, in no class folder",
+        f"left out 3 files in {tmp_path}/train that are no images: 2 .heic, 1 .txt",
+    ]
+
+
+def test_a_class_without_images_says_what_is_there(tmp_path):
+    write(tmp_path, {"train/a": 2})
+    (tmp_path / "train" / "b").mkdir()
+    (tmp_path / "train" / "b" / "0.heic").touch()
+    complaint = r"train needs class folders.* for the classes b; endings .*1 file .*: 1 \.heic$"
+    with pytest.raises(UserError, match=complaint):
+        open_folders(tmp_path, "train", str)
+
+
+# --- what is held out -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["train/", ""])
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5])
+def test_a_share_of_each_class_is_held_out(tmp_path, layout, share):
+    """Once in train/ and once right in the folder; every image is in one part."""
+    counts = {"a": 100, "b": 8, "c/deep": 3, "c": 2, "d": 2}
+    write(tmp_path, {f"{layout}{name}": number for name, number in counts.items()})
+    train, val = (names(tmp_path, split, val_split=ValSplit(share)) for split in ("train", "val"))
+    assert not train.keys() & val.keys()
+    assert train | val == names(tmp_path, "train")
+    held = Counter(path.partition("/")[0] for path in val)
+    assert held == {"a": round(100 * share), "b": max(1, round(8 * share)), "c": max(1, round(5 * share)), "d": 1}
+    assert set(train.values()) == set(val.values()) == {0, 1, 2, 3}
+
+
+def test_what_is_held_out_follows_from_the_seed_and_the_names_alone(tmp_path):
+    split = ValSplit(0.2, seed=3)
+    one = names(write(tmp_path / "one", {"train/a": 50, "train/b": 50}), "val", val_split=split)
+    other = names(write(tmp_path / "other place", {"b": 50, "a": 50}), "val", val_split=split)
+    assert one == other != names(tmp_path / "one", "val", val_split=ValSplit(0.2, seed=4))
+    a, b = ({path[2:] for path in one if path[0] == name} for name in "ab")
+    assert a != b, "each class by itself"
+
+
+def test_new_images_move_few_from_one_part_to_the_other(tmp_path):
+    """A shuffle of numbers would deal out all anew, and validation would see what was trained on."""
+    write(tmp_path, {"a": 100, "b": 100})
+    before = names(tmp_path, "val", val_split=ValSplit(0.1))
+    (tmp_path / "a" / "00.jpg").touch()
+    after = names(tmp_path, "val", val_split=ValSplit(0.1))
+    assert len(before.keys() - after.keys()) <= 1
+
+
+def test_classes_of_one_image_are_not_split(tmp_path):
+    write(tmp_path, {"a": 1, "b": 2, "c": 1})
+    for split, expected in (("train", {"a": 1, "b": 1, "c": 1}), ("val", {"b": 1})):
+        source = open_folders(tmp_path, split, Path, val_split=ValSplit(0.5))
+        assert Counter(path.parent.name for path, _ in source) == expected
+        assert source.notes == [
+            "nothing can be held out of the classes of one image: a, c",
+            f"held out for validation: 1 of the 4 images in {tmp_path}, 0.5 of each class by seed 0",
+        ]
+        assert source.classes == ["a", "b", "c"]
+    write(tmp_path / "single", {"a": 1, "b": 1})
+    with pytest.raises(UserError, match="single has one image in each class: nothing can be held out"):
+        open_folders(tmp_path / "single", "train", Path, val_split=ValSplit(0.5))
+
+
+def test_test_images_are_no_part_of_the_training_images(tmp_path):
+    write(tmp_path, {"train/a": 4, "train/b": 4, "test/a": 2, "test/b": 1})
+    assert len(names(tmp_path, "test", val_split=ValSplit(0.5))) == len(names(tmp_path, "test")) == 3
+
+
+@pytest.mark.parametrize("places, split, share, complaint", [
+    (["train/a"], "val", None, r"has no folder val: expected val/CLASS/IMAGE, found train$"),
+    (["a", "b"], "val", None, r"has no folder val: expected val/CLASS/IMAGE, found a, b$"),
+    (["train/a", "val/a"], "train", 0.1, r"has a folder val, and a part of the training images was to be held out"),
+    (["train/a", "val/a"], "val", 0.1, r"has a folder val, and a part of the training images was to be held out"),
+    (["train/a"], "test", 0.1, r"has no folder test: expected test/CLASS/IMAGE, found train$"),
+    (["Training/a", "Validation/a"], "train", 0.1, r"has no folder train: .* found Training, Validation$"),
+    (["Training/a", "Validation/a"], "val", 0.1, r"has no folder train: .* found Training, Validation$"),
+    ([], "train", 0.1, r"has no folder train: expected train/CLASS/IMAGE, found nothing$"),
+])
+def test_splits_that_are_not_there(tmp_path, places, split, share, complaint):
+    write(tmp_path, dict.fromkeys(places, 2))
+    with pytest.raises(UserError, match=complaint):
+        open_folders(tmp_path, split, str, val_split=share and ValSplit(share))

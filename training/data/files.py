@@ -1,0 +1,137 @@
+"""The image files below a folder, in an order that is the same on every machine, and what else lies among them.
+
+Left out without a word is what systems and programs leave behind: hidden names (`.ipynb_checkpoints`, `.Trash`, the
+AppleDouble files `._NAME` of macOS), and the folders `NOT_THE_USERS`. Other files that are no images are counted.
+"""
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from utils import LostDataError, some
+
+# Without their dots. A sample in a shard has the first of these that it has as its image, as in timm for the extensions
+# that timm reads.
+IMAGE_EXTENSIONS = ("jpg", "png", "webp", "jpeg", "jfif", "bmp", "tif", "tiff", "ppm", "pgm")
+# Copies and thumbnails of macOS, Windows, Synology and ext4.
+NOT_THE_USERS = {"__MACOSX", "$RECYCLE.BIN", "System Volume Information", "@eaDir", "lost+found"}
+Identity = tuple[int, int]
+
+
+@dataclass
+class ImageFiles:
+    """What was found below a folder.
+
+    Args:
+        images: Paths of the images, sorted by folder and then by name.
+        left_out: How many files are no images, by their endings in lower case, with the dot.
+    """
+
+    images: list[str] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file name ends as an image's does."""
+    return _ending(name)[1:] in IMAGE_EXTENSIONS
+
+
+def is_hidden(name: str) -> bool:
+    """Whether the user did not put a file or folder of this name there."""
+    return name.startswith(".") or name in NOT_THE_USERS
+
+
+def find_images(folder: str | Path) -> ImageFiles:
+    """The images below a folder, at any depth.
+
+    Links are followed, also to folders elsewhere; each folder is visited once, and one above `folder` not at all, so
+    that links in a circle add nothing.
+
+    Raises:
+        LostDataError: A folder cannot be listed.
+    """
+    found, by_folder = ImageFiles(), []
+    seen = _above(folder)
+    waiting, links = [os.fspath(folder)], []
+    while waiting or links:
+        # what lies there itself comes before links to it
+        path = waiting.pop() if waiting else links.pop(0)
+        identity = _identity(path)
+        if identity is None or identity in seen:
+            continue
+        seen.add(identity)
+        names = []
+        for entry in _entries(path):
+            if _is_folder(entry):
+                (links if entry.is_symlink() else waiting).append(entry.path)
+            elif is_image(entry.name):
+                names.append(entry.name)
+            else:
+                found.left_out[_ending(entry.name)] += 1
+        by_folder.append((path, names))
+    found.images = [os.path.join(path, name) for path, names in sorted(by_folder) for name in names]
+    return found
+
+
+def list_folder(folder: str | Path) -> tuple[list[str], list[str]]:
+    """The names of the folders and of the files right in a folder, sorted; links to folders above it are left out.
+
+    Raises:
+        LostDataError: It cannot be listed.
+    """
+    folders, files = [], []
+    above = _above(folder) | {_identity(folder)}
+    for entry in _entries(folder):
+        if not _is_folder(entry):
+            files.append(entry.name)
+        elif not (entry.is_symlink() and _identity(entry.path) in above):
+            folders.append(entry.name)
+    return folders, files
+
+
+def describe_left_out(left_out: Counter[str], place: str | Path) -> str | None:
+    """One line that says how many files of `place` are no images; None where there is no such file."""
+    number = left_out.total()
+    if not number:
+        return None
+    kinds = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+    what = some([f"{count} {ending if ending.isprintable() else ascii(ending)}" if ending else f"{count} of no ending"
+                 for ending, count in kinds])
+    if number == 1:
+        return f"left out 1 file in {place} that is no image: {what}"
+    return f"left out {number} files in {place} that are no images: {what}"
+
+
+def _ending(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _entries(folder: str | Path) -> list[os.DirEntry]:
+    try:
+        with os.scandir(folder) as entries:
+            found = [entry for entry in entries if not is_hidden(entry.name)]
+    except OSError as error:
+        raise LostDataError(f"cannot list the folder {folder}: {error.strerror}") from None
+    return sorted(found, key=lambda entry: entry.name)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _identity(path: str | Path) -> Identity | None:
+    """What tells a folder from all others, by whatever path it was reached; None where it is gone."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _above(folder: str | Path) -> set[Identity]:
+    """The folders above one, by its name and by where it really lies."""
+    paths = (Path(os.path.abspath(folder)), Path(os.path.realpath(folder)))
+    return {identity for path in paths for parent in path.parents if (identity := _identity(parent)) is not None}

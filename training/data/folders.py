@@ -1,0 +1,229 @@
+"""Folders of images, SPLIT/CLASS/IMAGE, as a sequence: which folder is which class, and which images are held out.
+
+Where all class folders are named by integers, they are numbered in the order of these; where all of them are synsets
+of ImageNet and the network has ImageNet's classes, as ImageNet numbers them; else in the order of their names.
+"""
+import hashlib
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from timm.data import ImageNetInfo, infer_imagenet_subset
+
+from utils import UserError, some
+
+from .files import IMAGE_EXTENSIONS, describe_left_out, find_images, is_image, list_folder
+
+# Folders of these names are splits, and no classes of a folder without train.
+SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
+
+
+class NoValFolderError(UserError):
+    """There is no folder val, and no part of the training images was to be held out in its place."""
+
+
+class ValFolderError(UserError):
+    """There is a folder val, and a part of the training images was to be held out in its place."""
+
+
+@dataclass(frozen=True)
+class ValSplit:
+    """The images that are held out of the training set for validation.
+
+    Whether an image is held out follows from its own name, the names of its class's other images, and the seed: adding
+    images moves few of those that were there from one part to the other.
+
+    Args:
+        share: Of each class, above 0 and below 1; at least one image of a class is held out, and one is kept.
+        seed: Of the choice.
+    """
+
+    share: float
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.share:g} of each class by seed {self.seed}"
+
+    def held_out(self, paths: Sequence[str], below: Path) -> set[str]:
+        """Those of a class's images that are held out; none of a single one. Names count from the folder `below`."""
+        number = min(max(round(self.share * len(paths)), 1), len(paths) - 1)
+        return set(sorted(paths, key=lambda path: self._key(path.removeprefix(f"{below}/")))[:number])
+
+    def _key(self, name: str) -> bytes:
+        return hashlib.sha256(f"{self.seed}/".encode() + os.fsencode(name)).digest()
+
+
+# --- classes ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Numbering:
+    """The classes of class folders.
+
+    Args:
+        indices: Class index by name of the folder, in the order of the indices.
+        classes: Name of each class of the network that has one.
+        note: What a user should know about it; None where the folders are the classes.
+    """
+
+    indices: dict[str, int]
+    classes: list[str]
+    note: str | None = None
+
+
+def number_classes(names: Sequence[str], num_classes: int | None = None) -> Numbering:
+    """Number class folders.
+
+    Args:
+        names: Of the folders.
+        num_classes: Classes of the network; None for as many as there are folders.
+    """
+    if all(name.isascii() and name.isdigit() for name in names):
+        order = sorted(names, key=lambda name: (int(name), name))
+    else:
+        order = sorted(names)
+    plain = Numbering({name: index for index, name in enumerate(order)}, order)
+    if num_classes is None:
+        return plain
+    synsets = _imagenet_synsets(names, num_classes)
+    if synsets is not None and synsets != order:
+        numbers = {synset: index for index, synset in enumerate(synsets)}
+        indices = {name: numbers[name] for name in sorted(names, key=numbers.__getitem__)}
+        note = f"{len(names)} class folders are synsets of ImageNet: numbered as its {num_classes} classes, " \
+               f"{_first_and_last(indices)}"
+        return Numbering(indices, synsets, note)
+    if num_classes > len(order):
+        note = f"{len(order)} class folders, for a network of {num_classes} classes: numbered in order, " \
+               f"{_first_and_last(plain.indices)}"
+        return Numbering(plain.indices, order, note)
+    return plain
+
+
+def _imagenet_synsets(names: Sequence[str], num_classes: int) -> list[str] | None:
+    """The synsets of the subset of ImageNet that has so many classes, if all `names` are among them."""
+    subset = infer_imagenet_subset(dict(num_classes=num_classes))
+    if subset is None or not all(re.fullmatch(r"n\d{8}", name) for name in names):
+        return None
+    synsets = ImageNetInfo(subset).label_names()
+    return synsets if set(names) <= set(synsets) else None
+
+
+def _first_and_last(indices: dict[str, int]) -> str:
+    items = [f"{index} is {name}" for name, index in indices.items()]
+    return items[0] if len(items) == 1 else f"{items[0]} and {items[-1]}"
+
+
+# --- a split ----------------------------------------------------------------------------------------------------------
+
+
+class ImageFolders(Sequence):
+    """(decoded image, class index) by index over class folders.
+
+    Args:
+        root: The folder of the class folders.
+        numbering: Of all class folders.
+        samples: (path, class index) of each image.
+        notes: What a user should know about them, a line each.
+        decode: Takes a path; raises UserError if it cannot be read.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        numbering: Numbering,
+        samples: list[tuple[str, int]],
+        notes: list[str],
+        decode: Callable[[str], Image.Image],
+    ):
+        self.root, self.samples, self.notes, self.decode = root, samples, notes, decode
+        self.folders, self.classes = list(numbering.indices), numbering.classes
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        path, target = self.samples[index]
+        return self.decode(path), target
+
+
+def open_folders(
+    root: Path,
+    split: str,
+    decode: Callable[[str], Image.Image],
+    num_classes: int | None = None,
+    val_split: ValSplit | None = None,
+) -> ImageFolders:
+    """The images of root/SPLIT/CLASS; where there is no root/train, those of root/CLASS are the training images.
+
+    Args:
+        root: The folder of the data.
+        split: "train", "val" or "test".
+        decode: See `ImageFolders`.
+        num_classes: Classes of the network, where that is known; see `number_classes`.
+        val_split: What is held out of the training images as "val".
+
+    Raises:
+        NoValFolderError, ValFolderError: The one or the other.
+        UserError: There is no folder of the split, it has no class folders, or one of these has no images.
+    """
+    folder = _folder_of(root, "train" if val_split and split == "val" else split)
+    if val_split and (root / "val").is_dir():
+        raise ValFolderError(f"{root} has a folder val, and a part of the training images was to be held out")
+    images, notes = _find(folder)
+    numbering = number_classes(list(images), num_classes)
+    notes += [] if numbering.note is None else [numbering.note]
+    if val_split and split != "test":
+        images, about_parts = _part(images, folder, val_split, split)
+        notes += about_parts
+    samples = [(path, index) for name, index in numbering.indices.items() for path in images[name]]
+    return ImageFolders(folder, numbering, samples, notes, decode)
+
+
+def _folder_of(root: Path, split: str) -> Path:
+    """The folder of a split's class folders."""
+    if (root / split).is_dir():
+        return root / split
+    folders, files = list_folder(root)
+    if split == "train" and folders and not SPLIT_NAMES & {name.lower() for name in folders}:
+        return root
+    found = some(sorted(folders + files)) or "nothing"
+    kind = NoValFolderError if split == "val" else UserError
+    raise kind(f"{root} has no folder {split}: expected {split}/CLASS/IMAGE, found {found}")
+
+
+def _find(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
+    """The images of each class folder, and lines about what else was found."""
+    names, files = list_folder(folder)
+    if not names:
+        raise UserError(f"{folder} needs class folders, with images in each: there is no folder in it")
+    found = {name: find_images(folder / name) for name in names}
+    left_out = describe_left_out(sum((files.left_out for files in found.values()), Counter()), folder)
+    empty = [name for name, files in found.items() if not files.images]
+    if empty:
+        raise UserError(
+            f"{folder} needs class folders, with images in each: there is none for the classes {some(empty)}; "
+            f"endings of images are {', '.join(IMAGE_EXTENSIONS)}{f'; {left_out}' if left_out else ''}"
+        )
+    loose = sum(map(is_image, files))
+    images = "1 image" if loose == 1 else f"{loose} images"
+    notes = [f"left out {images} in {folder} itself, in no class folder"] if loose else []
+    return {name: files.images for name, files in found.items()}, [*notes, *([left_out] if left_out else [])]
+
+
+def _part(
+    images: dict[str, list[str]], folder: Path, val_split: ValSplit, split: str
+) -> tuple[dict[str, list[str]], list[str]]:
+    """The images of each class that are held out, or those that are not; and lines about the two parts."""
+    single = [name for name, paths in images.items() if len(paths) == 1]
+    if len(single) == len(images):
+        raise UserError(f"{folder} has one image in each class: nothing can be held out for validation")
+    notes = [f"nothing can be held out of the classes of one image: {some(single)}"] if single else []
+    held_out = {name: val_split.held_out(paths, below=folder) for name, paths in images.items()}
+    number, of = (sum(map(len, each.values())) for each in (held_out, images))
+    notes.append(f"held out for validation: {number} of the {of} images in {folder}, {val_split}")
+    is_val = split == "val"
+    return {name: [p for p in paths if (p in held_out[name]) == is_val] for name, paths in images.items()}, notes
