@@ -3,23 +3,26 @@
 Every random choice about an image follows from the seed that comes with its index (`training/data/loader.py`).
 """
 import errno
+import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import create_transform
 from timm.data.auto_augment import NAME_TO_OP
 from timm.data.loader import PrefetchLoader
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.datasets import CIFAR10, CIFAR100
 
+from training.data.folders import ValSplit, open_folders
 from training.data.loader import seeded, seeded_sample
 from training.data.shards import open_shards
 from utils import LostDataError, UserError, derive_seed, is_url, one_line, some
@@ -28,6 +31,8 @@ from utils import LostDataError, UserError, derive_seed, is_url, one_line, some
 # PIL's own errors have no number. All others are faults of the machine or its storage, which other images share.
 _OF_ONE_FILE = (None, errno.ENOENT, errno.EINVAL)
 Transform = Callable[[Image.Image], Any]
+# Damaged EXIF is passed over; PIL would print of it in every data loading process.
+warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)
 
 
 class UnreadableImageError(UserError):
@@ -41,21 +46,29 @@ class MissingDataError(UserError):
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
-def load_image(file: str | Path | BinaryIO) -> Image.Image:
+def load_image(file: str | Path | BinaryIO, exif_transpose: bool = True) -> Image.Image:
     """Read the image in `file`, whatever its mode, as PIL RGB.
 
-    Alpha is dropped, as in timm and torchvision; 16-bit grey is scaled to 8 bits.
+    Alpha is dropped, as in timm and torchvision. Greys of more than 8 bits are scaled to 8, see `_to_8_bits`.
+
+    Args:
+        file: Path, or open file.
+        exif_transpose: Turn and mirror the image as its EXIF orientation says, which timm and torchvision do not; one
+            that cannot be read is passed over.
 
     Raises:
         LostDataError: The folder in which it should be is gone, or the system cannot read the file.
-        UnreadableImageError: It is not an intact image; names the file.
+        UnreadableImageError: It is not an intact image, or has values of no known scale; names the file.
     """
     try:
         with Image.open(file) as image:
             image.load()
+            if exif_transpose:
+                with suppress(Exception):  # on damaged EXIF, PIL raises nearly anything
+                    ImageOps.exif_transpose(image, in_place=True)
             return _to_rgb(image)
     except Exception as error:  # on damaged bytes PIL's decoders raise nearly anything
-        name = getattr(file, "name", file)
+        name = file if isinstance(file, (str, Path)) else getattr(file, "name", file)  # a Path's name is its last part
         if isinstance(error, OSError) and error.errno not in _OF_ONE_FILE:
             raise LostDataError(f"cannot read {name}: {error.strerror}; check the disk, or the mount") from None
         if isinstance(file, (str, Path)) and not Path(file).parent.is_dir():
@@ -65,13 +78,36 @@ def load_image(file: str | Path | BinaryIO) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # I, I;16 and its byte orders
-        # convert("RGB") clips at 255, which turns all but the darkest pixels white
-        values = np.asarray(image).clip(0, 65535).astype(np.uint32)
-        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if image.mode == "F" or image.mode.startswith("I"):  # I, I;16 and its byte orders
+        image = Image.fromarray(_to_8_bits(np.asarray(image), image.mode))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # straight to RGB, PIL warns
     return image.convert("RGB")
+
+
+def _to_8_bits(values: np.ndarray, mode: str) -> np.ndarray:
+    """Greys as uint8, which PIL's own conversion clips instead of scaling.
+
+    16-bit integers are 0 to 65535. 32-bit ones and floats have no scale of their own, so that their largest value has
+    to tell: integers are of 8 bits up to 255, and of 16 bits up to 65535; floats are 0 to 1 up to 1, and 0 to 255 from
+    2 to 255.
+
+    Raises:
+        ValueError: Other values.
+    """
+    low, high = values.min(), values.max()
+    if mode == "F":
+        # between 1 and 2 lie 0 to 1 with an overshoot of resampling
+        scale = 1 if high <= 1 else 255 if 2 <= high <= 255 else None
+        known = "floats are read where they are 0 to 1 or 0 to 255"
+    else:
+        scale = 65535 if mode != "I" or 255 < high <= 65535 else 255 if high <= 255 else None
+        known = "32-bit integers are read where they are of 8 or 16 bits"
+    if scale is None or not low >= 0:  # nor is NaN
+        raise ValueError(f"its values are {low:g} to {high:g}, and {known}; save it with 8 or 16 bits")
+    if mode == "F":
+        return np.rint(values * np.float32(255 / scale)).astype(np.uint8)
+    return values.astype(np.uint8) if scale == 255 else ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
@@ -136,6 +172,7 @@ class ImageDataset(Dataset):
         on_error: What to do about an image that cannot be read: "raise" its error; or count it in `bad_images`, each
             time that it is tried, and give the "next" good image, or "mask" it: a black one with target -1.
         num_classes: How many classes there are where `classes` is None; None where that is not known either.
+        notes: What a user should know about the data set, a line each.
     """
 
     source: Sequence[tuple[Image.Image, int]]
@@ -143,6 +180,7 @@ class ImageDataset(Dataset):
     transform: Transform | None = None
     on_error: str = "raise"
     num_classes: int | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.classes is not None:
@@ -202,6 +240,23 @@ class ShardCache:
         return Path(self.folder or Path(torch.hub.get_dir()) / "shards").expanduser()
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How a data set is found and read.
+
+    Args:
+        download: Fetch CIFAR if it is not there.
+        shard_cache: Where, and how many, copies of shards from a URL are kept.
+        val_split: What is held out of the training images of a folder that has no folder val.
+        exif_transpose: See `load_image`; for folders and shards.
+    """
+
+    download: bool = False
+    shard_cache: ShardCache = ShardCache()
+    val_split: ValSplit | None = None
+    exif_transpose: bool = True
+
+
 def build_dataset(
     name: str,
     root: str | Path | None,
@@ -209,45 +264,46 @@ def build_dataset(
     transform: Transform | None = None,
     *,
     on_error: str = "raise",
-    download: bool = False,
-    shard_cache: ShardCache | None = None,
     most_classes: int | None = None,
+    **reading: Any,
 ) -> ImageDataset:
     """A split of a data set, of (transformed image, class index).
 
     Its `classes` is the list of class names, None for shards; its `num_classes` is their number, None for shards whose
-    list does not give it; its `bad_images` is how many unreadable images have been skipped so far.
+    list does not give it; its `bad_images` is how many unreadable images have been skipped so far; its `notes` are
+    lines about it that a user should read.
 
     Args:
         name: "IMNET" or "image_folder" (root/SPLIT/CLASS/IMAGE), "CIFAR10", "CIFAR100", "digits" (scikit-learn's) or
             "wds/NAME" (WebDataset shards).
         root: Folder of the data, for shards also a URL; the digits need none.
-        split: "train" or "val".
+        split: "train", "val" or "test"; CIFAR's test images and the digits held out are "val".
         transform: Takes a PIL RGB image; None returns it as it is.
         on_error: What to do about an image that cannot be read: "raise", "next" or "mask", see `ImageDataset`.
-        download: Fetch CIFAR if it is not there.
-        shard_cache: Where, and how many, copies of shards from a URL are kept.
-        most_classes: How many classes shards may hold whose list does not say how many there are; None for any.
+        most_classes: How many classes the network has: for folders, see `training.data.folders.number_classes`; shards
+            whose list does not say how many there are may hold no others. None for any.
+        reading: The fields of `Reading`.
 
     Raises:
-        UserError: There is no such data set, or its files are not there or not as they should be.
+        UserError: There is no such data set or split, or its files are not there or not as they should be.
     """
-    assert split in ("train", "val"), split
-    train = split == "train"
+    assert split in ("train", "val", "test"), split
+    how = Reading(**reading)
+    decode = partial(load_image, exif_transpose=how.exif_transpose)
     if name.startswith("wds/"):
-        cache = shard_cache or ShardCache()
         root = root if root is not None and is_url(root) else _folder(root)
-        splits = ("train",) if train else ("val", "validation")
-        shards = open_shards(root, splits, load_image, cache.path, cache.gigabytes, most_classes)
+        splits, cache = ("val", "validation") if split == "val" else (split,), how.shard_cache
+        shards = open_shards(root, splits, decode, cache.path, cache.gigabytes, most_classes)
         return ImageDataset(shards, None, transform, on_error, shards.split.num_classes)
     if name in ("IMNET", "image_folder"):
-        source, classes = _image_folder(root, split)
-    elif name in ("CIFAR10", "CIFAR100"):
-        source, classes = _cifar(name, root, train, download)
-    elif name == "digits":
-        source, classes = _digits(train)
-    else:
+        source = open_folders(_folder(root), split, decode, most_classes, how.val_split)
+        return ImageDataset(source, source.classes, transform, on_error, notes=tuple(source.notes))
+    if name not in ("CIFAR10", "CIFAR100", "digits"):
         raise UserError(f"no data set {name!r}; there are IMNET, image_folder, CIFAR10, CIFAR100, digits, wds/NAME")
+    if split == "test":
+        raise UserError(f"{name} has no split test; its splits are train and val")
+    train = split == "train"
+    source, classes = _digits(train) if name == "digits" else _cifar(name, root, train, how.download)
     return ImageDataset(source, classes, transform, on_error)
 
 
@@ -273,28 +329,6 @@ def _folder(root: str | Path | None) -> Path:
     if not folder.is_dir():
         raise UserError(f"data folder {folder} {'is not a folder' if folder.exists() else 'does not exist'}")
     return folder
-
-
-class _ImageFolder(ImageFolder):
-    """torchvision's, without hidden folders, such as notebooks and file managers leave behind."""
-
-    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-        names = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
-        if not names:
-            raise FileNotFoundError(f"no class folder in {directory}")
-        return names, {name: index for index, name in enumerate(names)}
-
-
-def _image_folder(root: str | Path | None, split: str) -> tuple[ImageFolder, list[str]]:
-    root = _folder(root)
-    if not (root / split).is_dir():
-        found = some(sorted(entry.name for entry in root.iterdir())) or "nothing"
-        raise UserError(f"{root} has no folder {split}: expected {split}/CLASS/IMAGE, found {found}")
-    try:
-        source = _ImageFolder(root / split, loader=load_image)
-    except FileNotFoundError as error:
-        raise UserError(f"{root / split} needs class folders, with images in each: {one_line(error)}") from None
-    return source, source.classes
 
 
 def _cifar(name: str, root: str | Path | None, train: bool, download: bool) -> tuple[CIFAR10, list[str]]:

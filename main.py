@@ -127,7 +127,7 @@ def create_run(task: Task, data: Data) -> Run:
     best = settings.best_metric(list(task.metrics))
     return Run(
         model, ema, optimizer, task.precision.grad_scaler(), clock, global_batch, data.train_loader.ranges,
-        BestMetric(best, higher=task.metrics[best.removeprefix("ema_")]), task.classes,
+        BestMetric(best, higher=task.metrics[best.removeprefix("ema_")]), task.classes, task.held_out,
     )
 
 

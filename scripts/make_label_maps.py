@@ -34,6 +34,7 @@ from tasks.classification.images import ImagePipeline
 from tasks.classification.token_labels import label_map_dtype, label_map_path
 from tasks.networks import PretrainedClassesError, check_model, create_teacher
 from training.distributed import Distributed, init_distributed
+from training.flags import boolean
 from training.options import LoaderOptions
 from training.precision import Precision
 from utils import UserError, replace_file, run_script
@@ -104,10 +105,12 @@ def missing_maps(images: list[Path], output: Path) -> tuple[list[int], list[Path
     return missing, [paths[i] for i in missing]
 
 
-def load_teacher(args: argparse.Namespace, num_classes: int, distributed: Distributed) -> torch.nn.Module:
+def load_teacher(args: argparse.Namespace, classes: list[str], distributed: Distributed) -> torch.nn.Module:
     """The teacher on the device, in evaluation mode."""
     try:
-        teacher = create_teacher(args.model, num_classes, args.input_size, args.checkpoint, args.model_key)
+        teacher = create_teacher(
+            args.model, len(classes), args.input_size, args.checkpoint, args.model_key, trained_on=classes
+        )
     except PretrainedClassesError as error:
         raise UserError(f"{error}; give a teacher of these classes by --checkpoint") from error
     return teacher.eval().to(distributed.device)
@@ -121,15 +124,20 @@ def make(args: argparse.Namespace):
     images = ImagePipeline(args.model, args.input_size, crop_pct=1.0, crop_mode="squash")
     # An image that is skipped gets no map, rather than the next one's.
     on_error = "mask" if args.skip_bad_images else "raise"
-    dataset = datasets.build_dataset("image_folder", args.data_path, args.split, images.transform(), on_error=on_error)
+    dataset = datasets.build_dataset(
+        "image_folder", args.data_path, args.split, images.transform(), on_error=on_error,
+        exif_transpose=args.exif_transpose,
+    )
     folder = Path(dataset.source.root)
     files = [Path(path).relative_to(folder) for path, _ in dataset.source.samples]
     indices, paths = missing_maps(files, args.output)
+    for note in dataset.notes:
+        print(note)
     print(f"{len(files)} images in {folder}, {len(files) - len(indices)} of which have a map in {args.output}")
     if not indices:
         return
     args.output.mkdir(parents=True, exist_ok=True)
-    teacher = load_teacher(args, len(dataset.classes), distributed)
+    teacher = load_teacher(args, dataset.classes, distributed)
     loader_options = LoaderOptions(batch_size=args.batch_size, num_workers=args.num_workers)
     loader = images.loader(Subset(dataset, indices), loader_options, distributed)
     precision = Precision.on(distributed.device, args.amp)
@@ -152,7 +160,7 @@ def make(args: argparse.Namespace):
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_path", required=True, help="the image folder, with train/CLASS/IMAGE")
+    parser.add_argument("--data_path", required=True, help="the image folder, with train/CLASS/IMAGE or CLASS/IMAGE")
     parser.add_argument("--split", default="train", choices=["train", "val"])
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="where the maps go")
     parser.add_argument("--model", required=True, help="the teacher: any model that timm knows, ours included")
@@ -164,6 +172,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--num_workers", default=min(8, os.cpu_count() or 1), type=int)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"])
+    parser.add_argument("--exif_transpose", default=True, type=boolean, metavar="BOOL",
+                        help="turn images upright by their EXIF orientation, as main.py does by default")
     parser.add_argument("--skip_bad_images", action="store_true", help="make no map of an image that cannot be read")
     args = parser.parse_args(argv)
     for name in ("input_size", "topk", "batch_size"):

@@ -4,7 +4,7 @@
 
 Writes SPLIT-000000.tar and so on and, at the end, the index `_info.json`: the number of classes, and the number of
 samples and the sha256 of each shard. The images of a split are shuffled first, so that every shard has images of all
-classes; the same folder, size and seed give the same bytes. Classes are numbered in the order of their names.
+classes; the same folder, size and seed give the same bytes. Classes are numbered as in training on the folder.
 """
 import argparse
 import io
@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from datasets import build_dataset, check_same_classes
+from datasets import ImageDataset, ValSplit, build_dataset, check_same_classes
 from storage.remote import sha256_of
 from training.data.shards import INFO_NAMES
 from utils import UserError, replace_file, run_script
@@ -58,21 +58,39 @@ def write_split(name: str, images: list[tuple[str, int]], output: Path, size: in
     )
 
 
-def make_shards(folder: Path, output: Path, splits: list[str], size: int, seed: int) -> list[str]:
-    """Pack `splits` of `folder` into `output`; returns the names of the classes.
+def open_splits(args: argparse.Namespace) -> dict[str, ImageDataset]:
+    """The splits of the folder by name; what a user should know about them is printed."""
+    val_split = args.val_split and ValSplit(args.val_split, args.seed)
+    sources = {
+        split: build_dataset("image_folder", args.folder, split, most_classes=args.nb_classes, val_split=val_split)
+        for split in args.splits
+    }
+    for note in dict.fromkeys(note for dataset in sources.values() for note in dataset.notes):
+        print(note)
+    return sources
+
+
+def make_shards(args: argparse.Namespace) -> list[str]:
+    """Pack the splits of a folder; returns the names of the classes.
 
     Raises:
-        UserError: A split is missing, the splits have different classes, or `output` already has an index.
+        UserError: A split is missing, the splits have different classes, or the output already has an index.
     """
+    output = args.output
     existing = [output / name for name in INFO_NAMES if (output / name).exists()]
     if existing:
         raise UserError(f"{existing[0]} already exists; choose another output folder")
-    sources = {split: build_dataset("image_folder", folder, split) for split in splits}
-    classes = sources[splits[0]].classes
+    sources = open_splits(args)
+    classes = sources[args.splits[0]].classes
+    if args.nb_classes is not None and args.nb_classes < len(classes):
+        raise UserError(f"{args.nb_classes} classes were asked for, fewer than the {len(classes)} folders")
     for source in sources.values():
         check_same_classes(classes, source.classes)
     output.mkdir(parents=True, exist_ok=True)
-    info = {split: write_split(split, dataset.source.samples, output, size, seed) for split, dataset in sources.items()}
+    info = {
+        split: write_split(split, dataset.source.samples, output, args.size, args.seed)
+        for split, dataset in sources.items()
+    }
     listed = json.dumps(dict(num_classes=len(classes), splits=info), indent=1)
     replace_file(output / INFO_NAMES[0], lambda file: file.write(listed.encode()))
     return classes
@@ -80,17 +98,23 @@ def make_shards(folder: Path, output: Path, splits: list[str], size: int, seed: 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="folder of SPLIT/CLASS/IMAGE")
+    parser.add_argument("folder", type=Path, help="folder of SPLIT/CLASS/IMAGE or, with --val_split, of CLASS/IMAGE")
     parser.add_argument("output", type=Path, help="folder for the shards")
-    parser.add_argument("--splits", nargs="+", choices=["train", "val"], default=["train", "val"])
+    parser.add_argument("--splits", nargs="+", choices=["train", "val", "test"], default=["train", "val"])
+    parser.add_argument("--val_split", type=float, metavar="SHARE",
+                        help="share of each class that is held out as val, where there is no folder val")
+    parser.add_argument("--nb_classes", type=int, help="classes of the network, if it has more than there are folders: "
+                                                       "ImageNet's for folders of some of its synsets")
     parser.add_argument("--size", type=int, default=1000, help="samples per shard")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle, and of --val_split")
     args = parser.parse_args(argv)
     if args.size < 1:
         parser.error(f"--size must be at least 1, got {args.size}")
+    if args.val_split is not None and not 0 < args.val_split < 1:
+        parser.error(f"--val_split must be above 0 and below 1, got {args.val_split}")
 
     def run():
-        classes = make_shards(args.folder, args.output, args.splits, args.size, args.seed)
+        classes = make_shards(args)
         print(f"{len(classes)} classes; train with --data_set wds/NAME --data_path {args.output}")
 
     return run_script(run)

@@ -21,7 +21,6 @@ import training.threads  # before torch  # noqa: F401  # isort: skip
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import datasets
 from tasks.classification.images import ImagePipeline
@@ -35,6 +34,7 @@ from tasks.networks import (
     read,
     size_kwargs,
 )
+from training.data import files
 from training.distributed import init_distributed
 from training.options import LoaderOptions
 from training.precision import Precision
@@ -64,10 +64,15 @@ def find_images(places: list[Path]) -> list[Path]:
     for place in places:
         if not place.exists():
             raise UserError(f"{place}: no such file or folder")
-        inside = sorted(place.rglob("*")) if place.is_dir() else []
-        found += [path for path in inside if path.suffix.lower() in IMG_EXTENSIONS] if place.is_dir() else [place]
+        if not place.is_dir():
+            found.append(place)
+            continue
+        inside = files.find_images(place)
+        found += map(Path, inside.images)
+        if left_out := files.describe_left_out(inside.left_out, place):
+            print(left_out, file=sys.stderr)
     if not found:
-        raise UserError(f"no image in {', '.join(map(str, places))}; endings are {', '.join(IMG_EXTENSIONS)}")
+        raise UserError(f"no image in {', '.join(map(str, places))}; endings are {', '.join(files.IMAGE_EXTENSIONS)}")
     return found
 
 

@@ -152,7 +152,19 @@ def class_difference(checkpoint: dict[str, Any], classes: list[str] | None) -> s
     if len(trained_on) != len(classes):
         return f"was trained on {len(trained_on)} classes, the data has {len(classes)}"
     index = next(i for i, (ours, theirs) in enumerate(zip(classes, trained_on, strict=True)) if ours != theirs)
-    return f"was trained on other classes: number {index} was {trained_on[index]!r}, and is {classes[index]!r} here"
+    kind = "the same classes in another order" if sorted(trained_on) == sorted(classes) else "other classes"
+    return f"was trained on {kind}: number {index} was {trained_on[index]!r}, and is {classes[index]!r} here"
+
+
+def held_out_difference(checkpoint: dict[str, Any], held_out: str | None) -> str | None:
+    """How what a run of ours held out of its training images differs from `held_out`, or None.
+
+    None too where the checkpoint does not say what was held out.
+    """
+    if "held_out" not in checkpoint or checkpoint["held_out"] == held_out:
+        return None
+    return f"was trained with {checkpoint['held_out'] or 'nothing'} held out for validation, here it is " \
+           f"{held_out or 'nothing'}"
 
 
 def load_weights(

@@ -127,7 +127,12 @@ def model_data_config(name: str) -> dict[str, Any]:
 
 
 def create_teacher(
-    name: str, num_classes: int, input_size: int | tuple[int, int], source: str | None, key: str | None = None
+    name: str,
+    num_classes: int,
+    input_size: int | tuple[int, int],
+    source: str | None,
+    key: str | None = None,
+    trained_on: list[str] | None = None,
 ) -> torch.nn.Module:
     """A model to learn from, with the weights of the checkpoint `source`, or its published ones.
 
@@ -137,6 +142,7 @@ def create_teacher(
         input_size: Of the images that it will see.
         source: File or URL; None for the published weights.
         key: Which weights of the checkpoint to take.
+        trained_on: As of `load_checkpoint`.
 
     Raises:
         UserError: There are no weights, or they do not fit.
@@ -145,5 +151,5 @@ def create_teacher(
         check_pretrained_classes(name, num_classes)
     teacher = build_model(name, source is None, dict(num_classes=num_classes, **size_kwargs(name, input_size)))
     if source is not None:
-        load_from(teacher, source, key)
+        load_from(teacher, source, key, trained_on=trained_on)
     return teacher

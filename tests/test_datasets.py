@@ -17,6 +17,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from datasets import MissingDataError, UnreadableImageError, build_dataset, check_same_classes, load_image
 from helpers.loading import MEAN, STD, complaint_of, different_images, loader_of, read_all, transform
 from helpers.photos import noise, write_noise
+from scripts import make_shards
 from utils import LostDataError, UserError
 
 
@@ -122,10 +123,93 @@ def test_16_bits_are_scaled_not_clipped(mode, format):
     assert np.array_equal(rgb(image, format)[0], np.stack([eight] * 3, 1))
 
 
-def test_16_bit_rounding_and_range():
-    values = np.array([[0, 128, 129, 65535 - 129, 65535 - 128, 65535, 70000, -5]], "<i4")
-    image = Image.frombytes("I", (8, 1), values.tobytes())
-    assert rgb(image, "TIFF")[0, :, 0].tolist() == [0, 0, 1, 254, 255, 255, 255, 0]
+def test_16_bit_rounding():
+    values = np.array([[0, 128, 129, 65535 - 129, 65535 - 128, 65535]], "<u2")
+    image = Image.frombytes("I;16", (6, 1), values.tobytes())
+    assert rgb(image, "TIFF")[0, :, 0].tolist() == [0, 0, 1, 254, 255, 255]
+
+
+@pytest.mark.parametrize("mode, values", [
+    ("F", np.arange(256) / 255), ("F", np.arange(256)), ("I", np.arange(256)), ("I", np.arange(256) * 257),
+    ("I;16", np.arange(256) * 257), ("I;16B", np.arange(256) * 257),
+])
+def test_a_ramp_is_a_ramp_whatever_its_type(mode, values):
+    """Floats of 0 to 1 were black, 32-bit integers of 0 to 255 too; beyond 65535 all was white."""
+    dtype = {"F": "<f4", "I": "<i4", "I;16": "<u2", "I;16B": ">u2"}[mode]
+    image = Image.frombytes(mode, (256, 1), values.astype(dtype).tobytes())
+    assert np.array_equal(rgb(image, "TIFF")[0], np.stack([np.arange(256)] * 3, 1))
+
+
+@pytest.mark.parametrize("mode, values, complaint", [
+    ("I", [0, 2**31 - 1], r"its values are 0 to 2.14748e\+09, and 32-bit integers are read where they are of 8 or 16 "),
+    ("I", [-5, 200], "its values are -5 to 200, and 32-bit integers"),
+    ("F", [0, 1.02], "its values are 0 to 1.02, and floats are read where they are 0 to 1 or 0 to 255; save it with 8"),
+    ("F", [0, 65535], "its values are 0 to 65535, and floats"),
+    ("F", [-0.5, 0.5], "its values are -0.5 to 0.5, and floats"),
+    ("F", [0, float("nan")], "its values are nan to nan, and floats"),
+])
+def test_values_of_no_known_scale_are_refused(tmp_path, mode, values, complaint):
+    path = tmp_path / "a.tif"
+    Image.frombytes(mode, (2, 1), np.array(values, {"F": "<f4", "I": "<i4"}[mode]).tobytes()).save(path)
+    with pytest.raises(UnreadableImageError, match=f"^cannot read {path}: {complaint}"):
+        load_image(path)
+
+
+# --- EXIF orientation -------------------------------------------------------------------------------------------------
+
+ORIENTATION = 0x0112
+
+
+def photograph(path, orientation, **settings):
+    """A photograph that is blue, then dark towards the right and the bottom, stored as a camera held so stores it."""
+    upright = np.zeros((16, 32, 3), np.uint8)
+    upright[..., 0], upright[..., 1] = np.arange(32) * 8, np.arange(16)[:, None] * 16
+    # what undoes each orientation, by the standard's table
+    stored = {1: lambda x: x, 2: np.fliplr, 3: lambda x: np.rot90(x, 2), 4: np.flipud,
+              5: lambda x: x.swapaxes(0, 1), 6: lambda x: np.rot90(x, 1),
+              7: lambda x: np.rot90(x, 2).swapaxes(0, 1), 8: lambda x: np.rot90(x, -1)}[orientation](upright)
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif, **settings)
+    return upright
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("ending", ["png", "webp", "tif"])
+def test_a_photograph_is_read_upright(tmp_path, orientation, ending):
+    path = tmp_path / f"a.{ending}"
+    upright = photograph(path, orientation, **(dict(lossless=True) if ending == "webp" else {}))
+    assert np.array_equal(np.array(load_image(path)), upright)
+
+
+def test_a_jpeg_photograph_is_read_upright_or_as_it_is_stored(tmp_path):
+    upright = photograph(tmp_path / "a.jpg", 6, quality=100)
+    read, stored = (load_image(tmp_path / "a.jpg", exif_transpose=transpose) for transpose in (True, False))
+    assert read.size == (32, 16) and stored.size == (16, 32)
+    assert np.abs(np.array(read).astype(int) - upright).max() < 32
+    assert np.array_equal(np.rot90(np.array(read)), np.array(stored))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("exif", [
+    b"", b"Exif\0\0", b"Exif\0\0nonsense", b"Exif\0\0MM\0*\0\0\0\x08\0\x09\x01\x12", b"Exif\0\0II*\0\xff\xff\xff\xff",
+    b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x63\0\0\0\0\0\0",
+])
+def test_damaged_exif_is_passed_over(tmp_path, exif):
+    """No header, no content, a cut list of tags, a list beyond the end, an orientation of 99."""
+    Image.fromarray(noise()).save(tmp_path / "plain.jpg")
+    Image.fromarray(noise()).save(tmp_path / "a.jpg", exif=exif)
+    assert np.array_equal(np.array(load_image(tmp_path / "a.jpg")), np.array(load_image(tmp_path / "plain.jpg")))
+
+
+@pytest.mark.parametrize("name", ["image_folder", "wds/x"])
+def test_folders_and_shards_read_photographs_upright(tmp_path, name):
+    (tmp_path / "photos" / "train" / "a").mkdir(parents=True)
+    upright = photograph(tmp_path / "photos" / "train" / "a" / "0.png", 8)
+    make_shards.main([str(tmp_path / "photos"), str(tmp_path / "shards"), "--splits", "train"])
+    root = tmp_path / ("photos" if name == "image_folder" else "shards")
+    assert np.array_equal(np.array(build_dataset(name, root, "train")[0][0]), upright)
+    assert build_dataset(name, root, "train", exif_transpose=False)[0][0].size == (16, 32)
 
 
 # --- data sets --------------------------------------------------------------------------------------------------------

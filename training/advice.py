@@ -17,6 +17,7 @@ ADVICE: Mapping[type[UserError], str] = {
     checkpoints.DamagedCheckpointError: "resume from the one before it, or download it again",
     task.ShortEpochError: "lower --update_freq or --batch_size",
     run.NoRunError: "fine-tune from it with --finetune",
+    run.HeldOutMismatchError: "give --val_split and --seed as in that run, or fine-tune from it with --finetune",
     run.NoEmaError: "resume with --model_ema false",
     run.OptimizerMismatchError: "--opt, --layer_decay, --decay_groups and --weight_decay must be as in that run",
     run.BatchMismatchError: "keep --batch_size x processes x --update_freq, or resume from the end of an epoch",

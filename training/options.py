@@ -124,8 +124,13 @@ class EvaluationOptions(Group):
     """Evaluation"""
 
     eval: bool = flag(False, "evaluate a checkpoint, and do not train")
+    split: str = flag("val", "with --eval, the images to evaluate on", choices=["train", "val", "test"])
     dist_eval: bool = flag(True, "share the evaluation among the processes; the result is the same")
     disable_eval: bool = flag(False, "do not evaluate while training")
+
+    def check(self):
+        if self.split != "val" and not self.eval:
+            raise UsageError(f"--split {self.split} is for --eval; training evaluates on val")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from timm.utils import ModelEmaV3
 
-from storage.weights import WeightsError, class_difference, load_weights, read_checkpoint, unwrap
+from storage.weights import (
+    WeightsError,
+    class_difference,
+    held_out_difference,
+    load_weights,
+    read_checkpoint,
+    unwrap,
+)
 from utils import UserError, as_user_error
 
 # Current flags override these values of a checkpoint's optimizer.
@@ -16,6 +23,10 @@ HYPERPARAMETERS = ("lr", "lr_scale", "weight_decay", "momentum", "betas", "eps",
 
 class NoRunError(UserError):
     """A checkpoint that holds weights alone, or the run of another data set: it can be fine-tuned, not resumed."""
+
+
+class HeldOutMismatchError(UserError):
+    """A checkpoint of a run that held other images out of the training set, and has trained on what is held out now."""
 
 
 class OptimizerMismatchError(UserError):
@@ -113,6 +124,7 @@ class Run:
         ranges: Into how many ranges the data of an epoch is cut; see `EpochLoader.ranges`.
         best_metric: What decides which weights are the best.
         classes: Names of the classes, in order, where the data set knows them.
+        held_out: What was held out of the training images for validation; see `training.task.Task`.
         meter: `Meter.state_dict()` at this step.
         best: The best value of the metric so far.
     """
@@ -126,6 +138,7 @@ class Run:
     ranges: int = 1
     best_metric: BestMetric = BestMetric("acc1")
     classes: list[str] | None = None
+    held_out: str | None = None
     meter: dict[str, Any] = field(default_factory=dict)
     best: float | None = None
 
@@ -160,6 +173,7 @@ class Run:
             meter=self.meter,
             best={self.best_metric.name: self.best},
             classes=self.classes,
+            held_out=self.held_out,
         )
 
     def load(self, path: Path, opt: str):
@@ -174,6 +188,8 @@ class Run:
                 raise NoRunError(f"{path} holds only weights, no run to resume")
             if difference := class_difference(checkpoint, self.classes):
                 raise NoRunError(f"{path} {difference}")
+            if difference := held_out_difference(dict(held_out=None) | checkpoint, self.held_out):
+                raise HeldOutMismatchError(f"{path} {difference}")
             self._load_weights(checkpoint, path)
         self._load_optimizer(checkpoint["optimizer"], checkpoint["args"]["opt"], opt, path)
         if checkpoint["scaler"]:  # empty in a run without fp16

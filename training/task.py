@@ -63,6 +63,8 @@ class Task(ABC):
         advice: What a user of the command line can do about the task's own errors, by their class.
         classes: Names of the classes, once a data set that knows them was opened; saved in checkpoints.
         num_classes: Their number, where the task has classes.
+        held_out: What of the training images is held out as the val split, in words; None where it is a set of its
+            own. Saved in checkpoints: a run that resumes holds out the same.
     """
 
     settings_class: ClassVar[type[Settings]]
@@ -75,6 +77,7 @@ class Task(ABC):
         self.eval_processes = distributed if settings.evaluation.dist_eval else distributed.alone()
         self.classes: list[str] | None = None
         self.num_classes: int | None = None
+        self.held_out: str | None = None
 
     @classmethod
     @abstractmethod
@@ -88,7 +91,9 @@ class Task(ABC):
 
     @abstractmethod
     def dataset(self, split: str) -> Dataset:
-        """The data set of a split, "train" or "val". One that skips unreadable images counts them in `bad_images`.
+        """The data set of a split, "train" or "val", in an evaluation also "test"; augmented where it is trained on.
+
+        One that skips unreadable images counts them in `bad_images`.
 
         Raises:
             UserError: It cannot be opened, or does not fit the other split.
@@ -189,5 +194,5 @@ class Data:
 
     @classmethod
     def for_evaluation(cls, task: Task) -> "Data":
-        """The val split alone."""
-        return cls(None, task.loader(task.dataset("val"), train=False))
+        """The split to evaluate alone."""
+        return cls(None, task.loader(task.dataset(task.settings.evaluation.split), train=False))

@@ -1,6 +1,6 @@
 """The errors of this task, and what a user of the command line can do about them."""
 import datasets
-from training.data import shards
+from training.data import folders, shards
 from utils import UsageError, UserError
 
 from .. import networks
@@ -14,6 +14,10 @@ class TooFewClassesError(UsageError):
     """Fewer classes were asked for than the data holds."""
 
 
+class OneClassError(UserError):
+    """A training set of one class, of which any answer is right."""
+
+
 class NoTokenHeadError(UsageError):
     """Token labels were asked for, and the model has no head for them."""
 
@@ -25,6 +29,8 @@ class TeacherClassesError(UserError):
 ADVICE = {
     datasets.UnreadableImageError: "remove it, or pass --skip_bad_images",
     datasets.MissingDataError: "or pass --download",
+    folders.NoValFolderError: "--val_split 0.1 holds a tenth of the training images out instead",
+    folders.ValFolderError: "leave out --val_split",
     networks.PretrainedWeightsError: "--finetune takes a file of weights",
     networks.PretrainedClassesError: "fine-tune them first, or give their number with --nb_classes if the data's first "
                                      "classes are the same",

@@ -59,19 +59,31 @@ class ModelOptions(Group):
             raise UsageError("--model_kwargs num_classes: the number of classes is the data's, or --nb_classes")
 
 
+def _share(value: float) -> str | None:
+    return None if 0 < value < 1 else "must be above 0 and below 1"
+
+
 @dataclass(frozen=True)
 class DataOptions(Group):
     """Data"""
 
     data_set: str = flag("IMNET", f"{', '.join(DATA_SETS)} or wds/NAME (WebDataset shards)", type=_data_set)
-    data_path: str | None = flag(None, "where the data set is: for image folders, train/ and val/; for shards, a "
-                                       "folder or its URL", metavar="FOLDER")
+    data_path: str | None = flag(None, "where the data set is: for image folders, train/ and val/, or with --val_split "
+                                       "the class folders; for shards, a folder or its URL", metavar="FOLDER")
+    val_split: float | None = flag(None, "share of each class of an image folder without val/ that is held out as val",
+                                   type=float, metavar="SHARE", check=_share)
     shard_cache: str | None = flag(None, "cache folder for shards from a URL (default: shards in torch.hub's folder)",
                                    metavar="FOLDER")
     shard_cache_gb: float | None = flag(None, "largest size of the cache (default: no limit)", type=float,
                                         metavar="GB", check=positive)
     download: bool = flag(False, "download CIFAR where it is missing")
     skip_bad_images: bool = flag(False, "skip images that cannot be read, and count them")
+    exif_transpose: bool = flag(True, "turn images of folders and shards upright by their EXIF orientation, which "
+                                      "published numbers did not")
+
+    def check(self):
+        if self.val_split is not None and self.data_set not in IMAGE_FOLDERS:
+            raise UsageError(f"--val_split is for folders of images; {self.data_set} has a val split of its own")
 
 
 def _range(value: list[float]) -> str | None:

@@ -1,4 +1,5 @@
 """Image classification, as `training.task.Task` asks for it."""
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -9,6 +10,7 @@ from timm.layers import to_2tuple
 from torch.utils.data import Dataset
 
 import datasets
+from storage.weights import held_out_difference
 from training.data.loader import EpochLoader, build_loader
 from training.distributed import Distributed
 from training.precision import Precision
@@ -17,11 +19,18 @@ from utils import UsageError
 
 from .. import networks
 from . import losses, token_labels
-from .errors import ADVICE, NoTokenHeadError, TeacherClassesError, TooFewClassesError, UnknownPolicyError
+from .errors import (
+    ADVICE,
+    NoTokenHeadError,
+    OneClassError,
+    TeacherClassesError,
+    TooFewClassesError,
+    UnknownPolicyError,
+)
 from .images import ImagePipeline
 from .losses import Criterion
 from .metrics import Accuracy
-from .options import TOKEN_STRIDE, ClassificationSettings
+from .options import IMAGE_FOLDERS, TOKEN_STRIDE, ClassificationSettings
 
 Batch = tuple[torch.Tensor, torch.Tensor | token_labels.TokenTargets]
 
@@ -33,6 +42,15 @@ def check_policy(policy: str):
         create_transform(is_training=True, auto_augment=policy)
     except (AssertionError, KeyError, ValueError) as error:
         raise UnknownPolicyError(f"{policy}: timm does not know this augmentation policy ({error})") from error
+
+
+def check_several_classes(dataset: datasets.ImageDataset):
+    """Raises OneClassError where a training set is known to hold one class."""
+    # a network may have classes of which a folder has no images
+    held = getattr(dataset.source, "folders", dataset.classes)
+    if dataset.num_classes == 1 or (held is not None and len(held) == 1):
+        name = f", {held[0]}" if held else ""
+        raise OneClassError(f"the training set has one class{name}: there is nothing to learn")
 
 
 class ClassificationTask(Task):
@@ -48,6 +66,7 @@ class ClassificationTask(Task):
         model, augmentation = self.settings.model, self.settings.augmentation
         self.images = ImagePipeline(model.model, model.input_size, augmentation.crop_pct)
         self.criterion: Criterion | None = None
+        self._told: set[str] = set()
 
     @classmethod
     def check_names(cls, settings: ClassificationSettings):
@@ -59,17 +78,24 @@ class ClassificationTask(Task):
 
     def dataset(self, split: str) -> Dataset:
         """(uint8 image, class index), or with token labels what `token_labels.add_label_maps` makes of it."""
-        data, train = self.settings.data, split == "train"
+        data, train = self.settings.data, split == "train" and not self.settings.evaluation.eval
+        val_split = data.val_split and datasets.ValSplit(data.val_split, self.settings.machine.seed)
+        self.held_out = str(val_split) if val_split and split != "test" else None
         dataset = datasets.build_dataset(
             data.data_set,
             data.data_path,
             split,
             self._train_transform() if train else self.images.transform(),
             on_error="raise" if not data.skip_bad_images else "next" if train else "mask",
+            most_classes=self._most_classes(),
             download=data.download,
             shard_cache=datasets.ShardCache(data.shard_cache, data.shard_cache_gb),
-            most_classes=self.settings.model.nb_classes or networks.pretrained_num_classes(self.name),
+            val_split=val_split,
+            exif_transpose=data.exif_transpose,
         )
+        self._tell(dataset.notes)
+        if train:
+            check_several_classes(dataset)
         if self.classes is not None:
             datasets.check_same_classes(self.classes, dataset.classes)
         self.classes = self.classes or dataset.classes
@@ -78,6 +104,19 @@ class ClassificationTask(Task):
             root = self.settings.token_label.token_label
             return token_labels.add_label_maps(dataset, root, self.num_classes, TOKEN_STRIDE)
         return dataset
+
+    def _most_classes(self) -> int | None:
+        """Classes of the network, where they are known before the data; None for as many as image folders there are."""
+        evaluation, model = self.settings.evaluation, self.settings.model
+        published = (evaluation.eval and model.load_release) or self.settings.data.data_set not in IMAGE_FOLDERS
+        return model.nb_classes or (networks.pretrained_num_classes(self.name) if published else None)
+
+    def _tell(self, notes: Iterable[str]):
+        """Print, in the main process, lines that were not printed yet: two splits may have some in common."""
+        for note in notes:
+            if self.distributed.is_main and note not in self._told:
+                print(note)
+            self._told.add(note)
 
     def _train_transform(self) -> datasets.Transform:
         options = self.settings.augmentation
@@ -161,7 +200,14 @@ class ClassificationTask(Task):
         return networks.build_model(self.name, pretrained, kwargs)
 
     def load(self, network: torch.nn.Module, source: str):
-        networks.load_from(network, source, self.settings.checkpoint.model_key, trained_on=self.classes)
+        checkpoint = networks.read(source)
+        networks.load_checkpoint(
+            network, checkpoint, source, self.settings.checkpoint.model_key, trained_on=self.classes
+        )
+        # a val split that was not held out of these images has nothing to do with them
+        difference = held_out_difference(checkpoint, self.held_out) if self.held_out else None
+        if difference and self.distributed.is_main:
+            print(f"warning: {source} {difference}; it may have been trained on these images")
 
     # --- loss ---------------------------------------------------------------------------------------------------------
 
@@ -189,7 +235,9 @@ class ClassificationTask(Task):
     def _distillation(self, loss: torch.nn.Module, num_classes: int) -> torch.nn.Module:
         options, size = self.settings.distillation, self.settings.model.input_size
         try:
-            teacher = networks.create_teacher(options.teacher_model, num_classes, size, options.teacher_path)
+            teacher = networks.create_teacher(
+                options.teacher_model, num_classes, size, options.teacher_path, trained_on=self.classes
+            )
         except networks.PretrainedClassesError as error:
             raise TeacherClassesError(str(error)) from error
         own, teachers = self.images.config, networks.model_data_config(options.teacher_model)

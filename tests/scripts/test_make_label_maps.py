@@ -1,6 +1,7 @@
 """Label maps by scripts/make_label_maps.py, and whole runs that train on them."""
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -57,6 +58,31 @@ def maps(photos, weights, tmp_path_factory):
     output = tmp_path_factory.mktemp("maps")
     assert make(photos, output, weights) == 0
     return output
+
+
+def test_maps_are_made_of_the_images_of_training(photos, weights, tmp_path, capsys):
+    """Of class folders without train too; what is left out is said, and classes in another order are."""
+    root = tmp_path / "flat"
+    shutil.copytree(photos / "train", root)
+    for name in ("._0.png", "notes.txt"):
+        (root / "class0" / name).write_bytes(b"text")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.open(root / "class0" / "0.png")
+    picture.save(root / "class0" / "0.png", exif=exif)
+    state = torch.load(weights, weights_only=True)
+    torch.save(dict(model=state, classes=["class1", "class0", "class2"]), tmp_path / "teacher.pth")
+    maps = {}
+    for transpose in ("true", "false"):
+        maps[transpose] = tmp_path / transpose
+        assert make(root, maps[transpose], tmp_path / "teacher.pth", "--exif_transpose", transpose) == 0
+        out = capsys.readouterr().out
+        assert f"left out 1 file in {root} that is no image: 1 .txt\n" in out
+        assert f"13 images in {root}, 0 of which" in out
+        assert "warning: " in out and "was trained on the same classes in another order: number 0 was 'class1'" in out
+    upright, stored = (read_label_map(maps[name] / "class0" / "0.pt", 3) for name in ("true", "false"))
+    assert not torch.equal(upright, stored)
+    assert torch.equal(*(read_label_map(maps[name] / "class0" / "3.pt", 3) for name in ("true", "false")))
 
 
 # --- what the teacher says --------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets import build_dataset
+from datasets import ValSplit, build_dataset
 from scripts.make_shards import main
 from storage.remote import sha256_of
 
@@ -54,6 +54,32 @@ def test_the_same_bytes_again_and_others_by_another_seed(photos, tmp_path):
         assert {(member.mtime, member.uid, member.uname) for member in tar} == {(0, 0, "")}
 
 
+def test_what_is_no_photograph_is_not_packed(photos, tmp_path, capsys):
+    for name in ("._a.jpg", ".ipynb_checkpoints/b.jpg", "notes.txt"):
+        (photos / "train" / "ant" / name).parent.mkdir(exist_ok=True)
+        (photos / "train" / "ant" / name).write_bytes(b"text")
+    (photos / "train" / "ant" / "loop").symlink_to("..")
+    Image.new("RGB", (4, 4)).save(photos / "train" / "ant" / "c.jfif", "JPEG")
+    assert main([str(photos), str(tmp_path / "shards")]) == 0
+    out = capsys.readouterr().out
+    assert out.count("left out") == 1 and f"left out 1 file in {photos}/train that is no image: 1 .txt\n" in out
+    shards = build_dataset("wds/photos", tmp_path / "shards", "train")
+    assert len(shards) == 11 and content(shards) == content(build_dataset("image_folder", photos, "train"))
+
+
+def test_a_part_is_held_out_as_in_training(photos, tmp_path, capsys):
+    (photos / "train").rename(tmp_path / "flat")
+    assert main([str(tmp_path / "flat"), str(tmp_path / "shards"), "--val_split", "0.4", "--seed", "3"]) == 0
+    said = f"held out for validation: 4 of the 10 images in {tmp_path}/flat, 0.4 of each class by seed 3\n"
+    assert capsys.readouterr().out.count(said) == 1
+    for split in ("train", "val"):
+        folder = build_dataset("image_folder", tmp_path / "flat", split, val_split=ValSplit(0.4, 3))
+        assert content(build_dataset("wds/x", tmp_path / "shards", split)) == content(folder)
+    with pytest.raises(SystemExit):
+        main([str(photos), str(tmp_path / "b"), "--val_split", "1"])
+    assert "--val_split must be above 0 and below 1, got 1.0" in capsys.readouterr().err
+
+
 def test_the_list_is_written_whole_or_not_at_all(photos, tmp_path, monkeypatch):
     def fail(_):
         raise OSError(28, "No space left on device")
@@ -72,7 +98,10 @@ def test_mistakes(photos, tmp_path, capsys):
     output = tmp_path / "shards"
     assert main([str(photos), str(output), "--splits", "val"]) == 0
     assert "_info.json already exists; choose another output folder" in complaint(photos, output)
-    assert "has no folder train" in complaint(photos / "val", tmp_path / "b")
+    assert "has no folder val" in complaint(photos / "val", tmp_path / "b")
+    (tmp_path / "empty").mkdir()
+    assert "has no folder train" in complaint(tmp_path / "empty", tmp_path / "b")
+    assert "1 classes were asked for, fewer than the 2" in complaint(photos, tmp_path / "b", "--nb_classes", 1)
     (photos / "val" / "ant").rename(photos / "val" / "cat")
     assert "must have the training set's classes, but lacks ant and adds cat" in complaint(photos, tmp_path / "b")
     assert not (tmp_path / "b").exists()

@@ -79,3 +79,18 @@ def test_what_cannot_be_read(trained, tmp_path, capfd):
     ):
         code, _, err = run(capfd, *arguments)
         assert code in (1, 2) and message in err and len(err.splitlines()) == 1
+
+
+def test_images_in_a_folder_are_those_that_training_takes(tmp_path, capfd):
+    for name in ("b.jfif", "._b.jpg", ".Trash/c.jpg", "a.jpg", "deep/d.PNG", "e.heic"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / name).touch()
+    (tmp_path / "photos" / "deep" / "loop").symlink_to("..")
+    (tmp_path / "photos" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "f.webp").touch()
+    hidden = tmp_path / "photos" / "._b.jpg"
+    found = predict.find_images([tmp_path / "photos", hidden])
+    names = [str(path.relative_to(tmp_path / "photos")) for path in found]
+    assert names == ["a.jpg", "b.jfif", "deep/d.PNG", "link/f.webp", "._b.jpg"], "what was named is taken"
+    assert capfd.readouterr().err == f"left out 1 file in {tmp_path}/photos that is no image: 1 .heic\n"

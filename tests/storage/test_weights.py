@@ -149,6 +149,8 @@ def test_class_difference():
     assert class_difference(checkpoint, ["cat"]) == "was trained on 2 classes, the data has 1"
     assert class_difference(checkpoint, ["cat", "cow"]) == (
         "was trained on other classes: number 1 was 'dog', and is 'cow' here")
+    assert class_difference(checkpoint, ["dog", "cat"]) == (
+        "was trained on the same classes in another order: number 0 was 'cat', and is 'dog' here")
 
 
 # --- from a URL -------------------------------------------------------------------------------------------------------

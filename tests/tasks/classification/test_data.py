@@ -1,0 +1,273 @@
+"""The data of a run of classification: what is evaluated, how classes are numbered, what is held out, what is said."""
+import json
+import re
+import shutil
+
+import pytest
+import timm
+import torch
+from timm.data import ImageNetInfo
+
+import main as program
+from helpers.photos import write_photos
+from scripts import make_shards
+from tasks.classification.options import ClassificationSettings
+from tasks.classification.task import ClassificationTask
+from training import flags
+from training.distributed import Distributed
+from training.precision import Precision
+
+MODEL = ["--model", "biformer_nano", "--input_size", "32", "--batch_size", "4", "--num_workers", "0", "--device", "cpu"]
+SHORT = ["--epochs", "1", "--warmup_epochs", "0", "--lr", "1e-2", "--repeated_aug", "false"]
+
+
+def run(*arguments, code=0):
+    assert program.main([*MODEL, *map(str, arguments)]) == code
+
+
+def train(*arguments, code=0):
+    run(*SHORT, *arguments, code=code)
+
+
+def task_of(*arguments, rank=0):
+    settings = flags.parse(ClassificationSettings, [*MODEL[:-2], *map(str, arguments)])
+    return ClassificationTask(settings, Distributed(torch.device("cpu"), rank, 2), Precision())
+
+
+def paths(dataset):
+    return [path for path, _ in dataset.source.samples]
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_photos(tmp_path / "data", train=18, val=9)
+
+
+@pytest.fixture
+def flat(tmp_path, data):
+    """Class folders right in the data folder."""
+    (data / "train").rename(tmp_path / "flat")
+    return tmp_path / "flat"
+
+
+@pytest.fixture
+def favour(tmp_path):
+    """A checkpoint of so many classes that takes every image for one of them."""
+
+    def favour(num_classes, favourite, **entries):
+        weights = timm.create_model("biformer_nano", num_classes=num_classes).state_dict()
+        weights["head.fc.bias"][favourite] += 100
+        torch.save(dict(model=weights, **entries), tmp_path / "favour.pth")
+        return tmp_path / "favour.pth"
+
+    return favour
+
+
+# --- what is said -----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_left_out_is_said_once_by_one_process(data, capsys):
+    for split in ("train", "val"):
+        (data / split / "class0" / "0.heic").touch()
+        (data / split / "class1" / ".ipynb_checkpoints").mkdir()
+    for rank in (0, 1):
+        task = task_of("--data_path", data, rank=rank)
+        for split in ("train", "val", "val"):
+            task.dataset(split)
+        said = capsys.readouterr().out.splitlines()
+        assert said == ([] if rank else [f"left out 1 file in {data}/{split} that is no image: 1 .heic"
+                                         for split in ("train", "val")])
+
+
+def test_one_class_is_nothing_to_learn(data, tmp_path, capfd):
+    for split in ("train", "val"):
+        for name in ("class0", "class2"):
+            shutil.rmtree(data / split / name)
+    make_shards.main([str(data), str(tmp_path / "shards")])
+    for source in (["--data_path", data], ["--data_path", data, "--nb_classes", "1000"]):
+        train(*source, "--output_dir", tmp_path / "out", code=1)
+        assert "error: the training set has one class, class1: there is nothing to learn\n" in capfd.readouterr().err
+    train("--data_set", "wds/x", "--data_path", tmp_path / "shards", "--output_dir", tmp_path / "out", code=1)
+    assert "error: the training set has one class: there is nothing to learn\n" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+    task = task_of("--data_path", data, "--eval", "--resume", "x.pth")
+    assert len(task.dataset("val")) == 3, "to evaluate on one class is another matter"
+
+
+# --- numbers of classes -----------------------------------------------------------------------------------------------
+
+
+def evaluation_of(capfd, *arguments):
+    """(Acc@1, number of images, all that is printed) of an evaluation."""
+    run("--eval", *arguments)
+    out = capfd.readouterr().out
+    accuracy, images = re.search(r"Acc@1 ([\d.]+)", out), re.search(r"on the (\d+) ", out)
+    return float(accuracy.group(1)), int(images.group(1)), out
+
+
+def test_some_synsets_of_imagenet_are_evaluated_by_its_numbers(data, favour, capfd):
+    """Ten folders of ImageNet and weights of 1000 classes gave an accuracy of 0."""
+    synsets = dict(class0="n01440764", class1="n02102040", class2="n03888257")
+    for split in ("train", "val"):
+        for name, synset in synsets.items():
+            (data / split / name).rename(data / split / synset)
+    (data / "val" / "n02102040" / "1.png").unlink()
+    weights = favour(1000, ImageNetInfo().label_names().index("n02102040"))
+    accuracy, images, out = evaluation_of(capfd, "--data_path", data, "--resume", weights, "--nb_classes", 1000)
+    assert images == 8 and accuracy == pytest.approx(100 * 2 / 8, abs=1e-3)
+    assert "3 class folders are synsets of ImageNet: numbered as its 1000 classes, 0 is n01440764 and 701" in out
+    task = task_of("--data_path", data, "--eval", "--load_release", "--model", "biformer_tiny")
+    assert set(targets_of(task.dataset("val"))) == {0, 217, 701} and task.num_classes == 1000
+    own = task_of("--data_path", data)  # a network of the folders' three classes
+    assert set(targets_of(own.dataset("train"))) == {0, 1, 2} and own.num_classes == 3
+
+
+def targets_of(dataset):
+    return [target for _, target in dataset.source.samples]
+
+
+def test_synsets_are_packed_by_their_numbers(data, tmp_path):
+    for split in ("train", "val"):
+        for name, synset in dict(class0="n01440764", class1="n02102040", class2="n03888257").items():
+            (data / split / name).rename(data / split / synset)
+    assert make_shards.main([str(data), str(tmp_path / "shards"), "--nb_classes", "1000"]) == 0
+    task = task_of("--data_set", "wds/x", "--data_path", tmp_path / "shards")
+    assert {target for _, target in task.dataset("val").source} == {0, 217, 701} and task.num_classes == 1000
+
+
+@pytest.fixture
+def numbered(data):
+    """Folders 9, 10 and 11."""
+    for split in ("train", "val"):
+        for i, name in enumerate(("9", "10", "11")):
+            (data / split / f"class{i}").rename(data / split / name)
+    return data
+
+
+def test_integer_folders_are_evaluated_by_their_order(numbered, favour, capfd):
+    (numbered / "val" / "10" / "1.png").unlink()
+    weights = favour(3, 1)
+    accuracy, images, out = evaluation_of(capfd, "--data_path", numbered, "--resume", weights)
+    assert images == 8 and accuracy == pytest.approx(100 * 2 / 8, abs=1e-3) and "class folders" not in out
+    out = evaluation_of(capfd, "--data_path", numbered, "--resume", favour(1000, 1), "--nb_classes", 1000)[2]
+    assert "3 class folders, for a network of 1000 classes: numbered in order, 0 is 9 and 2 is 11" in out
+
+
+def test_a_run_that_numbered_integer_folders_by_their_letters_is_told(numbered, tmp_path, capfd):
+    train("--data_path", numbered, "--output_dir", tmp_path / "run")
+    checkpoint = torch.load(tmp_path / "run" / "last.pth", weights_only=True)
+    assert checkpoint["classes"] == ["9", "10", "11"]
+    torch.save({**checkpoint, "classes": ["10", "11", "9"]}, tmp_path / "old.pth")
+    difference = "was trained on the same classes in another order: number 0 was '10', and is '9' here"
+    train("--data_path", numbered, "--output_dir", tmp_path / "out", "--resume", tmp_path / "old.pth", "--epochs", 2,
+          code=1)
+    assert difference in capfd.readouterr().err
+    assert difference in evaluation_of(capfd, "--data_path", numbered, "--resume", tmp_path / "old.pth")[2]
+
+
+# --- what is held out -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def held_out_run(flat, tmp_path):
+    """A run that held out a third of each class's six images, by seed 5."""
+    train("--data_path", flat, "--val_split", 0.33, "--seed", 5, "--output_dir", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_part_of_the_training_images_is_held_out(flat, held_out_run, capfd):
+    record = json.loads((held_out_run / "log.txt").read_text())
+    assert record["step"] == 3, "12 of 18 images"
+    capfd.readouterr()
+    last = ["--data_path", flat, "--resume", held_out_run / "last.pth", "--seed", 5]
+    accuracy, images, out = evaluation_of(capfd, *last, "--val_split", 0.33)
+    assert images == 6 and accuracy == pytest.approx(record["val_acc1"], abs=1e-3) and "warning" not in out
+    assert out.count(f"held out for validation: 6 of the 18 images in {flat}, 0.33 of each class by seed 5\n") == 1
+    assert evaluation_of(capfd, *last, "--val_split", 0.33, "--split", "train")[1] == 12
+    for part in (["--val_split", 0.5], ["--val_split", 0.33, "--seed", 6]):
+        assert "; it may have been trained on these images\n" in evaluation_of(capfd, *last, *part)[2]
+
+
+def test_a_run_resumes_with_the_same_part_held_out(flat, held_out_run, tmp_path, capfd):
+    again = ["--data_path", flat, "--epochs", 2, "--resume", held_out_run / "last.pth", "--output_dir", tmp_path / "a"]
+    for part, held_out in ((["--val_split", 0.33], "0.33 of each class by seed 0"),
+                           (["--val_split", 0.5, "--seed", 5], "0.5 of each class by seed 5"),
+                           (["--disable_eval", "--seed", 5], "nothing")):
+        train(*again, *part, code=1)
+        error = capfd.readouterr().err
+        assert f"was trained with 0.33 of each class by seed 5 held out for validation, here it is {held_out};" in error
+        assert error.endswith("; give --val_split and --seed as in that run, or fine-tune from it with --finetune\n")
+    train(*again, "--val_split", 0.33, "--seed", 5)
+    # it evaluates the epoch that it comes from again
+    loss, again = (json.loads((folder / "log.txt").read_text().splitlines()[0])["val_loss"]
+                   for folder in (held_out_run, tmp_path / "a"))
+    assert loss == again
+
+
+def test_every_process_and_every_start_holds_out_the_same(flat):
+    parts = {}
+    for rank in (0, 1):
+        task = task_of("--data_path", flat, "--val_split", 0.2, rank=rank)
+        parts[rank] = [paths(task.dataset(split)) for split in ("train", "val")]
+    assert parts[0] == parts[1] and len(parts[0][1]) == 3
+    assert task.held_out == "0.2 of each class by seed 0"
+
+
+def test_training_images_without_val_are_told_of_val_split(flat, data, capfd):
+    advice = "; --val_split 0.1 holds a tenth of the training images out instead\n"
+    train("--data_path", flat, code=1)
+    error = capfd.readouterr().err
+    assert f"{flat} has no folder val: expected val/CLASS/IMAGE, found class0, class1, class2" in error
+    assert error.endswith(advice)
+    flat.rename(data / "train")
+    train("--data_path", data, "--val_split", 0.1, code=1)
+    assert capfd.readouterr().err.endswith("was to be held out; leave out --val_split\n")
+    shutil.rmtree(data / "val")
+    train("--data_path", data, code=1)
+    assert capfd.readouterr().err.endswith(advice)
+
+
+@pytest.mark.parametrize("words, complaint", [
+    (["--val_split", "0"], "--val_split must be above 0 and below 1, got 0.0"),
+    (["--val_split", "1"], "--val_split must be above 0 and below 1, got 1.0"),
+    (["--val_split", "0.1", "--data_set", "CIFAR10"],
+     "--val_split is for folders of images; CIFAR10 has a val split of its own"),
+    (["--split", "test"], "--split test is for --eval; training evaluates on val"),
+    (["--split", "dev", "--eval"], "choose from"),
+])
+def test_splits_that_make_no_sense(data, words, complaint, capfd):
+    run("--data_path", data, *words, code=2)
+    assert complaint in capfd.readouterr().err
+
+
+# --- which split is evaluated -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["folders", "shards"])
+def test_any_split_is_evaluated(data, tmp_path, favour, kind, capfd):
+    shutil.copytree(data / "val", data / "test")
+    (data / "test" / "class1" / "1.png").unlink()
+    if kind == "shards":
+        make_shards.main([str(data), str(tmp_path / "shards"), "--splits", "train", "val", "test"])
+    source = ["--data_path", data] if kind == "folders" else ["--data_set", "wds/x", "--data_path", tmp_path / "shards"]
+    weights = ["--resume", favour(3, 1)]
+    expected = dict(train=(18, 100 / 3), val=(9, 100 / 3), test=(8, 100 * 2 / 8))
+    for split, (number, share) in expected.items():
+        accuracy, images, _ = evaluation_of(capfd, *source, *weights, "--split", split)
+        assert images == number and accuracy == pytest.approx(share, abs=1e-3)
+    assert evaluation_of(capfd, *source, *weights)[1] == 9
+    dataset = task_of(*source, *weights, "--eval", "--split", "train").dataset("train")
+    assert torch.equal(dataset[0, 1][0], dataset[0, 2][0]), "nothing is augmented"
+
+
+def test_a_split_that_is_not_there_is_one_line(data, tmp_path, favour, capfd):
+    make_shards.main([str(data), str(tmp_path / "shards")])
+    evaluation = ["--eval", "--resume", favour(3, 1), "--split", "test"]
+    for source, complaint in (
+        (["--data_path", data], "has no folder test: expected test/CLASS/IMAGE, found train, val\n"),
+        (["--data_set", "wds/x", "--data_path", tmp_path / "shards"], "lists no split test; it lists train, val\n"),
+        (["--data_set", "digits"], "digits has no split test; its splits are train and val\n"),
+    ):
+        capfd.readouterr()
+        run(*evaluation, *source, code=1)
+        assert capfd.readouterr().err.endswith(complaint)
