@@ -10,6 +10,7 @@ from timm.data import ImageNetInfo
 
 import main as program
 from helpers.photos import write_photos
+from helpers.run_state import differences
 from scripts import make_shards
 from tasks.classification.options import ClassificationSettings
 from tasks.classification.task import ClassificationTask
@@ -202,6 +203,18 @@ def test_a_run_resumes_with_the_same_part_held_out(flat, held_out_run, tmp_path,
     loss, again = (json.loads((folder / "log.txt").read_text().splitlines()[0])["val_loss"]
                    for folder in (held_out_run, tmp_path / "a"))
     assert loss == again
+
+
+@pytest.mark.slow
+def test_a_run_with_images_held_out_resumes_bit_for_bit(flat, tmp_path, capfd):
+    command = ["--data_path", flat, "--val_split", 0.33, "--epochs", 2, "--save_every_steps", 2]
+    for folder in ("whole", "resumed"):
+        train(*command, "--output_dir", tmp_path / folder, "--keep_checkpoints", 9)
+    for name in ("last.pth", *(f"checkpoint-0000000{step}.pth" for step in (3, 4, 6))):
+        (tmp_path / "resumed" / name).unlink()  # killed after two steps
+    train(*command, "--output_dir", tmp_path / "resumed", "--auto_resume")
+    assert "checkpoint-00000002.pth: epoch 0, step 2 of 3\n" in capfd.readouterr().out
+    assert differences(tmp_path / "whole", tmp_path / "resumed") == []
 
 
 def test_every_process_and_every_start_holds_out_the_same(flat):
