@@ -8,7 +8,6 @@ from contextlib import closing, nullcontext
 import training.threads  # before torch  # noqa: F401  # isort: skip
 import torch
 from timm.optim import list_optimizers
-from timm.utils import ModelEmaV3
 
 import engine
 from optim_factory import OptimizerError, Schedule, ScheduleError, WarmupError, create_optimizer, scaled_lr
@@ -18,7 +17,7 @@ from training.distributed import init_distributed, shutdown_distributed, warm_up
 from training.log import NonFiniteLossError, RunLog, print_plan
 from training.options import Settings
 from training.precision import Precision
-from training.run import BestMetric, Clock, Run
+from training.run import BestMetric, Clock, Run, create_ema
 from training.signals import EXIT_RESUME, SignalHandler, fault_of, run_and_exit
 from training.task import Data, Task
 from training.wrap import check_wrappers, wrap
@@ -123,7 +122,7 @@ def create_run(task: Task, data: Data) -> Run:
     optimizer = create_optimizer(
         model, asked.opt, lr, asked.weight_decay, asked.momentum, asked.layer_decay, asked.decay_groups, **own
     )
-    ema = ModelEmaV3(model, decay=settings.ema.model_ema_decay) if settings.ema.model_ema else None
+    ema = create_ema(model, settings.ema.model_ema_decay) if settings.ema.model_ema else None
     best = settings.best_metric(list(task.metrics))
     return Run(
         model, ema, optimizer, task.precision.grad_scaler(), clock, global_batch, data.train_loader.ranges,

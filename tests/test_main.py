@@ -151,6 +151,21 @@ def test_average_is_evaluated_too(photos, tmp_path, capfd):
 
 
 @pytest.mark.slow
+def test_average_of_a_short_run_is_as_good_as_the_network(tmp_path, capfd):
+    """After six epochs of digits, with the decay that is meant for a run of 375,000 steps."""
+    code, out, _ = run(capfd, "--config", ROOT / "configs" / "train" / "quickstart.yaml", "--epochs", "6", "--device",
+                       "cpu", "--model_ema", "true", "--model_ema_eval", "--output_dir", tmp_path)
+    last = json.loads((tmp_path / "log.txt").read_text().splitlines()[-1])
+    assert code == 0 and last["val_acc1"] > 90 and last["ema_acc1"] > last["val_acc1"] - 5
+    assert "EMA weights: their decay warms up to 0.9291 by step 132, of 0.99996: a mean over about 14 steps\n" in out
+
+
+def test_the_decay_of_a_run_that_is_long_for_it_is_not_worth_a_line(photos, tmp_path, capfd):
+    train(photos, tmp_path, "--model_ema_decay", "0.5")
+    assert "EMA weights" not in capfd.readouterr().out
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 def test_distillation(photos, trained, tmp_path, kind):
     student = ["--model", "resnet10t", "--epochs", "1", "--warmup_epochs", "0"]

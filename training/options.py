@@ -115,7 +115,8 @@ class EmaOptions(Group):
     """Exponential moving average (EMA) of the weights"""
 
     model_ema: bool = flag(True, "keep EMA weights")
-    model_ema_decay: float = flag(0.99996, "decay of the EMA", type=float, check=fraction)
+    model_ema_decay: float = flag(0.99996, "decay of the EMA; it warms up, so that a short run averages its last tenth",
+                                  type=float, check=fraction)
     model_ema_eval: bool = flag(False, "evaluate the EMA weights too, after every epoch")
 
 
