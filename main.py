@@ -29,7 +29,7 @@ TaskRegistry = Mapping[str, str | type[Task]]
 ADVICE = {
     **advice.ADVICE,
     OptimizerError: "see --opt_eps, --opt_betas, --momentum and --layer_decay",
-    ScheduleError: "--lr is for 512 images and scaled with the batch size, --min_lr and --warmup_lr are not",
+    ScheduleError: "--lr is for 512 images and scaled with the batch size; percentages scale with it: --min_lr 1%",
     WarmupError: "lower --warmup_epochs, or give --warmup_steps",
 }
 
@@ -117,7 +117,7 @@ def create_run(task: Task, data: Data) -> Run:
     lr = scaled_lr(asked.lr, global_batch)
     epoch_length = len(data.train_loader) // asked.update_freq
     clock = Clock(epoch_length, settings.schedule.total_steps(epoch_length))
-    create_schedule(settings.schedule, clock).check(lr)
+    create_schedule(settings.schedule, clock, lr).check(lr)
     own = dict(eps=asked.opt_eps) | (dict(betas=tuple(asked.opt_betas)) if asked.opt_betas else {})
     optimizer = create_optimizer(
         model, asked.opt, lr, asked.weight_decay, asked.momentum, asked.layer_decay, asked.decay_groups, **own
@@ -130,10 +130,10 @@ def create_run(task: Task, data: Data) -> Run:
     )
 
 
-def create_schedule(asked: options.ScheduleOptions, clock: Clock) -> Schedule:
+def create_schedule(asked: options.ScheduleOptions, clock: Clock, peak: float) -> Schedule:
     return Schedule(
-        asked.sched, clock.total, asked.total_warmup(clock.epoch_length), asked.warmup_lr, asked.min_lr,
-        asked.poly_power, asked.milestones(clock.epoch_length), asked.decay_rate,
+        asked.sched, clock.total, asked.total_warmup(clock.epoch_length), flags.share_of(asked.warmup_lr, peak),
+        flags.share_of(asked.min_lr, peak), asked.poly_power, asked.milestones(clock.epoch_length), asked.decay_rate,
     )
 
 
@@ -142,7 +142,8 @@ def create_trainer(task: Task, run: Run, log: RunLog) -> engine.Trainer:
     settings = task.settings
     network = wrap(run.model, settings.machine, task.precision, task.distributed)
     warm_up_ddp(network, task.distributed, lambda: task.dummy_loss(network))
-    schedule = create_schedule(settings.schedule, run.clock).build(run.optimizer)
+    peak = scaled_lr(settings.optimizer.lr, run.global_batch)
+    schedule = create_schedule(settings.schedule, run.clock, peak).build(run.optimizer)
     if run.clock.global_step:
         schedule.step_update(run.clock.global_step - 1)
     return engine.Trainer(

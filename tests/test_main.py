@@ -165,6 +165,16 @@ def test_the_decay_of_a_run_that_is_long_for_it_is_not_worth_a_line(photos, tmp_
     assert "EMA weights" not in capfd.readouterr().out
 
 
+def test_the_defaults_fit_a_small_batch_and_a_short_run(photos, tmp_path, capfd):
+    """Nothing but what must be said of a folder: 4 images a step, where the published minimum is above the peak."""
+    code, _, err = run(capfd, *SMALL, "--data_path", photos, "--epochs", "5", "--max_steps", "12", "--disable_eval",
+                       "--output_dir", tmp_path)
+    assert code == 0, err
+    rates = [json.loads(line)["train_lr"] for line in (tmp_path / "log.txt").read_text().splitlines()]
+    peak = 5e-4 * 4 / 512
+    assert max(rates) == rates[0] < peak and rates[-1] < 0.05 * peak
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 def test_distillation(photos, trained, tmp_path, kind):
@@ -320,9 +330,9 @@ def test_wrong_command_lines(photos, capfd):
     refuses(capfd, 2, "cannot be built", "--model_kwargs", "regions=3", "--data_path", photos)
     refuses(capfd, 2, "cannot be built", "--model_kwargs", "attn_impl=fused", "--data_path", photos)
     refuses(capfd, 2, "unknown weights 'biformer_nano.in22k'", "--model", "biformer_nano.in22k", "--data_path", photos)
-    scaled = "; --lr is for 512 images and scaled with the batch size, --min_lr and --warmup_lr are not\n"
+    scaled = "; --lr is for 512 images and scaled with the batch size; percentages scale with it: --min_lr 1%\n"
     refuses(capfd, 2, "error: min_lr 1e-05 is above the learning rate of this batch size, 7.81e-09" + scaled,
-            "--lr", "1e-6", "--warmup_lr", "0", "--data_path", photos)
+            "--lr", "1e-6", "--min_lr", "1e-5", "--data_path", photos)
     small = ["--data_path", photos, *SHORT]
     refuses(capfd, 2, "error: warmup_lr 1 is above the learning rate of this batch size, 7.81e-05" + scaled,
             "--warmup_lr", "1", *small)

@@ -18,6 +18,7 @@ import ast
 import dataclasses
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -69,6 +70,13 @@ def fraction(value: float) -> str | None:
     return None if 0 <= value <= 1 else "must be 0 to 1"
 
 
+def share(value: float | str) -> str | None:
+    """Check that a number is at least 0, and finite, or that a percentage is 0 % to 100 %."""
+    if isinstance(value, str):
+        return None if 0 <= share_of(value, 100) <= 100 else "must be 0% to 100%"
+    return not_negative(value)
+
+
 def check_field(field: dataclasses.Field, value: Any):
     """Raises UsageError where a value is out of a field's range; None is in every range."""
     check = field.metadata["check"]
@@ -105,6 +113,21 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"takes true or false, not {text!r}")
 
 
+def number_or_percentage(text: str) -> float | str:
+    """A number, or as text a percentage such as "1%"; see `share_of`."""
+    number = text.removesuffix("%")
+    try:
+        value = float(number)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"takes a number or a percentage, not {text!r}") from None
+    return value if number == text else f"{number.strip()}%"
+
+
+def share_of(value: float | str, whole: float) -> float:
+    """The number that a value of `number_or_percentage` stands for; percentages are of `whole`."""
+    return float(value.removesuffix("%")) / 100 * whole if isinstance(value, str) else value
+
+
 def key_value(text: str) -> tuple[str, object]:
     """KEY=VALUE, where VALUE is a Python literal or else a string."""
     key, equals, value = text.partition("=")
@@ -133,6 +156,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, settings_class: type, **kwargs: Any):
         usage = "%(prog)s [--config YAML] [--FLAG VALUE ...]"
         super().__init__(usage=usage, formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
+        # argparse takes -1 for a number but -1e-4, -1% and -inf for flags.
+        self._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")
         self.add_argument("--config", metavar="YAML", help="recipe to start from; flags given here win over it")
         # Old launchers pass it; the environment says the same.
         self.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)

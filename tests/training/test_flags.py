@@ -136,6 +136,19 @@ def test_booleans_bare_or_with_a_value(tokens, value):
     assert parse(*tokens).loader.pin_mem is value
 
 
+@pytest.mark.parametrize("given,shown", [
+    ("-1e-4", "-0.0001"), ("-1", "-1.0"), ("-.5", "-0.5"), ("-1.5E+3", "-1500.0"), ("-inf", "-inf"), ("-nan", "nan"),
+])
+def test_a_negative_number_is_a_value_however_it_is_written(given, shown):
+    for tokens in (["--lr", given], [f"--lr={given}"]):
+        with pytest.raises(UsageError) as error:
+            parse(*tokens)
+        assert str(error.value) == f"--lr must be above 0 and finite, got {shown}"
+    assert parse("--betas", "-1e-4", "0.5", "-2").optimizer.betas[::2] == [-1e-4, -2]
+    with pytest.raises(UsageError, match="--batch_size: invalid int value: '-1e-4'"):
+        parse("--batch_size", "-1e-4")
+
+
 def test_a_second_name():
     assert parse("--arch", "large").model.model == parse("--model=large").model.model == "large"
 
