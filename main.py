@@ -11,7 +11,7 @@ from timm.optim import list_optimizers
 
 import engine
 from optim_factory import OptimizerError, Schedule, ScheduleError, WarmupError, create_optimizer, scaled_lr
-from training import advice, flags, options
+from training import advice, flags, options, recipes
 from training.checkpoints import Checkpointer, Stopped, find_start, open_store
 from training.distributed import init_distributed, shutdown_distributed, warm_up_ddp
 from training.log import NonFiniteLossError, RunLog, print_plan
@@ -40,7 +40,7 @@ ADVICE = {
 def choose_task(argv: Sequence[str], tasks: TaskRegistry = TASKS) -> type[Task]:
     """The task that `--task`, or else the recipe, names."""
     config = flags.given_value(argv, "config")
-    recipe = {} if config is None else flags.read_recipe(config)
+    recipe = {} if config is None else recipes.read_recipe(config)
     name = flags.given_value(argv, "task", recipe) or options.TaskOptions().task
     check_name("task", name, tasks)
     if isinstance(tasks[name], type):

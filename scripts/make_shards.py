@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from datasets import build_dataset, check_same_classes
 from storage.remote import sha256_of
 from training.data.shards import INFO_NAMES
-from utils import UserError, replace_file, run_script
+from utils import UserError, replace_file, run_script, user_path
 
 
 def write_shard(path: Path, samples: list[tuple[int, Path, int]]):
@@ -80,8 +80,8 @@ def make_shards(folder: Path, output: Path, splits: list[str], size: int, seed: 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="folder of SPLIT/CLASS/IMAGE")
-    parser.add_argument("output", type=Path, help="folder for the shards")
+    parser.add_argument("folder", type=user_path, help="folder of SPLIT/CLASS/IMAGE")
+    parser.add_argument("output", type=user_path, help="folder for the shards")
     parser.add_argument("--splits", nargs="+", choices=["train", "val"], default=["train", "val"])
     parser.add_argument("--size", type=int, default=1000, help="samples per shard")
     parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle")

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from utils import UsageError, replace_file
 
-from .flags import Group, at_least, flag, fraction, not_negative, number_or_percentage, positive, share
+from .flags import Group, at_least, flag, fraction, not_negative, number_or_percentage, path, positive, share
+from .recipes import dump_recipe
 
 
 @dataclass(frozen=True)
@@ -138,12 +137,13 @@ class EvaluationOptions(Group):
 class CheckpointOptions(Group):
     """Checkpoints, logs and resuming"""
 
-    output_dir: str | None = flag(None, "checkpoints and logs (default: outputs/MODEL/DATE-TIME)", metavar="FOLDER")
+    output_dir: str | None = flag(None, "checkpoints and logs (default: outputs/MODEL/DATE-TIME)", type=path,
+                                   metavar="FOLDER")
     resume: str | None = flag(None, "resume from this checkpoint or, with --eval, evaluate it; file or URL",
-                              metavar="CHECKPOINT")
+                              type=path, metavar="CHECKPOINT")
     auto_resume: bool = flag(False, "resume from the newest intact checkpoint in --output_dir, if there is one")
     finetune: str | None = flag(None, "start from these weights; another class count gets a new classifier",
-                                metavar="CHECKPOINT")
+                                type=path, metavar="CHECKPOINT")
     model_key: str | None = flag(None, "checkpoint key to load, for example model_ema (default: model, state_dict, or "
                                        "the checkpoint itself)")
     save_every: int = flag(1, "epochs between two checkpoints", type=int, metavar="EPOCHS", check=at_least(1))
@@ -233,6 +233,6 @@ class Settings:
 
 def save(recipe: dict[str, Any], path: Path):
     """Write what runs, as a recipe, next to its checkpoints."""
-    text = yaml.safe_dump(recipe, sort_keys=False)
+    text = dump_recipe(recipe)
     replace_file(path, lambda file: file.write(text.encode()))
 
