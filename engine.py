@@ -133,7 +133,7 @@ class Trainer:
         run.scaler.update()
         run.optimizer.zero_grad()
         if run.ema is not None:
-            run.ema.update(run.model)
+            run.ema.update(run.model, step=run.clock.steps_taken + 1)
 
     def _learning_rate(self) -> float:
         """The learning rate of the last layers, where layer decay gives the others less."""

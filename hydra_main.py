@@ -33,7 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment, clean_env, environment_variables
 
 import main as program
-from training import flags
+from training import flags, recipes
 from training.advice import with_advice
 from training.checkpoints import open_store, resumes
 from training.options import Settings
@@ -101,7 +101,7 @@ class RunSpec:
     @property
     def argv(self) -> list[str]:
         """main.py's command line."""
-        return flags.as_tokens(self.recipe)
+        return recipes.as_tokens(self.recipe)
 
     @property
     def settings(self) -> Settings:

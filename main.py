@@ -8,17 +8,16 @@ from contextlib import closing, nullcontext
 import training.threads  # before torch  # noqa: F401  # isort: skip
 import torch
 from timm.optim import list_optimizers
-from timm.utils import ModelEmaV3
 
 import engine
 from optim_factory import OptimizerError, Schedule, ScheduleError, WarmupError, create_optimizer, scaled_lr
-from training import advice, flags, options
+from training import advice, flags, options, recipes
 from training.checkpoints import Checkpointer, Stopped, find_start, open_store
 from training.distributed import init_distributed, shutdown_distributed, warm_up_ddp
 from training.log import NonFiniteLossError, RunLog, print_plan
 from training.options import Settings
 from training.precision import Precision
-from training.run import BestMetric, Clock, Run
+from training.run import BestMetric, Clock, Run, create_ema
 from training.signals import EXIT_RESUME, SignalHandler, fault_of, run_and_exit
 from training.task import Data, Task
 from training.wrap import check_wrappers, wrap
@@ -30,7 +29,7 @@ TaskRegistry = Mapping[str, str | type[Task]]
 ADVICE = {
     **advice.ADVICE,
     OptimizerError: "see --opt_eps, --opt_betas, --momentum and --layer_decay",
-    ScheduleError: "--lr is for 512 images and scaled with the batch size, --min_lr and --warmup_lr are not",
+    ScheduleError: "--lr is for 512 images and scaled with the batch size; percentages scale with it: --min_lr 1%",
     WarmupError: "lower --warmup_epochs, or give --warmup_steps",
 }
 
@@ -41,7 +40,7 @@ ADVICE = {
 def choose_task(argv: Sequence[str], tasks: TaskRegistry = TASKS) -> type[Task]:
     """The task that `--task`, or else the recipe, names."""
     config = flags.given_value(argv, "config")
-    recipe = {} if config is None else flags.read_recipe(config)
+    recipe = {} if config is None else recipes.read_recipe(config)
     name = flags.given_value(argv, "task", recipe) or options.TaskOptions().task
     check_name("task", name, tasks)
     if isinstance(tasks[name], type):
@@ -118,12 +117,12 @@ def create_run(task: Task, data: Data) -> Run:
     lr = scaled_lr(asked.lr, global_batch)
     epoch_length = len(data.train_loader) // asked.update_freq
     clock = Clock(epoch_length, settings.schedule.total_steps(epoch_length))
-    create_schedule(settings.schedule, clock).check(lr)
+    create_schedule(settings.schedule, clock, lr).check(lr)
     own = dict(eps=asked.opt_eps) | (dict(betas=tuple(asked.opt_betas)) if asked.opt_betas else {})
     optimizer = create_optimizer(
         model, asked.opt, lr, asked.weight_decay, asked.momentum, asked.layer_decay, asked.decay_groups, **own
     )
-    ema = ModelEmaV3(model, decay=settings.ema.model_ema_decay) if settings.ema.model_ema else None
+    ema = create_ema(model, settings.ema.model_ema_decay) if settings.ema.model_ema else None
     best = settings.best_metric(list(task.metrics))
     return Run(
         model, ema, optimizer, task.precision.grad_scaler(), clock, global_batch, data.train_loader.ranges,
@@ -131,10 +130,10 @@ def create_run(task: Task, data: Data) -> Run:
     )
 
 
-def create_schedule(asked: options.ScheduleOptions, clock: Clock) -> Schedule:
+def create_schedule(asked: options.ScheduleOptions, clock: Clock, peak: float) -> Schedule:
     return Schedule(
-        asked.sched, clock.total, asked.total_warmup(clock.epoch_length), asked.warmup_lr, asked.min_lr,
-        asked.poly_power, asked.milestones(clock.epoch_length), asked.decay_rate,
+        asked.sched, clock.total, asked.total_warmup(clock.epoch_length), flags.share_of(asked.warmup_lr, peak),
+        flags.share_of(asked.min_lr, peak), asked.poly_power, asked.milestones(clock.epoch_length), asked.decay_rate,
     )
 
 
@@ -143,7 +142,8 @@ def create_trainer(task: Task, run: Run, log: RunLog) -> engine.Trainer:
     settings = task.settings
     network = wrap(run.model, settings.machine, task.precision, task.distributed)
     warm_up_ddp(network, task.distributed, lambda: task.dummy_loss(network))
-    schedule = create_schedule(settings.schedule, run.clock).build(run.optimizer)
+    peak = scaled_lr(settings.optimizer.lr, run.global_batch)
+    schedule = create_schedule(settings.schedule, run.clock, peak).build(run.optimizer)
     if run.clock.global_step:
         schedule.step_update(run.clock.global_step - 1)
     return engine.Trainer(

@@ -130,6 +130,11 @@ def is_url(source: str | Path) -> bool:
     return urlparse(str(source)).scheme in ("http", "https")
 
 
+def user_path(text: str) -> Path:
+    """The file or folder that a user names, where ~ is the home folder."""
+    return Path(text).expanduser()
+
+
 def replace_file(path: Path, write: Callable[[BinaryIO], Any]):
     """Write `path` by `write` so that it is never half written, whatever ends the process or the machine."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ from ops import IMPLS  # noqa: E402
 from scripts.bench import attention, choice, loader, models, suite, tables  # noqa: E402
 from scripts.bench.suite import Case  # noqa: E402
 from scripts.bench.timing import machine  # noqa: E402
-from utils import UserError, replace_file  # noqa: E402
+from utils import UserError, replace_file, user_path  # noqa: E402
 
 DEFAULT_MODELS = ("biformer_tiny", "swin_tiny_patch4_window7_224", "convnext_tiny", "biformer_stl")
 NOT_SETTINGS = ("command", "models", "output", "data_path", "rate")
@@ -175,7 +175,7 @@ def build_parser() -> argparse.ArgumentParser:
     of_broad = commands.add_parser("broad", help="what BViT's broad attention costs beside its network")
     of_broad.add_argument("models", nargs="*", default=["bvit_5m", "bvit_22m"], help="models of BViT's family")
     of_data = commands.add_parser("data", help="what a core decodes and augments, and how many cores one GPU needs")
-    of_data.add_argument("--data_path", type=Path, help="train/CLASS/IMAGE; without it, synthetic JPEG images")
+    of_data.add_argument("--data_path", type=user_path, help="train/CLASS/IMAGE; without it, synthetic JPEG images")
     of_data.add_argument("--images", type=int, default=100, help="how many of them, spread evenly over the folder")
     of_data.add_argument("--rate", type=named_rate, action="append", default=[], metavar="[NAME=]RATE",
                          help="images/s that a GPU trains on")
@@ -187,7 +187,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--budget", type=float, default=480, help="seconds; what does not fit is left out")
     of_all.add_argument("--sections", nargs="+", choices=suite.SECTIONS, default=list(suite.SECTIONS))
     of_plot = commands.add_parser("plot", help="draw a record of `all` again, beside it")
-    of_plot.add_argument("record", type=Path)
+    of_plot.add_argument("record", type=user_path)
     for command in (of_models, of_op):
         command.add_argument("--modes", nargs="+", choices=["infer", "train"], default=["infer", "train"])
         command.add_argument("--amp", choices=list(suite.DTYPES), default="off")
@@ -196,7 +196,7 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (of_models, of_op, of_broad, of_data):
         command.add_argument("--rounds", type=int, default=15)
     for command in (of_models, of_op, of_broad, of_data, of_choice, of_all):
-        command.add_argument("--output", type=Path, default=ROOT / "benchmarks", help="folder of the results")
+        command.add_argument("--output", type=user_path, default=ROOT / "benchmarks", help="folder of the results")
     for command in (of_models, of_op, of_broad, of_all):
         command.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

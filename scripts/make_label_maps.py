@@ -33,11 +33,11 @@ import datasets
 from tasks.classification.images import ImagePipeline
 from tasks.classification.token_labels import label_map_dtype, label_map_path
 from tasks.networks import PretrainedClassesError, check_model, create_teacher
+from training import flags
 from training.distributed import Distributed, init_distributed
-from training.flags import boolean
 from training.options import LoaderOptions
 from training.precision import Precision
-from utils import UserError, replace_file, run_script
+from utils import UserError, replace_file, run_script, user_path
 
 
 def dense_logits(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -160,11 +160,12 @@ def make(args: argparse.Namespace):
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_path", required=True, help="the image folder, with train/CLASS/IMAGE or CLASS/IMAGE")
+    parser.add_argument("--data_path", required=True, type=flags.path,
+                        help="the image folder, with train/CLASS/IMAGE or CLASS/IMAGE")
     parser.add_argument("--split", default="train", choices=["train", "val"])
-    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="where the maps go")
+    parser.add_argument("--output", required=True, type=user_path, metavar="FOLDER", help="where the maps go")
     parser.add_argument("--model", required=True, help="the teacher: any model that timm knows, ours included")
-    parser.add_argument("--checkpoint", help="its weights, file or URL (default: its published ones)")
+    parser.add_argument("--checkpoint", type=flags.path, help="its weights, file or URL (default: its published ones)")
     parser.add_argument("--model_key", help="which weights of a checkpoint to take, for example model_ema")
     parser.add_argument("--input_size", default=576, type=int, help="side that the images are resized to")
     parser.add_argument("--topk", default=5, type=int, help="classes to keep at each position")
@@ -172,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--num_workers", default=min(8, os.cpu_count() or 1), type=int)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"])
-    parser.add_argument("--exif_transpose", default=True, type=boolean, metavar="BOOL",
+    parser.add_argument("--exif_transpose", default=True, type=flags.boolean, metavar="BOOL",
                         help="turn images upright by their EXIF orientation, as main.py does by default")
     parser.add_argument("--skip_bad_images", action="store_true", help="make no map of an image that cannot be read")
     args = parser.parse_args(argv)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from datasets import ImageDataset, ValSplit, build_dataset, check_same_classes
 from storage.remote import sha256_of
 from training.data.shards import INFO_NAMES
-from utils import UserError, replace_file, run_script
+from utils import UserError, replace_file, run_script, user_path
 
 
 def write_shard(path: Path, samples: list[tuple[int, Path, int]]):
@@ -98,8 +98,8 @@ def make_shards(args: argparse.Namespace) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="folder of SPLIT/CLASS/IMAGE or, with --val_split, of CLASS/IMAGE")
-    parser.add_argument("output", type=Path, help="folder for the shards")
+    parser.add_argument("folder", type=user_path, help="folder of SPLIT/CLASS/IMAGE or, with --val_split, of CLASS/IMAGE")
+    parser.add_argument("output", type=user_path, help="folder for the shards")
     parser.add_argument("--splits", nargs="+", choices=["train", "val", "test"], default=["train", "val"])
     parser.add_argument("--val_split", type=float, metavar="SHARE",
                         help="share of each class that is held out as val, where there is no folder val")

@@ -2,12 +2,15 @@
 
     python scripts/plot_logs.py outputs/biformer_tiny outputs/debiformer_tiny --output curves.png
 
-Each folder is the `--output_dir` of a run; its name labels the curve. The left panel shows the training loss of each
-epoch, the right one the top-1 accuracy on the validation images, which runs with `--disable_eval` do not have.
+Each folder is the `--output_dir` of a run. The model labels its curve, with the folder's name where runs share one. The
+left panel shows the training loss of each epoch, the right one the top-1 accuracy on the validation images, which runs
+with `--disable_eval` do not have.
 """
 import argparse
 import json
 from pathlib import Path
+
+import yaml
 
 PANELS = (("train_loss", "training loss"), ("val_acc1", "top-1 accuracy (%)"))
 
@@ -27,6 +30,25 @@ def read_log(folder: Path) -> list[dict]:
     return log
 
 
+def model_of(folder: Path) -> str | None:
+    """The model of a run, as its args.yaml says; None where there is none."""
+    try:
+        recipe = yaml.safe_load((folder / "args.yaml").read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    return str(recipe["model"]) if isinstance(recipe, dict) and "model" in recipe else None
+
+
+def labels(folders: list[Path]) -> list[str]:
+    """A name for each run, all different where the folders are: its model, else its folder's name or path."""
+    models, names = [model_of(folder) for folder in folders], [folder.resolve().name for folder in folders]
+    found = []
+    for folder, model, name in zip(folders, models, names, strict=True):
+        place = name if names.count(name) == 1 else str(folder)
+        found.append(place if model is None else model if models.count(model) == 1 else f"{model} ({place})")
+    return found
+
+
 def draw(folders: list[Path]):
     """A matplotlib Figure of the logged values against the number of epochs, one panel for each of `PANELS`.
 
@@ -38,12 +60,12 @@ def draw(folders: list[Path]):
 
     figure = Figure(figsize=(9, 3.6), dpi=150, layout="constrained")
     panels = figure.subplots(1, 2)
-    for folder in folders:
+    for folder, name in zip(folders, labels(folders), strict=True):
         log = read_log(folder)
         for axes, (key, _) in zip(panels, PANELS, strict=True):
             held = [entry for entry in log if key in entry]
             epochs, values = [entry["epoch"] + 1 for entry in held], [entry[key] for entry in held]
-            axes.plot(epochs, values, marker="o", label=folder.name)
+            axes.plot(epochs, values, marker="o", label=name)
     for axes, (_, label) in zip(panels, PANELS, strict=True):
         axes.set_xlabel("epochs")
         axes.set_ylabel(label)
@@ -53,13 +75,20 @@ def draw(folders: list[Path]):
     return figure
 
 
+def user_path(text: str) -> Path:
+    """A file or folder, where ~ is the home folder."""
+    return Path(text).expanduser()
+
+
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path)
-    parser.add_argument("--output", type=Path, default=Path("curves.png"))
+    parser.add_argument("folders", nargs="+", type=user_path)
+    parser.add_argument("--output", type=user_path, default=Path("curves.png"))
     args = parser.parse_args(argv)
     try:
         draw(args.folders).savefig(args.output)
+    except ImportError as error:
+        parser.exit(1, f"error: {error}; pip install matplotlib\n")
     except (OSError, ValueError) as error:
         parser.error(str(error))
     print(args.output)

@@ -34,11 +34,12 @@ from tasks.networks import (
     read,
     size_kwargs,
 )
+from training import flags
 from training.data import files
 from training.distributed import init_distributed
 from training.options import LoaderOptions
 from training.precision import Precision
-from utils import UsageError, UserError, replace_file, run_script
+from utils import UsageError, UserError, replace_file, run_script, user_path
 
 
 class Images(Dataset):
@@ -176,15 +177,16 @@ def write(args: argparse.Namespace):
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
-    parser.add_argument("--checkpoint", help="the weights, file or URL (default: the published ones of --model)")
+    parser.add_argument("images", nargs="+", type=user_path, metavar="IMAGE_OR_FOLDER")
+    parser.add_argument("--checkpoint", type=flags.path,
+                        help="the weights, file or URL (default: the published ones of --model)")
     parser.add_argument("--model", help="any model that timm knows, ours included (default: the checkpoint's)")
     parser.add_argument("--model_key", help="which weights of a checkpoint to take, for example model_ema")
     parser.add_argument("--nb_classes", type=int, help="where the weights are of another number than the model's own")
     parser.add_argument("--input_size", type=image_size, metavar="PIXELS",
                         help="side of the image, or HEIGHTxWIDTH (default: the checkpoint's)")
     parser.add_argument("--topk", default=5, type=int, help="classes to name for each image")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write them as CSV too")
+    parser.add_argument("--output", type=user_path, metavar="FILE", help="write them as CSV too")
     parser.add_argument("--batch_size", default=32, type=int)
     parser.add_argument("--num_workers", default=min(8, os.cpu_count() or 1), type=int)
     parser.add_argument("--device", default="auto")

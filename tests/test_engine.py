@@ -3,7 +3,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from timm.utils import ModelEmaV3
 from torch import nn
 
 from engine import Trainer, evaluate
@@ -11,7 +10,7 @@ from optim_factory import Schedule
 from training.distributed import Distributed
 from training.log import NonFiniteLossError, RunLog
 from training.precision import Precision
-from training.run import Clock, Run
+from training.run import Clock, Run, create_ema
 
 ALONE = Distributed(torch.device("cpu"))
 FULL = Precision()
@@ -139,12 +138,45 @@ def test_gradients_are_clipped():
     assert moved == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_average_of_the_weights():
-    model = small_model()
-    ema = ModelEmaV3(model, decay=0.5)
-    start = model[1].weight.detach().clone()
-    train(model, batches(1), ema=ema)
-    torch.testing.assert_close(ema.module[1].weight, (start + model[1].weight) / 2)
+def moved_by_steps(decay, *steps):
+    """Of weights that every step moves by the same amount, how many steps the EMA has moved after each of `steps`.
+
+    From one clock after another, as a run that was stopped and resumed.
+    """
+    model, lr = small_model(), 0.01
+    start, ema = model[1].bias.detach().clone(), create_ema(model, decay)
+    moved, taken = [], 0
+    for step in steps:
+        loader = batches(step - taken)
+        trainer = create_trainer(model, loader, loss=lambda logits, _: logits[:, 0].mean(), lr=lr, ema=ema)
+        trainer.run.clock.steps_taken = taken
+        trainer.train_epoch(Loader(loader))
+        taken = step
+        moved.append(((start - ema.module[1].bias)[0] / lr).item())
+    return moved
+
+
+def test_average_of_the_weights_starts_at_their_first_step_and_follows():
+    """After step t, the decay is (t - 1) / (9 + t): 0, 1 / 11, 2 / 12."""
+    after_two = 1 * 1 / 11 + 2 * 10 / 11
+    assert moved_by_steps(0.99996, 1, 2, 3) == pytest.approx([1, after_two, after_two * 2 / 12 + 3 * 10 / 12], rel=1e-4)
+
+
+def test_average_of_a_short_run_is_of_its_last_tenth():
+    """At the published decay, which alone would leave it near the random weights that it started from."""
+    (moved,) = moved_by_steps(0.99996, 200)
+    assert 200 - moved == pytest.approx(200 / 11, rel=0.06)
+
+
+def test_average_of_the_weights_has_the_decay_that_was_asked_for_in_the_end():
+    assert moved_by_steps(0.5, 60) == pytest.approx([60 - 1], rel=1e-4)
+    ema = create_ema(small_model(), 0.99996)
+    assert [ema.get_decay(step) for step in (249_000, 250_001, 375_000)] == pytest.approx([0.99996] * 3, abs=2e-7)
+    assert ema.get_decay(249_000) < 0.99996 == ema.get_decay(250_001) == ema.get_decay(375_000)
+
+
+def test_average_of_the_weights_is_the_same_after_resuming():
+    assert moved_by_steps(0.99996, 7, 20)[-1] == moved_by_steps(0.99996, 20)[-1]
 
 
 @pytest.mark.parametrize("bad,log_every", [(0, 50), (3, 50), (3, 2), (6, 2)])

@@ -151,6 +151,31 @@ def test_average_is_evaluated_too(photos, tmp_path, capfd):
 
 
 @pytest.mark.slow
+def test_average_of_a_short_run_is_as_good_as_the_network(tmp_path, capfd):
+    """After six epochs of digits, with the decay that is meant for a run of 375,000 steps."""
+    code, out, _ = run(capfd, "--config", ROOT / "configs" / "train" / "quickstart.yaml", "--epochs", "6", "--device",
+                       "cpu", "--model_ema", "true", "--model_ema_eval", "--output_dir", tmp_path)
+    last = json.loads((tmp_path / "log.txt").read_text().splitlines()[-1])
+    assert code == 0 and last["val_acc1"] > 90 and last["ema_acc1"] > last["val_acc1"] - 5
+    assert "EMA weights: their decay warms up to 0.9291 by step 132, of 0.99996: a mean over about 14 steps\n" in out
+
+
+def test_the_decay_of_a_run_that_is_long_for_it_is_not_worth_a_line(photos, tmp_path, capfd):
+    train(photos, tmp_path, "--model_ema_decay", "0.5")
+    assert "EMA weights" not in capfd.readouterr().out
+
+
+def test_the_defaults_fit_a_small_batch_and_a_short_run(photos, tmp_path, capfd):
+    """Nothing but what must be said of a folder: 4 images a step, where the published minimum is above the peak."""
+    code, _, err = run(capfd, *SMALL, "--data_path", photos, "--epochs", "5", "--max_steps", "12", "--disable_eval",
+                       "--output_dir", tmp_path)
+    assert code == 0, err
+    rates = [json.loads(line)["train_lr"] for line in (tmp_path / "log.txt").read_text().splitlines()]
+    peak = 5e-4 * 4 / 512
+    assert max(rates) == rates[0] < peak and rates[-1] < 0.05 * peak
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 def test_distillation(photos, trained, tmp_path, kind):
     student = ["--model", "resnet10t", "--epochs", "1", "--warmup_epochs", "0"]
@@ -305,9 +330,9 @@ def test_wrong_command_lines(photos, capfd):
     refuses(capfd, 2, "cannot be built", "--model_kwargs", "regions=3", "--data_path", photos)
     refuses(capfd, 2, "cannot be built", "--model_kwargs", "attn_impl=fused", "--data_path", photos)
     refuses(capfd, 2, "unknown weights 'biformer_nano.in22k'", "--model", "biformer_nano.in22k", "--data_path", photos)
-    scaled = "; --lr is for 512 images and scaled with the batch size, --min_lr and --warmup_lr are not\n"
+    scaled = "; --lr is for 512 images and scaled with the batch size; percentages scale with it: --min_lr 1%\n"
     refuses(capfd, 2, "error: min_lr 1e-05 is above the learning rate of this batch size, 7.81e-09" + scaled,
-            "--lr", "1e-6", "--warmup_lr", "0", "--data_path", photos)
+            "--lr", "1e-6", "--min_lr", "1e-5", "--data_path", photos)
     small = ["--data_path", photos, *SHORT]
     refuses(capfd, 2, "error: warmup_lr 1 is above the learning rate of this batch size, 7.81e-05" + scaled,
             "--warmup_lr", "1", *small)

@@ -4,6 +4,7 @@ import re
 import pytest
 import timm
 import torch
+from timm.scheduler import create_scheduler_v2
 
 import models  # noqa: F401
 from optim_factory import OptimizerError, Schedule, ScheduleError, WarmupError, create_optimizer, scaled_lr
@@ -132,6 +133,38 @@ def test_steps_with_warmup():
     assert [lr(step) for step in (5, 60, 79)] == [1.0] * 3
     assert [lr(step) for step in (80, 109)] == pytest.approx([0.1] * 2)
     assert [lr(step) for step in (110, 119, 500)] == pytest.approx([0.01] * 3)
+
+
+# By hand: the half of a cosine is 1/2, of a power p 0.5 ** p, and tanh(1.5) = 0.905148.
+HALFWAY = {
+    "cosine": (dict(), 0.01 + 0.99 * 0.5),
+    "poly": (dict(), 0.01 + 0.99 * 0.5),
+    "poly squared": (dict(power=2.0), 0.01 + 0.99 * 0.25),
+    "tanh": (dict(), 0.01 + 0.99 * 0.952574),
+    "step": (dict(milestones=[500, 800], decay_rate=0.1), 0.1),
+}
+
+
+@pytest.mark.parametrize("name", HALFWAY)
+def test_every_schedule_ends_at_its_minimum(name):
+    """To a tenth of it, where it is 1 % of the peak, in a run of 1000 steps; it never rises after the warm-up."""
+    options, halfway = HALFWAY[name]
+    lr = rates(Schedule(name.split()[0], total=1000, warmup=100, warmup_lr=1e-3, min_lr=0.01, **options))
+    values = [lr(step) for step in range(1000)]
+    assert values[0] == pytest.approx(1e-3) and values[:100] == sorted(values[:100])
+    assert values[100:] == sorted(values[100:], reverse=True)
+    assert values[500] == pytest.approx(halfway, rel=1e-5) and values[999] == pytest.approx(0.01, rel=0.1)
+
+
+def test_cosine_is_timms_to_the_bit():
+    asked = dict(total=97, warmup=13, warmup_lr=1e-6, min_lr=1e-5)
+    lr = rates(Schedule("cosine", **asked), peak=1e-3)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    timms, _ = create_scheduler_v2(optimizer, "cosine", num_epochs=97, warmup_epochs=13, warmup_lr=1e-6, min_lr=1e-5,
+                                   step_on_epochs=False, updates_per_epoch=1)
+    for step in range(100):
+        timms.step_update(step)
+        assert optimizer.param_groups[0]["lr"] == lr(step)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "poly", "step", "tanh"])

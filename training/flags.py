@@ -14,18 +14,19 @@
 Order of precedence: the command line, then the recipe given by `--config`, then the defaults.
 """
 import argparse
-import ast
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+import os
+import re
+import shlex
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
-import yaml
+from utils import UsageError, is_url, nearest
 
-from utils import UsageError, nearest, one_line
+from .recipes import as_tokens, literal, read_recipe
 
 SettingsT = TypeVar("SettingsT")
 Check = Callable[[Any], str | None]
@@ -69,6 +70,13 @@ def fraction(value: float) -> str | None:
     return None if 0 <= value <= 1 else "must be 0 to 1"
 
 
+def share(value: float | str) -> str | None:
+    """Check that a number is at least 0, and finite, or that a percentage is 0 % to 100 %."""
+    if isinstance(value, str):
+        return None if 0 <= share_of(value, 100) <= 100 else "must be 0% to 100%"
+    return not_negative(value)
+
+
 def check_field(field: dataclasses.Field, value: Any):
     """Raises UsageError where a value is out of a field's range; None is in every range."""
     check = field.metadata["check"]
@@ -105,15 +113,32 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"takes true or false, not {text!r}")
 
 
-def key_value(text: str) -> tuple[str, object]:
-    """KEY=VALUE, where VALUE is a Python literal or else a string."""
+def number_or_percentage(text: str) -> float | str:
+    """A number, or as text a percentage such as "1%"; see `share_of`."""
+    number = text.removesuffix("%")
+    try:
+        value = float(number)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"takes a number or a percentage, not {text!r}") from None
+    return value if number == text else f"{number.strip()}%"
+
+
+def share_of(value: float | str, whole: float) -> float:
+    """The number that a value of `number_or_percentage` stands for; percentages are of `whole`."""
+    return float(value.removesuffix("%")) / 100 * whole if isinstance(value, str) else value
+
+
+def key_value(text: str) -> tuple[str, Any]:
+    """KEY=VALUE, where VALUE is as in `literal`."""
     key, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"takes KEY=VALUE, not {text!r}")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
+    return key, literal(value)
+
+
+def path(text: str) -> str:
+    """A file or folder, where ~ is the user's home folder; or a URL."""
+    return text if is_url(text) else os.path.expanduser(text)
 
 
 # --- the parser -------------------------------------------------------------------------------------------------------
@@ -133,6 +158,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, settings_class: type, **kwargs: Any):
         usage = "%(prog)s [--config YAML] [--FLAG VALUE ...]"
         super().__init__(usage=usage, formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
+        # argparse takes -1 for a number but -1e-4, -1% and -inf for flags.
+        self._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")
         self.add_argument("--config", metavar="YAML", help="recipe to start from; flags given here win over it")
         # Old launchers pass it; the environment says the same.
         self.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -143,7 +170,18 @@ class Parser(argparse.ArgumentParser):
 
     def names(self) -> list[str]:
         """All flags but --help."""
-        return [action.dest for action in self._actions if action.dest != "help"]
+        return list(dict.fromkeys(self.by_name().values()))
+
+    def by_name(self) -> dict[str, str]:
+        """The flag of each name, the second names of flags too."""
+        return {
+            option.removeprefix("--"): action.dest
+            for action in self._actions for option in action.option_strings if action.dest != "help"
+        }
+
+    def takes_several(self, name: str) -> bool:
+        """Whether a flag takes any number of values."""
+        return any(action.dest == name and action.nargs not in (None, "?") for action in self._actions)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message.removeprefix("argument "))
@@ -175,7 +213,7 @@ def _underscored(token: str) -> str:
     return f"{name.replace('-', '_').replace('__', '--', 1)}{equals}{value}" if token.startswith("--") else token
 
 
-def _split_nulls(tokens: list[str], known: list[str]) -> tuple[list[str], list[str]]:
+def _split_nulls(tokens: list[str], known: Collection[str]) -> tuple[list[str], list[str]]:
     """The tokens without `--flag null` and `--flag=null`, and the flags that were given so."""
     kept, nulls = [], []
     for token in tokens:
@@ -217,20 +255,16 @@ def parse(settings_class: type[SettingsT], argv: Sequence[str], parser: Parser |
         UsageError: A flag, key or value is unknown or out of range; names the nearest one.
     """
     parser = parser or Parser(settings_class)
-    known = parser.names()
+    known = parser.by_name()
     tokens, nulls = _split_nulls([_underscored(token) for token in argv], known)
     config = given_value(tokens, "config")
     if config is not None:
-        recipe = read_recipe(config)
-        for name in recipe:
-            if name not in known or name == "config":
-                raise UsageError(f"--config {config}: unknown key {name!r}{nearest(name, known)}")
-        tokens = as_tokens({k: v for k, v in recipe.items() if v is not None and k not in nulls}) + tokens
+        tokens = _recipe_tokens(config, parser, {known[name] for name in nulls}) + tokens
     args, unknown = parser.parse_known_args(tokens)
     if unknown:
         name = unknown[0].partition("=")[0]
         if name.startswith("--"):
-            raise UsageError(f"unknown flag {name}{nearest(name, [f'--{flag}' for flag in known])}")
+            raise UsageError(f"unknown flag {name}{nearest(name, [f'--{flag}' for flag in parser.names()])}")
         raise UsageError(f"unexpected argument {unknown[0]!r}")
     groups = group_classes(settings_class)
     # Every single value before what values say together: the first error is about what was typed.
@@ -242,6 +276,21 @@ def parse(settings_class: type[SettingsT], argv: Sequence[str], parser: Parser |
     })
 
 
+def _recipe_tokens(config: str, parser: Parser, nulls: Collection[str]) -> list[str]:
+    """The words of a command line that says what a recipe says, but for the flags in `nulls`."""
+    known, recipe, keys = parser.by_name(), {}, {}
+    for key, value in read_recipe(config).items():
+        name = known.get(key)
+        if name in (None, "config"):
+            raise UsageError(f"--config {config}: unknown key {key!r}{nearest(key, parser.names())}")
+        if name in keys:
+            raise UsageError(f"--config {config}: {keys[name]} and {key} are the same flag")
+        keys[name] = key
+        # Several values may stand on one line, as on the command line.
+        recipe[name] = shlex.split(value) if isinstance(value, str) and parser.takes_several(name) else value
+    return as_tokens({name: value for name, value in recipe.items() if value is not None and name not in nulls})
+
+
 def _value(args: argparse.Namespace, field: dataclasses.Field) -> Any:
     """What was given for a field; of KEY=VALUE pairs the dictionary."""
     value = getattr(args, field.name)
@@ -249,37 +298,6 @@ def _value(args: argparse.Namespace, field: dataclasses.Field) -> Any:
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------------
-
-
-def read_recipe(path: str) -> dict[str, Any]:
-    """The recipe in a YAML file, its flags in underscores.
-
-    Raises:
-        UsageError: It cannot be read, or is no mapping.
-    """
-    try:
-        recipe = yaml.safe_load(Path(path).read_text()) or {}
-    except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path}: not YAML ({one_line(error)})") from error
-    if not isinstance(recipe, dict):
-        raise UsageError(f"--config {path}: must be lines of `flag: value`")
-    return {str(key).replace("-", "_"): value for key, value in recipe.items()}
-
-
-def as_tokens(recipe: dict[str, Any]) -> list[str]:
-    """A recipe, of flag names and plain values, as the words of a command line that says the same."""
-    tokens = []
-    for name, value in recipe.items():
-        if value is None:
-            value = "null"
-        if isinstance(value, dict):
-            value = [f"{k}={v!r}" for k, v in value.items()]
-        values = value if isinstance(value, list) else [value]
-        # --flag=value keeps a negative number from being read as a flag.
-        tokens += [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *map(str, values)]
-    return tokens
 
 
 def as_recipe(settings: Any) -> dict[str, Any]:

@@ -167,6 +167,13 @@ def print_plan(task: Any, run: Any, peak_lr: float, folder: Path):
         f"global batch {images} = {settings.loader.batch_size} images x {world_size} processes "
         f"x {settings.optimizer.update_freq} accumulated; learning rate {peak_lr:.3e} = {lr:g} x {images} / 512"
     )
+    # Where the start would still weigh 5 % at the end, if the decay did not warm up.
+    if run.ema is not None and run.ema.decay**clock.total > 0.05:
+        decay = run.ema.get_decay(clock.total)
+        print(
+            f"EMA weights: their decay warms up to {decay:.4g} by step {clock.total}, of {run.ema.decay:g}: "
+            f"a mean over about {1 / (1 - decay):.0f} steps"
+        )
 
 
 def is_watched(distributed: Distributed) -> bool:

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from utils import UsageError, replace_file
 
-from .flags import Group, at_least, flag, fraction, not_negative, positive
+from .flags import Group, at_least, flag, fraction, not_negative, number_or_percentage, path, positive, share
+from .recipes import dump_recipe
 
 
 @dataclass(frozen=True)
@@ -66,13 +65,14 @@ class ScheduleOptions(Group):
     epochs: int = flag(300, "epochs to train", type=int, check=at_least(1))
     max_steps: int | None = flag(None, "optimizer steps to train, instead of --epochs", type=int, check=at_least(1))
     sched: str = flag("cosine", "learning rate schedule", choices=["cosine", "poly", "step", "tanh"])
-    warmup_epochs: int = flag(5, "epochs of linear warm-up", type=int, check=not_negative)
+    warmup_epochs: int | None = flag(None, "epochs of linear warm-up (default: 5, at most a tenth of the run)",
+                                     type=int, check=not_negative)
     warmup_steps: int | None = flag(None, "optimizer steps of linear warm-up, instead of --warmup_epochs", type=int,
                                     check=not_negative)
-    warmup_lr: float = flag(1e-6, "initial learning rate of the warm-up; not scaled", type=float,
-                            check=not_negative)
-    min_lr: float = flag(1e-5, "final learning rate, except of step; not scaled", type=float,
-                         check=not_negative)
+    warmup_lr: float | str = flag("0.1%", "initial learning rate of the warm-up: a percentage of the peak, or a number "
+                                          "that is not scaled", type=number_or_percentage, check=share, metavar="LR")
+    min_lr: float | str = flag("1%", "final learning rate, except of step: a percentage of the peak, or a number that "
+                                     "is not scaled", type=number_or_percentage, check=share, metavar="LR")
     poly_power: float = flag(1.0, "power of poly, 1 for a straight line", type=float, check=positive)
     decay_epochs: list[int] | None = flag(None, "epochs at which step decays", type=int, nargs="+", metavar="EPOCH")
     decay_steps: list[int] | None = flag(None, "optimizer steps at which step decays, instead of --decay_epochs",
@@ -96,7 +96,11 @@ class ScheduleOptions(Group):
 
     def total_warmup(self, epoch_length: int) -> int:
         """Optimizer steps of the warm-up."""
-        return self.warmup_epochs * epoch_length if self.warmup_steps is None else self.warmup_steps
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        if self.warmup_epochs is not None:
+            return self.warmup_epochs * epoch_length
+        return min(5 * epoch_length, self.total_steps(epoch_length) // 10)
 
     def milestones(self, epoch_length: int) -> list[int]:
         """Optimizer steps at which "step" decays."""
@@ -106,7 +110,7 @@ class ScheduleOptions(Group):
         """Raises UsageError where nothing of a run is left after its warm-up; evaluation asks for none."""
         length, unit = (self.epochs, "epochs") if self.max_steps is None else (self.max_steps, "max_steps")
         warmup, of = (self.warmup_epochs, "epochs") if self.warmup_steps is None else (self.warmup_steps, "steps")
-        if of == unit.removeprefix("max_") and warmup >= length:
+        if warmup is not None and of == unit.removeprefix("max_") and warmup >= length:
             raise UsageError(f"--warmup_{of} {warmup} must be less than --{unit} {length}")
 
 
@@ -115,7 +119,8 @@ class EmaOptions(Group):
     """Exponential moving average (EMA) of the weights"""
 
     model_ema: bool = flag(True, "keep EMA weights")
-    model_ema_decay: float = flag(0.99996, "decay of the EMA", type=float, check=fraction)
+    model_ema_decay: float = flag(0.99996, "decay of the EMA; it warms up, so that a short run averages its last tenth",
+                                  type=float, check=fraction)
     model_ema_eval: bool = flag(False, "evaluate the EMA weights too, after every epoch")
 
 
@@ -137,12 +142,13 @@ class EvaluationOptions(Group):
 class CheckpointOptions(Group):
     """Checkpoints, logs and resuming"""
 
-    output_dir: str | None = flag(None, "checkpoints and logs (default: outputs/MODEL/DATE-TIME)", metavar="FOLDER")
+    output_dir: str | None = flag(None, "checkpoints and logs (default: outputs/MODEL/DATE-TIME)", type=path,
+                                   metavar="FOLDER")
     resume: str | None = flag(None, "resume from this checkpoint or, with --eval, evaluate it; file or URL",
-                              metavar="CHECKPOINT")
+                              type=path, metavar="CHECKPOINT")
     auto_resume: bool = flag(False, "resume from the newest intact checkpoint in --output_dir, if there is one")
     finetune: str | None = flag(None, "start from these weights; another class count gets a new classifier",
-                                metavar="CHECKPOINT")
+                                type=path, metavar="CHECKPOINT")
     model_key: str | None = flag(None, "checkpoint key to load, for example model_ema (default: model, state_dict, or "
                                        "the checkpoint itself)")
     save_every: int = flag(1, "epochs between two checkpoints", type=int, metavar="EPOCHS", check=at_least(1))
@@ -232,6 +238,6 @@ class Settings:
 
 def save(recipe: dict[str, Any], path: Path):
     """Write what runs, as a recipe, next to its checkpoints."""
-    text = yaml.safe_dump(recipe, sort_keys=False)
+    text = dump_recipe(recipe)
     replace_file(path, lambda file: file.write(text.encode()))
 

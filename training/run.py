@@ -110,6 +110,15 @@ class BestMetric:
     higher: bool = True
 
 
+def create_ema(model: torch.nn.Module, decay: float) -> ModelEmaV3:
+    """EMA weights, from 0 steps on; `update` takes the number of optimizer steps taken.
+
+    A fixed decay would keep a short run near its random start: 0.99996 remembers 25,000 steps. After t steps, the decay
+    is about t / (10 + t), a mean over the last tenth of them, until it reaches `decay`.
+    """
+    return ModelEmaV3(model, decay=decay, use_warmup=True, warmup_gamma=10, warmup_power=1)
+
+
 @dataclass
 class Run:
     """What training changes as it goes, and what a checkpoint therefore holds.

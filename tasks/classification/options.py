@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from training.flags import Group, flag, fraction, key_value, not_negative, positive
+from training.flags import Group, flag, fraction, key_value, not_negative, path, positive
 from training.options import Settings
 from utils import UsageError
 
@@ -69,11 +69,11 @@ class DataOptions(Group):
 
     data_set: str = flag("IMNET", f"{', '.join(DATA_SETS)} or wds/NAME (WebDataset shards)", type=_data_set)
     data_path: str | None = flag(None, "where the data set is: for image folders, train/ and val/, or with --val_split "
-                                       "the class folders; for shards, a folder or its URL", metavar="FOLDER")
+                                       "the class folders; for shards, a folder or its URL", type=path, metavar="FOLDER")
     val_split: float | None = flag(None, "share of each class of an image folder without val/ that is held out as val",
                                    type=float, metavar="SHARE", check=_share)
     shard_cache: str | None = flag(None, "cache folder for shards from a URL (default: shards in torch.hub's folder)",
-                                   metavar="FOLDER")
+                                   type=path, metavar="FOLDER")
     shard_cache_gb: float | None = flag(None, "largest size of the cache (default: no limit)", type=float,
                                         metavar="GB", check=positive)
     download: bool = flag(False, "download CIFAR where it is missing")
@@ -128,7 +128,8 @@ class DistillationOptions(Group):
 
     distillation_type: str = flag("none", "distillation loss", choices=["none", "soft", "hard"])
     teacher_model: str | None = flag(None, "any model that timm knows", type=_model)
-    teacher_path: str | None = flag(None, "the teacher's weights (default: its published ones)", metavar="CHECKPOINT")
+    teacher_path: str | None = flag(None, "the teacher's weights (default: its published ones)", type=path,
+                                     metavar="CHECKPOINT")
     distillation_alpha: float = flag(0.5, "weight of the teacher, 0 to 1", type=float, check=fraction)
     distillation_tau: float = flag(1.0, "temperature of soft distillation", type=float, check=positive)
 
@@ -144,7 +145,7 @@ class TokenLabelOptions(Group):
     """Token labels"""
 
     token_label: str | None = flag(None, "folder of token label maps (see scripts/make_label_maps.py)",
-                                   metavar="FOLDER")
+                                   type=path, metavar="FOLDER")
     token_label_weight: float | None = flag(None, "weight of the tokens' loss (default: 0.5)", type=float,
                                             check=not_negative)
 

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from datasets import ValSplit, build_dataset
+from helpers import ROOT
 from scripts.make_shards import main
 from storage.remote import sha256_of
 
@@ -114,3 +115,11 @@ def test_an_output_that_cannot_be_written(photos, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert main([str(photos), str(tmp_path / "file" / "x")]) == 1
     assert "file/x: Not a directory" in capsys.readouterr().err
+
+
+def test_paths_begin_at_home(photos, tmp_path, monkeypatch):
+    """Where no shell has expanded them; so in every script."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main([f"~/{photos.relative_to(tmp_path)}", "~/shards"]) == 0
+    assert list((tmp_path / "shards").iterdir())
+    assert not [path for path in (ROOT / "scripts").glob("*.py") if "type=Path" in path.read_text()]

@@ -1,5 +1,6 @@
 """scripts/plot_logs.py: curves, and mistakes."""
 import json
+import sys
 
 import pytest
 
@@ -21,6 +22,37 @@ def test_curves_are_those_of_the_logs(tmp_path):
     assert [line.get_label() for line in loss.lines] == ["one", "other"]
     assert loss.lines[0].get_xydata().tolist() == [[1, 2.0], [2, 1.7], [3, 1.5]]
     assert accuracy.lines[0].get_ydata().tolist() == [20, 31, 40]
+
+
+def test_curves_are_labelled_by_the_model(tmp_path):
+    """With the folder's name where runs share a model, with its path where runs share both."""
+    runs = []
+    for place, model in (("x/20261101-1", "vit"), ("x/20261101-2", "bvit_5m"), ("y/20261101-2", "bvit_5m"),
+                         ("x/20261101-3", "bvit_5m"), ("x/lost", None), ("x/torn", "{")):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        runs.append(write(tmp_path / place, [(0, 2.0, 20)]))
+        if model is not None:
+            (runs[-1] / "args.yaml").write_text(f"model: {model}\n")
+    loss, _ = plot_logs.draw(runs).axes
+    assert [line.get_label() for line in loss.lines] == [
+        "vit", f"bvit_5m ({runs[1]})", f"bvit_5m ({runs[2]})", "bvit_5m (20261101-3)", "lost", "torn",
+    ]
+
+
+def test_without_matplotlib_one_line_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(SystemExit) as end:
+        plot_logs.main([str(write(tmp_path / "run", [(0, 2.0, 20)]))])
+    error = capsys.readouterr().err
+    assert end.value.code == 1 and error.startswith("error: ") and error.endswith("; pip install matplotlib\n")
+    assert error.count("\n") == 1
+
+
+def test_paths_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "run", [(0, 2.0, 20)])
+    plot_logs.main(["~/run", "--output=~/curves.png"])
+    assert (tmp_path / "curves.png").exists()
 
 
 def test_a_run_without_evaluation_has_its_loss_drawn(tmp_path):

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import yaml
 
-from training import flags
+from training import flags, recipes
 from training.flags import Group, at_least, flag, fraction, key_value, not_negative, positive
 from utils import UsageError
 
@@ -136,6 +136,19 @@ def test_booleans_bare_or_with_a_value(tokens, value):
     assert parse(*tokens).loader.pin_mem is value
 
 
+@pytest.mark.parametrize("given,shown", [
+    ("-1e-4", "-0.0001"), ("-1", "-1.0"), ("-.5", "-0.5"), ("-1.5E+3", "-1500.0"), ("-inf", "-inf"), ("-nan", "nan"),
+])
+def test_a_negative_number_is_a_value_however_it_is_written(given, shown):
+    for tokens in (["--lr", given], [f"--lr={given}"]):
+        with pytest.raises(UsageError) as error:
+            parse(*tokens)
+        assert str(error.value) == f"--lr must be above 0 and finite, got {shown}"
+    assert parse("--betas", "-1e-4", "0.5", "-2").optimizer.betas[::2] == [-1e-4, -2]
+    with pytest.raises(UsageError, match="--batch_size: invalid int value: '-1e-4'"):
+        parse("--batch_size", "-1e-4")
+
+
 def test_a_second_name():
     assert parse("--arch", "large").model.model == parse("--model=large").model.model == "large"
 
@@ -233,11 +246,81 @@ def test_settings_are_a_recipe_of_themselves(line, recipe):
     settings = parse(*line, *([] if "--size=64x96" in line else ["--size", "8x8"]))
     said = flags.as_recipe(settings)
     assert parse("--config", recipe(yaml.safe_dump(said))) == settings
-    assert parse(*flags.as_tokens(said)) == settings
+    assert parse("--config", recipe(recipes.dump_recipe(said))) == settings
+    assert parse(*recipes.as_tokens(said)) == settings
+
+
+@pytest.mark.parametrize("line,words", [
+    ("sched: off", ["--sched", "off"]),
+    ("model: none", ["--model", "none"]),
+    ("model: 20230307_1", ["--model", "20230307_1"]),
+    ("model: 2023-03-07", ["--model", "2023-03-07"]),
+    ("model: 1:30", ["--model", "1:30"]),
+    ("batch_size: 010", ["--batch_size", "010"]),
+    ("lr: 1e-3", ["--lr", "1e-3"]),
+    ("pin_mem: off", ["--pin_mem", "off"]),
+    ("pin_mem: 'no'", ["--pin_mem", "no"]),
+    ("size: 256x384", ["--size", "256x384"]),
+    ("arch: large", ["--arch", "large"]),
+    ("betas: [0.5, 1e-3]", ["--betas", "0.5", "1e-3"]),
+    ("betas: 0.5 1e-3", ["--betas", "0.5", "1e-3"]),
+    ("model_kwargs: {ls_init_value: 1e-6}", ["--model_kwargs", "ls_init_value=1e-6"]),
+    ("model_kwargs: {a: true, b: none, c: ~, d: gelu}", ["--model_kwargs", "a=true", "b=none", "c=null", "d=gelu"]),
+    ("model_kwargs: {topk: [1, 4, x], z: {y: 1}}", ["--model_kwargs", "topk=[1, 4, 'x']", "z={'y': 1}"]),
+    ("model_kwargs: {a: '8', b: \"none\"}", ["--model_kwargs", "a='8'", "b='none'"]),
+    ("model_kwargs: num_regions=8 topk=(1,4,16)", ["--model_kwargs", "num_regions=8", "topk=(1,4,16)"]),
+    ("model_kwargs: [num_regions=8]", ["--model_kwargs", "num_regions=8"]),
+    ("scale: &range [0.1, 0.5]\nbetas: *range", ["--scale", "0.1", "0.5", "--betas", "0.1", "0.5"]),
+    ("model_kwargs:\n  <<: {a: 1, b: 2}\n  b: 3", ["--model_kwargs", "a=1", "b=3"]),
+])
+def test_a_flag_means_in_a_recipe_what_it_means_on_the_command_line(recipe, line, words):
+    def outcome(*tokens):
+        try:
+            return parse(*tokens)
+        except UsageError as error:
+            return str(error)
+
+    assert outcome("--config", recipe(line)) == outcome(*words) != parse()
+
+
+def test_values_of_keys_are_python_literals_or_the_usual_words():
+    given = dict(key_value(f"k={value}") for value in ["x"]) | {
+        value: key_value(f"k={value}")[1]
+        for value in ("1e-6", "true", "False", "none", "null", "on", "(1,2)", "'none'", "{[1]: 2}", "a=b", "")
+    }
+    assert given == {
+        "k": "x", "1e-6": 1e-6, "true": True, "False": False, "none": None, "null": None, "on": "on", "(1,2)": (1, 2),
+        "'none'": "none", "{[1]: 2}": "{[1]: 2}", "a=b": "a=b", "": "",
+    }
+
+
+@pytest.mark.parametrize("null", [["--arch", "null"], ["--model=null"], ["--arch=null"]])
+def test_null_undoes_a_flag_by_either_of_its_names(null, recipe):
+    for name in ("arch", "model"):
+        assert parse("--config", recipe(f"{name}: large\n"), *null).model.model == "small"
+
+
+def test_words_that_look_like_values_stay_words(recipe):
+    settings = TaskSettings(Loader(), Optimizer(), Model(size=(8, 8), model_kwargs=dict(
+        a="8", b="1e-6", c="none", d="(1, 2)", e="true", f=None, g=1e-6, h=[1, "2", None], i="", j="a b", k="é", l="on",
+    )))
+    assert parse("--config", recipe(recipes.dump_recipe(flags.as_recipe(settings)))) == settings
+
+
+def test_paths_begin_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    given = ["~/a", "~", "/x/~", "https://a.b/~c/d", "https://a.b/~c#sha256=1", "", "a~b"]
+    assert [flags.path(text) for text in given] == ["/home/me/a", "/home/me", *given[2:]]
+
+
+def test_a_recipe_at_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("lr: 3\n")
+    assert parse("--config=~/mine.yaml").optimizer.lr == 3
 
 
 def test_values_that_look_like_flags():
-    assert flags.as_tokens(dict(lr=-1.0, seed=None, on=True, kwargs=dict(a="b"), betas=[1, 2])) == [
+    assert recipes.as_tokens(dict(lr=-1.0, seed=None, on=True, kwargs=dict(a="b"), betas=[1, 2])) == [
         "--lr=-1.0", "--seed=null", "--on=True", "--kwargs=a='b'", "--betas", "1", "2",
     ]
 
@@ -250,6 +333,11 @@ def test_values_that_look_like_flags():
     ("lr: many", "invalid float value: 'many'"),
     ("3: 4", "unknown key '3'"),
     ("!!python/object/apply:os.system ['true']", "not YAML"),
+    ("lr: 1\nsize: 2\nlr: 3\n", "lr is given twice"),
+    ("pin_mem: 1\npin-mem: 0\n", "pin-mem is given twice"),
+    ("model: a\narch: b\n", "model and arch are the same flag"),
+    ("model_kwargs: {a: 1, b: 2, a: 3}", "a is given twice"),
+    ("lr: 1\n---\nlr: 2\n", "not YAML"),
 ])
 def test_bad_recipes(recipe, text, message):
     with pytest.raises(UsageError) as error:

@@ -25,7 +25,10 @@ def test_defaults():
     settings = parse()
     assert settings.loader.batch_size == 128
     assert settings.optimizer == OptimizerOptions(opt="adamw", lr=5e-4, weight_decay=0.05, decay_groups="timm")
-    assert settings.schedule == ScheduleOptions(epochs=300, sched="cosine", warmup_epochs=5, min_lr=1e-5)
+    assert settings.schedule == ScheduleOptions(epochs=300, sched="cosine", warmup_epochs=None, min_lr="1%")
+    assert settings.schedule.total_warmup(1250) == 5 * 1250
+    peak = 5e-4 * 1024 / 512
+    assert [flags.share_of(lr, peak) for lr in (settings.schedule.warmup_lr, settings.schedule.min_lr)] == [1e-6, 1e-5]
     assert settings.ema.model_ema and settings.ema.model_ema_decay == 0.99996
     assert settings.task.task == "classification"
 
@@ -60,7 +63,13 @@ def test_no_flag_is_in_two_groups():
     (["--dist_timeout", "0"], "--dist_timeout must be above 0"),
     (["--amp", "fp8"], "--amp: invalid choice: 'fp8'"),
     # the schedule
-    (["--epochs", "3"], "--warmup_epochs 5 must be less than --epochs 3"),
+    (["--epochs", "3", "--warmup_epochs", "5"], "--warmup_epochs 5 must be less than --epochs 3"),
+    (["--min_lr", "101%"], "--min_lr must be 0% to 100%, got 101%"),
+    (["--min_lr", "nan%"], "--min_lr must be 0% to 100%, got nan%"),
+    (["--warmup_lr=-1%"], "--warmup_lr must be 0% to 100%, got -1%"),
+    (["--warmup_lr", "-1e-6"], "--warmup_lr must be finite and not negative, got -1e-06"),
+    (["--min_lr", "1 percent"], "--min_lr: takes a number or a percentage, not '1 percent'"),
+    (["--min_lr", "%"], "--min_lr: takes a number or a percentage, not '%'"),
     (["--max_steps", "0"], "--max_steps must be at least 1, got 0"),
     (["--max_steps", "500", "--warmup_steps", "500"], "--warmup_steps 500 must be less than --max_steps 500"),
     (["--warmup_steps=-1"], "--warmup_steps must be finite and not negative, got -1"),
@@ -88,16 +97,36 @@ def test_what_an_evaluation_does_not_ask():
 
 
 @pytest.mark.parametrize("options,total,warmup,milestones", [
-    (dict(epochs=12), 120, 50, []),
+    (dict(epochs=100), 1000, 50, []),
+    (dict(epochs=12), 120, 12, []),
+    (dict(epochs=12, warmup_epochs=5), 120, 50, []),
+    (dict(epochs=1), 10, 1, []),
+    (dict(max_steps=9), 9, 0, []),
     (dict(epochs=12, warmup_steps=7), 120, 7, []),
-    (dict(max_steps=85), 85, 50, []),
+    (dict(max_steps=85), 85, 8, []),
     (dict(max_steps=85, warmup_steps=0), 85, 0, []),
     (dict(epochs=12, sched="step", decay_epochs=[8, 11], warmup_epochs=0), 120, 0, [80, 110]),
-    (dict(epochs=12, sched="step", decay_steps=[85, 111]), 120, 50, [85, 111]),
+    (dict(epochs=12, sched="step", decay_steps=[85, 111]), 120, 12, [85, 111]),
 ])
 def test_lengths_in_steps(options, total, warmup, milestones):
     asked = ScheduleOptions(**options)
     assert asked.total_steps(10) == total and asked.total_warmup(10) == warmup and asked.milestones(10) == milestones
+
+
+@pytest.mark.parametrize("given,value,of_a_thousandth", [
+    ("1e-5", 1e-5, 1e-5), ("0", 0.0, 0.0), ("1%", "1%", 1e-5), ("0.1%", "0.1%", 1e-6), ("12.5 %", "12.5%", 1.25e-4),
+    ("100%", "100%", 1e-3), ("0%", "0%", 0.0),
+])
+def test_learning_rates_as_numbers_and_as_percentages_of_the_peak(given, value, of_a_thousandth):
+    schedule = parse("--min_lr", given, "--warmup_lr", given).schedule
+    assert schedule.min_lr == schedule.warmup_lr == value
+    assert flags.share_of(value, 1e-3) == of_a_thousandth
+
+
+def test_the_defaults_fit_a_run_of_any_length():
+    for epochs in (1, 2, 5, 49):
+        schedule = parse("--epochs", str(epochs)).schedule
+        assert schedule.total_warmup(7) < schedule.total_steps(7)
 
 
 EMA = ["--model_ema", "--model_ema_eval"]
@@ -123,7 +152,8 @@ def test_metrics_that_cannot_decide(tokens, message):
 
 def test_what_runs_can_be_run_again(tmp_path):
     settings = parse("--lr=1e-3", "--opt_betas", "0.9", "0.99", "--sched", "step", "--decay_epochs", "9",
-                     "--max_steps", "77", "--warmup_steps", "5", "--decay_groups", "layernorm", "--output_dir", "out")
+                     "--max_steps", "77", "--warmup_steps", "5", "--warmup_lr", "2.5%", "--decay_groups", "layernorm",
+                     "--output_dir", "out")
     options.save(flags.as_recipe(settings), tmp_path / "args.yaml")
     assert yaml.safe_load((tmp_path / "args.yaml").read_text())["batch_size"] == 128
     assert parse("--config", str(tmp_path / "args.yaml")) == settings

@@ -1,3 +1,5 @@
+from dataclasses import fields
+
 import pytest
 import timm
 import yaml
@@ -51,6 +53,22 @@ def test_published_names_of_models(published, ours, tmp_path):
     assert set(PUBLISHED_NAMES.values()) <= set(timm.list_models())
 
 
+PATHS = ("data_path", "output_dir", "resume", "finetune", "shard_cache", "token_label", "teacher_path")
+
+
+def test_every_path_begins_at_home(monkeypatch, tmp_path):
+    """In a recipe too, where no shell has expanded it."""
+    monkeypatch.setenv("HOME", "/home/me")
+    paths = {f.name for g in flags.group_classes(ClassificationSettings).values() for f in fields(g)
+             if f.metadata["argument"].get("metavar") in ("FOLDER", "CHECKPOINT", "FILE")}
+    assert paths == set(PATHS)
+    for name in paths:
+        (tmp_path / "r.yaml").write_text(f"data_path: x\n{name}: ~/x\n" if name != "data_path" else "data_path: ~/x\n")
+        for line in ([f"--{name}=~/x"], ["--config", str(tmp_path / "r.yaml")]):
+            settings = program.parse([*REQUIRED, *line] if "--config" not in line else line)[1]
+            assert flags.as_recipe(settings)[name] == "/home/me/x"
+
+
 def test_input_size_may_be_a_pair():
     assert parse("--input_size", "224x320").model.input_size == (224, 320)
     assert parse("--input_size", "96").model.input_size == 96
@@ -102,7 +120,7 @@ def test_recipes(name, tmp_path):
         (["--smoothing", "1.5"], "--smoothing must be 0 to 1"),
         (["--eval"], "--eval needs weights"),
         (["--eval", "perhaps"], "takes true or false, not 'perhaps'"),
-        (["--epochs", "3"], "--warmup_epochs 5 must be less than --epochs 3"),
+        (["--epochs", "3", "--warmup_epochs", "5"], "--warmup_epochs 5 must be less than --epochs 3"),
         (["--batch_size", "3"], "--batch_size must be even, got 3"),
         (["--distillation_type", "soft"], "needs a --teacher_model"),
         (["--teacher_model", "x"], "needs --distillation_type"),

@@ -1,0 +1,113 @@
+"""Recipes: YAML files of flags, whose values mean what they mean on the command line."""
+import ast
+from typing import Any, ClassVar
+
+import yaml
+
+from utils import UsageError, one_line, user_path
+
+
+def literal(text: str) -> Any:
+    """The value that a text stands for: true, false, none, a Python literal, or else the text."""
+    words = dict(true=True, false=False, none=None, null=None)
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
+
+
+class _Quoted(str):
+    """A text that stands in quotes in YAML: it is no other literal."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which every scalar is a text but null, and no key is given twice."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            name = str(key.value).replace("-", "_")
+            if name in seen:
+                raise yaml.composer.ComposerError(None, None, f"{key.value} is given twice", key.start_mark)
+            seen.add(name)
+        return node
+
+    def construct_yaml_str(self, node: yaml.ScalarNode) -> str:
+        return _Quoted(node.value) if node.style in ("'", '"') else node.value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_yaml_str)
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML that `_Loader` reads as it was."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        is_other = text != "" and literal(text) is not text
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style="'" if is_other else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+
+
+def _literals(value: Any) -> Any:
+    """The values in a part of a recipe, where texts stand for them."""
+    if isinstance(value, dict):
+        return {str(key): _literals(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_literals(part) for part in value]
+    return literal(value) if type(value) is str else value and str(value)
+
+
+def read_recipe(source: str) -> dict[str, Any]:
+    """The recipe in a YAML file, its flags in underscores: to each a text, None, a list, or a mapping.
+
+    Values are texts, as on the command line: `amp: off` is no boolean. Those of a mapping are as in `literal`.
+
+    Raises:
+        UsageError: It cannot be read, or is no mapping.
+    """
+    loader = None
+    try:
+        loader = _Loader(user_path(source).read_text(encoding="utf-8"))
+        recipe = loader.get_single_data() or {}
+    except OSError as error:
+        raise UsageError(f"--config {source}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {source}: not YAML ({one_line(error)})") from error
+    finally:
+        if loader is not None:
+            loader.dispose()
+    if not isinstance(recipe, dict):
+        raise UsageError(f"--config {source}: must be lines of `flag: value`")
+    return {
+        str(key).replace("-", "_"): _literals(value) if isinstance(value, dict) else value
+        for key, value in recipe.items()
+    }
+
+
+def dump_recipe(recipe: dict[str, Any]) -> str:
+    """A recipe of plain values as YAML, for `read_recipe`."""
+    return yaml.dump(recipe, Dumper=_Dumper, sort_keys=False)
+
+
+def as_tokens(recipe: dict[str, Any]) -> list[str]:
+    """A recipe, of flag names and plain values, as the words of a command line that says the same."""
+    tokens = []
+    for name, value in recipe.items():
+        if value is None:
+            value = "null"
+        if isinstance(value, dict):
+            value = [f"{k}={v!r}" for k, v in value.items()]
+        values = value if isinstance(value, list) else [value]
+        # --flag=value keeps a negative number from being read as a flag.
+        tokens += [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *map(str, values)]
+    return tokens
