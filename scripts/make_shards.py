@@ -98,7 +98,8 @@ def make_shards(args: argparse.Namespace) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=user_path, help="folder of SPLIT/CLASS/IMAGE or, with --val_split, of CLASS/IMAGE")
+    parser.add_argument("folder", type=user_path,
+                        help="folder of SPLIT/CLASS/IMAGE or, with --val_split, of CLASS/IMAGE")
     parser.add_argument("output", type=user_path, help="folder for the shards")
     parser.add_argument("--splits", nargs="+", choices=["train", "val", "test"], default=["train", "val"])
     parser.add_argument("--val_split", type=float, metavar="SHARE",

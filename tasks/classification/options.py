@@ -69,7 +69,8 @@ class DataOptions(Group):
 
     data_set: str = flag("IMNET", f"{', '.join(DATA_SETS)} or wds/NAME (WebDataset shards)", type=_data_set)
     data_path: str | None = flag(None, "where the data set is: for image folders, train/ and val/, or with --val_split "
-                                       "the class folders; for shards, a folder or its URL", type=path, metavar="FOLDER")
+                                       "the class folders; for shards, a folder or its URL", type=path,
+                                 metavar="FOLDER")
     val_split: float | None = flag(None, "share of each class of an image folder without val/ that is held out as val",
                                    type=float, metavar="SHARE", check=_share)
     shard_cache: str | None = flag(None, "cache folder for shards from a URL (default: shards in torch.hub's folder)",
