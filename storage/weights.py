@@ -25,6 +25,10 @@ class HostileFileError(WeightsError):
     """A file that would run code if it were unpickled."""
 
 
+class MismatchError(WeightsError):
+    """Weights of another architecture, or of another number of classes."""
+
+
 def _is_url(source: str) -> bool:
     return urlparse(source).scheme in ("http", "https", "file")
 
@@ -173,7 +177,7 @@ def load_weights(
         Whether the model's own classifier was kept.
 
     Raises:
-        WeightsError: The weights are of another architecture; lists the first mismatches.
+        MismatchError: The weights are of another architecture; lists the first mismatches.
     """
     expected = model.state_dict()
     if filter_fn is not None:
@@ -190,12 +194,23 @@ def load_weights(
     mismatches = _mismatches(expected, weights)
     if mismatches:
         more = f", and {len(mismatches) - 3} more" if len(mismatches) > 3 else ""
-        raise WeightsError(
+        raise MismatchError(
             f"the checkpoint does not fit {type(model).__name__} with {getattr(model, 'num_classes', '?')} classes: "
             f"{'; '.join(mismatches[:3])}{more}"
         )
     model.load_state_dict(weights)
     return kept
+
+
+def check_finite(model: torch.nn.Module, source: str):
+    """Check the weights of `model`, which came from `source`.
+
+    Raises:
+        WeightsError: Some are NaN or infinite; names the first.
+    """
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise WeightsError(f"{source}: weights are NaN or infinite, {name} first")
 
 
 def _mismatches(expected: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> list[str]:
