@@ -3,6 +3,7 @@ import argparse
 import hashlib
 import pickle
 import sys
+import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -68,7 +69,7 @@ def fetch(source: str, cache_dir: str | Path | None = None) -> Path:
         raise WeightsError(f"{source}: cannot be downloaded: {error}") from error
 
 
-def read_checkpoint(source: str, cache_dir: str | Path | None = None) -> dict[str, Any]:
+def read_checkpoint(source: str, cache_dir: str | Path | None = None, mmap: bool = False) -> dict[str, Any]:
     """The content of a checkpoint file or URL; nothing in it is executed, only tensors and plain values are accepted.
 
     The copy of a URL that cannot be read is removed, so that the next attempt downloads it again.
@@ -76,20 +77,21 @@ def read_checkpoint(source: str, cache_dir: str | Path | None = None) -> dict[st
     Args:
         source: Path or URL of what torch.save or safetensors wrote.
         cache_dir: As `fetch` takes it.
+        mmap: Leave tensors in the file until they are looked at; for what else is in it.
 
     Raises:
         WeightsError: It is missing, truncated, or no checkpoint; HostileFileError where reading it would run code.
     """
     path = fetch(source, cache_dir)
     try:
-        return read_file(path)
+        return read_file(path, mmap)
     except WeightsError:
         if _is_url(source):  # a page that says no, or half a file
             _cache(cache_dir).discard(path.name)
         raise
 
 
-def read_file(path: Path) -> dict[str, Any]:
+def read_file(path: Path, mmap: bool = False) -> dict[str, Any]:
     """`read_checkpoint` of a local file."""
     try:
         if path.suffix == ".safetensors":
@@ -98,7 +100,9 @@ def read_file(path: Path) -> dict[str, Any]:
             return safetensors.torch.load_file(path)
         # Published checkpoints store their command line as a Namespace, which is inert.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            # Files of old formats cannot be mapped.
+            mmap = mmap and zipfile.is_zipfile(path)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # on damaged bytes the unpickler raises nearly anything
         if isinstance(error, pickle.UnpicklingError) and "unsupported global" in str(error).lower():
             raise HostileFileError(

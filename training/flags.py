@@ -11,7 +11,7 @@
 
     settings = parse(Settings, ["--batch_size", "64"])  # settings.loader.batch_size == 64
 
-Order of precedence: the command line, then the recipe given by `--config`, then the defaults.
+Order of precedence: the command line, then the recipe given by `--config`, then `base`, then the defaults.
 """
 import argparse
 import ast
@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn, TypeVar, get_type_hints
+from typing import Any, ClassVar, NoReturn, TypeVar, get_type_hints
 
 import yaml
 
@@ -82,7 +82,12 @@ class Group:
 
     Raises:
         UsageError: A value is out of range, or two contradict each other; names the flags.
+
+    Attributes:
+        alternatives: Pairs of flags of which the one that is given covers a lower value of the other.
     """
+
+    alternatives: ClassVar[tuple[tuple[str, str], ...]] = ()
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -205,13 +210,19 @@ def given_value(argv: Sequence[str], name: str, recipe: Mapping[str, Any] = Mapp
     return value
 
 
-def parse(settings_class: type[SettingsT], argv: Sequence[str], parser: Parser | None = None) -> SettingsT:
+def parse(
+    settings_class: type[SettingsT],
+    argv: Sequence[str],
+    parser: Parser | None = None,
+    base: Mapping[str, Any] = MappingProxyType({}),
+) -> SettingsT:
     """Read a command line, and the recipe that it names. `--flag null` undoes what the recipe says of a flag.
 
     Args:
         settings_class: A frozen dataclass whose fields are groups.
         argv: The words of the command line.
         parser: Its parser, where --help should say more than the flags.
+        base: Values that stand beneath both, in place of the defaults; see `beneath`.
 
     Raises:
         UsageError: A flag, key or value is unknown or out of range; names the nearest one.
@@ -219,14 +230,10 @@ def parse(settings_class: type[SettingsT], argv: Sequence[str], parser: Parser |
     parser = parser or Parser(settings_class)
     known = parser.names()
     tokens, nulls = _split_nulls([_underscored(token) for token in argv], known)
-    config = given_value(tokens, "config")
-    if config is not None:
-        recipe = read_recipe(config)
-        for name in recipe:
-            if name not in known or name == "config":
-                raise UsageError(f"--config {config}: unknown key {name!r}{nearest(name, known)}")
-        tokens = as_tokens({k: v for k, v in recipe.items() if v is not None and k not in nulls}) + tokens
-    args, unknown = parser.parse_known_args(tokens)
+    recipe = _config(tokens, known)
+    typed = _typed(parser, tokens) | dict.fromkeys(nulls)
+    lower = beneath(settings_class, base, {**recipe, **typed}) | beneath(settings_class, recipe, typed)
+    args, unknown = parser.parse_known_args(as_tokens(lower) + tokens)
     if unknown:
         name = unknown[0].partition("=")[0]
         if name.startswith("--"):
@@ -240,6 +247,55 @@ def parse(settings_class: type[SettingsT], argv: Sequence[str], parser: Parser |
         name: group_class(**{field.name: _value(args, field) for field in dataclasses.fields(group_class)})
         for name, group_class in groups.items()
     })
+
+
+def given(settings_class: type, argv: Sequence[str]) -> dict[str, Any]:
+    """The values that a command line, and the recipe that it names, give to flags of a settings class.
+
+    Flags of others are passed over, in the recipe too. Given as null, a value is None.
+
+    Raises:
+        UsageError: A value is of the wrong type, or the recipe cannot be read.
+    """
+    parser = Parser(settings_class, add_help=False)
+    tokens, nulls = _split_nulls([_underscored(token) for token in argv], parser.names())
+    recipe = {name: value for name, value in _config(tokens).items() if name in parser.names()}
+    from_recipe = _typed(parser, as_tokens({name: value for name, value in recipe.items() if value is not None}))
+    return {**recipe, **from_recipe, **_typed(parser, tokens), **dict.fromkeys(nulls)}
+
+
+def beneath(settings_class: type, values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `values`, for flags of a settings class, that remain below values that were `given`.
+
+    A value is covered by another one of its flag, and of an alternative to it (`Group.alternatives`).
+    """
+    groups = group_classes(settings_class).values()
+    known = {field.name for group in groups for field in dataclasses.fields(group)}
+    covered = set(given)
+    for pair in (pair for group in groups for pair in group.alternatives):
+        if any(given.get(name) is not None for name in pair):
+            covered |= set(pair)
+    return {k: v for k, v in values.items() if k in known and k not in covered and v is not None}
+
+
+def _config(tokens: Sequence[str], known: Sequence[str] | None = None) -> dict[str, Any]:
+    """The recipe that a command line names, empty without one; its keys must be among those `known`."""
+    config = given_value(tokens, "config")
+    if config is None:
+        return {}
+    recipe = read_recipe(config)
+    for name in recipe if known is not None else ():
+        if name not in known or name == "config":
+            raise UsageError(f"--config {config}: unknown key {name!r}{nearest(name, known)}")
+    return recipe
+
+
+def _typed(parser: Parser, tokens: Sequence[str]) -> dict[str, Any]:
+    """The flags that are among the words of a command line, and their values."""
+    not_given = object()
+    blank = argparse.Namespace(**dict.fromkeys(parser.names(), not_given))
+    args, _ = parser.parse_known_args(tokens, blank)
+    return {name: value for name, value in vars(args).items() if value is not not_given}
 
 
 def _value(args: argparse.Namespace, field: dataclasses.Field) -> Any:
