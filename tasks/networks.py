@@ -16,6 +16,7 @@ from storage.weights import (
     read_checkpoint,
     unwrap,
 )
+from training.task import reading_weights
 from utils import UsageError, UserError, as_user_error, check_name
 
 # Names that models were published under, where timm's style differs.
@@ -96,7 +97,7 @@ def load_checkpoint(
     """
     classifier = model.default_cfg.get("classifier") or () if new_classifier else ()
     classifier = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    with as_user_error(WeightsError):
+    with reading_weights():
         try:
             kept = load_weights(model, unwrap(checkpoint, key), family_filter(model), classifier)
         except MismatchError as error:

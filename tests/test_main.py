@@ -5,11 +5,14 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
 import main as program
+import models
 from helpers import ROOT
 from helpers.ports import free_port
 from helpers.web import served
@@ -400,6 +403,27 @@ def test_bad_checkpoints(photos, trained, tmp_path, capfd):
     refuses(capfd, 1, "has other parameter groups: weight decay and layer decay differ; --opt, --layer_decay", *common,
             trained / "last.pth", "--layer_decay", "0.9")
     assert not CheckpointStore(tmp_path / "out").holds_run()
+
+
+def test_weights_under_other_keys(photos, trained, tmp_path, capfd):
+    """Under any key that is named, in the names of any framework, in a plain number of NumPy's company."""
+    checkpoint = {"net": weights(trained / "last.pth"), "epoch": 3, "best_acc": np.float64(1)}
+    torch.save(checkpoint, tmp_path / "net.pth")
+    common = ["--data_path", photos, "--eval", "--resume", tmp_path / "net.pth"]
+    refuses(capfd, 1, "the checkpoint holds weights under net; say which; --model_key takes one of them\n", *common)
+    code, out, _ = run(capfd, *SMALL, *common, "--model_key", "net")
+    assert code == 0
+    prefixed = {f"model.{name}": value for name, value in checkpoint["net"].items()}
+    torch.save({"state_dict": prefixed}, tmp_path / "net.pth")
+    assert RESULT.search(run(capfd, *SMALL, *common)[1]).group() == RESULT.search(out).group()
+
+
+def test_saved_weights_are_contiguous(trained, tmp_path):
+    """As safetensors asks for; here convolutions lie channels last."""
+    for key in ("model", "model_ema"):
+        save_file(weights(trained / "best.pth", key), tmp_path / "w.safetensors")
+        network, _ = models.load(tmp_path / "w.safetensors", model="biformer_nano")
+        assert all(value.equal(weights(trained / "best.pth", key)[n]) for n, value in network.state_dict().items())
 
 
 def test_another_run_is_not_overwritten(photos, trained, capfd):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from timm.utils import ModelEmaV3
 
-from storage.weights import WeightsError, class_difference, load_weights, read_checkpoint, unwrap
+from storage.weights import MismatchError, WeightsError, class_difference, load_weights, read_checkpoint, unwrap
 from utils import UserError, as_user_error
 
 # Current flags override these values of a checkpoint's optimizer.
@@ -99,6 +99,14 @@ class BestMetric:
     higher: bool = True
 
 
+def contiguous_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The model's state, each tensor contiguous, as safetensors takes it; weights may lie channels last."""
+    state = model.state_dict()
+    for name, value in state.items():
+        state[name] = value.contiguous()
+    return state
+
+
 @dataclass
 class Run:
     """What training changes as it goes, and what a checkpoint therefore holds.
@@ -147,8 +155,8 @@ class Run:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values."""
         return dict(
-            model=self.model.state_dict(),
-            model_ema=self.ema.module.state_dict() if self.ema is not None else None,
+            model=contiguous_state(self.model),
+            model_ema=contiguous_state(self.ema.module) if self.ema is not None else None,
             optimizer=self.optimizer.state_dict(),
             scaler=self.scaler.state_dict(),
             epoch=self.clock.epoch,
@@ -174,7 +182,10 @@ class Run:
                 raise NoRunError(f"{path} holds only weights, no run to resume")
             if difference := class_difference(checkpoint, self.classes):
                 raise NoRunError(f"{path} {difference}")
-            self._load_weights(checkpoint, path)
+            try:
+                self._load_weights(checkpoint, path)
+            except MismatchError as error:
+                raise WeightsError(f"{error}; this is {checkpoint['args'].get('model')}'s") from error
         self._load_optimizer(checkpoint["optimizer"], checkpoint["args"]["opt"], opt, path)
         if checkpoint["scaler"]:  # empty in a run without fp16
             self.scaler.load_state_dict(checkpoint["scaler"])

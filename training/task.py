@@ -12,14 +12,15 @@ A run uses a task in this order (`main.py`):
 Optimizer, schedule, EMA, checkpoints, exact resume, logs, signals and processes are the same for every task.
 """
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch.utils.data import Dataset
 
-from storage.weights import WeightsError, load_weights, read_checkpoint, unwrap
+from storage.weights import WeightsError, WeightsKeyError, load_weights, read_checkpoint, unwrap
 from utils import UsageError, UserError, as_user_error
 
 from .data.loader import EpochLoader
@@ -32,6 +33,20 @@ Batch = Any
 
 class ShortEpochError(UserError):
     """An epoch has fewer batches than an optimizer step accumulates."""
+
+
+class WeightsUnderKeysError(UserError):
+    """A checkpoint holds its weights under other keys; names them."""
+
+
+@contextmanager
+def reading_weights() -> Iterator[None]:
+    """Raise the errors of weights as a `UserError` with the same text."""
+    with as_user_error(WeightsError):
+        try:
+            yield
+        except WeightsKeyError as error:
+            raise WeightsUnderKeysError(str(error)) from error
 
 
 class Evaluator(Protocol):
@@ -112,7 +127,7 @@ class Task(ABC):
         Raises:
             UserError: It cannot be read, or does not fit.
         """
-        with as_user_error(WeightsError):
+        with reading_weights():
             load_weights(network, unwrap(read_checkpoint(source), self.settings.checkpoint.model_key))
 
     @abstractmethod
