@@ -6,6 +6,7 @@ import timm
 import torch
 
 import main as program
+import models  # noqa: F401, registers our models with timm
 from helpers.photos import write_photos
 from helpers.web import served
 from scripts import make_shards
