@@ -20,7 +20,7 @@ from training.options import Settings
 from training.precision import Precision
 from training.run import BestMetric, Clock, Run
 from training.signals import EXIT_RESUME, SignalHandler, fault_of, run_and_exit
-from training.task import Data, Task
+from training.task import Data, NonFiniteOutputError, Task
 from training.wrap import check_wrappers, wrap
 from utils import UserError, check_name, fail, seed_everything, use_deterministic_algorithms
 
@@ -58,10 +58,18 @@ def check_names(task_class: type[Task], settings: Settings):
 
 
 def evaluate(task: Task, data: Data, network: torch.nn.Module, what: str = "network") -> dict[str, float]:
-    """Evaluate a network on the val split; the main process prints the metrics, which are returned."""
+    """Evaluate a network on the val split; the main process prints the metrics, which are returned.
+
+    Raises:
+        NonFiniteOutputError: `--eval` of a network that outputs NaN; in training, that is a warning.
+    """
     results = engine.evaluate(task, network, data.val_loader)
+    problem = task.problem_of(results, what)
+    if problem and task.settings.evaluation.eval:
+        raise NonFiniteOutputError(problem)
     if task.distributed.is_main:
         task.report(results, what)
+        print(f"warning: {problem}\n" if problem else "", end="")
     return results
 
 
@@ -220,7 +228,7 @@ def main(argv: Sequence[str] | None = None, tasks: TaskRegistry = TASKS) -> int:
         return fail(advice.with_advice(error, known_advice), error.exit_code)
     except Stopped as stopped:
         shutdown_distributed()
-        sys.stderr.write(f"{stopped}; resume with --auto_resume\n")
+        sys.stderr.write(f"{stopped}; resume with {command_line.resume_command(stopped.folder)}\n")
         return EXIT_RESUME
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -32,6 +32,7 @@ from tasks.networks import (
     PretrainedWeightsError,
     build_model,
     check_model,
+    check_outputs,
     load_checkpoint,
     model_data_config,
     read,
@@ -132,6 +133,8 @@ def predict(args: argparse.Namespace) -> Iterator[tuple[Path, list[tuple[str, fl
     for batch, indices in images.loader(Images(paths, images.transform()), loader_options, distributed):
         with precision.autocast():
             logits = model(batch)
+        for index, outputs in zip(indices.tolist(), logits, strict=True):
+            check_outputs(outputs, str(paths[index]))
         top = logits.float().softmax(dim=1).topk(min(args.topk, logits.shape[1]))
         for index, values, classes in zip(indices.tolist(), top.values.tolist(), top.indices.tolist(), strict=True):
             yield paths[index], [(names[c], value) for c, value in zip(classes, values, strict=True)]

@@ -16,7 +16,7 @@ from storage.weights import (
     read_checkpoint,
     unwrap,
 )
-from training.task import reading_weights
+from training.task import NonFiniteOutputError, reading_weights
 from utils import UsageError, UserError, as_user_error, check_name
 
 # Names that models were published under, where timm's style differs.
@@ -107,6 +107,12 @@ def load_checkpoint(
         print(f"{source} has another number of classes: the classifier is re-initialised")
     if difference := class_difference(checkpoint, trained_on):
         print(f"warning: {source} {difference}")
+
+
+def check_outputs(outputs: torch.Tensor, what: str):
+    """Raises NonFiniteOutputError where the outputs for `what`, the name of an image, are NaN or infinite."""
+    if not outputs.isfinite().all():
+        raise NonFiniteOutputError(f"{what}: the outputs of the network are NaN or infinite")
 
 
 def pretrained_num_classes(name: str) -> int:

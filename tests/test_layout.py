@@ -39,7 +39,7 @@ FORBIDDEN = {
 # Files that declare flags, or say what a user of the command line can do about an error.
 NAME_FLAGS = (
     "main.py", "hydra_main.py", "package/*", "scripts/*", "training/flags.py", "training/options.py",
-    "training/advice.py", "tasks/*/options.py", "tasks/*/errors.py",
+    "training/advice.py", "training/command_line.py", "tasks/*/options.py", "tasks/*/errors.py",
 )
 # Options of sbatch, srun and squeue.
 NAME_SLURMS_FLAGS = {

@@ -4,6 +4,8 @@ What is asked for stands above what the run had, and the run above the defaults:
 the recipe in the checkpoint (or in the folder of the run), then the defaults.
 """
 import importlib
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +14,7 @@ from storage.weights import WeightsError, read_checkpoint
 from utils import UsageError, UserError, check_name
 
 from . import flags
-from .distributed import restart_count
+from .distributed import restart_count, world_size
 from .options import NO_RESULT, NOT_OF_RUN, Settings, TaskOptions
 from .task import Task
 
@@ -76,6 +78,25 @@ def understand(argv: Sequence[str], tasks: TaskRegistry, description: str) -> Co
     ]
     warning = [f"warning: {run.source} has {'; '.join(others)} as asked for"] if others else []
     return CommandLine(task_class, settings, note + warning)
+
+
+def resume_command(folder: Path) -> str:
+    """The command that resumes the run in `folder`, as a shell takes it; of several processes what the launcher gets."""
+    words = _program(sys.orig_argv[: len(sys.orig_argv) - len(sys.argv[1:])])
+    flags = ["--config", str(folder / "args.yaml"), "--output_dir", str(folder), "--auto_resume"]
+    if world_size() > 1:
+        return f"the same launcher and {shlex.join([*words[1 if words[0] == 'python' else 0 :], *flags])}"
+    return shlex.join([*words, *flags])
+
+
+def _program(words: Sequence[str]) -> list[str]:
+    """How this program was started, by the words of the interpreter: as the installed command, or as main.py."""
+    path = Path(words[-1] if words else "")
+    if words[-2:] == ["-m", "routedvit"]:
+        return ["python", "-m", "routedvit"]
+    if path.name in ("routedvit", "routedvit-hydra"):
+        return ["routedvit"] if world_size() == 1 else ["python", "-m", "routedvit"]
+    return ["python", str(path.with_name("main.py")) if path.name in ("main.py", "hydra_main.py") else "main.py"]
 
 
 def _run_recipe(given: Mapping[str, Any]) -> RunRecipe:

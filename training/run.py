@@ -145,7 +145,9 @@ class Run:
     def record_best(self, results: dict[str, float]) -> bool:
         """Record the results of an evaluation if they are the best so far; returns whether they are."""
         value = results[self.best_metric.name]
-        if not math.isfinite(value):
+        of_ema = self.best_metric.name.startswith("ema_")
+        # Where outputs are NaN, the accuracy is a number all the same.
+        if not all(math.isfinite(v) for name, v in results.items() if name.startswith("ema_") == of_ema):
             return False
         if self.best is not None and (value <= self.best if self.best_metric.higher else value >= self.best):
             return False
