@@ -36,7 +36,8 @@ import main as program
 from training import flags, recipes
 from training.advice import with_advice
 from training.checkpoints import open_store, resumes
-from training.options import Settings
+from training.command_line import choose_task
+from training.options import NO_RESULT, Settings
 from training.signals import EXIT_RESUME, exit_with, run_and_exit
 from training.slurm import TIME_LIMIT_SIGNAL, Slurm, is_running, sbatch_parameters
 from utils import UsageError, UserError, fail, nearest
@@ -44,12 +45,6 @@ from utils import UsageError, UserError, fail, nearest
 ROOT = Path(__file__).resolve().parent
 CONFIGS = ROOT / "configs"
 OUTPUTS = Path("outputs") / "cls"
-# Flags that do not change the result of a run; the name of its folder leaves them out.
-NOT_IN_NAMES = {
-    "auto_resume", "data_path", "device", "dist_eval", "dist_timeout", "download", "keep_checkpoints", "log_every",
-    "num_workers", "output_dir", "pin_mem", "resume", "save_every", "save_every_minutes", "save_every_steps",
-    "shard_cache", "shard_cache_gb",
-}  # fmt: skip
 # Ports for a run's first process, below the range that Linux uses for outgoing connections.
 PORTS = range(20000, 32768)
 MANY = 10**6
@@ -60,7 +55,7 @@ MANY = 10**6
 
 def flag_defaults() -> dict[str, Any]:
     """Every flag of main.py, of any task, with its default, as hydra's config."""
-    parsers = [flags.Parser(program.choose_task(["--task", name]).settings_class) for name in program.TASKS]
+    parsers = [flags.Parser(choose_task(["--task", name], program.TASKS).settings_class) for name in program.TASKS]
     defaults = {name: parser.get_default(name) for parser in parsers for name in parser.names()}
     del defaults["local_rank"]
     # hydra lets None become a mapping with any keys, but adds no keys to an empty mapping.
@@ -197,10 +192,12 @@ def read_runs() -> list[RunSpec]:
 def run_name(recipe: dict[str, Any]) -> str:
     """KEY.VALUE of the given flags, sorted and joined by hyphens, in characters that no shell needs quotes for.
 
+    Flags that do not change the result of the run are left out.
+
     >>> run_name(dict(lr="5e-4", batch_size="128", data_path="/in1k"))
     'batch_size.128-lr.5e-4'
     """
-    text = "-".join(f"{key}.{value}" for key, value in sorted(recipe.items()) if key not in NOT_IN_NAMES)
+    text = "-".join(f"{key}.{value}" for key, value in sorted(recipe.items()) if key not in NO_RESULT)
     name = re.sub(r"[^\w.,+-]+", "_", re.sub(r"[][{}'\" ]", "", text), flags=re.ASCII).strip("_") or "defaults"
     if len(name) > 200:  # file systems take 255 bytes
         name = f"{name[:200]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

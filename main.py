@@ -1,8 +1,7 @@
 """Train and evaluate image models. `python main.py --help` lists the flags; TRAINING.md has the recipes."""
-import importlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing, nullcontext
 
 import training.threads  # before torch  # noqa: F401  # isort: skip
@@ -11,21 +10,21 @@ from timm.optim import list_optimizers
 
 import engine
 from optim_factory import OptimizerError, Schedule, ScheduleError, WarmupError, create_optimizer, scaled_lr
-from training import advice, flags, options, recipes
+from training import advice, command_line, flags, options
 from training.checkpoints import Checkpointer, Stopped, find_start, open_store
+from training.command_line import CommandLine, TaskRegistry
 from training.distributed import init_distributed, shutdown_distributed, warm_up_ddp
 from training.log import NonFiniteLossError, RunLog, print_plan
 from training.options import Settings
 from training.precision import Precision
 from training.run import BestMetric, Clock, Run, create_ema
 from training.signals import EXIT_RESUME, SignalHandler, fault_of, run_and_exit
-from training.task import Data, Task
+from training.task import Data, NonFiniteOutputError, Task
 from training.wrap import check_wrappers, wrap
 from utils import UserError, check_name, fail, seed_everything, use_deterministic_algorithms
 
 # Where each task is; it is imported when it is asked for.
 TASKS = {"classification": "tasks.classification.task:ClassificationTask"}
-TaskRegistry = Mapping[str, str | type[Task]]
 ADVICE = {
     **advice.ADVICE,
     OptimizerError: "see --opt_eps, --opt_betas, --momentum and --layer_decay",
@@ -37,27 +36,14 @@ ADVICE = {
 # --- what is asked for ------------------------------------------------------------------------------------------------
 
 
-def choose_task(argv: Sequence[str], tasks: TaskRegistry = TASKS) -> type[Task]:
-    """The task that `--task`, or else the recipe, names."""
-    config = flags.given_value(argv, "config")
-    recipe = {} if config is None else recipes.read_recipe(config)
-    name = flags.given_value(argv, "task", recipe) or options.TaskOptions().task
-    check_name("task", name, tasks)
-    if isinstance(tasks[name], type):
-        return tasks[name]
-    module, _, task_class = tasks[name].partition(":")
-    return getattr(importlib.import_module(module), task_class)
+def understand(argv: Sequence[str], tasks: TaskRegistry = TASKS) -> CommandLine:
+    """What a command line asks for. Raises UserError where it, or the recipe that it names, is wrong."""
+    return command_line.understand(argv, tasks, description=__doc__.partition("`")[0])
 
 
 def parse(argv: Sequence[str], tasks: TaskRegistry = TASKS) -> tuple[type[Task], Settings]:
-    """The task of a command line, and its settings.
-
-    Raises:
-        UsageError: The command line, or the recipe that it names, is wrong.
-    """
-    task_class = choose_task(argv, tasks)
-    parser = flags.Parser(task_class.settings_class, prog="main.py", description=__doc__.partition("`")[0])
-    return task_class, flags.parse(task_class.settings_class, argv, parser)
+    """The task of a command line, and its settings; raises as `understand` does."""
+    return understand(argv, tasks)[:2]
 
 
 def check_names(task_class: type[Task], settings: Settings):
@@ -71,10 +57,18 @@ def check_names(task_class: type[Task], settings: Settings):
 
 
 def evaluate(task: Task, data: Data, network: torch.nn.Module, what: str = "network") -> dict[str, float]:
-    """Evaluate a network on the val split; the main process prints the metrics, which are returned."""
+    """Evaluate a network on the val split; the main process prints the metrics, which are returned.
+
+    Raises:
+        NonFiniteOutputError: `--eval` of a network that outputs NaN; in training, that is a warning.
+    """
     results = engine.evaluate(task, network, data.val_loader)
+    problem = task.problem_of(results, what)
+    if problem and task.settings.evaluation.eval:
+        raise NonFiniteOutputError(problem)
     if task.distributed.is_main:
         task.report(results, what)
+        print(f"warning: {problem}\n" if problem else "", end="")
     return results
 
 
@@ -204,12 +198,14 @@ def train(task: Task, signals: SignalHandler):
 # --- the program ------------------------------------------------------------------------------------------------------
 
 
-def run_task(task_class: type[Task], settings: Settings):
+def run_task(asked: CommandLine):
     """Evaluate or train, on this process's device."""
-    machine = settings.machine
+    settings, machine = asked.settings, asked.settings.machine
     distributed = init_distributed(machine.device, machine.dist_timeout)
+    if distributed.is_main:
+        print("".join(f"{note}\n" for note in asked.notes), end="")
     check_wrappers(settings, distributed)
-    task = task_class(settings, distributed, Precision.on(distributed.device, machine.amp, machine.channels_last))
+    task = asked.task_class(settings, distributed, Precision.on(distributed.device, machine.amp, machine.channels_last))
     if settings.evaluation.eval:
         evaluate_checkpoint(task)
     else:
@@ -223,16 +219,16 @@ def main(argv: Sequence[str] | None = None, tasks: TaskRegistry = TASKS) -> int:
     """
     known_advice = ADVICE
     try:
-        task_class, settings = parse(sys.argv[1:] if argv is None else argv, tasks)
-        known_advice = {**ADVICE, **task_class.advice}
-        check_names(task_class, settings)
-        run_task(task_class, settings)
+        asked = understand(sys.argv[1:] if argv is None else argv, tasks)
+        known_advice = {**ADVICE, **asked.task_class.advice}
+        check_names(asked.task_class, asked.settings)
+        run_task(asked)
         shutdown_distributed()
     except UserError as error:
         return fail(advice.with_advice(error, known_advice), error.exit_code)
     except Stopped as stopped:
         shutdown_distributed()
-        sys.stderr.write(f"{stopped}; resume with --auto_resume\n")
+        sys.stderr.write(f"{stopped}; resume with {command_line.resume_command(stopped.folder)}\n")
         return EXIT_RESUME
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -1,8 +1,12 @@
-"""Vision transformers, registered with timm: `import models`, then `timm.create_model("biformer_small")`."""
+"""Vision transformers, registered with timm: `import models`, then `timm.create_model("biformer_small")`.
+
+`models.load("best.pth")` gives the network of a run, and the transform of its images.
+"""
+from ._load import load
 from ._routing import collect_routing
 from .biformer import BiFormer
 from .bvit import BViT
 from .debiformer import DeBiFormer
 from .vitaev2 import ViTAEv2
 
-__all__ = ["BViT", "BiFormer", "DeBiFormer", "ViTAEv2", "collect_routing"]
+__all__ = ["BViT", "BiFormer", "DeBiFormer", "ViTAEv2", "collect_routing", "load"]

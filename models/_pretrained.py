@@ -1,15 +1,31 @@
 """Default configs, and pretrained weights that lie outside of timm's hub."""
+import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_cfg
 from torch import nn
 
+from ._recipe import NetworkRecipe, count_classes
+
 if "." in __package__:  # installed, as routedvit.models
-    from ..storage.weights import WeightsError, read_checkpoint, unwrap
+    from ..storage.weights import MismatchError, WeightsError, check_finite, load_weights, read_checkpoint, unwrap
 else:  # from the checkout
-    from storage.weights import WeightsError, read_checkpoint, unwrap
+    from storage.weights import MismatchError, WeightsError, check_finite, load_weights, read_checkpoint, unwrap
+
+# The other modules of this room take from here what they need of `storage`.
+__all__ = [
+    "MismatchError",
+    "WeightsError",
+    "build_with_pretrained_weights",
+    "check_finite",
+    "imagenet_cfg",
+    "load_weights",
+    "read_checkpoint",
+    "unwrap",
+]
 
 # Tags say what weights were trained on. timm takes a config without `url` to have none, and
 # `list_models(pretrained=True)` leaves it out; those tagged "in1k" can be downloaded by hand from `origin_url`.
@@ -59,7 +75,8 @@ def build_with_pretrained_weights(model_cls: type[nn.Module], variant: str, pret
     """timm's `build_model_with_cfg`, for weights that lie behind the `url` of a default config, or in a file.
 
     A local file is given as in timm: `create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=path))`.
-    Where a checkpoint also holds EMA weights, the model's own are loaded.
+    Where a checkpoint also holds EMA weights, the model's own are loaded. The model has as many classes as the weights
+    unless `num_classes` says another number; a warning tells so for a file, and of arguments that the run had.
 
     Raises:
         RuntimeError: There are no weights to download, or they cannot be downloaded or read; says what to do instead.
@@ -69,25 +86,52 @@ def build_with_pretrained_weights(model_cls: type[nn.Module], variant: str, pret
     overlay = kwargs.pop("pretrained_cfg_overlay", None) or {}
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
     _check_has_weights(variant, cfg)
-    from_elsewhere = cfg.source in ("hf-hub", "local-dir") or cfg.state_dict or (cfg.hf_hub_id and not cfg.file)
-    if from_elsewhere:
+    if cfg.source in ("hf-hub", "local-dir") or (cfg.hf_hub_id and not cfg.file and not cfg.state_dict):
         return build_model_with_cfg(model_cls, variant, pretrained, pretrained_cfg_overlay=overlay, **kwargs)
-    weights = _read_weights(variant, cfg, kwargs.pop("cache_dir", None))
-    overlay = dict(overlay, file=None, state_dict=weights)
+    checkpoint, weights = _read_weights(variant, cfg, kwargs.pop("cache_dir", None))
+    recipe = NetworkRecipe.of(checkpoint)
+    num_classes = count_classes(weights, cfg) or cfg.num_classes
+    if cfg.file:  # what its owner trained, not what others published
+        _warn_of_differences(cfg.file, recipe, num_classes, kwargs)
+    # timm keeps the classifier where its config has as many classes as the model.
+    overlay = {**recipe.config, **overlay, "file": None, "state_dict": weights, "num_classes": num_classes}
     model = build_model_with_cfg(model_cls, variant, True, pretrained_cfg_overlay=overlay, **kwargs)
     # The model's config says where the weights came from, and need not keep a second copy of them.
-    model.pretrained_cfg = dict(model.pretrained_cfg, file=cfg.file, state_dict=None)
+    model.pretrained_cfg = model.default_cfg = dict(model.pretrained_cfg, file=cfg.file, state_dict=None)
     return model
 
 
-def _read_weights(variant: str, cfg: PretrainedCfg, cache_dir: str | Path | None) -> dict[str, torch.Tensor]:
-    """The weights in the file, or behind the URL, of a config. Raises RuntimeError, which says what to do instead."""
+def _read_weights(
+    variant: str, cfg: PretrainedCfg, cache_dir: str | Path | None
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The checkpoint in memory, in the file, or behind the URL, of a config; and the weights in it.
+
+    Raises:
+        RuntimeError: It cannot be read; says what to do instead.
+    """
     try:
-        return unwrap(read_checkpoint(str(cfg.file or cfg.url), cache_dir))
+        checkpoint = cfg.state_dict or read_checkpoint(str(cfg.file or cfg.url), cache_dir)
+        return checkpoint, unwrap(checkpoint)
     except WeightsError as error:
-        if cfg.file:
-            raise RuntimeError(f"{cfg.file} cannot be read as weights: {error}") from error
+        if cfg.file or cfg.state_dict:
+            raise RuntimeError(f"{cfg.file or 'state_dict'} cannot be read as weights: {error}") from error
         raise RuntimeError(
             f"the weights of {variant} could not be loaded ({error}). Download them by hand, from {cfg.origin_url}, "
             f"and {_pass_the_file(variant)}"
         ) from error
+
+
+def _as_list(value: Any) -> Any:
+    """A recipe in YAML has lists where a model may be given tuples."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _warn_of_differences(file: str, recipe: NetworkRecipe, num_classes: int, kwargs: dict[str, Any]):
+    """Warn where the model that is built is not the one that the weights in `file` were trained in."""
+    asked = num_classes if kwargs.get("features_only") else kwargs.get("num_classes", num_classes)
+    if asked != num_classes:
+        message = f"{file} has a classifier of {num_classes} classes: that of the model, of {asked}, is untrained"
+        warnings.warn(message, stacklevel=2)
+    others = [f"{k}={v!r}" for k, v in recipe.kwargs.items() if _as_list(kwargs.get(k)) != _as_list(v)]
+    if others:
+        warnings.warn(f"{file} was trained with {', '.join(others)}; give the model the same", stacklevel=2)

@@ -1,5 +1,6 @@
 """Routed vision transformers for timm: `import routedvit`, then `timm.create_model("biformer_small")`.
 
+    routedvit.load("best.pth")          the network of a run, and the transform of its images
     routedvit.models                    the networks, and `collect_routing`: which regions attend to which
     routedvit.ops                       routed attention as functions, and `BiLevelRoutingAttention` as a module
     python -m routedvit --help          train and evaluate, as main.py of the repository does
@@ -7,7 +8,7 @@
 The folders are named in pyproject.toml, [tool.setuptools.package-dir].
 """
 from . import models, ops
-from .models import BiFormer, BViT, DeBiFormer, ViTAEv2, collect_routing
+from .models import BiFormer, BViT, DeBiFormer, ViTAEv2, collect_routing, load
 from .ops import BiLevelRoutingAttention
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "DeBiFormer",
     "ViTAEv2",
     "collect_routing",
+    "load",
     "models",
     "ops",
 ]

@@ -12,6 +12,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,17 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch.utils.data import Dataset
 
 import datasets
+from models._recipe import NetworkRecipe
 from tasks.classification.images import ImagePipeline
 from tasks.classification.options import image_size
 from tasks.networks import (
     PretrainedWeightsError,
     build_model,
     check_model,
+    check_outputs,
     load_checkpoint,
     model_data_config,
     read,
-    size_kwargs,
 )
 from training import flags
 from training.data import files
@@ -77,28 +79,21 @@ def find_images(places: list[Path]) -> list[Path]:
     return found
 
 
-def recipe_of(checkpoint: dict[str, Any], model: str | None) -> dict[str, Any]:
-    """What the network is: the checkpoint's own recipe if it has one, and `model` where that was given.
+def recipe_of(checkpoint: dict[str, Any], args: argparse.Namespace) -> NetworkRecipe:
+    """What the network is: as the checkpoint says, or as was given.
 
     Raises:
-        UsageError: Nothing says which model it is.
+        UsageError: Nothing says which model it is, or there is none of that name.
     """
-    recipe = checkpoint.get("args")
-    recipe = recipe if isinstance(recipe, dict) else {}
-    if model is not None and model != recipe.get("model"):
-        return dict(model=model)
-    if "model" not in recipe:
+    recipe = NetworkRecipe.of(checkpoint, args.model)
+    if recipe.model is None:
         raise UsageError("the checkpoint does not say which model it belongs to; give --model")
-    return recipe
-
-
-def input_size(recipe: dict[str, Any], asked: int | tuple[int, int] | None) -> int | tuple[int, int]:
-    """Side, or (height, width), of the images: as asked for, as the network was trained, or as it was published."""
-    if asked is not None:
-        return asked
-    if "input_size" in recipe:
-        return image_size(str(recipe["input_size"]))
-    return model_data_config(recipe["model"])["input_size"][-2:]
+    check_model(recipe.model)
+    return replace(
+        recipe,
+        num_classes=args.nb_classes or recipe.num_classes,
+        input_size=args.input_size or recipe.input_size or model_data_config(recipe.model)["input_size"][-2:],
+    )
 
 
 def class_names(checkpoint: dict[str, Any], num_classes: int) -> list[str]:
@@ -111,19 +106,14 @@ def class_names(checkpoint: dict[str, Any], num_classes: int) -> list[str]:
     return ImageNetInfo(subset).label_descriptions()
 
 
-def load_network(args: argparse.Namespace) -> tuple[torch.nn.Module, dict[str, Any], dict[str, Any]]:
+def load_network(args: argparse.Namespace) -> tuple[torch.nn.Module, NetworkRecipe, dict[str, Any]]:
     """The network, its recipe, and the checkpoint that it came from, which is empty for published weights."""
     if args.checkpoint is None and args.model is None:
         raise UsageError("give --checkpoint FILE, or --model NAME for published weights")
     checkpoint = read(args.checkpoint) if args.checkpoint else {}
-    recipe = recipe_of(checkpoint, args.model)
-    check_model(recipe["model"])
-    kwargs = size_kwargs(recipe["model"], input_size(recipe, args.input_size)) | (recipe.get("model_kwargs") or {})
-    num_classes = args.nb_classes or recipe.get("nb_classes") or len(checkpoint.get("classes") or ())
-    if num_classes:
-        kwargs["num_classes"] = num_classes
+    recipe = recipe_of(checkpoint, args)
     try:
-        model = build_model(recipe["model"], args.checkpoint is None, kwargs)
+        model = build_model(recipe.model, args.checkpoint is None, recipe.build_kwargs)
     except PretrainedWeightsError as error:
         raise UserError(f"{error}; --checkpoint takes a file of weights") from error
     if args.checkpoint:
@@ -143,12 +133,14 @@ def predict(args: argparse.Namespace) -> Iterator[tuple[Path, list[tuple[str, fl
     model, recipe, checkpoint = load_network(args)
     model.eval().to(distributed.device)
     names = class_names(checkpoint, model.num_classes)
-    images = ImagePipeline(recipe["model"], input_size(recipe, args.input_size), recipe.get("crop_pct"))
+    images = ImagePipeline(recipe.model, recipe.input_size, recipe.crop_pct)
     loader_options = LoaderOptions(batch_size=args.batch_size, num_workers=args.num_workers)
     precision = Precision.on(distributed.device, args.amp)
     for batch, indices in images.loader(Images(paths, images.transform()), loader_options, distributed):
         with precision.autocast():
             logits = model(batch)
+        for index, outputs in zip(indices.tolist(), logits, strict=True):
+            check_outputs(outputs, str(paths[index]))
         top = logits.float().softmax(dim=1).topk(min(args.topk, logits.shape[1]))
         for index, values, classes in zip(indices.tolist(), top.values.tolist(), top.indices.tolist(), strict=True):
             yield paths[index], [(names[c], value) for c, value in zip(classes, values, strict=True)]

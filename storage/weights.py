@@ -3,16 +3,31 @@ import argparse
 import hashlib
 import pickle
 import sys
+import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import numpy as np
 import torch
 
 from .remote import RemoteCache, TransferError
 
+# What checkpoints may hold beside tensors, all of it inert. Published ones store their command line as a Namespace, and
+# their metrics as numbers of NumPy, alone or in arrays, as NumPy 1 or 2 writes them. Arrays of objects are left out.
+_PLAIN = [
+    argparse.Namespace,
+    np.ndarray,
+    np.dtype,
+    *{type(np.dtype(code)) for code in "?" + np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "SU"},
+    *(
+        (function, f"numpy.{core}.multiarray.{function.__name__}")
+        for core in ("core", "_core")
+        for function in (np._core.multiarray.scalar, np._core.multiarray._reconstruct)
+    ),
+]
 # Prefixes that torch.compile and DistributedDataParallel put before parameter names, in either order.
 _WRAPPERS = ("_orig_mod.", "module.", "_orig_mod.")
 
@@ -23,6 +38,14 @@ class WeightsError(ValueError):
 
 class HostileFileError(WeightsError):
     """A file that would run code if it were unpickled."""
+
+
+class WeightsKeyError(WeightsError):
+    """A checkpoint that holds weights under other keys than was asked for, or than the usual ones; names them."""
+
+
+class MismatchError(WeightsError):
+    """Weights of another architecture, or of another number of classes."""
 
 
 def _is_url(source: str) -> bool:
@@ -64,7 +87,7 @@ def fetch(source: str, cache_dir: str | Path | None = None) -> Path:
         raise WeightsError(f"{source}: cannot be downloaded: {error}") from error
 
 
-def read_checkpoint(source: str, cache_dir: str | Path | None = None) -> dict[str, Any]:
+def read_checkpoint(source: str, cache_dir: str | Path | None = None, mmap: bool = False) -> dict[str, Any]:
     """The content of a checkpoint file or URL; nothing in it is executed, only tensors and plain values are accepted.
 
     The copy of a URL that cannot be read is removed, so that the next attempt downloads it again.
@@ -72,33 +95,36 @@ def read_checkpoint(source: str, cache_dir: str | Path | None = None) -> dict[st
     Args:
         source: Path or URL of what torch.save or safetensors wrote.
         cache_dir: As `fetch` takes it.
+        mmap: Leave tensors in the file until they are looked at; for what else is in it.
 
     Raises:
         WeightsError: It is missing, truncated, or no checkpoint; HostileFileError where reading it would run code.
     """
     path = fetch(source, cache_dir)
     try:
-        return read_file(path)
+        return read_file(path, mmap)
     except WeightsError:
         if _is_url(source):  # a page that says no, or half a file
             _cache(cache_dir).discard(path.name)
         raise
 
 
-def read_file(path: Path) -> dict[str, Any]:
+def read_file(path: Path, mmap: bool = False) -> dict[str, Any]:
     """`read_checkpoint` of a local file."""
     try:
         if path.suffix == ".safetensors":
             import safetensors.torch
 
             return safetensors.torch.load_file(path)
-        # Published checkpoints store their command line as a Namespace, which is inert.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_PLAIN):
+            # Files of old formats cannot be mapped.
+            mmap = mmap and zipfile.is_zipfile(path)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # on damaged bytes the unpickler raises nearly anything
-        if isinstance(error, pickle.UnpicklingError) and "unsupported global" in str(error).lower():
+        foreign = _foreign_objects(path, error) if isinstance(error, pickle.UnpicklingError) else []
+        if foreign:
             raise HostileFileError(
-                f"{path}: refused, since loading it would run code ({', '.join(_foreign_objects(path))}); "
+                f"{path}: refused, since loading it would run code ({', '.join(foreign)}); "
                 "ask its author for a file of tensors alone"
             ) from error
         raise WeightsError(f"{path}: not a PyTorch checkpoint, or a truncated one; fetch it again") from error
@@ -107,12 +133,13 @@ def read_file(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _foreign_objects(path: Path) -> list[str]:
-    """Python objects that loading a file would have called, where its format lists them."""
+def _foreign_objects(path: Path, error: pickle.UnpicklingError) -> list[str]:
+    """Python objects that loading a file would have called, where its format lists them; empty where there are none."""
     try:
-        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals(_PLAIN):
+            return torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # an old format, or a damaged file
-        return ["it holds Python objects"]
+        return ["it holds Python objects"] if "unsupported global" in str(error).lower() else []
 
 
 def _bare(name: str) -> str:
@@ -121,23 +148,31 @@ def _bare(name: str) -> str:
     return name
 
 
+def _holds_weights(value: Any) -> bool:
+    return isinstance(value, dict) and any(isinstance(v, torch.Tensor) for v in value.values())
+
+
 def unwrap(checkpoint: dict[str, Any], key: str | None = None) -> dict[str, torch.Tensor]:
     """The weights in a checkpoint: under `key`, else under "model" or "state_dict", else the checkpoint itself.
 
-    Prefixes of DistributedDataParallel and torch.compile are removed from the names. Where there is nothing to
-    remove, the dictionary is the checkpoint's own, not a copy.
+    Prefixes of DistributedDataParallel and torch.compile are removed from the names, and "model.", as Lightning writes
+    it, where all of them have it. Where there is nothing to remove, the dictionary is the checkpoint's own, not a copy.
 
     Raises:
-        WeightsError: There is no `key`, or what was found are no weights.
+        WeightsError: What was found are no weights; WeightsKeyError where there are some under other keys.
     """
+    keyed = [str(name) for name, value in checkpoint.items() if _holds_weights(value)]
     if key is not None and not isinstance(checkpoint.get(key), dict):
-        found = ", ".join(sorted(k for k, v in checkpoint.items() if isinstance(v, dict)))
-        raise WeightsError(f"the checkpoint holds no {key!r}; it holds {found or 'bare weights'}")
-    keys = [key] if key is not None else ["model", "state_dict"]
-    content = next((checkpoint[k] for k in keys if isinstance(checkpoint.get(k), dict)), checkpoint)
+        raise WeightsKeyError(f"the checkpoint holds no {key!r}; it holds {', '.join(sorted(keyed)) or 'bare weights'}")
+    keys = [key] if key is not None else [name for name in ("model", "state_dict") if name in keyed]
+    if not keys and keyed:
+        raise WeightsKeyError(f"the checkpoint holds weights under {' and '.join(sorted(keyed))}; say which")
+    content = checkpoint[keys[0]] if keys else checkpoint
     weights = {_bare(k): v for k, v in content.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
     if not weights:
         raise WeightsError("the checkpoint holds no weights")
+    if all(name.startswith("model.") for name in weights):
+        weights = {_bare(name.removeprefix("model.")): value for name, value in weights.items()}
     return content if content.keys() == weights.keys() else weights
 
 
@@ -185,7 +220,7 @@ def load_weights(
         Whether the model's own classifier was kept.
 
     Raises:
-        WeightsError: The weights are of another architecture; lists the first mismatches.
+        MismatchError: The weights are of another architecture; lists the first mismatches.
     """
     expected = model.state_dict()
     if filter_fn is not None:
@@ -202,12 +237,23 @@ def load_weights(
     mismatches = _mismatches(expected, weights)
     if mismatches:
         more = f", and {len(mismatches) - 3} more" if len(mismatches) > 3 else ""
-        raise WeightsError(
+        raise MismatchError(
             f"the checkpoint does not fit {type(model).__name__} with {getattr(model, 'num_classes', '?')} classes: "
             f"{'; '.join(mismatches[:3])}{more}"
         )
     model.load_state_dict(weights)
     return kept
+
+
+def check_finite(model: torch.nn.Module, source: str):
+    """Check the weights of `model`, which came from `source`.
+
+    Raises:
+        WeightsError: Some are NaN or infinite; names the first.
+    """
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise WeightsError(f"{source}: weights are NaN or infinite, {name} first")
 
 
 def _mismatches(expected: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> list[str]:

@@ -1,14 +1,22 @@
 """Networks by timm's names: built, described, and given the weights of checkpoints; with one-line errors."""
-import sys
-from collections.abc import Callable
 from typing import Any
 
 import timm
 import torch
 from timm.data import resolve_data_config
 
-import models  # noqa: F401, registers our models with timm
-from storage.weights import WeightsError, class_difference, load_weights, read_checkpoint, unwrap
+from models._load import family_filter
+from models._recipe import NetworkRecipe, size_kwargs
+from storage.weights import (
+    MismatchError,
+    WeightsError,
+    check_finite,
+    class_difference,
+    load_weights,
+    read_checkpoint,
+    unwrap,
+)
+from training.task import NonFiniteOutputError, reading_weights
 from utils import UsageError, UserError, as_user_error, check_name
 
 # Names that models were published under, where timm's style differs.
@@ -31,11 +39,6 @@ def check_model(name: str):
         check_name("weights", name, timm.list_models(f"{architecture}.*", include_tags=True))
 
 
-def size_kwargs(name: str, input_size: int | tuple[int, int]) -> dict[str, Any]:
-    """The input size, for timm's models that are built for one size."""
-    return dict(img_size=input_size) if timm.models.get_pretrained_cfg_value(name, "fixed_input_size") else {}
-
-
 def build_model(name: str, pretrained: bool, kwargs: dict[str, Any]) -> torch.nn.Module:
     """`timm.create_model`, with its errors as ours."""
     try:
@@ -54,11 +57,6 @@ def takes(name: str, kwargs: dict[str, Any], without: set[str]) -> bool:
     except UserError:
         return False
     return True
-
-
-def family_filter(model: torch.nn.Module) -> Callable | None:
-    """The function with which the model's family, ours or timm's, reads published checkpoints."""
-    return getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
 
 
 def read(source: str) -> dict[str, Any]:
@@ -95,16 +93,26 @@ def load_checkpoint(
         trained_on: Classes that the checkpoint should have been trained on; a warning is printed where it names others.
 
     Raises:
-        UserError: The weights do not fit.
+        UserError: The weights do not fit, or are NaN or infinite.
     """
     classifier = model.default_cfg.get("classifier") or () if new_classifier else ()
     classifier = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    with as_user_error(WeightsError):
-        kept = load_weights(model, unwrap(checkpoint, key), family_filter(model), classifier)
+    with reading_weights():
+        try:
+            kept = load_weights(model, unwrap(checkpoint, key), family_filter(model), classifier)
+        except MismatchError as error:
+            raise WeightsError(f"{error}{NetworkRecipe.of(checkpoint).owner}") from error
+        check_finite(model, source)
     if kept:
         print(f"{source} has another number of classes: the classifier is re-initialised")
     if difference := class_difference(checkpoint, trained_on):
         print(f"warning: {source} {difference}")
+
+
+def check_outputs(outputs: torch.Tensor, what: str):
+    """Raises NonFiniteOutputError where the outputs for `what`, the name of an image, are NaN or infinite."""
+    if not outputs.isfinite().all():
+        raise NonFiniteOutputError(f"{what}: the outputs of the network are NaN or infinite")
 
 
 def pretrained_num_classes(name: str) -> int:

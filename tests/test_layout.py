@@ -39,14 +39,14 @@ FORBIDDEN = {
 # Files that declare flags, or say what a user of the command line can do about an error.
 NAME_FLAGS = (
     "main.py", "hydra_main.py", "package/*", "scripts/*", "training/flags.py", "training/options.py",
-    "training/recipes.py", "training/advice.py", "tasks/*/options.py", "tasks/*/errors.py",
+    "training/advice.py", "training/command_line.py", "training/recipes.py", "tasks/*/options.py", "tasks/*/errors.py",
 )
 # Options of sbatch, srun and squeue.
 NAME_SLURMS_FLAGS = {
     "training/slurm.py": {"--cpus-per-task=", "--kill-on-bad-exit=", "--noheader", "--jobs=", "--format="},
 }
 # Errors of torch and gloo that have no class of their own; in scripts/bench memory that ran out.
-READ_ERRORS = {"training/signals.py:fault_of", "storage/weights.py:read_file", "scripts/bench/*"}
+READ_ERRORS = {"training/signals.py:fault_of", "storage/weights.py:_foreign_objects", "scripts/bench/*"}
 FUSED = ("ops/impl/triton/*", "ops/fused/*")
 OPERATORS = (*FUSED, "ops/impl/blocks/op.py")
 NETWORKS = ("models/*", "ops/bra.py")

@@ -4,16 +4,21 @@ import os
 import re
 import subprocess
 import sys
+from math import nan
 
+import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
 import main as program
+import models
 from helpers import ROOT
 from helpers.ports import free_port
 from helpers.web import served
 from scripts import make_shards
+from tasks.classification.metrics import Accuracy
 from tasks.classification.task import ClassificationTask
 from training.checkpoints import CheckpointStore
 from training.distributed import Distributed
@@ -425,6 +430,53 @@ def test_bad_checkpoints(photos, trained, tmp_path, capfd):
     refuses(capfd, 1, "has other parameter groups: weight decay and layer decay differ; --opt, --layer_decay", *common,
             trained / "last.pth", "--layer_decay", "0.9")
     assert not CheckpointStore(tmp_path / "out").holds_run()
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf"])
+def test_weights_that_are_not_finite_are_not_evaluated(photos, trained, tmp_path, capfd, bad):
+    checkpoint = weights(trained / "last.pth", "model_ema")
+    checkpoint["head.fc.bias"][0] = float(bad)
+    torch.save(checkpoint, tmp_path / "bad.pth")
+    message = f"error: {tmp_path / 'bad.pth'}: weights are NaN or infinite, head.fc.bias first\n"
+    refuses(capfd, 1, message, "--data_path", photos, "--eval", "--resume", tmp_path / "bad.pth")
+
+
+def test_outputs_that_are_not_finite(photos, trained, tmp_path, capfd, monkeypatch):
+    """No number of an evaluation is printed; one within training is said, is no best, and ends no run."""
+    checkpoint = dict(model=weights(trained / "last.pth"))
+    checkpoint["model"]["head.fc.weight"].fill_(3e38)
+    torch.save(checkpoint, tmp_path / "large.pth")
+    code, out, err = run(capfd, *SMALL, "--data_path", photos, "--eval", "--resume", tmp_path / "large.pth")
+    assert code == 1 and out == "" and err == (
+        "error: the outputs of the network are NaN or infinite: so is the loss; see whether --amp off has finite ones\n"
+    )
+    update = Accuracy.update
+    monkeypatch.setattr(Accuracy, "update", lambda self, model, batch: update(self, lambda x: model(x) * nan, batch))
+    train(photos, tmp_path / "run", "--epochs", "2")
+    warning = "warning: the outputs of the network are NaN or infinite: so is the loss\n"
+    assert capfd.readouterr().out.count(warning) == 2
+    assert not (tmp_path / "run" / "best.pth").exists() and weights(tmp_path / "run" / "last.pth", "epoch") == 1
+
+
+def test_weights_under_other_keys(photos, trained, tmp_path, capfd):
+    """Under any key that is named, in the names of any framework, in a plain number of NumPy's company."""
+    checkpoint = {"net": weights(trained / "last.pth"), "epoch": 3, "best_acc": np.float64(1)}
+    torch.save(checkpoint, tmp_path / "net.pth")
+    common = ["--data_path", photos, "--eval", "--resume", tmp_path / "net.pth"]
+    refuses(capfd, 1, "the checkpoint holds weights under net; say which; --model_key takes one of them\n", *common)
+    code, out, _ = run(capfd, *SMALL, *common, "--model_key", "net")
+    assert code == 0
+    prefixed = {f"model.{name}": value for name, value in checkpoint["net"].items()}
+    torch.save({"state_dict": prefixed}, tmp_path / "net.pth")
+    assert RESULT.search(run(capfd, *SMALL, *common)[1]).group() == RESULT.search(out).group()
+
+
+def test_saved_weights_are_contiguous(trained, tmp_path):
+    """As safetensors asks for; here convolutions lie channels last."""
+    for key in ("model", "model_ema"):
+        save_file(weights(trained / "best.pth", key), tmp_path / "w.safetensors")
+        network, _ = models.load(tmp_path / "w.safetensors", model="biformer_nano")
+        assert all(value.equal(weights(trained / "best.pth", key)[n]) for n, value in network.state_dict().items())
 
 
 def test_another_run_is_not_overwritten(photos, trained, capfd):

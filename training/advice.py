@@ -15,6 +15,8 @@ ADVICE: Mapping[type[UserError], str] = {
     checkpoints.LaterCheckpointsError: "take another --output_dir",
     checkpoints.NoFolderError: "give --output_dir",
     checkpoints.DamagedCheckpointError: "resume from the one before it, or download it again",
+    task.NonFiniteOutputError: "see whether --amp off has finite ones",
+    task.WeightsUnderKeysError: "--model_key takes one of them",
     task.ShortEpochError: "lower --update_freq or --batch_size",
     run.NoRunError: "fine-tune from it with --finetune",
     run.HeldOutMismatchError: "give --val_split and --seed as in that run, or fine-tune from it with --finetune",
@@ -28,7 +30,7 @@ ADVICE: Mapping[type[UserError], str] = {
     signals.NondeterministicFault: "leave out --deterministic",
     signals.WorkerFault: "give fewer --num_workers or more memory",
     signals.PeerFault: "--dist_timeout says how long a process waits for another",
-    signals.MachineFault: "what was saved is intact, resume with --auto_resume",
+    signals.MachineFault: "what was saved is intact, resume with --auto_resume and the run's --output_dir",
 }
 
 

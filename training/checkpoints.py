@@ -39,7 +39,11 @@ class DamagedCheckpointError(UserError):
 
 
 class Stopped(Exception):
-    """The run was asked to leave, and has saved itself."""
+    """The run was asked to leave, and has saved itself in `folder`."""
+
+    def __init__(self, message: str, folder: Path):
+        super().__init__(message)
+        self.folder = folder
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -372,5 +376,6 @@ class Checkpointer:
         by = self.signals.signal or "a signal to another process"
         raise Stopped(
             f"{by}: stopped in epoch {clock.epoch} after step {clock.step} of {clock.epoch_steps}, "
-            f"saved as {self.store.path(clock.steps_taken)}"
+            f"saved as {self.store.path(clock.steps_taken)}",
+            self.store.folder,
         )

@@ -11,7 +11,7 @@
 
     settings = parse(Settings, ["--batch_size", "64"])  # settings.loader.batch_size == 64
 
-Order of precedence: the command line, then the recipe given by `--config`, then the defaults.
+Order of precedence: the command line, then the recipe given by `--config`, then `base`, then the defaults.
 """
 import argparse
 import dataclasses
@@ -22,7 +22,7 @@ import re
 import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NoReturn, TypeVar, get_type_hints
+from typing import Any, ClassVar, NoReturn, TypeVar, get_type_hints
 
 from utils import UsageError, is_url, nearest
 
@@ -90,7 +90,12 @@ class Group:
 
     Raises:
         UsageError: A value is out of range, or two contradict each other; names the flags.
+
+    Attributes:
+        alternatives: Pairs of flags of which the one that is given covers a lower value of the other.
     """
+
+    alternatives: ClassVar[tuple[tuple[str, str], ...]] = ()
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -243,13 +248,19 @@ def given_value(argv: Sequence[str], name: str, recipe: Mapping[str, Any] = Mapp
     return value
 
 
-def parse(settings_class: type[SettingsT], argv: Sequence[str], parser: Parser | None = None) -> SettingsT:
+def parse(
+    settings_class: type[SettingsT],
+    argv: Sequence[str],
+    parser: Parser | None = None,
+    base: Mapping[str, Any] = MappingProxyType({}),
+) -> SettingsT:
     """Read a command line, and the recipe that it names. `--flag null` undoes what the recipe says of a flag.
 
     Args:
         settings_class: A frozen dataclass whose fields are groups.
         argv: The words of the command line.
         parser: Its parser, where --help should say more than the flags.
+        base: Values that stand beneath both, in place of the defaults; see `beneath`.
 
     Raises:
         UsageError: A flag, key or value is unknown or out of range; names the nearest one.
@@ -257,10 +268,10 @@ def parse(settings_class: type[SettingsT], argv: Sequence[str], parser: Parser |
     parser = parser or Parser(settings_class)
     known = parser.by_name()
     tokens, nulls = _split_nulls([_underscored(token) for token in argv], known)
-    config = given_value(tokens, "config")
-    if config is not None:
-        tokens = _recipe_tokens(config, parser, {known[name] for name in nulls}) + tokens
-    args, unknown = parser.parse_known_args(tokens)
+    config = _config(tokens, parser)
+    typed = _typed(parser, tokens) | dict.fromkeys(known[name] for name in nulls)
+    lower = beneath(settings_class, base, {**config, **typed}) | beneath(settings_class, config, typed)
+    args, unknown = parser.parse_known_args(as_tokens(lower) + tokens)
     if unknown:
         name = unknown[0].partition("=")[0]
         if name.startswith("--"):
@@ -276,19 +287,83 @@ def parse(settings_class: type[SettingsT], argv: Sequence[str], parser: Parser |
     })
 
 
-def _recipe_tokens(config: str, parser: Parser, nulls: Collection[str]) -> list[str]:
-    """The words of a command line that says what a recipe says, but for the flags in `nulls`."""
+def given(settings_class: type, argv: Sequence[str]) -> dict[str, Any]:
+    """The values that a command line, and the recipe that it names, give to flags of a settings class.
+
+    Flags of others are passed over, in the recipe too. Given as null, a value is None.
+
+    Raises:
+        UsageError: A value is of the wrong type, or the recipe cannot be read.
+    """
+    parser = Parser(settings_class, add_help=False)
+    known = parser.by_name()
+    tokens, nulls = _split_nulls([_underscored(token) for token in argv], known)
+    config = _config(tokens, parser, strict=False)
+    return {
+        **config, **typed(parser, config), **_typed(parser, tokens), **dict.fromkeys(known[name] for name in nulls)
+    }
+
+
+def typed(parser: Parser, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a recipe, but for None, each of its flag's type as `as_recipe` gives it; unknown keys are left out.
+
+    Raises:
+        UsageError: A value is of another type.
+    """
+    known = parser.names()
+    return _typed(parser, as_tokens({k: v for k, v in recipe.items() if k in known and v is not None}))
+
+
+def beneath(settings_class: type, values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `values`, for flags of a settings class, that remain below values that were `given`.
+
+    A value is covered by another one of its flag, and of an alternative to it (`Group.alternatives`).
+    """
+    groups = group_classes(settings_class).values()
+    known = {field.name for group in groups for field in dataclasses.fields(group)}
+    covered = set(given)
+    for pair in (pair for group in groups for pair in group.alternatives):
+        if any(given.get(name) is not None for name in pair):
+            covered |= set(pair)
+    return {k: v for k, v in values.items() if k in known and k not in covered and v is not None}
+
+
+def _config(tokens: Sequence[str], parser: Parser, strict: bool = True) -> dict[str, Any]:
+    """The recipe that a command line names, by flag; empty without one. `strict` refuses keys that are no flags."""
+    config = given_value(tokens, "config")
+    if config is None:
+        return {}
     known, recipe, keys = parser.by_name(), {}, {}
     for key, value in read_recipe(config).items():
         name = known.get(key)
         if name in (None, "config"):
-            raise UsageError(f"--config {config}: unknown key {key!r}{nearest(key, parser.names())}")
+            if strict:
+                raise UsageError(f"--config {config}: unknown key {key!r}{nearest(key, parser.names())}")
+            continue
         if name in keys:
             raise UsageError(f"--config {config}: {keys[name]} and {key} are the same flag")
         keys[name] = key
         # Several values may stand on one line, as on the command line.
         recipe[name] = shlex.split(value) if isinstance(value, str) and parser.takes_several(name) else value
-    return as_tokens({name: value for name, value in recipe.items() if value is not None and name not in nulls})
+    return recipe
+
+
+def _typed(parser: Parser, tokens: Sequence[str]) -> dict[str, Any]:
+    """The flags that are among the words of a command line, and their values."""
+    not_given = object()
+    blank = argparse.Namespace(**dict.fromkeys(parser.names(), not_given))
+    args, _ = parser.parse_known_args(tokens, blank)
+    return {
+        name: _plain(parser.get_default(name), value)
+        for name, value in vars(args).items() if value is not not_given
+    }
+
+
+def _plain(default: Any, value: Any) -> Any:
+    """A value as a recipe has it: of KEY=VALUE pairs the dictionary, of an image size HEIGHTxWIDTH."""
+    if isinstance(default, dict):
+        return dict(value)
+    return "x".join(map(str, value)) if isinstance(value, tuple) else value
 
 
 def _value(args: argparse.Namespace, field: dataclasses.Field) -> Any:
@@ -308,6 +383,4 @@ def as_recipe(settings: Any) -> dict[str, Any]:
 def _flat(settings: Any) -> Iterator[tuple[str, Any]]:
     for group in (getattr(settings, name) for name in group_classes(type(settings))):
         for field in dataclasses.fields(group):
-            value = getattr(group, field.name)
-            # A pair is an image size, which a recipe writes as the command line does.
-            yield field.name, "x".join(map(str, value)) if isinstance(value, tuple) else value
+            yield field.name, _plain(_default(field), getattr(group, field.name))

@@ -6,12 +6,22 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from utils import UsageError, replace_file
 
 from .flags import Group, at_least, flag, fraction, not_negative, number_or_percentage, path, positive, share
 from .recipes import dump_recipe
+
+# Flags that say where a run is and how it starts.
+_PLACE = frozenset({"auto_resume", "device", "dist_timeout", "num_workers", "output_dir", "pin_mem", "resume"})
+# Flags that a run which resumes another does not take from it.
+NOT_OF_RUN = _PLACE | {"eval", "finetune", "load_release"}
+# Flags that do not change the result of a run.
+NO_RESULT = _PLACE | {
+    "data_path", "dist_eval", "download", "keep_checkpoints", "log_every", "save_every", "save_every_minutes",
+    "save_every_steps", "shard_cache", "shard_cache_gb",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,8 @@ class ScheduleOptions(Group):
     decay_steps: list[int] | None = flag(None, "optimizer steps at which step decays, instead of --decay_epochs",
                                          type=int, nargs="+", metavar="STEP")
     decay_rate: float = flag(0.1, "factor by which step decays", type=float, check=positive)
+
+    alternatives = (("epochs", "max_steps"), ("warmup_epochs", "warmup_steps"), ("decay_epochs", "decay_steps"))
 
     def check(self):
         milestones = [name for name in ("decay_epochs", "decay_steps") if getattr(self, name) is not None]
@@ -187,10 +199,14 @@ class MachineOptions(Group):
 class Settings:
     """All options of a run, by group; a task's settings class adds groups.
 
+    Attributes:
+        evaluated: Flags that decide the result of an evaluation; --eval takes those that are not given from the run.
+
     Raises:
         UsageError: Groups contradict each other.
     """
 
+    evaluated: ClassVar[frozenset[str]] = frozenset({"task", "seed"})
     task: TaskOptions
     loader: LoaderOptions
     optimizer: OptimizerOptions

@@ -8,6 +8,7 @@ import torch
 from timm.utils import ModelEmaV3
 
 from storage.weights import (
+    MismatchError,
     WeightsError,
     class_difference,
     held_out_difference,
@@ -119,6 +120,14 @@ def create_ema(model: torch.nn.Module, decay: float) -> ModelEmaV3:
     return ModelEmaV3(model, decay=decay, use_warmup=True, warmup_gamma=10, warmup_power=1)
 
 
+def contiguous_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The model's state, each tensor contiguous, as safetensors takes it; weights may lie channels last."""
+    state = model.state_dict()
+    for name, value in state.items():
+        state[name] = value.contiguous()
+    return state
+
+
 @dataclass
 class Run:
     """What training changes as it goes, and what a checkpoint therefore holds.
@@ -159,7 +168,9 @@ class Run:
     def record_best(self, results: dict[str, float]) -> bool:
         """Record the results of an evaluation if they are the best so far; returns whether they are."""
         value = results[self.best_metric.name]
-        if not math.isfinite(value):
+        of_ema = self.best_metric.name.startswith("ema_")
+        # Where outputs are NaN, the accuracy is a number all the same.
+        if not all(math.isfinite(v) for name, v in results.items() if name.startswith("ema_") == of_ema):
             return False
         if self.best is not None and (value <= self.best if self.best_metric.higher else value >= self.best):
             return False
@@ -169,8 +180,8 @@ class Run:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values."""
         return dict(
-            model=self.model.state_dict(),
-            model_ema=self.ema.module.state_dict() if self.ema is not None else None,
+            model=contiguous_state(self.model),
+            model_ema=contiguous_state(self.ema.module) if self.ema is not None else None,
             optimizer=self.optimizer.state_dict(),
             scaler=self.scaler.state_dict(),
             epoch=self.clock.epoch,
@@ -199,7 +210,10 @@ class Run:
                 raise NoRunError(f"{path} {difference}")
             if difference := held_out_difference(dict(held_out=None) | checkpoint, self.held_out):
                 raise HeldOutMismatchError(f"{path} {difference}")
-            self._load_weights(checkpoint, path)
+            try:
+                self._load_weights(checkpoint, path)
+            except MismatchError as error:
+                raise WeightsError(f"{error}; this is {checkpoint['args'].get('model')}'s") from error
         self._load_optimizer(checkpoint["optimizer"], checkpoint["args"]["opt"], opt, path)
         if checkpoint["scaler"]:  # empty in a run without fp16
             self.scaler.load_state_dict(checkpoint["scaler"])

@@ -11,15 +11,17 @@ A run uses a task in this order (`main.py`):
 
 Optimizer, schedule, EMA, checkpoints, exact resume, logs, signals and processes are the same for every task.
 """
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch.utils.data import Dataset
 
-from storage.weights import WeightsError, load_weights, read_checkpoint, unwrap
+from storage.weights import WeightsError, WeightsKeyError, check_finite, load_weights, read_checkpoint, unwrap
 from utils import UsageError, UserError, as_user_error
 
 from .data.loader import EpochLoader
@@ -32,6 +34,24 @@ Batch = Any
 
 class ShortEpochError(UserError):
     """An epoch has fewer batches than an optimizer step accumulates."""
+
+
+class WeightsUnderKeysError(UserError):
+    """A checkpoint holds its weights under other keys; names them."""
+
+
+class NonFiniteOutputError(UserError):
+    """The outputs of a network are NaN or infinite."""
+
+
+@contextmanager
+def reading_weights() -> Iterator[None]:
+    """Raise the errors of weights as a `UserError` with the same text."""
+    with as_user_error(WeightsError):
+        try:
+            yield
+        except WeightsKeyError as error:
+            raise WeightsUnderKeysError(str(error)) from error
 
 
 class Evaluator(Protocol):
@@ -115,10 +135,11 @@ class Task(ABC):
         """Load the checkpoint to evaluate, a file or URL.
 
         Raises:
-            UserError: It cannot be read, or does not fit.
+            UserError: It cannot be read, does not fit, or holds NaN or infinite weights.
         """
-        with as_user_error(WeightsError):
+        with reading_weights():
             load_weights(network, unwrap(read_checkpoint(source), self.settings.checkpoint.model_key))
+            check_finite(network, source)
 
     @abstractmethod
     def loss(self, network: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -154,6 +175,11 @@ class Task(ABC):
         """Print an evaluation's results; `what` says whose they are: "network" or "model EMA"."""
         values = " ".join(f"{name} {results[name]:.3f}" for name in self.metrics)
         print(f"* {values} of the {what} on {results['images']} images")
+
+    def problem_of(self, results: dict[str, float], what: str) -> str | None:
+        """Why an evaluation's results are none, in one line; None where they are sound. `what` as `report` takes it."""
+        names = [name for name in self.metrics if not math.isfinite(results[name])]
+        return f"the outputs of the {what} are NaN or infinite: so is the {' and the '.join(names)}" if names else None
 
     def check_input(self, network: torch.nn.Module):
         """Evaluate one image of zeros.

@@ -1,7 +1,7 @@
 """The command-line options that only classification has."""
 import argparse
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from training.flags import Group, flag, fraction, key_value, not_negative, path, positive
@@ -155,6 +155,9 @@ class TokenLabelOptions(Group):
 class ClassificationSettings(Settings):
     """All options of a run that trains or evaluates a classifier."""
 
+    evaluated = Settings.evaluated | {"model", "model_kwargs", "input_size", "nb_classes", "crop_pct"} | {
+        field.name for field in fields(DataOptions)
+    }
     model: ModelOptions
     data: DataOptions
     augmentation: AugmentationOptions

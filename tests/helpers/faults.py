@@ -253,7 +253,7 @@ def _ask_to_leave(number: signal.Signals) -> Callable[[Course, random.Random], V
         pids = [attempt.ranks[-1].pid] if rng.random() < 0.5 else [r.pid for r in attempt.ranks] + attempt.workers()
         for pid in pids:
             os.kill(pid, number)
-        return _expect(attempt, {EXIT_RESUME}, "resume with --auto_resume")
+        return _expect(attempt, {EXIT_RESUME}, " --auto_resume")
 
     return ask
 

@@ -66,6 +66,17 @@ def test_weights_that_do_not_say_what_they_belong_to(photos, tmp_path, capfd):
     assert code == 0 and len(out.splitlines()) == 20
 
 
+def test_what_is_not_finite(photos, trained, tmp_path, capfd):
+    image = sorted((photos / "val").rglob("*.*"))[0]
+    for value, message in ((float("nan"), "weights are NaN or infinite, head.fc.weight first"),
+                           (3e38, f"{image}: the outputs of the network are NaN or infinite")):
+        checkpoint = torch.load(trained, weights_only=True)
+        checkpoint["model"]["head.fc.weight"].fill_(value)
+        torch.save(checkpoint, tmp_path / "bad.pth")
+        code, out, err = run(capfd, "--checkpoint", tmp_path / "bad.pth", image)
+        assert code == 1 and out == "" and err.endswith(f"{message}\n") and err.count("\n") == 1
+
+
 def test_what_cannot_be_read(trained, tmp_path, capfd):
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     (tmp_path / "empty").mkdir()

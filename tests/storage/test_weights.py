@@ -6,8 +6,10 @@ import os
 import sys
 import threading
 import time
+import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -19,6 +21,7 @@ from storage import remote
 from storage.weights import (
     HostileFileError,
     WeightsError,
+    WeightsKeyError,
     class_difference,
     fetch,
     load_weights,
@@ -39,6 +42,37 @@ def hub(tmp_path, monkeypatch):
 def test_published_checkpoint_with_its_command_line(tmp_path):
     torch.save({"model": {"w": torch.ones(1)}, "args": argparse.Namespace(lr=1)}, tmp_path / "c.pth")
     assert read_checkpoint(str(tmp_path / "c.pth"))["args"].lr == 1
+
+
+@pytest.mark.parametrize("value", [
+    np.float64(1.5), np.float32(2), np.float16(2), np.int64(-3), np.uint8(4), np.bool_(True), np.complex64(1j),
+    np.str_("a word"), np.arange(6).reshape(2, 3), np.array([0.5, 2]), np.array(["a", "bc"]), np.array(3),
+], ids=repr)
+@pytest.mark.parametrize("name", ["numpy._core", "numpy.core"])
+def test_numbers_of_numpy_are_plain_data(tmp_path, value, name):
+    """As NumPy 2 writes them, and NumPy 1."""
+    torch.save({"model": {"w": torch.ones(1)}, "best_acc": value}, tmp_path / "c.pth")
+    with zipfile.ZipFile(tmp_path / "c.pth") as old, zipfile.ZipFile(tmp_path / "d.pth", "w") as new:
+        for entry in old.namelist():
+            new.writestr(entry, old.read(entry).replace(b"numpy._core", name.encode()))
+    found = read_checkpoint(str(tmp_path / "d.pth"))
+    assert type(found["best_acc"]) is type(value) and np.array_equal(found["best_acc"], value)
+    assert unwrap(found)["w"].equal(torch.ones(1))
+
+
+def test_hostile_objects_in_an_array_of_numpy_are_refused(tmp_path):
+    victim = tmp_path / "made_by_the_pickle"
+    for value in (np.array([Hostile(victim), None]), np.array([(1, Hostile(victim))], dtype="i4,O")):
+        torch.save({"model": {"w": torch.ones(1)}, "best_acc": value}, tmp_path / "c.pth")
+        with pytest.raises(HostileFileError, match=r"refused, since loading it would run code \(.*mkdir"):
+            read_checkpoint(str(tmp_path / "c.pth"))
+    assert not victim.exists()
+
+
+def test_the_refusal_names_what_is_hostile_alone(tmp_path):
+    torch.save({"model": Hostile(tmp_path / "made"), "best_acc": np.float64(1)}, tmp_path / "c.pth")
+    with pytest.raises(HostileFileError, match=r"run code \(\w+\.mkdir\); ask"):
+        read_checkpoint(str(tmp_path / "c.pth"))
 
 
 def test_safetensors(tmp_path):
@@ -112,6 +146,27 @@ def test_unwrap_layouts():
         unwrap({1: w})
     for compiled in ("_orig_mod.module.w", "module._orig_mod.w"):
         assert unwrap({compiled: w}) == {"w": w}
+
+
+@pytest.mark.parametrize("keys,named", [
+    (["net"], "net"), (["model_state_dict", "ema"], "ema and model_state_dict"), (["state_dict_ema"], "state_dict_ema"),
+])
+def test_weights_under_other_keys_are_named(keys, named):
+    checkpoint = {key: {"w": torch.ones(1)} for key in keys}
+    checkpoint.update(model="resnet50", optimizer={"state": {}}, args={"lr": 1}, epoch=torch.tensor(3))
+    with pytest.raises(WeightsKeyError, match=f"holds weights under {named}; say which"):
+        unwrap(checkpoint)
+    assert unwrap(checkpoint, keys[0])["w"].equal(torch.ones(1))
+    with pytest.raises(WeightsKeyError, match=f"no 'x'; it holds {named.replace(' and', ',')}$"):
+        unwrap(checkpoint, "x")
+
+
+def test_the_prefix_of_lightning_is_removed_where_all_names_have_it():
+    w = torch.ones(1)
+    lightning = {"state_dict": {"model.a": w, "model.b.c": w}, "pytorch-lightning_version": "2"}
+    assert unwrap(lightning) == {"a": w, "b.c": w}
+    assert unwrap({"model._orig_mod.a": w}) == {"a": w}
+    assert unwrap({"model.a": w, "head.b": w}) == {"model.a": w, "head.b": w}
 
 
 def test_unwrap_copies_nothing():

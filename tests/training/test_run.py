@@ -1,18 +1,24 @@
 """A run that is stopped at any step and resumed ends as one that never stopped, bit for bit."""
 import json
 import os
+import shlex
 import shutil
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import main as program
+from helpers import ROOT
 from helpers.run_state import differences
 from helpers.web import served
 from scripts import make_shards
 from tasks.classification.token_labels import label_map_path
 from training.checkpoints import Checkpointer, CheckpointStore
+from training.command_line import resume_command
 from training.run import BestMetric, Clock, Run
 from training.signals import EXIT_RESUME
 
@@ -75,11 +81,64 @@ def test_stopped_in_the_middle_of_an_epoch(photos, whole, tmp_path, monkeypatch,
     assert len(taken) == 2
     left = tmp_path / "checkpoint-00000002.pth"
     assert capfd.readouterr().err == (
-        f"{number.name}: stopped in epoch 0 after step 2 of 3, saved as {left}; resume with --auto_resume\n"
+        f"{number.name}: stopped in epoch 0 after step 2 of 3, saved as {left}; resume with python main.py "
+        f"--config {tmp_path}/args.yaml --output_dir {tmp_path} --auto_resume\n"
     )
     assert train(photos, tmp_path, "--auto_resume") == 0
     assert f"resuming from {left}: epoch 0, step 2 of 3" in capfd.readouterr().out
     assert differences(tmp_path, whole) == []
+
+
+@pytest.mark.slow
+def test_the_command_that_the_stop_message_names(photos, whole, tmp_path, monkeypatch, capfd):
+    """Also where the run named its folder itself, of any name."""
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        signal_after(patch, 2)
+        assert program.main([*COMMAND, "--data_path", str(photos)]) == EXIT_RESUME
+    command = capfd.readouterr().err.strip().rpartition("; resume with ")[2]
+    python, script, *words = shlex.split(command)
+    assert (python, script) == ("python", "main.py") and program.main(words) == 0
+    (folder,) = (tmp_path / "outputs" / "biformer_nano").iterdir()
+    assert differences(folder, whole) == []
+
+
+@pytest.mark.parametrize("started,processes,expected", [
+    (["python", "main.py"], 1, "python main.py --config"),
+    (["/usr/bin/python3", "-u", "../code/main.py"], 1, "python ../code/main.py --config"),
+    (["python", "hydra_main.py"], 1, "python main.py --config"),
+    (["/v/bin/python", "/v/bin/routedvit"], 1, "routedvit --config"),
+    (["/v/bin/python", "/v/bin/routedvit-hydra"], 1, "routedvit --config"),
+    (["python", "-m", "routedvit"], 1, "python -m routedvit --config"),
+    (["python", "-u", "main.py"], 2, "the same launcher and main.py --config"),
+    (["python", "-u", "-m", "routedvit"], 2, "the same launcher and -m routedvit --config"),
+    (["python", "-m", "submitit.core._submit"], 1, "python main.py --config"),
+])
+def test_the_command_that_resumes_is_named_as_the_run_was_started(monkeypatch, started, processes, expected):
+    arguments = ["--model", "x", "--lr", "1"]
+    monkeypatch.setattr("sys.orig_argv", [*started, *arguments])
+    monkeypatch.setattr("sys.argv", [started[-1], *arguments])
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    assert resume_command(Path("a run")) == f"{expected} 'a run/args.yaml' --output_dir 'a run' --auto_resume"
+
+
+@pytest.mark.slow
+def test_the_command_that_resumes_a_program(photos, whole, tmp_path):
+    """As a shell runs it."""
+    folder = tmp_path / "a run"
+    command = [sys.executable, "main.py", *COMMAND, "--epochs", "90", "--data_path", photos, "--output_dir", folder]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        while not running.stdout.readline().startswith("epoch 0 "):
+            pass
+        running.send_signal(signal.SIGTERM)
+        _, err = running.communicate()
+    assert running.returncode == EXIT_RESUME
+    resume = err.strip().rpartition("; resume with ")[2]
+    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path}
+    done = subprocess.run(f"{resume} --epochs 2", shell=True, cwd=ROOT, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert b"resuming from" in done.stdout
 
 
 def test_the_comparison_finds_differences(photos, whole, tmp_path):
@@ -361,7 +420,7 @@ def test_a_full_disk(photos, tmp_path, monkeypatch, capfd):
 def test_a_checkpoint_without_the_average(photos, tmp_path, capfd):
     assert train(photos, tmp_path, "--model_ema", "false", "--model_ema_eval", "false", "--epochs", "1",
                  "--warmup_epochs", "0") == 0
-    assert train(photos, tmp_path, "--auto_resume", "--epochs", "2") == 1
+    assert train(photos, tmp_path, "--auto_resume", "--epochs", "2", "--model_ema") == 1
     assert capfd.readouterr().err.endswith("holds no EMA weights; resume with --model_ema false\n")
 
 

@@ -20,7 +20,8 @@ def told(error):
 @pytest.mark.parametrize("error,line", [
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
      "a data loading process was killed, as happens when memory runs out (DataLoader worker (pid 7) is killed by "
-     "signal: Killed.); give fewer --num_workers or more memory; what was saved is intact, resume with --auto_resume"),
+     "signal: Killed.); give fewer --num_workers or more memory; what was saved is intact, resume with "
+     "--auto_resume and the run's --output_dir"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
      "out of memory (CUDA out of memory. Tried to allocate 2 GiB.); lower --batch_size and raise --update_freq by "
      "as much, which trains the same, or pass --grad_checkpointing"),
@@ -31,12 +32,15 @@ def told(error):
      "out of memory (DefaultCPUAllocator: can't allocate memory: you tried); lower --batch_size and raise "
      "--update_freq by as much, which trains the same, or pass --grad_checkpointing"),
     (OSError(28, "No space left on device"),
-     "No space left on device in the output folder; what was saved is intact, resume with --auto_resume"),
+     "No space left on device in the output folder; what was saved is intact, resume with --auto_resume and the "
+     "run's --output_dir"),
     (torch.distributed.DistNetworkError("Failed to recv, got 0 bytes."),
      "another process of the run ended, or did not answer in time (Failed to recv, got 0 bytes.); --dist_timeout says "
-     "how long a process waits for another; what was saved is intact, resume with --auto_resume"),
+     "how long a process waits for another; what was saved is intact, resume with --auto_resume and the "
+     "run's --output_dir"),
     (OSError(28, "No space left on device", "log.txt"),
-     "No space left on device: log.txt; what was saved is intact, resume with --auto_resume"),
+     "No space left on device: log.txt; what was saved is intact, resume with --auto_resume and the "
+     "run's --output_dir"),
 ])
 def test_faults_of_the_machine_are_told_in_words(error, line):
     assert told(error) == line and fault_of(error).exit_code == 1

@@ -1,0 +1,80 @@
+"""A trained network and its transform, from the checkpoint of a run or from other weights."""
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+
+import timm
+import torch
+from PIL import Image, ImageOps
+from timm.data import create_transform, resolve_data_config
+from torch import nn
+
+from ._pretrained import MismatchError, WeightsError, check_finite, load_weights, read_checkpoint, unwrap
+from ._recipe import NetworkRecipe, count_classes
+
+Transform = Callable[[Image.Image], torch.Tensor]
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation says, in RGB."""
+    with suppress(Exception):  # on damaged EXIF data PIL raises nearly anything
+        image = ImageOps.exif_transpose(image)
+    return image.convert("RGB")
+
+
+def family_filter(network: nn.Module) -> Callable | None:
+    """The function with which the network's family, ours or timm's, reads published checkpoints."""
+    return getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+
+
+def set_config(network: nn.Module, recipe: NetworkRecipe):
+    """Note classes, image size and crop where timm looks for them: in `network.pretrained_cfg`."""
+    network.pretrained_cfg = network.default_cfg = {**network.pretrained_cfg, **recipe.config}
+
+
+def transform_of(network: nn.Module) -> Transform:
+    """The transform of evaluation: PIL image of any mode with 8 bits -> normalised float tensor (3, H, W)."""
+    transform = create_transform(**resolve_data_config(model=network))
+    transform.transforms.insert(0, upright_rgb)
+    return transform
+
+
+def load(source: str, weights: str | None = None, model: str | None = None) -> tuple[nn.Module, Transform]:
+    """The network of a checkpoint in evaluation mode, on the CPU, and the transform of its images.
+
+    A checkpoint of a run says all that is needed: the model and its arguments, the classes, the image size and the
+    crop. The names of the classes are `network.pretrained_cfg["label_names"]`, where they are known.
+
+        network, transform = load("best.pth")
+        probabilities = network(transform(image)[None]).softmax(dim=1)
+
+    Args:
+        source: File or URL.
+        weights: Its key in the checkpoint, for example "model_ema"; None for the model's own.
+        model: The model's name, for weights that do not say what they belong to; any of timm's.
+
+    Returns:
+        The network: (B, 3, H, W) -> (B, classes) logits. And its transform: PIL image -> (3, H, W).
+
+    Raises:
+        WeightsError: A ValueError in one line: the checkpoint cannot be read, names no model that timm knows, does not
+            fit it, or holds NaN or infinite weights.
+    """
+    checkpoint = read_checkpoint(str(source))
+    found = unwrap(checkpoint, weights)
+    recipe = NetworkRecipe.of(checkpoint, model)
+    if recipe.model is None:
+        raise WeightsError(f"{source} does not say which model it belongs to; name it: load(..., model='NAME')")
+    if not timm.is_model(recipe.model):
+        raise WeightsError(f"{source} is of the model {recipe.model!r}, which timm does not know")
+    in_weights = count_classes(found, timm.get_pretrained_cfg(recipe.model))
+    recipe = replace(recipe, num_classes=in_weights or recipe.num_classes)
+    network = timm.create_model(recipe.model, **recipe.build_kwargs)
+    try:
+        load_weights(network, found, family_filter(network))
+    except MismatchError as error:
+        raise WeightsError(f"{source}: {error}{NetworkRecipe.of(checkpoint).owner}") from error
+    check_finite(network, str(source))
+    set_config(network, recipe)
+    return network.eval(), transform_of(network)

@@ -1,0 +1,99 @@
+"""What a checkpoint says of the network in it: model, arguments, classes, image size and crop."""
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm
+import torch
+from timm.models import PretrainedCfg
+
+ImageSize = int | tuple[int, int]
+
+
+def _image_size(value: Any) -> ImageSize | None:
+    """A side, or (height, width), of what a recipe says of it: 224, "224" or "224x320"."""
+    if value is None:
+        return None
+    sides = tuple(int(side) for side in str(value).lower().split("x"))
+    return sides[0] if len(sides) == 1 else sides
+
+
+def size_kwargs(name: str, input_size: ImageSize) -> dict[str, Any]:
+    """The image size as an argument of timm's models that are built for one size; empty for the others."""
+    return dict(img_size=input_size) if timm.models.get_pretrained_cfg_value(name, "fixed_input_size") else {}
+
+
+def count_classes(weights: dict[str, torch.Tensor], cfg: PretrainedCfg) -> int | None:
+    """The number of classes of the classifier among weights that have timm's names; None where it is not there."""
+    names = (cfg.classifier,) if isinstance(cfg.classifier, str) else tuple(cfg.classifier or ())
+    found = [weights[f"{name}.weight"] for name in names if f"{name}.weight" in weights]
+    return len(found[0]) if found and found[0].ndim > 1 else None
+
+
+@dataclass(frozen=True)
+class NetworkRecipe:
+    """What is needed to build the network of a checkpoint again.
+
+    Args:
+        model: Its name; None where the checkpoint does not say.
+        kwargs: Its arguments, without those of the image size and the number of classes.
+        num_classes: Its classes; None for as many as it was published with.
+        class_names: Their names, in order, where they are known.
+        input_size: Side, or (height, width), of the images that it was trained on, in pixels; None for the published.
+        crop_pct: Part of the resized image that evaluation's crop keeps; None for the published.
+    """
+
+    model: str | None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    num_classes: int | None = None
+    class_names: list[str] | None = None
+    input_size: ImageSize | None = None
+    crop_pct: float | None = None
+
+    @classmethod
+    def of(cls, checkpoint: dict[str, Any], model: str | None = None) -> "NetworkRecipe":
+        """What a checkpoint says: a run's says everything, one that holds weights alone nothing.
+
+        Args:
+            checkpoint: As `storage.weights.read_checkpoint` returns it.
+            model: The model's name, where the checkpoint does not say it, or says another.
+        """
+        said = checkpoint.get("args")
+        said = said if isinstance(said, dict) and "model" in said else {}
+        names = checkpoint.get("classes")
+        num_classes = said.get("nb_classes") or len(names or ()) or None
+        if model is not None and model != said.get("model"):
+            return cls(model, num_classes=num_classes, class_names=names)
+        return cls(
+            said.get("model"), said.get("model_kwargs") or {}, num_classes, names, _image_size(said.get("input_size")),
+            said.get("crop_pct"),
+        )
+
+    @property
+    def owner(self) -> str:
+        """The ending of an error that says whose weights do not fit; empty where the checkpoint does not."""
+        if self.model is None:
+            return ""
+        arguments = "".join(f", {name}={value!r}" for name, value in self.kwargs.items())
+        classes = f" with {self.num_classes} classes" if self.num_classes else ""
+        return f"; this is {self.model}'s{classes}{arguments}"
+
+    @property
+    def build_kwargs(self) -> dict[str, Any]:
+        """The arguments of `timm.create_model`."""
+        kwargs = {} if self.num_classes is None else dict(num_classes=self.num_classes)
+        return kwargs | ({} if self.input_size is None else size_kwargs(self.model, self.input_size)) | self.kwargs
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The entries of a `pretrained_cfg` by which `timm.data.resolve_data_config` is that of the run."""
+        config = {}
+        if self.input_size is not None:
+            size = self.input_size
+            config["input_size"] = (3, *(size if isinstance(size, tuple) else (size, size)))
+        if self.crop_pct is not None:
+            config["crop_pct"] = self.crop_pct
+        if self.num_classes is not None:
+            config["num_classes"] = self.num_classes
+        if self.class_names is not None:
+            config["label_names"] = tuple(self.class_names)
+        return config

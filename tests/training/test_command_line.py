@@ -1,0 +1,188 @@
+"""What was not given is taken from the run that is evaluated or resumed, and said; what differs is a warning."""
+import re
+import shutil
+
+import pytest
+import timm
+import torch
+import yaml
+
+import main as program
+from helpers.run_state import differences
+from helpers.web import served
+
+DEVICE = ["--num_workers", "0", "--device", "cpu"]
+NETWORK = ["--model", "biformer_nano", "--input_size", "48", "--model_kwargs", "num_regions=2", "topk=(1,1,1)"]
+RUN = [*DEVICE, *NETWORK, "--batch_size", "4", "--epochs", "1", "--warmup_epochs", "0", "--lr", "1e-2",
+       "--crop_pct", "0.9"]
+RESULT = re.compile(r"\* Acc@1 .*")
+
+
+def run(capfd, *arguments):
+    """Exit code, standard output, standard error of a command line."""
+    capfd.readouterr()
+    code = program.main([str(argument) for argument in arguments])
+    return code, *capfd.readouterr()
+
+
+def settings_of(*arguments):
+    return program.parse([str(argument) for argument in arguments])[1]
+
+
+@pytest.fixture(scope="module")
+def trained(photos, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    assert program.main([*RUN, "--data_path", str(photos), "--output_dir", str(folder)]) == 0
+    return folder
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_takes_network_and_data_from_the_checkpoint(photos, trained, capfd):
+    """As in training with --input_size 96 and --model_kwargs, and evaluating without them."""
+    last = trained / "last.pth"
+    code, out, _ = run(capfd, *DEVICE, *NETWORK, "--crop_pct", "0.9", "--data_path", photos, "--eval", "--resume", last)
+    assert code == 0 and "from " not in out and "warning" not in out
+    code, bare, err = run(capfd, *DEVICE, "--eval", "--resume", last)
+    assert code == 0, err
+    assert RESULT.search(bare).group() == RESULT.search(out).group()
+    taken = next(line for line in bare.splitlines() if line.startswith(f"from {last}: "))
+    for said in ("model=biformer_nano", "model_kwargs={'num_regions': 2, 'topk': (1, 1, 1)}", "input_size=48",
+                 "crop_pct=0.9", f"data_path={photos}"):
+        assert said in taken
+    assert "lr=" not in taken and "output_dir" not in taken and "warning" not in bare
+
+
+def test_evaluation_by_other_settings_is_a_warning(trained, capfd):
+    code, out, _ = run(capfd, *DEVICE, "--eval", "--resume", trained / "last.pth", "--input_size", "64")
+    assert code == 0
+    assert f"warning: {trained / 'last.pth'} has input_size=48, not 64 as asked for\n" in out
+    assert "input_size" not in next(line for line in out.splitlines() if line.startswith("from "))
+
+
+def test_a_recipe_is_given_too(trained, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("input_size: 64\nmodel_kwargs: null\n")
+    settings = settings_of("--config", tmp_path / "recipe.yaml", "--eval", "--resume", trained / "last.pth")
+    assert settings.model.input_size == 64 and settings.model.model == "biformer_nano"
+    settings = settings_of("--model_kwargs=null", "--eval", "--resume", trained / "last.pth")
+    assert settings.model.model_kwargs == {} and settings.model.input_size == 48
+
+
+def test_checkpoints_of_others_change_nothing(photos, tmp_path):
+    weights = timm.create_model("biformer_nano", num_classes=3).state_dict()
+    paths = [tmp_path / name for name in ("bare.pth", "foreign.pth", "old.pth", "page.pth", "nowhere.pth")]
+    torch.save(weights, paths[0])
+    torch.save(dict(model=weights, args=dict(model="resnet50", lr=3.0, epochs="many")), paths[1])
+    torch.save(weights, paths[2], _use_new_zipfile_serialization=False)
+    paths[3].write_text("<html>")
+    for path in paths:
+        given = ["--model", "biformer_nano", "--data_path", photos, "--eval", "--resume", path]
+        assert settings_of(*given) == settings_of(*given, "--config", "null")
+        assert settings_of(*given).model.input_size == 224
+    assert settings_of(*given).model.model == "biformer_nano"
+
+
+def test_a_checkpoint_from_a_url_is_downloaded_once(trained, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with served(trained) as url:
+        code, out, err = run(capfd, *DEVICE, "--eval", "--resume", f"{url}/best.pth")
+    assert code == 0 and f"from {url}/best.pth: model=biformer_nano" in out and err.count("downloading") == 1
+
+
+def test_a_file_that_is_not_there_is_what_is_said(capfd):
+    """And not that it did not say where its data are."""
+    code, _, err = run(capfd, *DEVICE, "--eval", "--resume", "nowhere.pth")
+    assert code == 1 and err == "error: nowhere.pth: no such checkpoint file\n"
+
+
+def test_keys_of_older_checkpoints_are_dropped(trained, tmp_path):
+    checkpoint = torch.load(trained / "last.pth", weights_only=True)
+    checkpoint["args"].update(input_size="32x48", dropped_long_ago=3)
+    torch.save(checkpoint, tmp_path / "old.pth")
+    assert settings_of("--eval", "--resume", tmp_path / "old.pth").model.input_size == (32, 48)
+    with pytest.raises(ValueError, match="unknown flag --dropped_long_ago"):
+        settings_of("--eval", "--resume", tmp_path / "old.pth", "--dropped_long_ago", "3")
+
+
+def test_what_was_taken_is_named_where_it_is_at_fault(trained, tmp_path):
+    checkpoint = torch.load(trained / "last.pth", weights_only=True)
+    checkpoint["args"].update(sched="step", decay_epochs=[3])
+    torch.save(checkpoint, tmp_path / "step.pth")
+    with pytest.raises(ValueError, match=r"for --sched step, not cosine; from .*: .*decay_epochs=\[3\]"):
+        settings_of("--resume", tmp_path / "step.pth", "--sched", "cosine")
+    settings = settings_of("--resume", tmp_path / "step.pth", "--sched", "cosine", "--decay_epochs", "null")
+    assert settings.schedule.sched == "cosine"
+
+
+def test_weights_of_another_model_say_whose_they_are(photos, trained, capfd):
+    other = ["--model", "convnext_atto", "--model_kwargs", "null", "--data_path", photos]
+    owner = "and .* more; this is biformer_nano's with 3 classes, num_regions=2, topk=\\(1, 1, 1\\)\n"
+    for way in (["--eval", "--resume"], ["--epochs", "1", "--warmup_epochs", "0", "--finetune"]):
+        code, _, err = run(capfd, *DEVICE, *other, *way, trained / "last.pth", "--batch_size", "2", "--lr", "1e-2")
+        assert code == 1 and re.search(owner, err), err
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_has_the_settings_of_the_run(photos, tmp_path, capfd):
+    """All that decides its result, but not where and how it runs; and it ends as one that never stopped."""
+    arguments = [*RUN, "--data_path", photos, "--epochs", "2", "--mixup", "0.3", "--seed", "7"]
+    assert run(capfd, *arguments, "--output_dir", tmp_path / "whole")[0] == 0
+    half, whole = sorted((tmp_path / "whole").glob("checkpoint-*.pth"))
+    shutil.copytree(tmp_path / "whole", tmp_path / "auto", symlinks=True)
+    (tmp_path / "auto" / whole.name).unlink()
+    for source, *way in (
+        (half, "--resume", half, "--output_dir", tmp_path / "named"),
+        (tmp_path / "auto" / "args.yaml", "--auto_resume", "--output_dir", tmp_path / "auto"),
+    ):
+        code, out, err = run(capfd, *DEVICE, *way)
+        assert code == 0, err
+        taken = next(line for line in out.splitlines() if line.startswith(f"from {source}: "))
+        assert "mixup=0.3" in taken and "seed=7" in taken and "device" not in taken and "warning" not in out
+        assert "epoch 1, step 0 of 3" in out or "epoch 0, step 3 of 3" in out
+        assert [line for line in differences(way[-1], tmp_path / "whole") if line.startswith("last.pth")] == []
+    recipe = yaml.safe_load((tmp_path / "named" / "args.yaml").read_text())
+    assert recipe["output_dir"] == str(tmp_path / "named") and recipe["resume"] == str(half)
+
+
+def test_resuming_by_other_settings_is_a_warning(photos, trained, tmp_path, capfd):
+    code, out, _ = run(capfd, *DEVICE, "--resume", trained / "last.pth", "--output_dir", tmp_path, "--epochs", "2",
+                       "--log_every", "1", "--data_path", photos.parent / photos.name)
+    assert code == 0 and f"warning: {trained / 'last.pth'} has epochs=1, not 2 as asked for\n" in out
+
+
+def test_fine_tuning_takes_nothing(photos, trained):
+    given = ["--data_path", photos, "--finetune", trained / "last.pth"]
+    assert settings_of(*given).model.model == "biformer_small"
+
+
+def test_a_first_start_with_auto_resume_takes_nothing(photos, tmp_path):
+    given = ["--data_path", photos, "--auto_resume", "--output_dir", tmp_path]
+    assert settings_of(*given).optimizer.lr == 5e-4
+
+
+def test_a_restart_by_torchrun_takes_what_the_run_had(photos, trained, monkeypatch):
+    assert settings_of("--data_path", photos, "--output_dir", trained).optimizer.lr == 5e-4
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert settings_of("--output_dir", trained).optimizer.lr == 1e-2
+
+
+@pytest.mark.parametrize("run_has,given,expected", [
+    (dict(max_steps=7), ["--epochs", "3"], dict(epochs=3, max_steps=None)),
+    (dict(max_steps=None, epochs=9), ["--max_steps", "30"], dict(max_steps=30)),
+    (dict(warmup_steps=3, epochs=9), ["--warmup_epochs", "2"], dict(warmup_epochs=2, warmup_steps=None)),
+    (dict(warmup_epochs=3, epochs=9), ["--warmup_steps", "2"], dict(warmup_steps=2)),
+    (dict(sched="step", decay_epochs=[3], epochs=9), ["--decay_steps", "2"], dict(decay_steps=[2], decay_epochs=None)),
+])
+@pytest.mark.parametrize("level", ["checkpoint", "config"])
+def test_of_two_alternatives_the_one_that_was_given_counts(trained, tmp_path, run_has, given, expected, level):
+    checkpoint = torch.load(trained / "last.pth", weights_only=True)
+    checkpoint["args"].update(run_has)
+    torch.save(checkpoint, tmp_path / "c.pth")
+    (tmp_path / "args.yaml").write_text(yaml.safe_dump(dict(checkpoint["args"], output_dir=None, model_kwargs={})))
+    source = ["--resume", tmp_path / "c.pth"] if level == "checkpoint" else ["--config", tmp_path / "args.yaml"]
+    schedule = settings_of(*source, *given).schedule
+    assert {name: getattr(schedule, name) for name in expected} == expected
