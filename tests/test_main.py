@@ -427,6 +427,18 @@ def test_a_batch_larger_than_the_training_set(photos, capfd):
             "--batch_size\n", "--data_path", photos, "--update_freq", "9")
 
 
+@pytest.mark.parametrize("model", ["biformer_nano", "levit_conv_128s"])
+def test_batch_norm_of_a_single_value(model, photos, tmp_path, capfd):
+    """Training alone refuses it: a line before anything is written. With two images there are two values."""
+    arguments = ["--data_path", photos, "--mixup", "0", "--cutmix", "0", "--epochs", "1", "--warmup_epochs", "0",
+                 "--model", model, "--output_dir", tmp_path / "run", "--lr", "1e-2"]
+    refuses(capfd, 2, f"error: {model} cannot be trained on images of 3 x 32 x 32, one at a time: Expected more than 1",
+            *arguments, "--batch_size", "1")
+    refuses(capfd, 2, "; give --batch_size 2 or more\n", *arguments, "--batch_size", "1")
+    assert not (tmp_path / "run").exists()
+    assert run(capfd, *SMALL, *arguments, "--batch_size", "2")[0] == 0
+
+
 @pytest.mark.slow
 def test_exit_code_reaches_the_shell():
     done = subprocess.run([sys.executable, "main.py", "--epochs", "0"], cwd=ROOT, capture_output=True, text=True)

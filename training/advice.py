@@ -15,6 +15,7 @@ ADVICE: Mapping[type[UserError], str] = {
     checkpoints.LaterCheckpointsError: "take another --output_dir",
     checkpoints.NoFolderError: "give --output_dir",
     checkpoints.DamagedCheckpointError: "resume from the one before it, or download it again",
+    task.SingleImageError: "give --batch_size 2 or more",
     task.ShortEpochError: "lower --update_freq or --batch_size",
     run.NoRunError: "fine-tune from it with --finetune",
     run.NoEmaError: "resume with --model_ema false",

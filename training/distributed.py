@@ -12,6 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils import UserError
 
+from .buffers import unchanged_buffers
+
 
 class DeviceError(UserError):
     """The device that was asked for cannot be used."""
@@ -144,13 +146,10 @@ def warm_up_ddp(network: torch.nn.Module, distributed: Distributed, loss: Callab
     """
     if distributed.world_size < 3:
         return
-    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
-    network.train()
-    loss().backward()
-    network.zero_grad()
-    with torch.no_grad():
-        for buffer, before in buffers:
-            buffer.copy_(before)
+    with unchanged_buffers(network):
+        network.train()
+        loss().backward()
+        network.zero_grad()
 
 
 def share_statistics(model: torch.nn.Module, ema: ModelEmaV3 | None, distributed: Distributed):

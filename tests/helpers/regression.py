@@ -146,7 +146,7 @@ class DyingTask(RegressionTask):
     batches = 0
 
     def loss(self, *arguments: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        self.batches += 1
+        self.batches += torch.is_grad_enabled()  # not the check of a network before the run
         is_it = str(self.batches) == os.environ.get("REGRESSION_DIES_AT") and restart_count() == 0
         if is_it and self.distributed.is_main:
             os.kill(os.getpid(), signal.SIGKILL)
