@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
@@ -83,11 +82,11 @@ def exit_with(code: int) -> NoReturn:
 
 
 def run_and_exit(run: Callable[[], int]) -> NoReturn:
-    """End the process with the exit code that `run` returns, or with 1 and a traceback where it raises."""
+    """End the process with the exit code that `run` returns, or with 1 and what Python prints where it raises."""
     try:
         code = run()
     except Exception:
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())
         code = UserError.exit_code
     exit_with(code)
 
