@@ -21,8 +21,9 @@ from torch.utils.data import Dataset  # noqa: E402
 
 import main  # noqa: E402
 from training.data.loader import EpochLoader, build_loader, seeded_sample  # noqa: E402
-from training.distributed import Distributed, restart_count  # noqa: E402
+from training.distributed import Distributed  # noqa: E402
 from training.flags import Group, at_least, flag, not_negative  # noqa: E402
+from training.launcher import restart_count  # noqa: E402
 from training.options import Settings  # noqa: E402
 from training.signals import run_and_exit  # noqa: E402
 from training.task import Task  # noqa: E402
