@@ -304,6 +304,10 @@ def test_wrong_command_lines(photos, capfd):
     refuses(capfd, 2, "; --aa takes timm's policies, or none\n", "--aa", "nonsense", "--data_path", photos)
     refuses(capfd, 2, "cannot be built", "--model_kwargs", "regions=3", "--data_path", photos)
     refuses(capfd, 2, "cannot be built", "--model_kwargs", "attn_impl=fused", "--data_path", photos)
+    vit = ["--model", "vit_tiny_patch16_224", "--data_path", photos, "--model_kwargs"]
+    for argument, reason in (("num_heads=5", "AssertionError('dim should be divisible by num_heads')"),
+                             ("num_heads=0", "ZeroDivisionError("), ("act_layer=nonsense", "")):
+        refuses(capfd, 2, f"vit_tiny_patch16_224 cannot be built: {reason}", *vit, argument)
     refuses(capfd, 2, "unknown weights 'biformer_nano.in22k'", "--model", "biformer_nano.in22k", "--data_path", photos)
     scaled = "; --lr is for 512 images and scaled with the batch size, --min_lr and --warmup_lr are not\n"
     refuses(capfd, 2, "error: min_lr 1e-05 is above the learning rate of this batch size, 7.81e-09" + scaled,

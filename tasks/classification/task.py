@@ -2,7 +2,6 @@
 from typing import Any, ClassVar
 
 import torch
-from timm.data import create_transform
 from timm.data.loader import fast_collate
 from timm.data.mixup import Mixup
 from timm.layers import to_2tuple
@@ -17,22 +16,14 @@ from utils import UsageError
 
 from .. import networks
 from . import losses, token_labels
-from .errors import ADVICE, NoTokenHeadError, TeacherClassesError, TooFewClassesError, UnknownPolicyError
+from .errors import ADVICE, NoTokenHeadError, TeacherClassesError, TooFewClassesError
 from .images import ImagePipeline
 from .losses import Criterion
 from .metrics import Accuracy
 from .options import TOKEN_STRIDE, ClassificationSettings
+from .policies import check_policy
 
 Batch = tuple[torch.Tensor, torch.Tensor | token_labels.TokenTargets]
-
-
-def check_policy(policy: str):
-    """Raises UnknownPolicyError where timm knows no such augmentation policy."""
-    try:
-        # With timm's defaults for all else, nothing but the policy can be at fault.
-        create_transform(is_training=True, auto_augment=policy)
-    except (AssertionError, KeyError, ValueError) as error:
-        raise UnknownPolicyError(f"{policy}: timm does not know this augmentation policy ({error})") from error
 
 
 class ClassificationTask(Task):
@@ -136,6 +127,8 @@ class ClassificationTask(Task):
 
     def _model_kwargs(self, training: bool) -> dict[str, Any]:
         model = self.settings.model
+        if model.model_kwargs:
+            networks.check_asserts(self.name)
         kwargs = networks.size_kwargs(self.name, model.input_size)
         if self.num_classes is not None:
             kwargs["num_classes"] = self.num_classes
