@@ -21,6 +21,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import training.startup  # before what may not be installed  # noqa: F401  # isort: skip
 import hydra
 import submitit
 from hydra.core.config_store import ConfigStore

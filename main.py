@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
 
-import training.threads  # before torch  # noqa: F401  # isort: skip
+import training.startup  # before torch  # noqa: F401  # isort: skip
 import torch
 from timm.optim import list_optimizers
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 # What the commands import beside the requirements of the bare package. Where it is missing, an extra was not installed.
-_TRAIN = ("PIL", "numpy", "tensorboard", "torchvision", "tqdm", "yaml")
+_TRAIN = ("PIL", "numpy", "torchvision", "tqdm", "yaml")
 _SLURM = (*_TRAIN, "hydra", "omegaconf", "submitit")
 
 

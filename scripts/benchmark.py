@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import training.threads  # before torch, as main.py does  # noqa: E402, F401  # isort: skip
+import training.startup  # before torch, as main.py does  # noqa: E402, F401  # isort: skip
 import timm  # noqa: E402
 import torch  # noqa: E402
 

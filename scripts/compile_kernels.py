@@ -20,12 +20,13 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import training.startup  # before torch  # noqa: F401  # isort: skip
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ops import RegionGrid
 from ops.impl.triton import kernels

@@ -22,12 +22,13 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import training.startup  # before torch  # noqa: F401  # isort: skip
 import torch
 from timm.layers import get_spatial_dim
 from torch.utils.data import Subset
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import datasets
 from tasks.classification.images import ImagePipeline

@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import training.startup  # before torch  # noqa: F401  # isort: skip
 from datasets import ImageDataset, ValSplit, build_dataset, check_same_classes
 from storage.remote import sha256_of
 from training.data.shards import INFO_NAMES

@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import training.threads  # before torch  # noqa: F401  # isort: skip
+import training.startup  # before torch  # noqa: F401  # isort: skip
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch.utils.data import Dataset

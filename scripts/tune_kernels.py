@@ -20,10 +20,11 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import training.startup  # before torch  # noqa: F401  # isort: skip
 import torch
 import triton
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ops import route_regions
 from ops.impl.triton import op

@@ -27,6 +27,10 @@ class PretrainedWeightsError(UserError):
     """The published weights of a model cannot be loaded."""
 
 
+class UncheckedArgumentsError(UsageError):
+    """Nothing would check the arguments of a model."""
+
+
 class PretrainedClassesError(UserError):
     """The published classifier of a model has other classes than the data."""
 
@@ -39,12 +43,20 @@ def check_model(name: str):
         check_name("weights", name, timm.list_models(f"{architecture}.*", include_tags=True))
 
 
+def check_asserts(name: str):
+    """Raises UncheckedArgumentsError where this Python leaves out asserts, by which timm checks a model's arguments."""
+    if not __debug__ and timm.model_entrypoint(name).__module__.startswith("timm."):
+        raise UncheckedArgumentsError(f"python -O leaves out the asserts by which timm checks the arguments of {name}")
+
+
 def build_model(name: str, pretrained: bool, kwargs: dict[str, Any]) -> torch.nn.Module:
     """`timm.create_model`, with its errors as ours."""
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except (TypeError, ValueError) as error:
         raise UsageError(f"{name} cannot be built: {error}") from error
+    except (ArithmeticError, AssertionError, AttributeError, LookupError) as error:  # whose text alone may say little
+        raise UsageError(f"{name} cannot be built: {error!r}") from error
     except (RuntimeError, OSError) as error:
         raise (PretrainedWeightsError if pretrained else UserError)(f"{name} cannot be built: {error}") from error
 

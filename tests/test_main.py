@@ -334,6 +334,10 @@ def test_wrong_command_lines(photos, capfd):
     refuses(capfd, 2, "; --aa takes timm's policies, or none\n", "--aa", "nonsense", "--data_path", photos)
     refuses(capfd, 2, "cannot be built", "--model_kwargs", "regions=3", "--data_path", photos)
     refuses(capfd, 2, "cannot be built", "--model_kwargs", "attn_impl=fused", "--data_path", photos)
+    vit = ["--model", "vit_tiny_patch16_224", "--data_path", photos, "--model_kwargs"]
+    for argument, reason in (("num_heads=5", "AssertionError('dim should be divisible by num_heads')"),
+                             ("num_heads=0", "ZeroDivisionError("), ("act_layer=nonsense", "")):
+        refuses(capfd, 2, f"vit_tiny_patch16_224 cannot be built: {reason}", *vit, argument)
     refuses(capfd, 2, "unknown weights 'biformer_nano.in22k'", "--model", "biformer_nano.in22k", "--data_path", photos)
     scaled = "; --lr is for 512 images and scaled with the batch size; percentages scale with it: --min_lr 1%\n"
     refuses(capfd, 2, "error: min_lr 1e-05 is above the learning rate of this batch size, 7.81e-09" + scaled,
@@ -502,6 +506,18 @@ def test_a_batch_larger_than_the_training_set(photos, capfd):
     refuses(capfd, 1, "has 13 images, fewer than one batch of 64", "--data_path", photos, "--batch_size", "64")
     refuses(capfd, 1, "error: an optimizer step of 9 batches is more than the 3 of an epoch; lower --update_freq or "
             "--batch_size\n", "--data_path", photos, "--update_freq", "9")
+
+
+@pytest.mark.parametrize("model", ["biformer_nano", "levit_conv_128s"])
+def test_batch_norm_of_a_single_value(model, photos, tmp_path, capfd):
+    """Training alone refuses it: a line before anything is written. With two images there are two values."""
+    arguments = ["--data_path", photos, "--mixup", "0", "--cutmix", "0", "--epochs", "1", "--warmup_epochs", "0",
+                 "--model", model, "--output_dir", tmp_path / "run", "--lr", "1e-2"]
+    refuses(capfd, 2, f"error: {model} cannot be trained on images of 3 x 32 x 32, one at a time: Expected more than 1",
+            *arguments, "--batch_size", "1")
+    refuses(capfd, 2, "; give --batch_size 2 or more\n", *arguments, "--batch_size", "1")
+    assert not (tmp_path / "run").exists()
+    assert run(capfd, *SMALL, *arguments, "--batch_size", "2")[0] == 0
 
 
 @pytest.mark.slow

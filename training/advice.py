@@ -3,10 +3,13 @@ from collections.abc import Mapping
 
 from utils import UserError
 
-from . import checkpoints, compiler, cuda_graphs, distributed, log, run, signals, task
+from . import checkpoints, compiler, cuda_graphs, distributed, launcher, log, run, signals, task
 
 ADVICE: Mapping[type[UserError], str] = {
     distributed.DeviceError: "--device auto takes what is there",
+    launcher.LauncherError: "torchrun sets these variables; a run of one process needs none of them",
+    launcher.SeparateRunsError: "start torchrun in them, or a job by hydra_main.py (docs/slurm.md); WORLD_SIZE=1 says "
+                                "that they are meant to be single runs",
     compiler.NoCompilerError: "on a CPU it needs a C++ compiler and Python's headers, on a GPU Triton, a C compiler "
                               "and Python's headers: install them, or leave out --compile",
     compiler.CompilationError: "leave out --compile",
@@ -17,6 +20,7 @@ ADVICE: Mapping[type[UserError], str] = {
     checkpoints.DamagedCheckpointError: "resume from the one before it, or download it again",
     task.NonFiniteOutputError: "see whether --amp off has finite ones",
     task.WeightsUnderKeysError: "--model_key takes one of them",
+    task.SingleImageError: "give --batch_size 2 or more",
     task.ShortEpochError: "lower --update_freq or --batch_size",
     run.NoRunError: "fine-tune from it with --finetune",
     run.HeldOutMismatchError: "give --val_split and --seed as in that run, or fine-tune from it with --finetune",

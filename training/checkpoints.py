@@ -15,7 +15,8 @@ import torch
 from storage.weights import HostileFileError, WeightsError, fetch, read_file
 from utils import UserError, as_user_error, replace_file
 
-from .distributed import Distributed, restart_count
+from .distributed import Distributed
+from .launcher import restart_count
 from .log import Meter, check_finite
 from .options import CheckpointOptions
 from .run import Run

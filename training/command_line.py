@@ -14,7 +14,7 @@ from storage.weights import WeightsError, read_checkpoint
 from utils import UsageError, UserError, check_name
 
 from . import flags
-from .distributed import restart_count, world_size
+from .launcher import has_peers, restart_count
 from .options import NO_RESULT, NOT_OF_RUN, Settings, TaskOptions
 from .recipes import read_recipe
 from .task import Task
@@ -85,7 +85,7 @@ def resume_command(folder: Path) -> str:
     """The command that resumes the run in `folder`, for a shell; of several processes what the launcher gets."""
     words = _program(sys.orig_argv[: len(sys.orig_argv) - len(sys.argv[1:])])
     flags = ["--config", str(folder / "args.yaml"), "--output_dir", str(folder), "--auto_resume"]
-    if world_size() > 1:
+    if has_peers():
         return f"the same launcher and {shlex.join([*words[1 if words[0] == 'python' else 0 :], *flags])}"
     return shlex.join([*words, *flags])
 
@@ -96,7 +96,7 @@ def _program(words: Sequence[str]) -> list[str]:
     if words[-2:] == ["-m", "routedvit"]:
         return ["python", "-m", "routedvit"]
     if path.name in ("routedvit", "routedvit-hydra"):
-        return ["routedvit"] if world_size() == 1 else ["python", "-m", "routedvit"]
+        return ["routedvit"] if not has_peers() else ["python", "-m", "routedvit"]
     return ["python", str(path.with_name("main.py")) if path.name in ("main.py", "hydra_main.py") else "main.py"]
 
 

@@ -7,6 +7,7 @@ import torch
 
 from utils import UserError, one_line
 
+from .buffers import unchanged_buffers
 from .distributed import Distributed
 from .precision import Precision
 
@@ -62,17 +63,14 @@ def _capture(network: torch.nn.Module, inputs: tuple[torch.Tensor, ...], precisi
     """Capture, which warms up by passes that count for nothing: running statistics and random numbers are put back."""
     device = inputs[0].device
     random_state = torch.cuda.get_rng_state(device)
-    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
     examples = tuple(x.detach().clone() for x in inputs)
+    # A cached cast would be made once, during capture, and never again from the weights as they are then.
+    autocast = torch.autocast(precision.device_type, precision.amp_dtype, precision.amp_dtype is not None, False)
     try:
-        # A cached cast would be made once, during capture, and never again from the weights as they are then.
-        with torch.autocast(precision.device_type, precision.amp_dtype, precision.amp_dtype is not None, False):
+        with unchanged_buffers(network), autocast:
             torch.cuda.make_graphed_callables(network, examples, allow_unused_input=True)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         raise CudaGraphError(f"the training pass cannot be captured ({one_line(error)})") from error
-    with torch.no_grad():
-        for buffer, before in buffers:
-            buffer.copy_(before)
     torch.cuda.set_rng_state(random_state, device)

@@ -1,5 +1,4 @@
 """The processes of a run: how they start, and what they share."""
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -11,6 +10,9 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from utils import UserError
+
+from .buffers import unchanged_buffers
+from .launcher import local_rank, rank_and_size, restart_count
 
 
 class DeviceError(UserError):
@@ -63,16 +65,6 @@ class Distributed:
         return int(largest)
 
 
-def world_size() -> int:
-    """The number of processes that the launcher started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def restart_count() -> int:
-    """How many times torchrun has restarted the run."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-
-
 def init_distributed(device: str = "auto", timeout: float = 30.0) -> Distributed:
     """Join the processes that torchrun or torch.distributed.launch started, or start a run of a single process.
 
@@ -82,11 +74,12 @@ def init_distributed(device: str = "auto", timeout: float = 30.0) -> Distributed
 
     Raises:
         DeviceError: The device is not there.
+        UserError: The launcher's environment variables are wrong; see `launcher.rank_and_size`.
     """
+    rank, size = rank_and_size()
     resolved = _resolve(device)
     if resolved.type == "cuda":
         torch.cuda.set_device(resolved)
-    rank, size = int(os.environ.get("RANK", 0)), world_size()
     if size > 1:
         # CPU tensors travel by gloo also where there are GPUs: agreeing to save or to leave waits for no kernel.
         backend = "cpu:gloo,cuda:nccl" if resolved.type == "cuda" else "gloo"
@@ -105,7 +98,7 @@ def _resolve(device: str) -> torch.device:
     try:
         resolved = torch.device(device)
         if resolved.type == "cuda" and resolved.index is None:
-            resolved = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            resolved = torch.device("cuda", local_rank())
         torch.empty(1, device=resolved)
     except (RuntimeError, AssertionError) as error:
         raise DeviceError(f"device {wanted} cannot be used ({str(error).splitlines()[0]})") from error
@@ -144,13 +137,10 @@ def warm_up_ddp(network: torch.nn.Module, distributed: Distributed, loss: Callab
     """
     if distributed.world_size < 3:
         return
-    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
-    network.train()
-    loss().backward()
-    network.zero_grad()
-    with torch.no_grad():
-        for buffer, before in buffers:
-            buffer.copy_(before)
+    with unchanged_buffers(network):
+        network.train()
+        loss().backward()
+        network.zero_grad()
 
 
 def share_statistics(model: torch.nn.Module, ema: ModelEmaV3 | None, distributed: Distributed):

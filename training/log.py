@@ -181,8 +181,21 @@ def is_watched(distributed: Distributed) -> bool:
     return distributed.is_main and sys.stderr.isatty()
 
 
+def _tensorboard(folder: Path, step: int) -> Any | None:
+    """The `SummaryWriter` of a run that has taken `step` steps; None, and a line, where TensorBoard is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        print("training without TensorBoard's curves, since it is not installed: pip install tensorboard")
+        return None
+    return SummaryWriter(str(folder), purge_step=step + 1)
+
+
 class RunLog:
-    """TensorBoard curves and one line of JSON per epoch in `log.txt`; silent on all processes but the main one."""
+    """TensorBoard's curves, where it is installed, and one line of JSON per epoch in `log.txt`.
+
+    Silent on all processes but the main one.
+    """
 
     def __init__(self, folder: Path | None, epoch: int = 0, step: int = 0):
         """The log of a run in `folder` that starts, or resumes, in `epoch` after `step` optimizer steps.
@@ -192,10 +205,8 @@ class RunLog:
         self.file = None
         self.tensorboard = None
         if folder is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
             self.file = folder / "log.txt"
-            self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            self.tensorboard = _tensorboard(folder / "tensorboard", step)
             self._remove_from(epoch)
 
     def _remove_from(self, epoch: int):
@@ -216,8 +227,9 @@ class RunLog:
 
     def epoch(self, record: dict[str, Any]):
         """Append the line of an epoch to `log.txt`."""
-        if self.file is not None:
+        if self.tensorboard is not None:
             self.tensorboard.flush()
+        if self.file is not None:
             with open(self.file, "a") as file:
                 file.write(json.dumps(record) + "\n")
 

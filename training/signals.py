@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
@@ -15,7 +14,7 @@ import torch.distributed as dist
 from utils import UserError
 
 from .compiler import compilation_error
-from .distributed import world_size
+from .launcher import has_peers
 
 # EX_TEMPFAIL of sysexits.h: the run was asked to leave and has saved itself; start it again.
 EXIT_RESUME = 75
@@ -58,7 +57,7 @@ def fault_of(error: OSError | RuntimeError) -> UserError | None:
         return fault
     if "DataLoader worker (pid" in text:  # torch raises it from a signal handler, wherever the run is
         return WorkerFault(f"a data loading process was killed, as happens when memory runs out ({_first_line(text)})")
-    if isinstance(error, dist.DistError) or (world_size() > 1 and _OF_PEERS.search(text)):
+    if isinstance(error, dist.DistError) or (has_peers() and _OF_PEERS.search(text)):
         return PeerFault(f"another process of the run ended, or did not answer in time ({_first_line(text)})")
     if isinstance(error, OSError) and error.errno in _DISK_FAULTS:
         return MachineFault(error.strerror + (f": {error.filename}" if error.filename else " in the output folder"))
@@ -83,11 +82,11 @@ def exit_with(code: int) -> NoReturn:
 
 
 def run_and_exit(run: Callable[[], int]) -> NoReturn:
-    """End the process with the exit code that `run` returns, or with 1 and a traceback where it raises."""
+    """End the process with the exit code that `run` returns, or with 1 and what Python prints where it raises."""
     try:
         code = run()
     except Exception:
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())
         code = UserError.exit_code
     exit_with(code)
 

@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from storage.weights import WeightsError, WeightsKeyError, check_finite, load_weights, read_checkpoint, unwrap
 from utils import UsageError, UserError, as_user_error
 
+from .buffers import unchanged_buffers
 from .data.loader import EpochLoader
 from .distributed import Distributed
 from .options import Settings
@@ -34,6 +35,10 @@ Batch = Any
 
 class ShortEpochError(UserError):
     """An epoch has fewer batches than an optimizer step accumulates."""
+
+
+class SingleImageError(UsageError):
+    """A network that cannot be trained on a batch of one image, for example by batch norm of a single value."""
 
 
 class WeightsUnderKeysError(UserError):
@@ -182,18 +187,35 @@ class Task(ABC):
         return f"the outputs of the {what} are NaN or infinite: so is the {' and the '.join(names)}" if names else None
 
     def check_input(self, network: torch.nn.Module):
-        """Evaluate one image of zeros.
+        """Evaluate one image of zeros and, for a run that trains, compute the loss of a batch of one or two.
+
+        A training pass may refuse what an evaluation takes; batches of more than two images are like those of two.
 
         Raises:
-            UsageError: The network cannot take it.
+            SingleImageError: The network cannot be trained on batches of one image.
+            UsageError: The network cannot take its input.
         """
-        try:
-            with torch.no_grad(), self.precision.autocast():
+        with torch.no_grad(), self.precision.autocast():
+            with self._refusal(UsageError, f"{self.name} cannot take {self.input_description}"):
                 self.evaluator().update(network.eval(), self.dummy_batch(1, train=False))
+            if self.settings.evaluation.eval:
+                return
+            size = min(2, self.settings.loader.batch_size)
+            kind, number = (UsageError, "two") if size == 2 else (SingleImageError, "one")
+            message = f"{self.name} cannot be trained on {self.input_description}, {number} at a time"
+            with self._refusal(kind, message), unchanged_buffers(network):
+                self.loss(network.train(), self.dummy_batch(size, train=True))
+
+    @staticmethod
+    @contextmanager
+    def _refusal(kind: type[UserError], message: str) -> Iterator[None]:
+        """Raise the error of a network that does not take its input as one of ours."""
+        try:
+            yield
         except torch.OutOfMemoryError:  # the machine's fault, as in any later batch
             raise
         except (AssertionError, RuntimeError, ValueError) as error:
-            raise UsageError(f"{self.name} cannot take {self.input_description}: {error}") from error
+            raise kind(f"{message}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How the threads of a computation on the CPU wait for one another; imported before torch, whose OpenMP reads it once.
+"""How the threads of a computation on the CPU wait for one another; said before torch, whose OpenMP reads it once.
 
 Between two operations, and at the end of each, threads wait for one another. GNU's OpenMP, which torch's wheels come
 with, lets them spin for several milliseconds before they sleep. Where other programs use the cores, the thread that is
@@ -26,6 +26,3 @@ def limit_spinning(environment: MutableMapping[str, str] = os.environ) -> bool:
         return False
     environment["GOMP_SPINCOUNT"] = str(SPINS)
     return True
-
-
-limit_spinning()

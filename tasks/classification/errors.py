@@ -34,6 +34,7 @@ ADVICE = {
     networks.PretrainedWeightsError: "--finetune takes a file of weights",
     networks.PretrainedClassesError: "fine-tune them first, or give their number with --nb_classes if the data's first "
                                      "classes are the same",
+    networks.UncheckedArgumentsError: "run without -O, or without --model_kwargs",
     NoTokenHeadError: "--token_label needs one",
     TeacherClassesError: "fine-tune the teacher, and give it with --teacher_path",
     TooFewClassesError: "raise --nb_classes, or leave it out",

@@ -3,7 +3,6 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
-from timm.data import create_transform
 from timm.data.loader import fast_collate
 from timm.data.mixup import Mixup
 from timm.layers import to_2tuple
@@ -25,23 +24,14 @@ from .errors import (
     OneClassError,
     TeacherClassesError,
     TooFewClassesError,
-    UnknownPolicyError,
 )
 from .images import ImagePipeline
 from .losses import Criterion
 from .metrics import Accuracy
 from .options import IMAGE_FOLDERS, TOKEN_STRIDE, ClassificationSettings
+from .policies import check_policy
 
 Batch = tuple[torch.Tensor, torch.Tensor | token_labels.TokenTargets]
-
-
-def check_policy(policy: str):
-    """Raises UnknownPolicyError where timm knows no such augmentation policy."""
-    try:
-        # With timm's defaults for all else, nothing but the policy can be at fault.
-        create_transform(is_training=True, auto_augment=policy)
-    except (AssertionError, KeyError, ValueError) as error:
-        raise UnknownPolicyError(f"{policy}: timm does not know this augmentation policy ({error})") from error
 
 
 def check_several_classes(dataset: datasets.ImageDataset):
@@ -175,6 +165,8 @@ class ClassificationTask(Task):
 
     def _model_kwargs(self, training: bool) -> dict[str, Any]:
         model = self.settings.model
+        if model.model_kwargs:
+            networks.check_asserts(self.name)
         kwargs = networks.size_kwargs(self.name, model.input_size)
         if self.num_classes is not None:
             kwargs["num_classes"] = self.num_classes

@@ -1,5 +1,6 @@
 import json
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +22,16 @@ def test_run_log(tmp_path):
     assert [line["epoch"] for line in lines] == [0, 1]
     assert list((tmp_path / "tensorboard").glob("events*"))
     RunLog(None).epoch({})
+
+
+def test_without_tensorboard_there_are_no_curves(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    log = RunLog(tmp_path)
+    log.scalars("train", dict(loss=1.0), 1)
+    log.epoch(dict(epoch=0))
+    log.close()
+    assert capsys.readouterr().out.count("pip install tensorboard\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
 
 
 def test_a_resumed_log_forgets_what_comes_again(tmp_path):

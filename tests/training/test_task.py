@@ -16,6 +16,8 @@ from helpers.ports import free_port
 from helpers.regression import RegressionTask
 from helpers.run_state import differences
 from training.data.loader import ToDevice
+from training.distributed import Distributed
+from training.precision import Precision
 
 TASKS = {"regression": RegressionTask}
 # 26 images: 3 steps an epoch, each of two batches.
@@ -150,6 +152,29 @@ def test_a_network_that_cannot_take_the_data(monkeypatch, capfd, tmp_path):
     assert run("--output_dir", tmp_path / "out") == 2
     assert capfd.readouterr().err.startswith("error: brightness cannot take such input: mat1 and mat2 shapes")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("batch_size,number,advice", [(1, "one", "; give --batch_size 2 or more"), (8, "two", "")])
+def test_a_network_that_cannot_be_trained(batch_size, number, advice, monkeypatch, capfd, tmp_path):
+    def loss(self, network, batch):
+        assert network.training and not torch.is_grad_enabled()
+        raise ValueError("not so")
+
+    monkeypatch.setattr(RegressionTask, "loss", loss)
+    assert run("--output_dir", tmp_path / "out", "--batch_size", str(batch_size)) == 2
+    message = f"brightness cannot be trained on such input, {number} at a time: not so{advice}"
+    assert capfd.readouterr().err == f"error: {message}\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_looking_at_a_network_changes_nothing_in_it():
+    settings = program.parse(COMMAND, TASKS)[1]
+    task = RegressionTask(settings, Distributed(torch.device("cpu")), Precision())
+    network = task.network()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    task.check_input(network)
+    assert "2.num_batches_tracked" in before
+    torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
 
 
 Sample = namedtuple("Sample", "image weight")

@@ -191,14 +191,14 @@ def test_a_part_of_the_training_images_is_held_out(flat, held_out_run, capfd):
 
 def test_a_run_resumes_with_the_same_part_held_out(flat, held_out_run, tmp_path, capfd):
     again = ["--data_path", flat, "--epochs", 2, "--resume", held_out_run / "last.pth", "--output_dir", tmp_path / "a"]
-    for part, held_out in ((["--val_split", 0.33], "0.33 of each class by seed 0"),
-                           (["--val_split", 0.5, "--seed", 5], "0.5 of each class by seed 5"),
-                           (["--disable_eval", "--seed", 5], "nothing")):
+    for part, held_out in ((["--seed", 0], "0.33 of each class by seed 0"),
+                           (["--val_split", 0.5], "0.5 of each class by seed 5"),
+                           (["--val_split", "null", "--disable_eval"], "nothing")):
         train(*again, *part, code=1)
         error = capfd.readouterr().err
         assert f"was trained with 0.33 of each class by seed 5 held out for validation, here it is {held_out};" in error
         assert error.endswith("; give --val_split and --seed as in that run, or fine-tune from it with --finetune\n")
-    train(*again, "--val_split", 0.33, "--seed", 5)
+    train(*again)
     # it evaluates the epoch that it comes from again
     loss, again = (json.loads((folder / "log.txt").read_text().splitlines()[0])["val_loss"]
                    for folder in (held_out_run, tmp_path / "a"))

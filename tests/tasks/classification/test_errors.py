@@ -56,7 +56,7 @@ def test_fewer_classes_than_the_data_holds(complaint, data):
 
 def test_an_unknown_policy(complaint, data):
     code, text = complaint("--data_path", data, "--aa", "nonsense")
-    assert code == 2 and text.startswith("nonsense: timm does not know this augmentation policy")
+    assert code == 2 and text.startswith("unknown augmentation policy 'nonsense'; choose from rand, ")
     assert text.endswith("; --aa takes timm's policies, or none")
 
 

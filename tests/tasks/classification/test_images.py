@@ -45,6 +45,6 @@ def test_only_an_unknown_policy_is_blamed_on_the_policy(split, monkeypatch):
     monkeypatch.setattr("datasets.build_transform", fail)
     with pytest.raises(ValueError, match=r"^of another kind$"):
         task_of().dataset(split)
-    told = r"^nonsense: timm does not know this augmentation policy" if split == "train" else "of another"
+    told = r"^unknown augmentation policy 'nonsense'" if split == "train" else "of another"
     with pytest.raises(ValueError, match=told):
         task_of("--aa", "nonsense").dataset(split)

@@ -1,0 +1,17 @@
+"""Passes of a network that count for nothing."""
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def unchanged_buffers(network: torch.nn.Module) -> Iterator[None]:
+    """Put batch norm's running statistics, and all other buffers, back in the end."""
+    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
