@@ -2,7 +2,7 @@
 import argparse
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from training.flags import Group, flag, fraction, key_value, not_negative, path, positive
 from training.options import Settings
@@ -147,6 +147,10 @@ class ClassificationSettings(Settings):
     augmentation: AugmentationOptions
     distillation: DistillationOptions
     token_label: TokenLabelOptions
+
+    most_used: ClassVar[tuple[str, ...]] = (
+        "data_path", "data_set", "model", "load_release", "input_size", "finetune", *Settings.most_used,
+    )
 
     @property
     def name(self) -> str:

@@ -1,8 +1,10 @@
+import re
 from dataclasses import fields
 
 import pytest
 import timm
 import yaml
+from timm.optim import list_optimizers
 
 import main as program
 import models  # noqa: F401
@@ -67,6 +69,21 @@ def test_every_path_begins_at_home(monkeypatch, tmp_path):
         for line in ([f"--{name}=~/x"], ["--config", str(tmp_path / "r.yaml")]):
             settings = program.parse([*REQUIRED, *line] if "--config" not in line else line)[1]
             assert flags.as_recipe(settings)[name] == "/home/me/x"
+
+
+def test_help_begins_with_what_is_used_most_and_lists_what_may_be_chosen(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    out = capsys.readouterr().out
+    titles = re.findall(r"^(\w.*):$", out, re.M)
+    assert titles[:4] == ["options", "Most used", "Model", "Data"] and len(titles) == len(set(titles))
+    used = re.findall(r"^  --(\w+)", out[out.index("Most used:") : out.index("\nModel:")], re.M)
+    assert used == list(ClassificationSettings.most_used) and used[0] == "data_path"
+    listed = re.findall(r"^  --(\w+)", out, re.M)
+    assert sorted(listed) == sorted({*flags.Parser(ClassificationSettings).names()} - {"local_rank"})
+    assert "{cosine,poly,step,tanh}" in out and "timm.optim.list_optimizers()" in out
+    named = re.search(r"--opt OPT\s+(.*?) or\s+another that", out, re.S).group(1)
+    assert {re.split(r"\s", name)[0] for name in re.split(r",\s+", named)} <= set(list_optimizers())
 
 
 def test_input_size_may_be_a_pair():
