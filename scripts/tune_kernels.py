@@ -30,7 +30,7 @@ from ops.impl.triton import op
 from ops.impl.triton.tuning import MAX_BITS, Tile, choose_one_pass_tile, fits_one_pass, is_dense, make_plan
 from scripts.bench.timing import machine, quartiles
 from scripts.compile_kernels import DTYPES, MAPS
-from utils import user_path  # noqa: E402
+from utils import user_path
 
 KERNELS = ("forward", "queries", "keys", "one pass")
 LIMITS = Tile(block_m=(16, 128), block_n=(16, 128), num_warps=(1, 8), num_stages=(1, 3))
