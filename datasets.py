@@ -207,6 +207,14 @@ class ImageDataset(Dataset):
         with nullcontext() if seed is None else seeded_sample(seed):
             return self.transform(image), target
 
+    def class_counts(self) -> list[int]:
+        """The number of images of each class; of shards it is not known without reading all of them."""
+        if hasattr(self.source, "targets"):
+            targets = self.source.targets
+        else:
+            targets = [target for _, target in getattr(self.source, "samples", self.source)]
+        return np.bincount(targets, minlength=self.num_classes).tolist()
+
     def _read(self, index: int) -> tuple[Image.Image, int]:
         for offset in range(len(self)):
             try:

@@ -31,6 +31,7 @@ from ops.impl.triton import op
 from ops.impl.triton.tuning import MAX_BITS, Tile, choose_one_pass_tile, fits_one_pass, is_dense, make_plan
 from scripts.bench.timing import machine, quartiles
 from scripts.compile_kernels import DTYPES, MAPS
+from utils import user_path
 
 KERNELS = ("forward", "queries", "keys", "one pass")
 LIMITS = Tile(block_m=(16, 128), block_n=(16, 128), num_warps=(1, 8), num_stages=(1, 3))
@@ -282,7 +283,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds; what does not fit is left out")
     parser.add_argument("--jobs", type=int, default=min(16, os.cpu_count() or 1), help="processes that compile, or 0")
-    parser.add_argument("--output", type=Path, help="also write the times here, as JSON")
+    parser.add_argument("--output", type=user_path, help="also write the times here, as JSON")
     parser.add_argument("--device", default="cuda", help="cpu: in Triton's interpreter, to try the script")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -221,6 +221,7 @@ def test_image_folder(folder, name):
     assert train.classes == val.classes == ["ant", "bee"]
     assert (len(train), len(val)) == (10, 7)
     assert [train[i][1] for i in range(10)] == [0] * 5 + [1] * 5
+    assert train.class_counts() == [5, 5] and val.class_counts() == [5, 2]
     assert np.array_equal(np.array(val[4][0]), noise(seed=4))
     assert build_dataset(name, str(folder), "val", transform())[0][0].shape == (3, 8, 8)
 
@@ -249,6 +250,7 @@ def test_cifar(tmp_path, monkeypatch, kind, name, labels):
     assert train.classes == names and len(val) == 2 and len(train) == 2 * len(kind.train_list)
     image, target = val[0]
     assert np.array_equal(np.array(image), noise(32, 32)) and target == 3
+    assert val.class_counts() == [0, 1, 0, 1]
 
     (base / kind.test_list[0][0]).write_bytes(b"half a downlo")
     with pytest.raises(MissingDataError, match=f"{name} is not in .*, or incomplete; unpack https"):
@@ -283,6 +285,7 @@ def test_digits():
     train, val = (build_dataset("digits", None, split) for split in ("train", "val"))
     assert (len(train), len(val)) == (1437, 360) and train.classes == [str(i) for i in range(10)]
     counts = [np.bincount([split[i][1] for i in range(len(split))]) for split in (train, val)]
+    assert [train.class_counts(), val.class_counts()] == [count.tolist() for count in counts]
     share = counts[1] / (counts[0] + counts[1])
     assert np.all(abs(share - 0.2) < 0.01), "not stratified"
     images = sorted(np.array(split[i][0])[..., 0].tobytes() for split in (train, val) for i in range(len(split)))

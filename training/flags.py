@@ -158,7 +158,10 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """The parser of a settings class; raises `UsageError`, one line, where argparse would print its usage and exit."""
+    """The parser of a settings class; raises `UsageError`, one line, where argparse would print its usage and exit.
+
+    --help starts with the flags that the settings class names in `most_used`, where it does.
+    """
 
     def __init__(self, settings_class: type, **kwargs: Any):
         usage = "%(prog)s [--config YAML] [--FLAG VALUE ...]"
@@ -168,10 +171,17 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--config", metavar="YAML", help="recipe to start from; flags given here win over it")
         # Old launchers pass it; the environment says the same.
         self.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-        for group_class in group_classes(settings_class).values():
+        groups = group_classes(settings_class).values()
+        most_used = getattr(settings_class, "most_used", ())
+        by_name = {field.name: field for group_class in groups for field in dataclasses.fields(group_class)}
+        group = self.add_argument_group("Most used")
+        for name in most_used:
+            _add_flag(group, by_name[name])
+        for group_class in groups:
             group = self.add_argument_group(group_class.__doc__.partition("\n")[0])
             for field in dataclasses.fields(group_class):
-                _add_flag(group, field)
+                if field.name not in most_used:
+                    _add_flag(group, field)
 
     def names(self) -> list[str]:
         """All flags but --help."""

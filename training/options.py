@@ -45,7 +45,8 @@ class LoaderOptions(Group):
 class OptimizerOptions(Group):
     """Optimizer"""
 
-    opt: str = flag("adamw", "any first-order optimizer of timm's")
+    opt: str = flag("adamw", "adamw, adam, sgd (with Nesterov momentum), nadamw, lamb, lion, adopt, muon, rmsprop or "
+                              "another that timm.optim.list_optimizers() lists; first-order ones alone")
     lr: float = flag(5e-4, "base learning rate; multiplied by the global batch / 512", type=float, check=positive)
     weight_decay: float = flag(0.05, "weight decay", type=float, check=not_negative)
     decay_groups: str = flag(
@@ -215,6 +216,11 @@ class Settings:
     evaluation: EvaluationOptions
     checkpoint: CheckpointOptions
     machine: MachineOptions
+
+    # What --help lists first.
+    most_used: ClassVar[tuple[str, ...]] = (
+        "batch_size", "lr", "epochs", "output_dir", "resume", "auto_resume", "eval", "device",
+    )
 
     def __post_init__(self):
         if not self.evaluation.eval:

@@ -29,6 +29,35 @@ class Criterion:
         return self.loss(logits, targets, images) if self.sees_images else self.loss(logits, targets)
 
 
+def balanced_weights(counts: Sequence[int]) -> torch.Tensor:
+    """(classes,) a weight for each class, inverse to its number of images; 0 where there is none.
+
+    The mean over all images is 1, as in scikit-learn's "balanced": the learning rate keeps its meaning.
+    """
+    images = torch.tensor(counts, dtype=torch.float64)
+    held = (images > 0).sum()
+    return torch.where(images > 0, images.sum() / (held * images.clamp(min=1)), 0).float()
+
+
+class ClassWeightedCrossEntropy(nn.Module):
+    """Mean over the images of their cross-entropy, in which each class has a weight, whether targets are mixed or not.
+
+    torch's own divides by the weights of a batch, where targets are indices: a batch of one class would have none.
+    """
+
+    def __init__(self, weight: torch.Tensor, label_smoothing: float = 0.0):
+        """`weight`: (classes,). `label_smoothing`: for targets that are class indices."""
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.label_smoothing = label_smoothing
+
+    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """(B, classes) logits, (B,) class indices or (B, classes) probabilities -> scalar."""
+        smoothing = 0.0 if targets.is_floating_point() else self.label_smoothing
+        losses = F.cross_entropy(logits, targets, self.weight, reduction="none", label_smoothing=smoothing)
+        return losses.mean()
+
+
 class TokenLabelLoss(nn.Module):
     """Cross-entropy of the image, plus `weight` times the mean cross-entropy of its tokens.
 

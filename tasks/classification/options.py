@@ -2,7 +2,7 @@
 import argparse
 import math
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from training.flags import Group, flag, fraction, key_value, not_negative, path, positive
 from training.options import Settings
@@ -115,6 +115,8 @@ class AugmentationOptions(Group):
     mixup_prob: float = flag(1.0, "probability of mixup or cutmix", type=float, check=fraction)
     mixup_switch_prob: float = flag(0.5, "probability of cutmix where both are on", type=float, check=fraction)
     smoothing: float = flag(0.1, "label smoothing", type=float, check=fraction)
+    class_weights: str = flag("none", "loss weight of each class; balanced: inverse to its number of images",
+                              choices=["none", "balanced"])
 
     def check(self):
         if self.crop_pct is not None and self.crop_pct > 1:
@@ -164,6 +166,10 @@ class ClassificationSettings(Settings):
     distillation: DistillationOptions
     token_label: TokenLabelOptions
 
+    most_used: ClassVar[tuple[str, ...]] = (
+        "data_path", "data_set", "model", "load_release", "input_size", "finetune", *Settings.most_used,
+    )
+
     @property
     def name(self) -> str:
         return self.model.model
@@ -185,6 +191,8 @@ class ClassificationSettings(Settings):
         mixes = self.augmentation.mixup or self.augmentation.cutmix
         if mixes and self.loader.batch_size % 2:
             raise UsageError(f"mixup and cutmix pair images: --batch_size must be even, got {self.loader.batch_size}")
+        if self.augmentation.class_weights != "none" and self.data.data_set.startswith("wds/"):
+            raise UsageError("shards do not say how many images each class has: leave out --class_weights")
         if self.token_label.token_label is not None:
             self._check_token_label()
         elif self.token_label.token_label_weight is not None:
@@ -194,6 +202,8 @@ class ClassificationSettings(Settings):
         name, size = self.data.data_set, self.model.input_size
         if name not in IMAGE_FOLDERS:
             raise UsageError(f"--token_label needs a folder of images, --data_set {IMAGE_FOLDERS[0]}, not {name}")
+        if self.augmentation.class_weights != "none":
+            raise UsageError("--token_label has soft labels, not classes to count: leave out --class_weights")
         if self.distillation.distillation_type != "none":
             raise UsageError("--token_label is learning from a teacher already: leave out --distillation_type")
         if any(side % TOKEN_STRIDE for side in (size if isinstance(size, tuple) else (size,))):

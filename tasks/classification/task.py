@@ -57,6 +57,8 @@ class ClassificationTask(Task):
         self.images = ImagePipeline(model.model, model.input_size, augmentation.crop_pct)
         self.criterion: Criterion | None = None
         self._told: set[str] = set()
+        # Training images of each class, where the loss weighs classes by them.
+        self.class_counts: list[int] | None = None
 
     @classmethod
     def check_names(cls, settings: ClassificationSettings):
@@ -90,6 +92,8 @@ class ClassificationTask(Task):
             datasets.check_same_classes(self.classes, dataset.classes)
         self.classes = self.classes or dataset.classes
         self.num_classes = self.num_classes or self._count_classes(dataset)
+        if train and self.settings.augmentation.class_weights == "balanced":
+            self.class_counts = dataset.class_counts()
         if train and self.settings.token_label.token_label:
             root = self.settings.token_label.token_label
             return token_labels.add_label_maps(dataset, root, self.num_classes, TOKEN_STRIDE)
@@ -219,7 +223,12 @@ class ClassificationTask(Task):
                 options.mixup, options.cutmix, label_smoothing=options.smoothing, num_classes=num_classes, **mixing
             )
         # Mixup has smoothed its targets already.
-        loss = torch.nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else options.smoothing)
+        smoothing = 0.0 if mixup else options.smoothing
+        loss = torch.nn.CrossEntropyLoss(label_smoothing=smoothing)
+        if self.class_counts is not None:
+            counts = self.class_counts + [0] * (num_classes - len(self.class_counts))
+            weights = losses.balanced_weights(counts).to(self.distributed.device)
+            loss = losses.ClassWeightedCrossEntropy(weights, smoothing)
         if self.settings.distillation.distillation_type != "none":
             return Criterion(self._distillation(loss, num_classes), mixup, sees_images=True)
         return Criterion(loss, mixup)

@@ -4,7 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tasks.classification.losses import Criterion, DistillationLoss, Renormalize, TokenLabelLoss
+from tasks.classification.losses import (
+    ClassWeightedCrossEntropy,
+    Criterion,
+    DistillationLoss,
+    Renormalize,
+    TokenLabelLoss,
+    balanced_weights,
+)
 
 
 class Teacher(nn.Module):
@@ -94,3 +101,33 @@ def test_the_criterion_mixes_and_compares_in_float32():
 
     pair = Criterion(lambda *given: given)(lambda images: (images.half(), images.half()), images, targets)
     assert [x.dtype for x in pair[0]] == [torch.float32] * 2 and pair[1] is targets and len(pair) == 2
+
+
+# --- class weights ----------------------------------------------------------------------------------------------------
+
+
+def test_balanced_weights_are_inverse_to_the_numbers_of_images():
+    """8 images of 3 classes: 8 / (3 * number); a class of which there is none has no weight. scikit-learn's."""
+    counts = [1, 3, 0, 4]
+    weights = balanced_weights(counts)
+    assert weights.tolist() == pytest.approx([8 / 3, 8 / 9, 0, 2 / 3])
+    assert sum(n * w for n, w in zip(counts, weights.tolist(), strict=True)) / 8 == pytest.approx(1)
+
+
+@pytest.mark.parametrize("targets,smoothing,of_classes", [
+    # What the classes' -log p weigh in the loss: by hand, for the weights 3, 1, 2 of two images.
+    (torch.tensor([0, 1]), 0.0, [[3, 0, 0], [0, 1, 0]]),
+    (torch.tensor([0, 1]), 0.3, [[3 * 0.8, 1 * 0.1, 2 * 0.1], [3 * 0.1, 1 * 0.8, 2 * 0.1]]),
+    # Mixed targets are smoothed already.
+    (torch.tensor([[0.6, 0.4, 0.0], [0.0, 0.5, 0.5]]), 0.0, [[1.8, 0.4, 0], [0, 0.5, 1]]),
+])
+def test_class_weights_by_hand(targets, smoothing, of_classes):
+    """The mean over the images, whatever they weigh: accumulated batches are one large batch."""
+    loss = ClassWeightedCrossEntropy(torch.tensor([3.0, 1.0, 2.0]), smoothing)
+    logits = torch.tensor([[0.0, 1.0, -1.0], [2.0, 0.5, 0.0]])
+    expected = -(torch.tensor(of_classes) * logits.log_softmax(1)).sum() / 2
+    torch.testing.assert_close(loss(logits, targets), expected)
+    halves = [loss(logits[i : i + 1], targets[i : i + 1]) for i in range(2)]
+    torch.testing.assert_close(sum(halves) / 2, expected)
+    plain = ClassWeightedCrossEntropy(torch.ones(3), smoothing)
+    torch.testing.assert_close(plain(logits, targets), F.cross_entropy(logits, targets, label_smoothing=smoothing))

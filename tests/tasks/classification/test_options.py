@@ -1,8 +1,10 @@
+import re
 from dataclasses import fields
 
 import pytest
 import timm
 import yaml
+from timm.optim import list_optimizers
 
 import main as program
 import models  # noqa: F401
@@ -69,6 +71,21 @@ def test_every_path_begins_at_home(monkeypatch, tmp_path):
             assert flags.as_recipe(settings)[name] == "/home/me/x"
 
 
+def test_help_begins_with_what_is_used_most_and_lists_what_may_be_chosen(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    out = capsys.readouterr().out
+    titles = re.findall(r"^(\w.*):$", out, re.M)
+    assert titles[:4] == ["options", "Most used", "Model", "Data"] and len(titles) == len(set(titles))
+    used = re.findall(r"^  --(\w+)", out[out.index("Most used:") : out.index("\nModel:")], re.M)
+    assert used == list(ClassificationSettings.most_used) and used[0] == "data_path"
+    listed = re.findall(r"^  --(\w+)", out, re.M)
+    assert sorted(listed) == sorted({*flags.Parser(ClassificationSettings).names()} - {"local_rank"})
+    assert "{cosine,poly,step,tanh}" in out and "timm.optim.list_optimizers()" in out
+    named = re.search(r"--opt OPT\s+(.*?) or\s+another that", out, re.S).group(1)
+    assert {re.split(r"\s", name)[0] for name in re.split(r",\s+", named)} <= set(list_optimizers())
+
+
 def test_input_size_may_be_a_pair():
     assert parse("--input_size", "224x320").model.input_size == (224, 320)
     assert parse("--input_size", "96").model.input_size == 96
@@ -109,6 +126,9 @@ def test_recipes(name, tmp_path):
         (["--token_label", "maps", "--aa", "augmix-m5-w4-d2"], "cannot go with --aa augmix"),
         (["--token_label_weight", "-1"], "--token_label_weight must be finite and not negative"),
         (["--token_label_weight", "1"], "--token_label_weight needs --token_label"),
+        (["--class_weights", "balanced", "--data_set", "wds/x"], "shards do not say how many images each class has: "),
+        (["--class_weights", "balanced", "--token_label", "maps"], "leave out --class_weights"),
+        (["--class_weights", "all"], "--class_weights: invalid choice: 'all'"),
         (["--model_kwargs", "num_classes=3"], "the number of classes is the data's, or --nb_classes"),
         (["--crop_pct", "1.5"], "--crop_pct is the part of the image that is kept, at most 1"),
         (["--nb_classes", "0"], "--nb_classes must be above 0"),

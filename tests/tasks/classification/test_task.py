@@ -50,6 +50,19 @@ def test_label_losses_are_timms(folder, smoothing):
         assert type(ours) is nn.CrossEntropyLoss
 
 
+@pytest.mark.parametrize("mixup", [0, 0.8])
+def test_classes_of_a_folder_are_balanced_by_their_images(folder, mixup):
+    """Of 10 images in two classes, 3 in the first; where more classes are asked for, those have no weight."""
+    for path in sorted((folder / "train" / "ant").iterdir())[3:]:
+        path.rename(folder / "train" / "bee" / f"moved-{path.name}")
+    flags = ["--class_weights", "balanced", "--mixup", mixup, "--cutmix", 0]
+    criterion = criterion_of(folder, *flags, "--nb_classes", 3)
+    assert criterion.loss.weight.tolist() == pytest.approx([10 / 6, 10 / 14, 0])
+    assert criterion.loss.label_smoothing == (0 if mixup else 0.1) and bool(criterion.mixup) == bool(mixup)
+    logits, targets = torch.randn(2, 3), torch.tensor([0, 0])
+    assert criterion.loss(logits, targets) != criterion_of(folder, "--nb_classes", 3).loss(logits, targets)
+
+
 def test_random_erasing_is_for_training_alone(folder):
     """In the loaders of one task: all training images are erased, and evaluation is as without."""
     batches = {}
