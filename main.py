@@ -11,10 +11,10 @@ from timm.optim import list_optimizers
 import engine
 from optim_factory import OptimizerError, Schedule, ScheduleError, WarmupError, create_optimizer, scaled_lr
 from training import advice, command_line, flags, options
-from training.checkpoints import Checkpointer, Stopped, find_start, open_store
+from training.checkpoints import Checkpointer, Stopped, find_start, keep_best, open_store
 from training.command_line import CommandLine, TaskRegistry
 from training.distributed import init_distributed, shutdown_distributed, warm_up_ddp
-from training.log import NonFiniteLossError, RunLog, print_plan
+from training.log import NonFiniteLossError, RunLog, print_end, print_plan
 from training.options import Settings
 from training.precision import Precision
 from training.run import BestMetric, Clock, Run, create_ema
@@ -147,7 +147,7 @@ def create_trainer(task: Task, run: Run, log: RunLog) -> engine.Trainer:
 
 
 def train_until_over(trainer: engine.Trainer, data: Data, checkpointer: Checkpointer):
-    run = trainer.run
+    run, patience = trainer.run, trainer.task.settings.checkpoint.patience
     while not run.clock.run_is_over:
         checkpointer.between_epochs()
         means = trainer.train_epoch(data.train_loader, checkpointer)
@@ -156,6 +156,9 @@ def train_until_over(trainer: engine.Trainer, data: Data, checkpointer: Checkpoi
         if data.val_loader is not None:
             record.update(evaluate_epoch(trainer, data, checkpointer))
         trainer.log.epoch(record)
+        # Agreed on: on a GPU, processes that evaluate everything may differ in the last digits.
+        if patience is not None and trainer.task.distributed.max(run.epochs_without_better) >= patience:
+            return
         run.next_epoch()
 
 
@@ -173,6 +176,7 @@ def train(task: Task, signals: SignalHandler):
         source = find_start(settings.checkpoint, store, distributed)
         if source:
             run.load(source, settings.optimizer.opt)
+            keep_best(run, source, store, distributed)
         if clock.run_is_over:
             if distributed.is_main:
                 print(f"training is already complete: {source} is at epoch {clock.epoch} of {clock.epochs}")
@@ -192,7 +196,7 @@ def train(task: Task, signals: SignalHandler):
             except NonFiniteLossError as error:
                 raise NonFiniteLossError(f"{error}; {store.kept()}") from error
         if distributed.is_main:
-            print(f"log: {store.folder / 'log.txt'}\ncheckpoint: {store.last}")
+            print_end(run, store)
 
 
 # --- the program ------------------------------------------------------------------------------------------------------

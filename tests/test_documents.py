@@ -198,7 +198,7 @@ def test_make_has_what_it_is_asked_for():
 
 def test_evaluation_output_has_no_figures():
     """They would be read as measured here."""
-    assert "* Acc@1 ACC1 Acc@5 ACC5 loss LOSS" in section(TRAINING, "Evaluation")
+    assert "* Acc@1 ACC1 Acc@5 ACC5 loss LOSS of the network on 50000 val images" in section(TRAINING, "Evaluation")
 
 
 # --- records --------------------------------------------------------------------------------------------------------

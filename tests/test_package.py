@@ -183,7 +183,7 @@ def test_training(python, tmp_path):
     done = python("-m", "routedvit", *FLAGS, "--output_dir", tmp_path / "run")
     assert "Acc@1" in output_of(done) and "Overwriting" not in done.stderr
     again = python("-m", "routedvit", *FLAGS, "--eval", "--resume", tmp_path / "run" / "best.pth")
-    assert "Accuracy of the network on the 360 test images" in output_of(again)
+    assert "of the network on 360 val images" in output_of(again)
 
 
 @pytest.mark.slow

@@ -106,7 +106,7 @@ def test_paths_are_names_and_nothing_else(tmp_path):
                  ["--eval", "--resume", str(out / "last.pth")]):
         done = subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
-    assert "resuming from" not in done.stdout and "7 test images" in done.stdout
+    assert "resuming from" not in done.stdout and "7 val images" in done.stdout
     assert len(json.loads((out / "log.txt").read_text())) > 5
     assert sorted(p.name for p in tmp_path.iterdir()) == [odd.name]
 

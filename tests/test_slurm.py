@@ -111,7 +111,7 @@ def test_an_evaluation_is_submitted(uninterrupted, tmp_path):
     folder = tmp_path / "it has spaces"
     job = submit(folder, *RUN[:4], "eval=true", f"resume={uninterrupted / 'last.pth'}")
     assert wait_for_end(folder, job)["JobState"] == "COMPLETED", log(folder, job)
-    assert len(re.findall(r"on the 360 test images: \d+\.\d%", log(folder, job))) == 1
+    assert len(re.findall(r"on 360 val images", log(folder, job))) == 1
 
 
 def test_a_cancelled_job_is_not_requeued(tmp_path):

@@ -208,6 +208,23 @@ class CheckpointStore:
         """
         self._write(self.best, state)
 
+    def take_best(self, source: Path, best: dict[str, float | None]) -> bool:
+        """Copy the `best.pth` beside the checkpoint `source`, unless one is here; returns whether there is one now.
+
+        One of another best value than `best`, a later one for example, is left where it is.
+
+        Raises:
+            UserError: It cannot be written.
+        """
+        beside = source.parent / self.best.name
+        if self.best.exists() or not beside.is_file() or not is_intact(beside):
+            return self.best.exists()
+        state = read_file(beside, mmap=True)
+        if state.get("best") != best:
+            return False
+        self._write(self.best, read_file(beside))
+        return True
+
     def _write(self, path: Path, state: dict[str, Any]):
         try:
             save_checkpoint(path, state)
@@ -279,6 +296,17 @@ def _named_start(source: str, store: CheckpointStore) -> Path:
     if path.parent == store.folder.resolve() and steps and path != store.path(steps[-1]).resolve():
         raise LaterCheckpointsError(f"{store.folder} holds later checkpoints than {path.name}")
     return path
+
+
+def keep_best(run: Run, source: Path, store: CheckpointStore, distributed: Distributed):
+    """Have the `best.pth` of a run that resumes from `source` in its folder too; without one, the best starts anew."""
+    if run.best is None:
+        return
+    best = {run.best_metric.name: run.best}
+    if not distributed.max(int(distributed.is_main and store.take_best(source, best))):
+        if distributed.is_main:
+            print(f"the best.pth of {run.best_metric.name} {run.best:.3f} is not beside {source}: the best starts anew")
+        run.best = run.best_epoch = None
 
 
 # --- when to save -----------------------------------------------------------------------------------------------------

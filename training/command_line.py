@@ -82,7 +82,7 @@ def understand(argv: Sequence[str], tasks: TaskRegistry, description: str) -> Co
 
 
 def resume_command(folder: Path) -> str:
-    """The command that resumes the run in `folder`, for a shell; of several processes what the launcher gets."""
+    """The command that resumes the run in `folder`, as a shell takes it; with a launcher, what it is given."""
     words = _program(sys.orig_argv[: len(sys.orig_argv) - len(sys.argv[1:])])
     flags = ["--config", str(folder / "args.yaml"), "--output_dir", str(folder), "--auto_resume"]
     if has_peers():

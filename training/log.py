@@ -176,6 +176,23 @@ def print_plan(task: Any, run: Any, peak_lr: float, folder: Path):
         )
 
 
+def print_end(run: Any, store: Any):
+    """Print what a run that has ended leaves behind.
+
+    Args:
+        run: A `training.run.Run`.
+        store: Its `training.checkpoints.CheckpointStore`.
+    """
+    clock = run.clock
+    if not clock.run_is_over:
+        waited = f"{run.epochs_without_better} epochs without a better {run.best_metric.name}"
+        print(f"ended early, after epoch {clock.epoch}: {waited}")
+    print(f"log: {store.folder / 'log.txt'}\ncheckpoint: {store.last}")
+    if run.best is not None:
+        print(f"best: {run.best_metric.name} {run.best:.3f} after epoch {run.best_epoch}, {store.best}")
+    print(f"time: {timedelta(seconds=round(run.total_seconds))}")
+
+
 def is_watched(distributed: Distributed) -> bool:
     """Whether to show a progress bar: to a person at a terminal; a log file gets plain lines alone."""
     return distributed.is_main and sys.stderr.isatty()

@@ -173,6 +173,8 @@ class CheckpointOptions(Group):
                                  check=at_least(1))
     best_metric: str | None = flag(None, "metric that selects best.pth; ema_METRIC for the EMA weights (default: the "
                                          "task's first metric)", metavar="METRIC")
+    patience: int | None = flag(None, "end the run after so many epochs without a better --best_metric", type=int,
+                                metavar="EPOCHS", check=at_least(1))
     log_every: int = flag(50, "steps between two log lines", type=int, metavar="STEPS", check=at_least(1))
 
     def check(self):
@@ -225,6 +227,8 @@ class Settings:
     def __post_init__(self):
         if not self.evaluation.eval:
             self.schedule.check_warmup()
+            if self.checkpoint.patience is not None and self.evaluation.disable_eval:
+                raise UsageError("--patience waits for a better evaluation, which --disable_eval leaves out")
             self._check_cuda_graph()
         self.check()
 

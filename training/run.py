@@ -1,5 +1,6 @@
 """The state of a training run, which can stop at any optimizer step and resume there, bit for bit."""
 import math
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,8 @@ class Run:
         held_out: What was held out of the training images for validation; see `training.task.Task`.
         meter: `Meter.state_dict()` at this step.
         best: The best value of the metric so far.
+        best_epoch: The epoch after which it was measured.
+        seconds: What the run has taken before this process started.
     """
 
     model: torch.nn.Module
@@ -159,6 +162,19 @@ class Run:
     held_out: str | None = None
     meter: dict[str, Any] = field(default_factory=dict)
     best: float | None = None
+    best_epoch: int | None = None
+    seconds: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def total_seconds(self) -> float:
+        """What the run has taken since it began, pauses and what was lost with a killed process aside."""
+        return self.seconds + time.monotonic() - self.started
+
+    @property
+    def epochs_without_better(self) -> int:
+        """Evaluated epochs, this one included, since the best; all of them where none is."""
+        return self.clock.epoch - (-1 if self.best_epoch is None else self.best_epoch)
 
     def next_epoch(self):
         """Move from the end of an epoch to the start of the next."""
@@ -174,7 +190,7 @@ class Run:
             return False
         if self.best is not None and (value <= self.best if self.best_metric.higher else value >= self.best):
             return False
-        self.best = value
+        self.best, self.best_epoch = value, self.clock.epoch
         return True
 
     def state_dict(self) -> dict[str, Any]:
@@ -192,6 +208,8 @@ class Run:
             ranges=self.ranges,
             meter=self.meter,
             best={self.best_metric.name: self.best},
+            best_epoch=self.best_epoch,
+            seconds=self.total_seconds,
             classes=self.classes,
             held_out=self.held_out,
         )
@@ -219,6 +237,9 @@ class Run:
             self.scaler.load_state_dict(checkpoint["scaler"])
         self._load_position(checkpoint, path)
         self.best = checkpoint["best"].get(self.best_metric.name)
+        if self.best is not None:
+            self.best_epoch = checkpoint.get("best_epoch", self.clock.epoch)
+        self.seconds = checkpoint.get("seconds", 0.0)
 
     def _load_weights(self, checkpoint: dict[str, Any], path: Path):
         load_weights(self.model, unwrap(checkpoint))

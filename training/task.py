@@ -179,7 +179,11 @@ class Task(ABC):
     def report(self, results: dict[str, float], what: str):
         """Print an evaluation's results; `what` says whose they are: "network" or "model EMA"."""
         values = " ".join(f"{name} {results[name]:.3f}" for name in self.metrics)
-        print(f"* {values} of the {what} on {results['images']} images")
+        print(f"* {values} {self.measured_on(results, what)}")
+
+    def measured_on(self, results: dict[str, float], what: str) -> str:
+        """The ending of a line of results: whose they are, on how many images of which split."""
+        return f"of the {what} on {results['images']} val images"
 
     def problem_of(self, results: dict[str, float], what: str) -> str | None:
         """Why an evaluation's results are none, in one line; None where they are sound. `what` as `report` takes it."""

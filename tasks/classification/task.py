@@ -261,8 +261,9 @@ class ClassificationTask(Task):
         return Accuracy(self.distributed.device, self.precision)
 
     def report(self, results: dict[str, float], what: str):
-        print(f"* Acc@1 {results['acc1']:.3f} Acc@5 {results['acc5']:.3f} loss {results['loss']:.3f}")
-        print(f"Accuracy of the {what} on the {results['images']} test images: {results['acc1']:.1f}%")
+        # In the words of the published repositories, up to the loss.
+        values = f"Acc@1 {results['acc1']:.3f} Acc@5 {results['acc5']:.3f} loss {results['loss']:.3f}"
+        print(f"* {values} {self.measured_on(results, what)}")
 
     def dummy_batch(self, size: int, train: bool) -> Batch:
         height, width = to_2tuple(self.settings.model.input_size)

@@ -145,7 +145,7 @@ def test_evaluation_with_a_last_batch_of_another_size(photos, tmp_path, compiler
     eager = capfd.readouterr().out
     torch._dynamo.reset()
     assert program.main([*command, "--compile"]) == 0
-    assert capfd.readouterr().out == eager and "on the 7 test images" in eager
+    assert capfd.readouterr().out == eager and "on 7 val images" in eager
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import main as program
 from helpers import ROOT
 from helpers.run_state import differences
 from helpers.web import served
 from scripts import make_shards
+from tasks.classification.metrics import Accuracy
 from tasks.classification.token_labels import label_map_path
 from training.checkpoints import Checkpointer, CheckpointStore
 from training.command_line import resume_command
@@ -40,6 +42,14 @@ def whole(photos, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     assert train(photos, folder) == 0
     return folder
+
+
+def score(monkeypatch, accuracies):
+    """Have the evaluation after each epoch find one of these top-1 accuracies."""
+    runs, create = [], program.create_run
+    monkeypatch.setattr(program, "create_run", lambda *arguments: runs.append(create(*arguments)) or runs[-1])
+    measured = dict(acc5=100.0, loss=1.0, images=7)
+    monkeypatch.setattr(Accuracy, "compute", lambda self, _: dict(measured, acc1=accuracies[runs[-1].clock.epoch]))
 
 
 def signal_after(monkeypatch, step, number=signal.SIGTERM):
@@ -164,7 +174,7 @@ def test_stopped_while_evaluating(photos, whole, tmp_path, monkeypatch, capfd):
     assert len((tmp_path / "log.txt").read_text().splitlines()) == 1
     capfd.readouterr()
     assert train(photos, tmp_path, "--auto_resume") == 0
-    assert capfd.readouterr().out.count("Accuracy of the network") == 1
+    assert capfd.readouterr().out.count("of the network on") == 1
     assert differences(tmp_path, whole) == []
 
 
@@ -209,6 +219,57 @@ def test_a_run_that_is_over_keeps_its_log(photos, whole, tmp_path):
     (tmp_path / "run" / "log.txt").chmod(0o640)
     assert train(photos, tmp_path / "run", "--auto_resume", "--epochs", "1", "--warmup_epochs", "0") == 0
     assert differences(tmp_path / "run", whole) == []
+
+
+@pytest.mark.slow
+def test_a_resumed_run_has_the_best_of_before(photos, tmp_path, monkeypatch, capfd):
+    """In a new folder too; where its best.pth is not to be found, the best starts anew."""
+    score(monkeypatch, [30.0, 20.0, 10.0])
+    keep = ["--keep_checkpoints", "9", "--epochs", "3"]
+    assert train(photos, tmp_path / "whole", *keep) == 0
+    out = capfd.readouterr().out
+    assert f"best: acc1 30.000 after epoch 0, {tmp_path / 'whole' / 'best.pth'}\ntime: 0:00:0" in out
+    second = tmp_path / "whole" / "checkpoint-00000006.pth"
+    assert train(photos, tmp_path / "new", *keep, "--resume", second) == 0
+    assert f"best: acc1 30.000 after epoch 0, {tmp_path / 'new' / 'best.pth'}\n" in capfd.readouterr().out
+    assert [line for line in differences(tmp_path / "new", tmp_path / "whole") if not line.startswith("log.txt")] == []
+    (tmp_path / "whole" / "best.pth").unlink()
+    assert train(photos, tmp_path / "anew", *keep, "--resume", second) == 0
+    out = capfd.readouterr().out
+    assert f"the best.pth of acc1 30.000 is not beside {second}: the best starts anew\n" in out
+    assert "best: acc1 20.000 after epoch 1, " in out and (tmp_path / "anew" / "best.pth").exists()
+
+
+@pytest.mark.slow
+def test_patience_ends_a_run(photos, tmp_path, monkeypatch, capfd):
+    """After so many epochs without a better metric, of the whole run, wherever it was stopped."""
+    score(monkeypatch, [10.0, 20.0, 15.0, 20.0, 30.0, 30.0])
+    patient = ["--epochs", "6", "--patience", "2"]
+    assert train(photos, tmp_path / "whole", *patient) == 0
+    out = capfd.readouterr().out
+    assert "ended early, after epoch 3: 2 epochs without a better acc1\n" in out and "acc1 20.000 after epoch 1" in out
+    assert len((tmp_path / "whole" / "log.txt").read_text().splitlines()) == 4
+    with monkeypatch.context() as patch:
+        signal_after(patch, 3 * STEPS + 1)
+        assert train(photos, tmp_path / "left", *patient) == EXIT_RESUME
+    for _ in range(2):  # the second time, a run that has ended
+        assert train(photos, tmp_path / "left", *patient, "--auto_resume") == 0
+        assert differences(tmp_path / "left", tmp_path / "whole") == []
+    assert train(photos, tmp_path / "left", *patient, "--auto_resume", "--patience", "3") == 0
+    assert "acc1 30.000 after epoch 4" in capfd.readouterr().out
+
+
+def test_patience_needs_an_evaluation(photos, tmp_path, capfd):
+    assert train(photos, tmp_path, "--patience", "2", "--disable_eval") == 2
+    assert capfd.readouterr().err == (
+        "error: --patience waits for a better evaluation, which --disable_eval leaves out\n"
+    )
+
+
+def test_the_time_of_a_run_is_that_of_all_its_parts():
+    run = Run(nn.Linear(1, 1), None, None, None, Clock(3, 6), 4, seconds=100.0)
+    run.started -= 20
+    assert 120 <= run.total_seconds < 121
 
 
 @pytest.mark.slow
@@ -476,7 +537,7 @@ def test_the_last_epoch_is_cut_short(photos, tmp_path, capfd):
     assert train(photos, tmp_path, "--max_steps", "4") == 0
     out = capfd.readouterr().out
     assert "2 epochs of 3 steps of 4 images, 4 steps in all; writes to" in out
-    assert "epoch 1 [1/1]" in out and out.count("Accuracy of the network") == 2
+    assert "epoch 1 [1/1]" in out and out.count("of the network on") == 2
     assert [(record["epoch"], record["step"]) for record in records(tmp_path)] == [(0, 3), (1, 4)]
     assert CheckpointStore(tmp_path).steps() == [3, 4]
     assert train(photos, tmp_path, "--max_steps", "4", "--auto_resume") == 0

@@ -83,7 +83,7 @@ def test_a_metric_of_its_average_decides_too(tmp_path):
 
 def test_evaluation(whole, capfd):
     assert run("--eval", "--resume", whole / "last.pth") == 0
-    printed = re.fullmatch(r"\* mae (\d\.\d{3}) of the network on 9 images\n", capfd.readouterr().out)
+    printed = re.fullmatch(r"\* mae (\d\.\d{3}) of the network on 9 val images\n", capfd.readouterr().out)
     assert float(printed[1]) == pytest.approx(records(whole)[-1]["val_mae"], abs=1e-3)
     assert run("--eval", "--resume", whole / "last.pth", "--model_key", "model_ema") == 0
     printed = re.search(r"mae (\d\.\d{3})", capfd.readouterr().out)
@@ -117,7 +117,7 @@ def test_two_processes(whole, tmp_path):
     arguments = ["--batch_size", "2", "--save_every_steps", "2", "--keep_checkpoints", "9", "--output_dir"]
     alone = start(*arguments, tmp_path / "whole", processes=2)
     assert alone.returncode == 0, alone.stderr
-    assert alone.stdout.count("of the network on 9 images") == 3
+    assert alone.stdout.count("of the network on 9 val images") == 3
     assert [record["step"] for record in records(tmp_path / "whole")] == [STEPS, 2 * STEPS, 3 * STEPS]
     killed = start(*arguments, tmp_path / "killed", processes=2, dies_at=2 * STEPS + 4)
     assert killed.returncode == 0, killed.stderr
