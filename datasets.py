@@ -55,7 +55,8 @@ def load_image(file: str | Path | BinaryIO) -> Image.Image:
             image.load()
             return _to_rgb(image)
     except Exception as error:  # on damaged bytes PIL's decoders raise nearly anything
-        name = getattr(file, "name", file)
+        # of a path, `name` is the last part alone
+        name = file if isinstance(file, (str, Path)) else getattr(file, "name", file)
         if isinstance(error, OSError) and error.errno not in _OF_ONE_FILE:
             raise LostDataError(f"cannot read {name}: {error.strerror}; check the disk, or the mount") from None
         if isinstance(file, (str, Path)) and not Path(file).parent.is_dir():
