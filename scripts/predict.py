@@ -137,6 +137,13 @@ def input_size(recipe: dict[str, Any], asked: int | tuple[int, int] | None) -> i
     return model_data_config(recipe["model"])["input_size"][-2:]
 
 
+def image_pipeline(recipe: dict[str, Any], args: argparse.Namespace) -> ImagePipeline:
+    """How the images are prepared: as the network was trained, or as `--input_size` or `--use_test_size` say."""
+    if args.use_test_size:
+        return ImagePipeline.of_validation(recipe["model"])
+    return ImagePipeline(recipe["model"], input_size(recipe, args.input_size), recipe.get("crop_pct"))
+
+
 def class_names(checkpoint: dict[str, Any], num_classes: int) -> list[str]:
     """The checkpoint's classes, and numbers for those without a name; or else ImageNet's where they are as many."""
     if checkpoint.get("classes"):
@@ -155,7 +162,7 @@ def load_network(args: argparse.Namespace) -> tuple[torch.nn.Module, dict[str, A
     checkpoint = read(args.checkpoint) if args.checkpoint else {}
     recipe = recipe_of(checkpoint, args.model)
     check_model(recipe["model"])
-    kwargs = size_kwargs(recipe["model"], input_size(recipe, args.input_size)) | (recipe.get("model_kwargs") or {})
+    kwargs = size_kwargs(recipe["model"], image_pipeline(recipe, args).input_size) | (recipe.get("model_kwargs") or {})
     num_classes = args.nb_classes or recipe.get("nb_classes") or len(checkpoint.get("classes") or ())
     if num_classes:
         kwargs["num_classes"] = num_classes
@@ -179,7 +186,7 @@ def predict(args: argparse.Namespace, paths: list[Path]) -> Iterator[Prediction]
     model, recipe, checkpoint = load_network(args)
     model.eval().to(distributed.device)
     names = class_names(checkpoint, model.num_classes)
-    images = ImagePipeline(recipe["model"], input_size(recipe, args.input_size), recipe.get("crop_pct"))
+    images = image_pipeline(recipe, args)
     loader_options = LoaderOptions(batch_size=args.batch_size, num_workers=args.num_workers)
     precision = Precision.on(distributed.device, args.amp)
     for batch, places in images.loader(Images(paths, images.transform()), loader_options, distributed, collate):
@@ -249,6 +256,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--nb_classes", type=int, help="where the weights are of another number than the model's own")
     parser.add_argument("--input_size", type=image_size, metavar="PIXELS",
                         help="side of the image, or HEIGHTxWIDTH (default: the checkpoint's)")
+    parser.add_argument("--use_test_size", action="store_true",
+                        help="the image size and the crop that timm's validate.py takes, instead of the checkpoint's")
     parser.add_argument("--topk", default=5, type=int, help="classes to name for each image")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write them as CSV too")
     parser.add_argument("--batch_size", default=32, type=int)
@@ -256,6 +265,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"])
     args = parser.parse_args(argv)
+    if args.use_test_size and args.input_size is not None:
+        parser.error("--use_test_size and --input_size are mutually exclusive")
     for name in ("topk", "batch_size", "nb_classes"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")

@@ -47,6 +47,8 @@ class ClassificationTask(Task):
         super().__init__(settings, distributed, precision)
         model, augmentation = self.settings.model, self.settings.augmentation
         self.images = ImagePipeline(model.model, model.input_size, augmentation.crop_pct)
+        if augmentation.use_test_size:
+            self.images = ImagePipeline.of_validation(model.model, augmentation.crop_pct)
         self.criterion: Criterion | None = None
 
     @classmethod
@@ -103,6 +105,8 @@ class ClassificationTask(Task):
 
     def loader(self, dataset: Dataset, train: bool) -> EpochLoader:
         if not train:
+            if self.distributed.is_main:
+                print(f"evaluated at {self.images.description}")
             return self.images.loader(dataset, self.settings.loader, self.eval_processes)
         options = self.settings.augmentation
         return build_loader(
@@ -136,7 +140,7 @@ class ClassificationTask(Task):
 
     def _model_kwargs(self, training: bool) -> dict[str, Any]:
         model = self.settings.model
-        kwargs = networks.size_kwargs(self.name, model.input_size)
+        kwargs = networks.size_kwargs(self.name, self.images.input_size)
         if self.num_classes is not None:
             kwargs["num_classes"] = self.num_classes
         if training:
@@ -216,7 +220,7 @@ class ClassificationTask(Task):
         print(f"Accuracy of the {what} on the {results['images']} test images: {results['acc1']:.1f}%")
 
     def dummy_batch(self, size: int, train: bool) -> Batch:
-        height, width = to_2tuple(self.settings.model.input_size)
+        height, width = to_2tuple(self.images.input_size)
         device = self.distributed.device
         images = torch.zeros(size, 3, height, width, device=device)
         if train and self.settings.token_label.token_label:
@@ -225,5 +229,5 @@ class ClassificationTask(Task):
 
     @property
     def input_description(self) -> str:
-        height, width = to_2tuple(self.settings.model.input_size)
+        height, width = to_2tuple(self.images.input_size)
         return f"images of 3 x {height} x {width}"

@@ -1,4 +1,5 @@
 """scripts/predict.py: what is printed is what the network says, of any checkpoint; and mistakes."""
+import argparse
 import csv
 import io
 import os
@@ -102,6 +103,17 @@ def test_mistakes_are_one_line(trained, tmp_path, capfd):
     ):
         code, _, err = run(capfd, *arguments)
         assert code in (1, 2) and message in err and len(err.splitlines()) == 1
+
+
+def test_images_as_timms_validation_takes_them(trained, capfd):
+    arguments = argparse.Namespace(use_test_size=True, input_size=None)
+    recipe = dict(model="resnet18.a1_in1k", input_size=64, crop_pct=0.5)
+    assert predict.image_pipeline(recipe, arguments).description == "288 x 288, crop 1, bicubic"
+    arguments.use_test_size = False
+    assert predict.image_pipeline(recipe, arguments).description == "64 x 64, crop 0.5, bicubic"
+    with pytest.raises(SystemExit):
+        run(capfd, "x.png", "--use_test_size", "--input_size", "32")
+    assert "mutually exclusive" in capfd.readouterr().err
 
 
 def test_classes_without_a_name_are_numbers(trained, tmp_path, capfd):
