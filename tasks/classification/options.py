@@ -140,6 +140,14 @@ class TokenLabelOptions(Group):
 
 
 @dataclass(frozen=True)
+class ReportOptions(Group):
+    """Reports"""
+
+    report: str | None = flag(None, "with --eval, write tables there: the predictions of every image, accuracy by "
+                                    "class, the confusion matrix", metavar="FOLDER")
+
+
+@dataclass(frozen=True)
 class ClassificationSettings(Settings):
     """All options of a run that trains or evaluates a classifier."""
 
@@ -148,6 +156,7 @@ class ClassificationSettings(Settings):
     augmentation: AugmentationOptions
     distillation: DistillationOptions
     token_label: TokenLabelOptions
+    report: ReportOptions
 
     @property
     def name(self) -> str:
@@ -165,6 +174,8 @@ class ClassificationSettings(Settings):
             raise UsageError(f"--data_path is missing: the folder of the data set {self.data.data_set}")
 
     def _check_training(self):
+        if self.report.report is not None:
+            raise UsageError("--report is of an evaluation: it needs --eval")
         if self.augmentation.use_test_size:
             raise UsageError("--use_test_size is for --eval; a run is evaluated at its own --input_size")
         if self.machine.cuda_graph and self.model.grad_checkpointing:

@@ -1,4 +1,5 @@
 """Image classification, as `training.task.Task` asks for it."""
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -16,11 +17,11 @@ from training.task import Task
 from utils import UsageError
 
 from .. import networks
-from . import losses, token_labels
+from . import losses, report, token_labels
 from .errors import ADVICE, NoTokenHeadError, TeacherClassesError, TooFewClassesError, UnknownPolicyError
 from .images import ImagePipeline
 from .losses import Criterion
-from .metrics import Accuracy
+from .metrics import Accuracy, RecordedAccuracy
 from .options import TOKEN_STRIDE, ClassificationSettings
 
 Batch = tuple[torch.Tensor, torch.Tensor | token_labels.TokenTargets]
@@ -50,6 +51,8 @@ class ClassificationTask(Task):
         if augmentation.use_test_size:
             self.images = ImagePipeline.of_validation(model.model, augmentation.crop_pct)
         self.criterion: Criterion | None = None
+        folder = settings.report.report
+        self.report_folder = None if folder is None else Path(folder).expanduser()
 
     @classmethod
     def check_names(cls, settings: ClassificationSettings):
@@ -107,6 +110,9 @@ class ClassificationTask(Task):
         if not train:
             if self.distributed.is_main:
                 print(f"evaluated at {self.images.description}")
+                if self.report_folder is not None:
+                    report.prepare(self.report_folder)
+            self.val_set = dataset
             return self.images.loader(dataset, self.settings.loader, self.eval_processes)
         options = self.settings.augmentation
         return build_loader(
@@ -213,11 +219,15 @@ class ClassificationTask(Task):
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
     def evaluator(self) -> Accuracy:
-        return Accuracy(self.distributed.device, self.precision)
+        kind = Accuracy if self.report_folder is None else RecordedAccuracy
+        self.evaluated = kind(self.distributed.device, self.precision)
+        return self.evaluated
 
     def report(self, results: dict[str, float], what: str):
         print(f"* Acc@1 {results['acc1']:.3f} Acc@5 {results['acc5']:.3f} loss {results['loss']:.3f}")
         print(f"Accuracy of the {what} on the {results['images']} test images: {results['acc1']:.1f}%")
+        if self.report_folder is not None:
+            report.write_report(self.report_folder, self.evaluated, self.val_set.names(), self.classes)
 
     def dummy_batch(self, size: int, train: bool) -> Batch:
         height, width = to_2tuple(self.images.input_size)
