@@ -162,7 +162,7 @@ class ImageDataset(Dataset):
     def names(self) -> list[str]:
         """What each image is called: its path; in shards on this machine, its shard and its name there; else its index.
         """
-        if isinstance(self.source, ImageFolder):
+        if hasattr(self.source, "samples"):  # of (path, class index)
             return [path for path, _ in self.source.samples]
         names = self.source.names() if isinstance(self.source, TarShards) else None
         return names or [str(index) for index in range(len(self))]

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
@@ -26,6 +27,7 @@ from .data.loader import EpochLoader
 from .distributed import Distributed
 from .options import Settings
 from .precision import Precision
+from .run import Clock
 
 Batch = Any
 
@@ -149,6 +151,17 @@ class Task(ABC):
         """Print an evaluation's results; `what` says whose they are: "network" or "model EMA"."""
         values = " ".join(f"{name} {results[name]:.3f}" for name in self.metrics)
         print(f"* {values} of the {what} on {results['images']} images")
+
+    def pictures(self) -> dict[str, np.ndarray]:
+        """What the last evaluation has to show, by name: uint8 (H, W, 3); called in training, on the main process."""
+        return {}
+
+    def preview(self, dataset: Dataset, clock: Clock):
+        """Show the first training batches from `clock` on, where that is asked for; called on the main process alone.
+
+        Nothing that a run draws may depend on whether it was called.
+        """
+        return None
 
     def check_input(self, network: torch.nn.Module):
         """Evaluate one image of zeros.
