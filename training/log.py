@@ -1,18 +1,25 @@
-"""Losses and times of a run: on the device, on the terminal, in log.txt and in TensorBoard."""
+"""Losses and times of a run: on the device, on the terminal, in log.txt and in trackers."""
 import json
 import math
 import sys
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from utils import UserError, replace_file
 
 from .distributed import Distributed
+from .options import WandbOptions
+from .run import Clock
+from .trackers import Tracker, open_trackers
+
+PICTURES_EVERY = 60.0  # seconds, between two pictures of evaluations
 
 
 class NonFiniteLossError(UserError):
@@ -209,21 +216,20 @@ def _tensorboard(folder: Path, step: int) -> Any | None:
 
 
 class RunLog:
-    """TensorBoard's curves, where it is installed, and one line of JSON per epoch in `log.txt`.
+    """One line of JSON per epoch in `log.txt`, and curves and pictures by `training.trackers`.
 
-    Silent on all processes but the main one.
+    Args:
+        folder: The run's; None for a silent log, on all processes but the main one.
+        epoch: The epoch in which the run starts or resumes. Lines of it and of later ones, which the run had logged
+            before it was stopped, are removed.
+        trackers: What else is told, and closed at the end.
     """
 
-    def __init__(self, folder: Path | None, epoch: int = 0, step: int = 0):
-        """The log of a run in `folder` that starts, or resumes, in `epoch` after `step` optimizer steps.
-
-        Lines of this epoch and later ones, which the run had logged before it was stopped, are removed.
-        """
+    def __init__(self, folder: Path | None, epoch: int = 0, trackers: Sequence[Tracker] = ()):
         self.file = None
-        self.tensorboard = None
+        self.trackers, self.drawn_at = trackers, time.monotonic()
         if folder is not None:
             self.file = folder / "log.txt"
-            self.tensorboard = _tensorboard(folder / "tensorboard", step)
             self._remove_from(epoch)
 
     def _remove_from(self, epoch: int):
@@ -238,18 +244,43 @@ class RunLog:
 
     def scalars(self, group: str, values: dict[str, float], step: int):
         """Points of the curves `group/NAME` at an optimizer step."""
-        if self.tensorboard is not None:
-            for name, value in values.items():
-                self.tensorboard.add_scalar(f"{group}/{name}", value, step)
+        for tracker in self.trackers:
+            tracker.scalars({f"{group}/{name}": value for name, value in values.items()}, step)
+
+    def evaluations(
+        self, results: dict[str, dict[str, float]], pictures: Callable[[], dict[str, np.ndarray]], clock: Clock
+    ):
+        """Points of the curves of an epoch's evaluations, by group, and the pictures, uint8 (H, W, 3), of the last.
+
+        Pictures are drawn after the last epoch, and before at most every `PICTURES_EVERY` seconds: an epoch may take
+        less time than they do.
+        """
+        for group, values in results.items():
+            self.scalars(group, values, clock.global_step)
+        if self.trackers and (clock.is_last_epoch or time.monotonic() - self.drawn_at >= PICTURES_EVERY):
+            for name, pixels in pictures().items():
+                for tracker in self.trackers:
+                    tracker.picture(f"{group}/{name}", pixels, clock.global_step)
+            self.drawn_at = time.monotonic()
 
     def epoch(self, record: dict[str, Any]):
         """Append the line of an epoch to `log.txt`."""
-        if self.tensorboard is not None:
-            self.tensorboard.flush()
         if self.file is not None:
+            for tracker in self.trackers:
+                tracker.flush()
             with open(self.file, "a") as file:
                 file.write(json.dumps(record) + "\n")
 
     def close(self):
-        if self.tensorboard is not None:
-            self.tensorboard.close()
+        for tracker in self.trackers:
+            tracker.close()
+
+
+def open_log(folder: Path | None, clock: Clock, wandb: WandbOptions, recipe: dict[str, Any]) -> RunLog:
+    """The log of a run that starts or resumes where its clock is, with its trackers; silent where `folder` is None.
+
+    Raises:
+        WandbError: Weights & Biases is asked for, and cannot be used.
+    """
+    trackers = () if folder is None else open_trackers(folder, clock.global_step, wandb, recipe)
+    return RunLog(folder, clock.epoch, trackers)

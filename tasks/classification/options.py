@@ -2,6 +2,7 @@
 import argparse
 import math
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 from training.flags import Group, flag, fraction, key_value, not_negative, path, positive
@@ -107,6 +108,8 @@ class AugmentationOptions(Group):
                                     choices=["bicubic", "bilinear", "random"])
     crop_pct: float | None = flag(None, "centre crop ratio of evaluation (default: the model's own)",
                                   type=float, check=positive)
+    use_test_size: bool = flag(False, "with --eval, take the image size and the crop that timm's validate.py takes: "
+                                      "the model's own for evaluation, instead of --input_size")
     repeated_aug: bool = flag(True, "repeated augmentation: a third of the images an epoch, each augmented three ways")
     reprob: float = flag(0.25, "probability of random erasing", type=float, check=fraction)
     remode: str = flag("pixel", "what random erasing fills in", choices=["const", "rand", "pixel"])
@@ -153,6 +156,20 @@ class TokenLabelOptions(Group):
                                             check=not_negative)
 
 
+def _picture(file: str) -> str | None:
+    return None if Path(file).suffix.lower() in (".png", ".jpg", ".jpeg") else "must end in .png or .jpg"
+
+
+@dataclass(frozen=True)
+class ReportOptions(Group):
+    """Reports and pictures"""
+
+    report: str | None = flag(None, "with --eval, write tables there: the predictions of every image, accuracy by "
+                                    "class, the confusion matrix", metavar="FOLDER")
+    show_batch: str | None = flag(None, "write the first training images there, as the network sees them, and train",
+                                  metavar="FILE", check=_picture)
+
+
 @dataclass(frozen=True)
 class ClassificationSettings(Settings):
     """All options of a run that trains or evaluates a classifier."""
@@ -165,6 +182,7 @@ class ClassificationSettings(Settings):
     augmentation: AugmentationOptions
     distillation: DistillationOptions
     token_label: TokenLabelOptions
+    report: ReportOptions
 
     most_used: ClassVar[tuple[str, ...]] = (
         "data_path", "data_set", "model", "load_release", "input_size", "finetune", *Settings.most_used,
@@ -186,6 +204,10 @@ class ClassificationSettings(Settings):
             raise UsageError(f"--data_path is missing: the folder of the data set {self.data.data_set}")
 
     def _check_training(self):
+        if self.report.report is not None:
+            raise UsageError("--report is of an evaluation: it needs --eval")
+        if self.augmentation.use_test_size:
+            raise UsageError("--use_test_size is for --eval; a run is evaluated at its own --input_size")
         if self.machine.cuda_graph and self.model.grad_checkpointing:
             raise UsageError("--cuda_graph cannot capture --grad_checkpointing")
         mixes = self.augmentation.mixup or self.augmentation.cutmix
