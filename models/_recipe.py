@@ -58,11 +58,14 @@ class NetworkRecipe:
             model: The model's name, where the checkpoint does not say it, or says another.
         """
         said = checkpoint.get("args")
-        said = said if isinstance(said, dict) and "model" in said else {}
-        names = checkpoint.get("classes")
-        num_classes = said.get("nb_classes") or len(names or ()) or None
-        if model is not None and model != said.get("model"):
-            return cls(model, num_classes=num_classes, class_names=names)
+        said = said if isinstance(said, dict) else {}
+        # Checkpoints of others hold other things by these names.
+        is_ours = "task" in said
+        names = checkpoint.get("classes") if is_ours else None
+        num_classes = (said.get("nb_classes") if is_ours else None) or len(names or ()) or None
+        if not is_ours or model not in (None, said.get("model")):
+            named = said.get("model")
+            return cls(model or (named if isinstance(named, str) else None), {}, num_classes, names)
         return cls(
             said.get("model"), said.get("model_kwargs") or {}, num_classes, names, _image_size(said.get("input_size")),
             said.get("crop_pct"),

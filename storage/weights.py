@@ -182,7 +182,7 @@ def class_difference(checkpoint: dict[str, Any], classes: list[str] | None) -> s
     None too where the checkpoint or the data does not name its classes.
     """
     trained_on = checkpoint.get("classes")
-    if trained_on is None or classes is None or trained_on == classes:
+    if not isinstance(trained_on, list) or classes is None or trained_on == classes:
         return None
     if len(trained_on) != len(classes):
         return f"was trained on {len(trained_on)} classes, the data has {len(classes)}"

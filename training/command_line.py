@@ -62,7 +62,8 @@ def understand(argv: Sequence[str], tasks: TaskRegistry, description: str) -> Co
     parser = flags.Parser(settings_class, prog="main.py", description=description)
     given = flags.given(settings_class, argv)
     scope = settings_class.evaluated if given.get("eval") else set(parser.names()) - NOT_OF_RUN
-    base = {name: value for name, value in flags.typed(parser, run.recipe).items() if name in scope}
+    recipe = {name: value for name, value in flags.typed(parser, run.recipe).items() if name in scope}
+    base = _without_parts_of_others(settings_class, recipe, given)
     lower = flags.beneath(settings_class, base, given)
     taken = {name: value for name, value in lower.items() if value != parser.get_default(name)}
     note = [f"from {run.source}: {_listed(taken)}"] if taken else []
@@ -116,6 +117,15 @@ def _run_recipe(given: Mapping[str, Any]) -> RunRecipe:
     # Checkpoints of others hold other things by this name.
     is_ours = isinstance(recipe, dict) and "task" in recipe
     return RunRecipe(source, recipe if is_ours else {})
+
+
+def _without_parts_of_others(
+    settings_class: type[Settings], recipe: dict[str, Any], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The values of a recipe, without parts of what is given as another one, such as the arguments of another model."""
+    parts = {k: v for group in flags.group_classes(settings_class).values() for k, v in group.parts_of.items()}
+    others = {name for name, whole in parts.items() if given.get(whole) not in (None, recipe.get(whole))}
+    return {name: value for name, value in recipe.items() if name not in others}
 
 
 def _listed(values: Mapping[str, Any]) -> str:

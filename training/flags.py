@@ -93,9 +93,11 @@ class Group:
 
     Attributes:
         alternatives: Pairs of flags of which the one that is given covers a lower value of the other.
+        parts_of: Flag -> the flag that it is a part of: of a run with another value of that one, it is not taken.
     """
 
     alternatives: ClassVar[tuple[tuple[str, str], ...]] = ()
+    parts_of: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -3,10 +3,11 @@
 A task adds its own groups (`tasks/classification/options.py`), and checks there what concerns several groups.
 """
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from utils import UsageError, replace_file
@@ -92,6 +93,7 @@ class ScheduleOptions(Group):
     decay_rate: float = flag(0.1, "factor by which step decays", type=float, check=positive)
 
     alternatives = (("epochs", "max_steps"), ("warmup_epochs", "warmup_steps"), ("decay_epochs", "decay_steps"))
+    parts_of: ClassVar[Mapping[str, str]] = MappingProxyType({"decay_epochs": "sched", "decay_steps": "sched"})
 
     def check(self):
         milestones = [name for name in ("decay_epochs", "decay_steps") if getattr(self, name) is not None]

@@ -231,7 +231,8 @@ class Run:
             try:
                 self._load_weights(checkpoint, path)
             except MismatchError as error:
-                raise WeightsError(f"{error}; this is {checkpoint['args'].get('model')}'s") from error
+                owner = checkpoint["args"].get("model")
+                raise WeightsError(f"{error}; this is {owner}'s" if owner else str(error)) from error
         self._load_optimizer(checkpoint["optimizer"], checkpoint["args"]["opt"], opt, path)
         if checkpoint["scaler"]:  # empty in a run without fp16
             self.scaler.load_state_dict(checkpoint["scaler"])

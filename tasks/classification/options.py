@@ -1,8 +1,10 @@
 """The command-line options that only classification has."""
 import argparse
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from training.flags import Group, flag, fraction, key_value, not_negative, path, positive
@@ -54,6 +56,7 @@ class ModelOptions(Group):
     drop_path: float = flag(0.1, "stochastic depth rate of the last block", type=float, check=fraction)
     grad_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
     load_release: bool = flag(False, "start from the published weights of the model")
+    parts_of: ClassVar[Mapping[str, str]] = MappingProxyType({"model_kwargs": "model"})
 
     def check(self):
         if "num_classes" in self.model_kwargs:
@@ -82,6 +85,7 @@ class DataOptions(Group):
     skip_bad_images: bool = flag(False, "skip images that cannot be read, and count them")
     exif_transpose: bool = flag(True, "turn images of folders and shards upright by their EXIF orientation, which "
                                       "published numbers did not")
+    parts_of: ClassVar[Mapping[str, str]] = MappingProxyType(dict.fromkeys(["data_path", "val_split"], "data_set"))
 
     def check(self):
         if self.val_split is not None and self.data_set not in IMAGE_FOLDERS:

@@ -87,6 +87,15 @@ def test_weights_of_another_model_say_whose_they_are(trained):
         models.load(trained, model="resnet10t")
 
 
+def test_what_others_mean_by_our_names_is_passed_over(tmp_path):
+    model = timm.create_model("resnet10t", num_classes=7)
+    others = dict(model="resnet10t", input_size=[3, 64, 64], model_kwargs="x", nb_classes="many")
+    torch.save(dict(state_dict=model.state_dict(), args=others, classes=7), tmp_path / "others.pth")
+    network, transform = models.load(tmp_path / "others.pth")
+    torch.testing.assert_close(network.state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert transform(Image.new("RGB", (300, 300))).shape == (3, 176, 176) and network.num_classes == 7
+
+
 def test_weights_that_are_not_finite_are_refused(trained, tmp_path):
     checkpoint = torch.load(trained, weights_only=True)
     checkpoint["model"]["head.fc.bias"][1] = float("nan")

@@ -108,12 +108,26 @@ def test_keys_of_older_checkpoints_are_dropped(trained, tmp_path):
 
 def test_what_was_taken_is_named_where_it_is_at_fault(trained, tmp_path):
     checkpoint = torch.load(trained / "last.pth", weights_only=True)
+    checkpoint["args"].update(warmup_epochs=3, epochs=9)
+    torch.save(checkpoint, tmp_path / "long.pth")
+    with pytest.raises(ValueError, match=r"--warmup_epochs 3 must be less than --epochs 2; from .*: .*warmup_epochs=3"):
+        settings_of("--resume", tmp_path / "long.pth", "--epochs", "2")
+    settings = settings_of("--resume", tmp_path / "long.pth", "--epochs", "2", "--warmup_epochs", "1")
+    assert (settings.schedule.epochs, settings.schedule.warmup_epochs) == (2, 1)
+
+
+def test_parts_of_what_is_another_are_not_taken(trained, tmp_path):
+    """Arguments of another model, the folder of another data set, epochs of another schedule."""
+    checkpoint = torch.load(trained / "last.pth", weights_only=True)
     checkpoint["args"].update(sched="step", decay_epochs=[3])
     torch.save(checkpoint, tmp_path / "step.pth")
-    with pytest.raises(ValueError, match=r"for --sched step, not cosine; from .*: .*decay_epochs=\[3\]"):
-        settings_of("--resume", tmp_path / "step.pth", "--sched", "cosine")
-    settings = settings_of("--resume", tmp_path / "step.pth", "--sched", "cosine", "--decay_epochs", "null")
-    assert settings.schedule.sched == "cosine"
+    given = ["--resume", tmp_path / "step.pth", "--sched", "cosine", "--model", "resnet10t", "--data_set", "digits"]
+    settings = settings_of(*given)
+    assert settings.schedule.decay_epochs is None and settings.model.model_kwargs == {}
+    assert settings.data.data_path is None and settings.model.input_size == 48
+    settings = settings_of(*given[:2], "--sched", "step", "--model", "biformer_nano", "--data_set", "IMNET")
+    assert settings.schedule.decay_epochs == [3] and settings.model.model_kwargs["num_regions"] == 2
+    assert settings.data.data_path is not None
 
 
 def test_weights_of_another_model_say_whose_they_are(photos, trained, capfd):

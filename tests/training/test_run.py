@@ -485,6 +485,12 @@ def test_a_checkpoint_without_the_average(photos, tmp_path, capfd):
     assert capfd.readouterr().err.endswith("holds no EMA weights; resume with --model_ema false\n")
 
 
+def test_the_run_of_another_model(photos, whole, tmp_path, capfd):
+    other = ["--model", "convnext_atto", "--resume", str(whole / "last.pth"), "--epochs", "3"]
+    assert train(photos, tmp_path, *other) == 1
+    assert capfd.readouterr().err.endswith("more; this is biformer_nano's\n")
+
+
 @pytest.mark.parametrize("arguments", [
     ["--decay_groups", "layernorm"], ["--decay_groups", "none"], ["--layer_decay", "0.9"], ["--weight_decay", "0"],
 ])
