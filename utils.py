@@ -61,16 +61,23 @@ def fail(message: str, exit_code: int) -> int:
     """Print the one line of an error; returns `exit_code`."""
     with suppress(OSError):  # standard error may lie on the disk that is full
         # In one write, so that the lines of several processes do not run together.
-        sys.stderr.write(f"error: {' '.join(message.split())}\n")
+        sys.stderr.write(f"error: {printable(' '.join(message.split()))}\n")
     return exit_code
 
 
 def run_script(run: Callable[[], Any]) -> int:
-    """Call `run`; returns the exit code: the error's for a user's mistake, 1 for an unusable file or folder, or 0."""
+    """Call `run`; returns the exit code: the error's for a user's mistake, 1 for an unusable file or folder, 130 after
+    Ctrl-C, or 0.
+    """
     try:
         run()
     except UserError as error:
         return fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return fail("interrupted", 130)
+    except BrokenPipeError:  # what reads the output, `head` for example, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at the end
+        return 1
     except OSError as error:
         if error.filename is None:
             raise
@@ -81,6 +88,19 @@ def run_script(run: Callable[[], Any]) -> int:
 def one_line(error: Exception) -> str:
     """The text of an error without line breaks."""
     return " ".join(str(error).split())
+
+
+def printable(text: str) -> str:
+    """Text as one line that a terminal shows as it is: what is not printable, a line break or an escape sequence for
+    example, is written as in Python's strings; so are the bytes of a file name that are no UTF-8, as `\\udcff`.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def print_line(text: str):
+    """Print `printable` text, with escapes for what standard output's encoding lacks."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(printable(text).encode(encoding, "backslashreplace").decode(encoding))
 
 
 def some(items: Sequence[str], most: int = 5) -> str:

@@ -1,32 +1,38 @@
-"""Name the classes of images by a trained network, one line for each image.
+"""Name the classes of images by a trained network, one line for each image, as they are read.
 
     python scripts/predict.py --checkpoint runs/flowers/best.pth photos/ cat.jpg --output predictions.csv
     python scripts/predict.py --model convnext_tiny photos/
 
 A checkpoint of this repository knows its model, its image size and its classes. For any other, give --model; if it has
 1000 classes, they are named as those of ImageNet-1K.
+
+An image that cannot be read is named on standard error and has its error in the CSV file; the exit code is then 1.
+Ctrl-C keeps what was predicted.
 """
 import argparse
-import csv
-import io
 import os
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import training.startup  # before torch  # noqa: F401  # isort: skip
 import torch
+from PIL import Image
 from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.data.loader import fast_collate
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 import datasets
 from models._recipe import NetworkRecipe
 from tasks.classification.images import ImagePipeline
 from tasks.classification.options import image_size
+from tasks.classification.tables import prediction_cells, prediction_columns, write_csv
 from tasks.networks import (
     PretrainedWeightsError,
     build_model,
@@ -41,11 +47,37 @@ from training.data import files
 from training.distributed import init_distributed
 from training.options import LoaderOptions
 from training.precision import Precision
-from utils import UsageError, UserError, replace_file, run_script, user_path
+from utils import UsageError, UserError, print_line, printable, run_script, user_path
+
+
+class Interrupted(UserError):
+    """Ctrl-C, after images were predicted."""
+
+    exit_code = 130
+
+
+class Prediction(NamedTuple):
+    """An image, and its (class, probability) pairs, the most probable first; or why it could not be read."""
+
+    path: Path
+    guesses: list[tuple[str, float | None]]
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Of the images of a batch, their indices, and why they could not be read; goes where targets go in training."""
+
+    indices: list[int]
+    errors: list[str]
+
+    def to(self, *args: Any, **kwargs: Any) -> "Places":
+        return self
 
 
 class Images(Dataset):
-    """(transformed image, its index) of files."""
+    """(transformed image, its index, "") of files; where one cannot be read, a black image, its index, and the reason.
+    """
 
     def __init__(self, paths: list[Path], transform: datasets.Transform):
         self.paths, self.transform = paths, transform
@@ -53,8 +85,17 @@ class Images(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.transform(datasets.load_image(self.paths[index])), index
+    def __getitem__(self, index: int) -> tuple[Any, int, str]:
+        try:
+            return self.transform(datasets.load_image(self.paths[index])), index, ""
+        except UserError as error:
+            return self.transform(Image.new("RGB", (256, 256))), index, str(error)
+
+
+def collate(samples: list[tuple[Any, int, str]]) -> tuple[torch.Tensor, Places]:
+    """Samples of `Images` -> uint8 (B, 3, H, W), and whose they are."""
+    images, indices, errors = zip(*samples, strict=True)
+    return fast_collate([(image, 0) for image in images])[0], Places(list(indices), list(errors))
 
 
 def find_images(places: list[Path]) -> list[Path]:
@@ -97,9 +138,10 @@ def recipe_of(checkpoint: dict[str, Any], args: argparse.Namespace) -> NetworkRe
 
 
 def class_names(checkpoint: dict[str, Any], num_classes: int) -> list[str]:
-    """The checkpoint's classes, those of ImageNet where they are as many, or numbers."""
+    """The checkpoint's classes, and numbers for those without a name; or else ImageNet's where they are as many."""
     if checkpoint.get("classes"):
-        return checkpoint["classes"]
+        named = list(map(str, checkpoint["classes"]))[:num_classes]
+        return named + [str(index) for index in range(len(named), num_classes)]
     subset = infer_imagenet_subset(dict(num_classes=num_classes))
     if subset is None:
         return [str(index) for index in range(num_classes)]
@@ -122,13 +164,12 @@ def load_network(args: argparse.Namespace) -> tuple[torch.nn.Module, NetworkReci
 
 
 @torch.inference_mode()
-def predict(args: argparse.Namespace) -> Iterator[tuple[Path, list[tuple[str, float]]]]:
-    """Each image, and its (class, probability) pairs, the most probable first.
+def predict(args: argparse.Namespace, paths: list[Path]) -> Iterator[Prediction]:
+    """The predictions of images, in order; each names `args.topk` classes, or all where there are fewer.
 
     Raises:
-        UserError: The weights or an image cannot be read.
+        UserError: The weights cannot be read.
     """
-    paths = find_images(args.images)
     distributed = init_distributed(args.device)
     model, recipe, checkpoint = load_network(args)
     model.eval().to(distributed.device)
@@ -136,35 +177,65 @@ def predict(args: argparse.Namespace) -> Iterator[tuple[Path, list[tuple[str, fl
     images = ImagePipeline(recipe.model, recipe.input_size, recipe.crop_pct)
     loader_options = LoaderOptions(batch_size=args.batch_size, num_workers=args.num_workers)
     precision = Precision.on(distributed.device, args.amp)
-    for batch, indices in images.loader(Images(paths, images.transform()), loader_options, distributed):
+    for batch, places in images.loader(Images(paths, images.transform()), loader_options, distributed, collate):
         with precision.autocast():
             logits = model(batch)
-        for index, outputs in zip(indices.tolist(), logits, strict=True):
-            check_outputs(outputs, str(paths[index]))
+        for index, error, outputs in zip(places.indices, places.errors, logits, strict=True):
+            if not error:
+                check_outputs(outputs, str(paths[index]))
         top = logits.float().softmax(dim=1).topk(min(args.topk, logits.shape[1]))
-        for index, values, classes in zip(indices.tolist(), top.values.tolist(), top.indices.tolist(), strict=True):
-            yield paths[index], [(names[c], value) for c, value in zip(classes, values, strict=True)]
+        found = zip(places.indices, places.errors, top.values.tolist(), top.indices.tolist(), strict=True)
+        for index, error, values, classes in found:
+            guesses = [(names[c], value) for c, value in zip(classes, values, strict=True)]
+            yield Prediction(paths[index], [("", None)] * len(guesses) if error else guesses, error)
 
 
-def as_csv(rows: list[tuple[Path, list[tuple[str, float]]]]) -> bytes:
-    """A line for each image: its path, and class_1, probability_1, class_2, ..."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    ranks = range(1, len(rows[0][1]) + 1)
-    writer.writerow(["image", *(f"{what}_{rank}" for rank in ranks for what in ("class", "probability"))])
-    for path, guesses in rows:
-        writer.writerow([path, *(x for name, value in guesses for x in (name, f"{value:.6f}"))])
-    return text.getvalue().encode()
+def printed(predictions: Iterable[Prediction], total: int) -> Iterator[Prediction]:
+    """The predictions, a line printed for each as it comes; at a terminal, over a progress bar.
+
+    Raises:
+        UserError: At the end, where images could not be read, or `Interrupted` once there is a prediction.
+    """
+    done = unreadable = 0
+    try:
+        for prediction in tqdm(predictions, total=total, leave=False, disable=not sys.stderr.isatty()):
+            with tqdm.external_write_mode():
+                if prediction.error:
+                    print(printable(prediction.error), file=sys.stderr)
+                else:
+                    guesses = ", ".join(f"{name} {100 * value:.1f} %" for name, value in prediction.guesses)
+                    print_line(f"{prediction.path}: {guesses}")
+            yield prediction
+            done += 1
+            unreadable += bool(prediction.error)
+    except KeyboardInterrupt:
+        if done:
+            raise Interrupted(f"interrupted after {done} of {total} images") from None
+        raise
+    if unreadable:
+        raise UserError(f"{unreadable} of {total} images could not be read")
+
+
+def as_rows(predictions: Iterable[Prediction]) -> Iterator[list[Any]]:
+    """The rows of a CSV file: titles, then for each image its path, class_1, probability_1, class_2, ... and error."""
+    has_titles = False
+    for path, guesses, error in predictions:
+        if not has_titles:
+            yield ["image", *prediction_columns(len(guesses)), "error"]
+            has_titles = True
+        yield [path, *prediction_cells(guesses), error]
 
 
 def write(args: argparse.Namespace):
     """Print what is predicted, and write it as CSV where it was asked for."""
-    rows = []
-    for path, guesses in predict(args):
-        print(f"{path}: {', '.join(f'{name} {100 * value:.1f} %' for name, value in guesses)}")
-        rows.append((path, guesses))
+    paths: dict[str, Path] = {}
+    for path in find_images(args.images):
+        paths.setdefault(os.path.abspath(path), path)  # once, however many arguments name it
+    predictions = printed(predict(args, list(paths.values())), len(paths))
     if args.output:
-        replace_file(args.output, lambda file: file.write(as_csv(rows)))
+        write_csv(args.output, as_rows(predictions))
+    else:
+        deque(predictions, maxlen=0)
 
 
 def main(argv: list[str] | None = None) -> int:

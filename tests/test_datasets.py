@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -368,6 +369,13 @@ def test_unreadable_image_is_named(folder, kind, format, num_workers):
     loader = loader_of(build_dataset("IMNET", folder, "val", transform()), train=False, num_workers=num_workers)
     line = complaint_of(loader, UnreadableImageError)  # by its class main.py knows what to advise
     assert "\n" not in line and line.startswith(f"cannot read {folder / 'val' / 'ant' / '1.png'}: ")
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_an_unreadable_file_is_named_by_its_whole_path(tmp_path, kind):
+    (tmp_path / "0.jpg").write_text("no image")
+    with pytest.raises(UnreadableImageError, match=f"^cannot read {tmp_path}/0.jpg: not an image$"):
+        load_image(kind(tmp_path / "0.jpg"))
 
 
 def test_file_that_has_gone(folder):

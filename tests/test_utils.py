@@ -85,3 +85,15 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         utils.replace_file(path, fail)
     assert path.read_bytes() == b"one" and [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def test_what_a_terminal_would_obey_is_printed_as_escapes(capsys):
+    assert utils.printable("a\x1b[2J\nb\u202e\udcff \u00e9") == "a\\x1b[2J\\nb\\u202e\\udcff \u00e9"
+    assert utils.fail("cannot read \x1b[2J", 1) == 1 and capsys.readouterr().err == "error: cannot read \\x1b[2J\n"
+
+
+def test_a_script_that_is_interrupted_ends_with_one_line(capsys):
+    def run():
+        raise KeyboardInterrupt
+
+    assert utils.run_script(run) == 130 and capsys.readouterr().err == "error: interrupted\n"

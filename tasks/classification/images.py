@@ -54,8 +54,10 @@ class ImagePipeline:
         mean, std = self.config["mean"], self.config["std"]
         return partial(datasets.NormalizedImages, mean=mean, std=std, device=distributed.device, **erasing)
 
-    def loader(self, dataset: Dataset, options: LoaderOptions, distributed: Distributed) -> EpochLoader:
+    def loader(
+        self, dataset: Dataset, options: LoaderOptions, distributed: Distributed, collate_fn: Callable = fast_collate
+    ) -> EpochLoader:
         """Batches of a data set whose transform is this pipeline's, each image once over all processes, in order."""
         return build_loader(
-            dataset, options, distributed, train=False, collate_fn=fast_collate, transfer=self.on_device(distributed)
+            dataset, options, distributed, train=False, collate_fn=collate_fn, transfer=self.on_device(distributed)
         )

@@ -1,9 +1,14 @@
 """scripts/predict.py: what is printed is what the network says, of any checkpoint; and mistakes."""
 import csv
+import io
+import os
+import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 
 import main as program
 from datasets import build_transform, load_image
@@ -26,6 +31,24 @@ def run(capfd, *arguments):
     code = predict.main([*map(str, arguments), "--num_workers", "0", "--device", "cpu"])
     out, err = capfd.readouterr()
     return code, out, err
+
+
+def write_images(folder, *names):
+    for name in names:
+        with open(os.path.join(os.fsencode(folder), os.fsencode(name)), "wb") as file:
+            Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(file, "png")
+
+
+def rows_of(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def with_classes(trained, path, classes, **args):
+    """The checkpoint `trained`, as if it had been trained on other classes."""
+    checkpoint = torch.load(trained, weights_only=True)
+    torch.save(dict(checkpoint, classes=classes, args=checkpoint["args"] | args), path)
+    return path
 
 
 def test_a_run_of_ours(photos, trained, tmp_path, capfd):
@@ -77,16 +100,16 @@ def test_what_is_not_finite(photos, trained, tmp_path, capfd):
         assert code == 1 and out == "" and err.endswith(f"{message}\n") and err.count("\n") == 1
 
 
-def test_what_cannot_be_read(trained, tmp_path, capfd):
-    (tmp_path / "broken.jpg").write_bytes(b"no image")
+def test_mistakes_are_one_line(trained, tmp_path, capfd):
+    image = tmp_path / "a.png"
+    write_images(tmp_path, "a.png")
     (tmp_path / "empty").mkdir()
     for message, *arguments in (
         ("nowhere: no such file or folder", tmp_path / "nowhere", "--checkpoint", trained),
         ("no image in", tmp_path / "empty", "--checkpoint", trained),
-        ("cannot read", tmp_path, "--checkpoint", trained),
-        ("give --checkpoint FILE, or --model NAME", tmp_path),
-        ("unknown model 'resnet1'", tmp_path, "--model", "resnet1"),
-        ("no such checkpoint file", tmp_path, "--checkpoint", "nowhere.pth"),
+        ("give --checkpoint FILE, or --model NAME", image),
+        ("unknown model 'resnet1'", image, "--model", "resnet1"),
+        ("no such checkpoint file", image, "--checkpoint", "nowhere.pth"),
     ):
         code, _, err = run(capfd, *arguments)
         assert code in (1, 2) and message in err and len(err.splitlines()) == 1
@@ -105,3 +128,92 @@ def test_images_in_a_folder_are_those_that_training_takes(tmp_path, capfd):
     names = [str(path.relative_to(tmp_path / "photos")) for path in found]
     assert names == ["a.jpg", "b.jfif", "deep/d.PNG", "link/f.webp", "._b.jpg"], "what was named is taken"
     assert capfd.readouterr().err == f"left out 1 file in {tmp_path}/photos that is no image: 1 .heic\n"
+
+
+def test_classes_without_a_name_are_numbers(trained, tmp_path, capfd):
+    """As those of a run whose --nb_classes were more than its folders."""
+    write_images(tmp_path, "a.png")
+    checkpoint = with_classes(trained, tmp_path / "one.pth", ["cat"], nb_classes=3)
+    code, out, _ = run(capfd, "--checkpoint", checkpoint, tmp_path / "a.png")
+    assert code == 0 and all(f" {name} " in out for name in ("cat", "1", "2"))
+
+
+def test_an_unreadable_image_is_listed_and_the_others_are_predicted(trained, tmp_path, capfd):
+    write_images(tmp_path, "a.png", "c.png")
+    (tmp_path / "b.jpg").write_bytes(b"no image")
+    code, out, err = run(capfd, "--checkpoint", trained, tmp_path, "--topk", "9", "--output", tmp_path / "p.csv")
+    message = f"cannot read {tmp_path}/b.jpg: not an image"
+    assert code == 1 and err == f"{message}\nerror: 1 of 3 images could not be read\n"
+    assert [line.partition(": ")[0] for line in out.splitlines()] == [f"{tmp_path}/{name}.png" for name in "ac"]
+    first, bad, last = rows_of(tmp_path / "p.csv")
+    assert first["class_3"] and "class_4" not in first and first["error"] == last["error"] == ""
+    assert bad["error"] == message and bad["class_1"] == bad["probability_3"] == "" and bad["image"].endswith("b.jpg")
+
+
+def test_file_names_in_bytes_on_an_ascii_terminal(trained, tmp_path, monkeypatch):
+    write_images(tmp_path, b"\xff.png", "\u00e9.png", "a\x1b[31m\n.png")
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    arguments = ["--checkpoint", trained, tmp_path, "--output", tmp_path / "p.csv", "--device", "cpu"]
+    assert predict.main([*map(str, arguments), "--num_workers", "0"]) == 0
+    names = [line.split(b": ")[0].split(b"/")[-1] for line in terminal.buffer.getvalue().splitlines()]
+    assert sorted(names) == [rb"\udcff.png", rb"\xe9.png", rb"a\x1b[31m\n.png"]
+    names = [row["image"].rpartition("/")[2] for row in rows_of(tmp_path / "p.csv")]
+    assert sorted(names) == sorted(["\\udcff.png", "\u00e9.png", "a\x1b[31m\n.png"])
+
+
+def test_escape_sequences_in_class_names_are_shown_and_not_obeyed(trained, tmp_path, capfd):
+    write_images(tmp_path, "a.png")
+    checkpoint = with_classes(trained, tmp_path / "three.pth", ["\x1b[2J", "a\nb", "=1+1"])
+    code, out, _ = run(capfd, "--checkpoint", checkpoint, tmp_path / "a.png", "--output", tmp_path / "p.csv")
+    assert code == 0 and len(out.splitlines()) == 1 and "\\x1b[2J" in out and "a\\nb" in out
+    (row,) = rows_of(tmp_path / "p.csv")
+    assert {row[f"class_{rank}"] for rank in (1, 2, 3)} == {"\x1b[2J", "a\nb", "'=1+1"}
+
+
+def test_an_output_that_cannot_be_written_is_noticed_first(trained, tmp_path, capfd, monkeypatch):
+    write_images(tmp_path, "a.png")
+    monkeypatch.setattr(predict, "load_network", lambda args: pytest.fail("the network was loaded"))
+    for output, message in (
+        (tmp_path, f"cannot write {tmp_path}: it is a folder, and a table needs a file"),
+        (tmp_path / "a.png" / "p.csv", f"cannot write {tmp_path}/a.png/p.csv: "),
+        ("/dev/null", "cannot write /dev/null: it is a device, and a table needs a file"),
+    ):
+        code, _, err = run(capfd, "--checkpoint", trained, tmp_path, "--output", output)
+        assert code == 1 and err.startswith(f"error: {message}") and len(err.splitlines()) == 1
+
+
+def test_ctrl_c_keeps_what_was_predicted(trained, tmp_path, capfd, monkeypatch):
+    write_images(tmp_path, "a.png", "b.png", "c.png")
+    load = predict.datasets.load_image
+
+    def load_two(path):
+        if path.name == "c.png":
+            raise KeyboardInterrupt
+        return load(path)
+
+    monkeypatch.setattr(predict.datasets, "load_image", load_two)
+    arguments = ["--checkpoint", trained, tmp_path, "--batch_size", "1", "--output", tmp_path / "p.csv"]
+    code, _, err = run(capfd, *arguments)
+    # one batch is always loaded ahead
+    assert code == 130 and err == "error: interrupted after 1 of 3 images\n"
+    assert [row["image"].rpartition("/")[2] for row in rows_of(tmp_path / "p.csv")] == ["a.png"]
+    (tmp_path / "a.png").rename(tmp_path / "d.png")
+    (tmp_path / "b.png").unlink()
+    code, _, err = run(capfd, *arguments)
+    assert code == 130 and err == "error: interrupted\n" and len(rows_of(tmp_path / "p.csv")) == 1
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_an_image_that_is_named_twice_comes_once(trained, tmp_path, capfd, monkeypatch):
+    write_images(tmp_path, "a.png", "b.png")
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run(capfd, "--checkpoint", trained, "b.png", tmp_path, "./b.png")
+    assert code == 0 and [line.partition(":")[0] for line in out.splitlines()] == ["b.png", f"{tmp_path}/a.png"]
+
+
+def test_a_progress_bar_for_a_terminal_alone(trained, tmp_path, capfd, monkeypatch):
+    write_images(tmp_path, "a.png")
+    assert run(capfd, "--checkpoint", trained, tmp_path)[2] == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert "1/1" in run(capfd, "--checkpoint", trained, tmp_path)[2]
