@@ -130,6 +130,9 @@ def recipe_of(checkpoint: dict[str, Any], args: argparse.Namespace) -> NetworkRe
     if recipe.model is None:
         raise UsageError("the checkpoint does not say which model it belongs to; give --model")
     check_model(recipe.model)
+    if args.use_test_size:
+        config = model_data_config(recipe.model, use_test_size=True)
+        recipe = replace(recipe, input_size=config["input_size"][-2:], crop_pct=config["crop_pct"])
     return replace(
         recipe,
         num_classes=args.nb_classes or recipe.num_classes,
@@ -248,6 +251,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--nb_classes", type=int, help="where the weights are of another number than the model's own")
     parser.add_argument("--input_size", type=image_size, metavar="PIXELS",
                         help="side of the image, or HEIGHTxWIDTH (default: the checkpoint's)")
+    parser.add_argument("--use_test_size", action="store_true",
+                        help="the image size and the crop that timm's validate.py takes, instead of the checkpoint's")
     parser.add_argument("--topk", default=5, type=int, help="classes to name for each image")
     parser.add_argument("--output", type=user_path, metavar="FILE", help="write them as CSV too")
     parser.add_argument("--batch_size", default=32, type=int)
@@ -255,6 +260,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"])
     args = parser.parse_args(argv)
+    if args.use_test_size and args.input_size is not None:
+        parser.error("--use_test_size and --input_size are mutually exclusive")
     for name in ("topk", "batch_size", "nb_classes"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")

@@ -141,9 +141,14 @@ def check_pretrained_classes(name: str, num_classes: int):
         )
 
 
-def model_data_config(name: str) -> dict[str, Any]:
-    """Mean, std, interpolation and crop that the model was published with."""
-    return resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
+def model_data_config(name: str, use_test_size: bool = False) -> dict[str, Any]:
+    """Size, mean, std, interpolation and crop that the model was published with.
+
+    Args:
+        name: The model's.
+        use_test_size: Give the size and the crop of evaluation where they are others, as timm's validate.py does.
+    """
+    return resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict(), use_test_size=use_test_size)
 
 
 def create_teacher(

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 from timm.data.loader import fast_collate
+from timm.layers import to_2tuple
 from torch.utils.data import DataLoader, Dataset
 
 import datasets
@@ -31,9 +32,23 @@ class ImagePipeline:
     crop_pct: float | None = None
     crop_mode: str | None = None
 
+    @classmethod
+    def of_validation(cls, model: str, crop_pct: float | None = None) -> "ImagePipeline":
+        """The images as timm's validate.py takes them: at the model's own size and crop of evaluation."""
+        config = model_data_config(model, use_test_size=True)
+        return cls(model, config["input_size"][-2:], crop_pct or config["crop_pct"])
+
     @property
     def config(self) -> dict[str, Any]:
         return model_data_config(self.model)
+
+    @property
+    def description(self) -> str:
+        """How images are evaluated: size in pixels, crop, interpolation."""
+        config, (height, width) = self.config, to_2tuple(self.input_size)
+        crop_mode = self.crop_mode or config["crop_mode"]
+        crop = f"crop {self.crop_pct or config['crop_pct']:g}{'' if crop_mode == 'center' else f' ({crop_mode})'}"
+        return f"{height} x {width}, {crop}, {config['interpolation']}"
 
     def transform(self, train: bool = False, interpolation: str | None = None, **augmentation: Any):
         """PIL RGB image -> uint8 tensor (3, H, W); the arguments are those of `datasets.build_transform`."""

@@ -107,6 +107,8 @@ class AugmentationOptions(Group):
                                     choices=["bicubic", "bilinear", "random"])
     crop_pct: float | None = flag(None, "centre crop ratio of evaluation (default: the model's own)",
                                   type=float, check=positive)
+    use_test_size: bool = flag(False, "with --eval, take the image size and the crop that timm's validate.py takes: "
+                                      "the model's own for evaluation, instead of --input_size")
     repeated_aug: bool = flag(True, "repeated augmentation: a third of the images an epoch, each augmented three ways")
     reprob: float = flag(0.25, "probability of random erasing", type=float, check=fraction)
     remode: str = flag("pixel", "what random erasing fills in", choices=["const", "rand", "pixel"])
@@ -186,6 +188,8 @@ class ClassificationSettings(Settings):
             raise UsageError(f"--data_path is missing: the folder of the data set {self.data.data_set}")
 
     def _check_training(self):
+        if self.augmentation.use_test_size:
+            raise UsageError("--use_test_size is for --eval; a run is evaluated at its own --input_size")
         if self.machine.cuda_graph and self.model.grad_checkpointing:
             raise UsageError("--cuda_graph cannot capture --grad_checkpointing")
         mixes = self.augmentation.mixup or self.augmentation.cutmix

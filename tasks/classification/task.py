@@ -55,6 +55,8 @@ class ClassificationTask(Task):
         super().__init__(settings, distributed, precision)
         model, augmentation = self.settings.model, self.settings.augmentation
         self.images = ImagePipeline(model.model, model.input_size, augmentation.crop_pct)
+        if augmentation.use_test_size:
+            self.images = ImagePipeline.of_validation(model.model, augmentation.crop_pct)
         self.criterion: Criterion | None = None
         self._told: set[str] = set()
         # Training images of each class, where the loss weighs classes by them.
@@ -136,6 +138,8 @@ class ClassificationTask(Task):
 
     def loader(self, dataset: Dataset, train: bool) -> EpochLoader:
         if not train:
+            if self.distributed.is_main:
+                print(f"evaluated at {self.images.description}")
             return self.images.loader(dataset, self.settings.loader, self.eval_processes)
         options = self.settings.augmentation
         return build_loader(
@@ -171,7 +175,7 @@ class ClassificationTask(Task):
         model = self.settings.model
         if model.model_kwargs:
             networks.check_asserts(self.name)
-        kwargs = networks.size_kwargs(self.name, model.input_size)
+        kwargs = networks.size_kwargs(self.name, self.images.input_size)
         if self.num_classes is not None:
             kwargs["num_classes"] = self.num_classes
         if training:
@@ -266,7 +270,7 @@ class ClassificationTask(Task):
         print(f"* {values} {self.measured_on(results, what)}")
 
     def dummy_batch(self, size: int, train: bool) -> Batch:
-        height, width = to_2tuple(self.settings.model.input_size)
+        height, width = to_2tuple(self.images.input_size)
         device = self.distributed.device
         images = torch.zeros(size, 3, height, width, device=device)
         if train and self.settings.token_label.token_label:
@@ -275,5 +279,5 @@ class ClassificationTask(Task):
 
     @property
     def input_description(self) -> str:
-        height, width = to_2tuple(self.settings.model.input_size)
+        height, width = to_2tuple(self.images.input_size)
         return f"images of 3 x {height} x {width}"

@@ -1,4 +1,5 @@
 """scripts/predict.py: what is printed is what the network says, of any checkpoint; and mistakes."""
+import argparse
 import csv
 import io
 import os
@@ -128,6 +129,17 @@ def test_images_in_a_folder_are_those_that_training_takes(tmp_path, capfd):
     names = [str(path.relative_to(tmp_path / "photos")) for path in found]
     assert names == ["a.jpg", "b.jfif", "deep/d.PNG", "link/f.webp", "._b.jpg"], "what was named is taken"
     assert capfd.readouterr().err == f"left out 1 file in {tmp_path}/photos that is no image: 1 .heic\n"
+
+
+def test_images_as_timms_validation_takes_them(capfd):
+    checkpoint = dict(args=dict(model="resnet18.a1_in1k", input_size=64, crop_pct=0.5))
+    for use_test_size, expected in ((True, ((288, 288), 1.0)), (False, (64, 0.5))):
+        arguments = argparse.Namespace(model=None, nb_classes=None, input_size=None, use_test_size=use_test_size)
+        recipe = predict.recipe_of(checkpoint, arguments)
+        assert (recipe.input_size, recipe.crop_pct) == expected
+    with pytest.raises(SystemExit):
+        run(capfd, "x.png", "--use_test_size", "--input_size", "32")
+    assert "mutually exclusive" in capfd.readouterr().err
 
 
 def test_classes_without_a_name_are_numbers(trained, tmp_path, capfd):
