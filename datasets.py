@@ -24,7 +24,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from training.data.folders import ValSplit, open_folders
 from training.data.loader import seeded, seeded_sample
-from training.data.shards import open_shards
+from training.data.shards import TarShards, open_shards
 from utils import LostDataError, UserError, derive_seed, is_url, one_line, some
 
 # System errors that concern one file: it is missing, or its damaged bytes made a decoder seek to an impossible place.
@@ -195,6 +195,14 @@ class ImageDataset(Dataset):
     def bad_images(self) -> int:
         """How many images could not be read so far, in all worker processes."""
         return self._bad.value if self._bad else 0
+
+    def names(self) -> list[str]:
+        """What each image is called: its path; in shards on this machine, its shard and its name there; else its index.
+        """
+        if hasattr(self.source, "samples"):  # of (path, class index)
+            return [path for path, _ in self.source.samples]
+        names = self.source.names() if isinstance(self.source, TarShards) else None
+        return names or [str(index) for index in range(len(self))]
 
     def __len__(self) -> int:
         return len(self.source)

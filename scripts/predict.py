@@ -32,7 +32,7 @@ import datasets
 from models._recipe import NetworkRecipe
 from tasks.classification.images import ImagePipeline
 from tasks.classification.options import image_size
-from tasks.classification.tables import prediction_cells, prediction_columns, write_csv
+from tasks.classification.tables import complete, prediction_cells, prediction_columns, write_csv
 from tasks.networks import (
     PretrainedWeightsError,
     build_model,
@@ -143,8 +143,7 @@ def recipe_of(checkpoint: dict[str, Any], args: argparse.Namespace) -> NetworkRe
 def class_names(checkpoint: dict[str, Any], num_classes: int) -> list[str]:
     """The checkpoint's classes, and numbers for those without a name; or else ImageNet's where they are as many."""
     if checkpoint.get("classes"):
-        named = list(map(str, checkpoint["classes"]))[:num_classes]
-        return named + [str(index) for index in range(len(named), num_classes)]
+        return complete(checkpoint["classes"], num_classes)
     subset = infer_imagenet_subset(dict(num_classes=num_classes))
     if subset is None:
         return [str(index) for index in range(num_classes)]

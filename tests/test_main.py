@@ -95,6 +95,19 @@ def test_two_processes_on_seven_images_give_what_one_gives(photos, trained, capf
 
 @pytest.mark.slow
 @pytest.mark.distributed
+def test_three_processes_report_what_one_reports(photos, trained, tmp_path, capfd):
+    """Every image once and in order, though one process gets a batch less; also where nothing is shared."""
+    arguments = [*SMALL, "--batch_size", "2", "--data_path", photos, "--eval", "--resume", trained / "last.pth"]
+    assert run(capfd, *arguments, "--report", tmp_path / "one")[0] == 0
+    for name, *shared in (("three", "--dist_eval"), ("each", "--dist_eval", "false")):
+        done = launch(3, *arguments, *shared, "--report", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        for table in ("predictions.csv", "classes.csv", "confusion.csv"):
+            assert (tmp_path / name / table).read_text() == (tmp_path / "one" / table).read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_two_processes_train_as_one_with_twice_the_batch(photos, tmp_path, capfd):
     """Without batch norm statistics to differ in, and without random augmentation, the weights agree."""
     plain = ["--model", "vit_tiny_patch16_224", "--input_size", "32", "--num_workers", "0", "--device", "cpu",

@@ -20,7 +20,10 @@ class Accuracy:
     def update(self, network: torch.nn.Module, batch: tuple[torch.Tensor, torch.Tensor]):
         """Count one batch."""
         images, targets = batch
-        logits = network(self.precision.arrange(images)).float()
+        self.count(network(self.precision.arrange(images)).float(), targets)
+
+    def count(self, logits: torch.Tensor, targets: torch.Tensor):
+        """Count a batch's (B, classes) logits and (B,) targets."""
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
         loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
         self.totals += torch.stack([hits[:, 0].sum(), hits.any(dim=1).sum(), loss, (targets >= 0).sum()])
@@ -35,3 +38,38 @@ class Accuracy:
         if images == 0:
             raise UserError("there was no image to evaluate")
         return dict(acc1=100 * top1 / images, acc5=100 * top5 / images, loss=loss / images, images=int(images))
+
+
+class RecordedAccuracy(Accuracy):
+    """`Accuracy` that also keeps what was predicted of every image, 88 bytes each, and gathers it by the image's index.
+
+    Attributes:
+        num_classes: Of the network, after `compute`.
+        targets: (N,) int64, class indices, -1 for images that are left out; after `compute`, as all that follows.
+        classes: (N, k) int64, the five most probable classes, or all where there are fewer, in this order.
+        probabilities: (N, k) float64, theirs.
+    """
+
+    def __init__(self, device: torch.device, precision: Precision):
+        super().__init__(device, precision)
+        self.num_classes, self.rows = 0, []
+
+    def count(self, logits: torch.Tensor, targets: torch.Tensor):
+        super().count(logits, targets)
+        self.num_classes = logits.shape[1]
+        top = logits.softmax(dim=1).topk(min(5, logits.shape[1]), dim=1)
+        self.rows.append(torch.cat([targets[:, None], top.indices, top.values], dim=1).double())
+
+    def compute(self, distributed: Distributed) -> dict[str, float]:
+        """As `Accuracy.compute`; the loader gave this process every `world_size`-th image, as `build_loader` does."""
+        results = super().compute(distributed)
+        self.num_classes = distributed.max(self.num_classes)  # 0 on a process that got no image
+        count = min(5, self.num_classes)
+        own = torch.cat([self.totals.new_zeros(0, 1 + 2 * count), *self.rows])
+        images = int(distributed.sum(self.totals.new_tensor(len(own))))
+        rows = own.new_zeros(images, own.shape[1])
+        rows[distributed.rank::distributed.world_size] = own
+        rows = distributed.sum(rows).cpu()
+        self.targets, self.classes = rows[:, 0].long(), rows[:, 1:1 + count].long()
+        self.probabilities = rows[:, 1 + count:]
+        return results

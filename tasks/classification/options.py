@@ -156,6 +156,14 @@ class TokenLabelOptions(Group):
 
 
 @dataclass(frozen=True)
+class ReportOptions(Group):
+    """Reports"""
+
+    report: str | None = flag(None, "with --eval, write tables there: the predictions of every image, accuracy by "
+                                    "class, the confusion matrix", type=path, metavar="FOLDER")
+
+
+@dataclass(frozen=True)
 class ClassificationSettings(Settings):
     """All options of a run that trains or evaluates a classifier."""
 
@@ -167,6 +175,7 @@ class ClassificationSettings(Settings):
     augmentation: AugmentationOptions
     distillation: DistillationOptions
     token_label: TokenLabelOptions
+    report: ReportOptions
 
     most_used: ClassVar[tuple[str, ...]] = (
         "data_path", "data_set", "model", "load_release", "input_size", "finetune", *Settings.most_used,
@@ -188,6 +197,8 @@ class ClassificationSettings(Settings):
             raise UsageError(f"--data_path is missing: the folder of the data set {self.data.data_set}")
 
     def _check_training(self):
+        if self.report.report is not None:
+            raise UsageError("--report is of an evaluation: it needs --eval")
         if self.augmentation.use_test_size:
             raise UsageError("--use_test_size is for --eval; a run is evaluated at its own --input_size")
         if self.machine.cuda_graph and self.model.grad_checkpointing:

@@ -18,6 +18,11 @@ def as_cell(value: Any) -> str:
     return f"'{text}" if isinstance(value, str | Path) and text.startswith(_FORMULA) else text
 
 
+def complete(names: Sequence[Any], count: int) -> list[str]:
+    """The names of `count` classes: those that are given, and numbers for the rest."""
+    return [str(name) for name in names[:count]] + [str(index) for index in range(len(names), count)]
+
+
 def prediction_columns(count: int) -> list[str]:
     """The titles of `count` guesses: class_1, probability_1, class_2, ..."""
     return [f"{what}_{rank}" for rank in range(1, count + 1) for what in ("class", "probability")]

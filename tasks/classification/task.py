@@ -1,5 +1,6 @@
 """Image classification, as `training.task.Task` asks for it."""
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from training.task import Task
 from utils import UsageError
 
 from .. import networks
-from . import losses, token_labels
+from . import losses, report, token_labels
 from .errors import (
     ADVICE,
     NoTokenHeadError,
@@ -27,7 +28,7 @@ from .errors import (
 )
 from .images import ImagePipeline
 from .losses import Criterion
-from .metrics import Accuracy
+from .metrics import Accuracy, RecordedAccuracy
 from .options import IMAGE_FOLDERS, TOKEN_STRIDE, ClassificationSettings
 from .policies import check_policy
 
@@ -61,6 +62,8 @@ class ClassificationTask(Task):
         self._told: set[str] = set()
         # Training images of each class, where the loss weighs classes by them.
         self.class_counts: list[int] | None = None
+        folder = settings.report.report
+        self.report_folder = None if folder is None else Path(folder)
 
     @classmethod
     def check_names(cls, settings: ClassificationSettings):
@@ -140,6 +143,9 @@ class ClassificationTask(Task):
         if not train:
             if self.distributed.is_main:
                 print(f"evaluated at {self.images.description}")
+                if self.report_folder is not None:
+                    report.prepare(self.report_folder)
+            self.val_set = dataset
             return self.images.loader(dataset, self.settings.loader, self.eval_processes)
         options = self.settings.augmentation
         return build_loader(
@@ -262,12 +268,16 @@ class ClassificationTask(Task):
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
     def evaluator(self) -> Accuracy:
-        return Accuracy(self.distributed.device, self.precision)
+        kind = Accuracy if self.report_folder is None else RecordedAccuracy
+        self.evaluated = kind(self.distributed.device, self.precision)
+        return self.evaluated
 
     def report(self, results: dict[str, float], what: str):
         # In the words of the published repositories, up to the loss.
         values = f"Acc@1 {results['acc1']:.3f} Acc@5 {results['acc5']:.3f} loss {results['loss']:.3f}"
         print(f"* {values} {self.measured_on(results, what)}")
+        if self.report_folder is not None:
+            report.write_report(self.report_folder, self.evaluated, self.val_set.names(), self.classes)
 
     def dummy_batch(self, size: int, train: bool) -> Batch:
         height, width = to_2tuple(self.images.input_size)

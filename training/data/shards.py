@@ -300,6 +300,13 @@ class TarShards(Sequence):
         image.name = name
         return self.decode(image), target
 
+    def names(self) -> list[str] | None:
+        """SHARD/IMAGE of every sample; None for shards of a URL, whose copies may be gone again."""
+        if isinstance(self.folder, HttpFolder):
+            return None
+        shards = enumerate(self.split.filenames)
+        return [f"{shard}/{sample.name}" for number, shard in shards for sample in self._shard(number)[1]]
+
     def sampler(self, num_replicas: int, rank: int, repeats: int) -> "ShardSampler":
         """The order in which process `rank` of `num_replicas` trains on the samples; see `ShardSampler`."""
         return ShardSampler(self.lengths, num_replicas, rank, repeats)

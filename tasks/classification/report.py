@@ -1,0 +1,94 @@
+"""The report of an evaluation: what was predicted of every image, accuracy by class, and the confusion matrix."""
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils import UserError, replace_file
+
+from .confusion import can_draw, confusion_figure, confusion_matrix
+from .metrics import RecordedAccuracy
+from .tables import complete, prediction_cells, prediction_columns, write_csv
+
+
+def prepare(folder: Path):
+    """Make the folder of a report.
+
+    Raises:
+        UserError: It cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
+
+
+def write_report(folder: Path, recorded: RecordedAccuracy, images: Sequence[str], classes: list[str] | None):
+    """Write `predictions.csv`, `classes.csv`, `confusion.csv` and, where matplotlib is installed, `confusion.png`.
+
+    Args:
+        folder: Where they are written.
+        recorded: The evaluation.
+        images: What each image is called, by its index.
+        classes: Names of the classes, where they are known.
+
+    Raises:
+        UserError: They cannot be written.
+    """
+    names = complete(classes or [], recorded.num_classes)
+    targets, top = recorded.targets.numpy(), recorded.classes.numpy()
+    matrix = confusion_matrix(targets, top[:, 0], len(names))
+    write_csv(folder / "predictions.csv", _predictions(recorded, images, names))
+    by_class = class_rows(matrix, targets, top, names)
+    write_csv(folder / "classes.csv", [["class", "images", "acc1", "acc5", "precision", "recall", "f1"], *by_class])
+    lines = ([name, *row] for name, row in zip(names, matrix.tolist(), strict=True))
+    write_csv(folder / "confusion.csv", [["true class", *names], *lines])
+    if can_draw():
+        figure = confusion_figure(matrix, names)
+        replace_file(folder / "confusion.png", lambda file: figure.savefig(file, format="png", dpi=120))
+    else:
+        print("no confusion.png is drawn: pip install matplotlib")
+    mean = np.mean([row[2] for row in by_class if row[1]])
+    print(f"report: {folder}, mean accuracy of the classes {mean:.3f}")
+
+
+def _predictions(recorded: RecordedAccuracy, images: Sequence[str], names: list[str]) -> Iterator[list[Any]]:
+    yield ["image", "true_class", *prediction_columns(recorded.classes.shape[1]), "error"]
+    for image, target, classes, probabilities in zip(
+        images, recorded.targets.tolist(), recorded.classes.tolist(), recorded.probabilities.tolist(), strict=True
+    ):
+        guesses = [(names[c], value) for c, value in zip(classes, probabilities, strict=True)]
+        if target < 0:
+            yield [image, "", *prediction_cells([("", None)] * len(guesses)), "cannot be read"]
+        else:
+            yield [image, names[target], *prediction_cells(guesses), ""]
+
+
+def class_rows(matrix: np.ndarray, targets: np.ndarray, top: np.ndarray, names: list[str]) -> list[list[Any]]:
+    """For each class its name, number of images, and accuracy, top-5 accuracy, precision, recall and F1 in percent.
+
+    The recall of a class is its accuracy. What is not defined, for a class without images or predictions, is "".
+
+    Args:
+        matrix: (true, predicted) counts.
+        targets: (N,) class indices, -1 for images that are left out.
+        top: (N, k) class indices, the most probable first.
+        names: Of the classes.
+    """
+    from sklearn.metrics import precision_recall_fscore_support
+
+    known = targets >= 0
+    labels = range(len(names))
+    precision, recall, f1, images = precision_recall_fscore_support(
+        targets[known], top[known, 0], labels=labels, zero_division=math.nan
+    )
+    found = targets[known][(top[known] == targets[known, None]).any(axis=1)]
+    with np.errstate(invalid="ignore"):
+        acc5 = np.bincount(found, minlength=len(names)) / images
+    values = np.stack([np.diag(matrix) / np.where(images, images, math.nan), acc5, precision, recall, f1], axis=1)
+    cells = [["" if math.isnan(value) else round(100 * value, 3) for value in row] for row in values.tolist()]
+    return [[name, count, *row] for name, count, row in zip(names, images.tolist(), cells, strict=True)]
