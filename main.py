@@ -14,7 +14,7 @@ from training import advice, command_line, flags, options
 from training.checkpoints import Checkpointer, Stopped, find_start, keep_best, open_store
 from training.command_line import CommandLine, TaskRegistry
 from training.distributed import init_distributed, shutdown_distributed, warm_up_ddp
-from training.log import NonFiniteLossError, RunLog, print_end, print_plan
+from training.log import NonFiniteLossError, RunLog, open_log, print_end, print_plan
 from training.options import Settings
 from training.precision import Precision
 from training.run import BestMetric, Clock, Run, create_ema
@@ -89,8 +89,7 @@ def evaluate_epoch(trainer: engine.Trainer, data: Data, checkpointer: Checkpoint
     results = {"val": evaluate(task, data, run.model)}
     if run.ema is not None and task.settings.ema.model_ema_eval:
         results["ema"] = evaluate(task, data, run.ema.module, "model EMA")
-    for name, values in results.items():
-        trainer.log.scalars(name, values, run.clock.global_step)
+    trainer.log.evaluations(results, task.pictures, run.clock.global_step)
     metrics = results["val"] | {f"ema_{name}": value for name, value in results.get("ema", {}).items()}
     if run.record_best(metrics):
         checkpointer.save_best(metrics)
@@ -181,14 +180,15 @@ def train(task: Task, signals: SignalHandler):
             if distributed.is_main:
                 print(f"training is already complete: {source} is at epoch {clock.epoch} of {clock.epochs}")
             return
-        log = RunLog(store.folder if distributed.is_main else None, clock.epoch, clock.global_step)
-        trainer = create_trainer(task, run, log)
         recipe = flags.as_recipe(settings)
+        log = open_log(store.folder if distributed.is_main else None, clock, settings.wandb, recipe)
+        trainer = create_trainer(task, run, log)
         if distributed.is_main:
             options.save(recipe, store.folder / "args.yaml")
             print_plan(task, run, scaled_lr(settings.optimizer.lr, run.global_batch), store.folder)
             if source:
                 print(f"resuming from {source}: epoch {clock.epoch}, step {clock.step} of {clock.epoch_steps}")
+            task.preview(data.train_loader.dataset, clock)
         with closing(log):
             saver = Checkpointer(run, store, distributed, signals, recipe, settings.checkpoint)
             try:

@@ -1,18 +1,25 @@
-"""Losses and times of a run: on the device, on the terminal, in log.txt and in TensorBoard."""
+"""Losses and times of a run: on the device, on the terminal, in log.txt and in trackers."""
 import json
 import math
 import sys
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from utils import UserError, replace_file
 
 from .distributed import Distributed
+from .options import WandbOptions
+from .run import Clock
+from .trackers import Tracker, open_trackers
+
+PICTURES_EVERY = 60.0  # seconds, between two pictures of evaluations
 
 
 class NonFiniteLossError(UserError):
@@ -198,32 +205,21 @@ def is_watched(distributed: Distributed) -> bool:
     return distributed.is_main and sys.stderr.isatty()
 
 
-def _tensorboard(folder: Path, step: int) -> Any | None:
-    """The `SummaryWriter` of a run that has taken `step` steps; None, and a line, where TensorBoard is missing."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        print("training without TensorBoard's curves, since it is not installed: pip install tensorboard")
-        return None
-    return SummaryWriter(str(folder), purge_step=step + 1)
-
-
 class RunLog:
-    """TensorBoard's curves, where it is installed, and one line of JSON per epoch in `log.txt`.
+    """One line of JSON per epoch in `log.txt`, and curves and pictures by `training.trackers`.
 
-    Silent on all processes but the main one.
+    Args:
+        folder: The run's; None for a silent log, on all processes but the main one.
+        epoch: The epoch in which the run starts or resumes. Lines of it and of later ones, which the run had logged
+            before it was stopped, are removed.
+        trackers: What else is told, and closed at the end.
     """
 
-    def __init__(self, folder: Path | None, epoch: int = 0, step: int = 0):
-        """The log of a run in `folder` that starts, or resumes, in `epoch` after `step` optimizer steps.
-
-        Lines of this epoch and later ones, which the run had logged before it was stopped, are removed.
-        """
+    def __init__(self, folder: Path | None, epoch: int = 0, trackers: Sequence[Tracker] = ()):
         self.file = None
-        self.tensorboard = None
+        self.trackers, self.drawn_at, self.undrawn = trackers, time.monotonic(), None
         if folder is not None:
             self.file = folder / "log.txt"
-            self.tensorboard = _tensorboard(folder / "tensorboard", step)
             self._remove_from(epoch)
 
     def _remove_from(self, epoch: int):
@@ -238,18 +234,50 @@ class RunLog:
 
     def scalars(self, group: str, values: dict[str, float], step: int):
         """Points of the curves `group/NAME` at an optimizer step."""
-        if self.tensorboard is not None:
-            for name, value in values.items():
-                self.tensorboard.add_scalar(f"{group}/{name}", value, step)
+        for tracker in self.trackers:
+            tracker.scalars({f"{group}/{name}": value for name, value in values.items()}, step)
+
+    def evaluations(
+        self, results: dict[str, dict[str, float]], pictures: Callable[[], dict[str, np.ndarray]], step: int
+    ):
+        """Points of the curves of an epoch's evaluations, by group, and the pictures, uint8 (H, W, 3), of the last.
+
+        An epoch may take less time than pictures do: they are drawn at most every `PICTURES_EVERY` seconds, and those
+        of the last epoch when the log is closed.
+        """
+        for group, values in results.items():
+            self.scalars(group, values, step)
+        self.undrawn = group, pictures, step
+        if time.monotonic() - self.drawn_at >= PICTURES_EVERY:
+            self._draw()
+
+    def _draw(self):
+        if self.trackers and self.undrawn is not None:
+            group, pictures, step = self.undrawn
+            for name, pixels in pictures().items():
+                for tracker in self.trackers:
+                    tracker.picture(f"{group}/{name}", pixels, step)
+        self.undrawn, self.drawn_at = None, time.monotonic()
 
     def epoch(self, record: dict[str, Any]):
         """Append the line of an epoch to `log.txt`."""
-        if self.tensorboard is not None:
-            self.tensorboard.flush()
         if self.file is not None:
+            for tracker in self.trackers:
+                tracker.flush()
             with open(self.file, "a") as file:
                 file.write(json.dumps(record) + "\n")
 
     def close(self):
-        if self.tensorboard is not None:
-            self.tensorboard.close()
+        self._draw()
+        for tracker in self.trackers:
+            tracker.close()
+
+
+def open_log(folder: Path | None, clock: Clock, wandb: WandbOptions, recipe: dict[str, Any]) -> RunLog:
+    """The log of a run that starts or resumes where its clock is, with its trackers; silent where `folder` is None.
+
+    Raises:
+        WandbError: Weights & Biases is asked for, and cannot be used.
+    """
+    trackers = () if folder is None else open_trackers(folder, clock.global_step, wandb, recipe)
+    return RunLog(folder, clock.epoch, trackers)

@@ -5,6 +5,7 @@ A task adds its own groups (`tasks/classification/options.py`), and checks there
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -183,6 +184,19 @@ class CheckpointOptions(Group):
 
 
 @dataclass(frozen=True)
+class WandbOptions(Group):
+    """Weights & Biases"""
+
+    enable_wandb: bool = flag(False, "log to Weights & Biases too, beside TensorBoard")
+    project: str = flag("routedvit", "project there")
+
+    def check_installed(self):
+        """Raises UsageError where it is asked for and not installed; evaluation needs none."""
+        if self.enable_wandb and find_spec("wandb") is None:
+            raise UsageError("--enable_wandb needs the package wandb: pip install wandb")
+
+
+@dataclass(frozen=True)
 class MachineOptions(Group):
     """Device, precision and reproducibility"""
 
@@ -217,6 +231,7 @@ class Settings:
     ema: EmaOptions
     evaluation: EvaluationOptions
     checkpoint: CheckpointOptions
+    wandb: WandbOptions
     machine: MachineOptions
 
     # What --help lists first.
@@ -230,6 +245,7 @@ class Settings:
             if self.checkpoint.patience is not None and self.evaluation.disable_eval:
                 raise UsageError("--patience waits for a better evaluation, which --disable_eval leaves out")
             self._check_cuda_graph()
+            self.wandb.check_installed()
         self.check()
 
     @property

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
@@ -29,6 +30,7 @@ from .data.loader import EpochLoader
 from .distributed import Distributed
 from .options import Settings
 from .precision import Precision
+from .run import Clock
 
 Batch = Any
 
@@ -189,6 +191,17 @@ class Task(ABC):
         """Why an evaluation's results are none, in one line; None where they are sound. `what` as `report` takes it."""
         names = [name for name in self.metrics if not math.isfinite(results[name])]
         return f"the outputs of the {what} are NaN or infinite: so is the {' and the '.join(names)}" if names else None
+
+    def pictures(self) -> dict[str, np.ndarray]:
+        """What the last evaluation has to show, by name: uint8 (H, W, 3); called in training, on the main process."""
+        return {}
+
+    def preview(self, dataset: Dataset, clock: Clock):
+        """Show the first training batches from `clock` on, where that is asked for; called on the main process alone.
+
+        Nothing that a run draws may depend on whether it was called.
+        """
+        return None
 
     def check_input(self, network: torch.nn.Module):
         """Evaluate one image of zeros and, for a run that trains, compute the loss of a batch of one or two.

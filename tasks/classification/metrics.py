@@ -1,4 +1,6 @@
 """Accuracy of a classifier."""
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -43,16 +45,28 @@ class Accuracy:
 class RecordedAccuracy(Accuracy):
     """`Accuracy` that also keeps what was predicted of every image, 88 bytes each, and gathers it by the image's index.
 
+    Args:
+        device, precision: As of `Accuracy`.
+        shown: Which of this process's images to keep, by their places among them, in order.
+
     Attributes:
+        images: Those, normalised (3, H, W).
         num_classes: Of the network, after `compute`.
         targets: (N,) int64, class indices, -1 for images that are left out; after `compute`, as all that follows.
         classes: (N, k) int64, the five most probable classes, or all where there are fewer, in this order.
         probabilities: (N, k) float64, theirs.
     """
 
-    def __init__(self, device: torch.device, precision: Precision):
+    def __init__(self, device: torch.device, precision: Precision, shown: Sequence[int] = ()):
         super().__init__(device, precision)
+        self.shown, self.images, self.seen = shown, [], 0
         self.num_classes, self.rows = 0, []
+
+    def update(self, network: torch.nn.Module, batch: tuple[torch.Tensor, torch.Tensor]):
+        super().update(network, batch)
+        images = batch[0]
+        self.images += [images[i - self.seen].clone() for i in self.shown if 0 <= i - self.seen < len(images)]
+        self.seen += len(images)
 
     def count(self, logits: torch.Tensor, targets: torch.Tensor):
         super().count(logits, targets)

@@ -2,6 +2,7 @@
 import argparse
 import math
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 from training.flags import Group, flag, fraction, key_value, not_negative, path, positive
@@ -155,12 +156,18 @@ class TokenLabelOptions(Group):
                                             check=not_negative)
 
 
+def _picture(file: str) -> str | None:
+    return None if Path(file).suffix.lower() in (".png", ".jpg", ".jpeg") else "must end in .png or .jpg"
+
+
 @dataclass(frozen=True)
 class ReportOptions(Group):
-    """Reports"""
+    """Reports and pictures"""
 
     report: str | None = flag(None, "with --eval, write tables there: the predictions of every image, accuracy by "
                                     "class, the confusion matrix", type=path, metavar="FOLDER")
+    show_batch: str | None = flag(None, "write the first training images there, as the network sees them, and train",
+                                  type=path, metavar="FILE", check=_picture)
 
 
 @dataclass(frozen=True)

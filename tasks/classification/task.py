@@ -1,8 +1,10 @@
 """Image classification, as `training.task.Task` asks for it."""
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from timm.data.loader import fast_collate
 from timm.data.mixup import Mixup
@@ -11,14 +13,16 @@ from torch.utils.data import Dataset
 
 import datasets
 from storage.weights import held_out_difference
-from training.data.loader import EpochLoader, build_loader
+from training.data.loader import EpochLoader, build_loader, seeded
 from training.distributed import Distributed
+from training.options import LoaderOptions
 from training.precision import Precision
+from training.run import Clock
 from training.task import Task
-from utils import UsageError
+from utils import UsageError, derive_seed
 
 from .. import networks
-from . import losses, report, token_labels
+from . import confusion, losses, pictures, report, tables, token_labels
 from .errors import (
     ADVICE,
     NoTokenHeadError,
@@ -32,6 +36,8 @@ from .metrics import Accuracy, RecordedAccuracy
 from .options import IMAGE_FOLDERS, TOKEN_STRIDE, ClassificationSettings
 from .policies import check_policy
 
+# How many images are shown, and of at most how many classes an evaluation in training draws the confusion matrix.
+SHOWN, DRAWN = 16, 50
 Batch = tuple[torch.Tensor, torch.Tensor | token_labels.TokenTargets]
 
 
@@ -63,6 +69,7 @@ class ClassificationTask(Task):
         # Training images of each class, where the loss weighs classes by them.
         self.class_counts: list[int] | None = None
         folder = settings.report.report
+        self.val_set: Dataset | None = None
         self.report_folder = None if folder is None else Path(folder)
 
     @classmethod
@@ -147,10 +154,13 @@ class ClassificationTask(Task):
                     report.prepare(self.report_folder)
             self.val_set = dataset
             return self.images.loader(dataset, self.settings.loader, self.eval_processes)
+        return self._train_loader(dataset, self.settings.loader)
+
+    def _train_loader(self, dataset: Dataset, loader_options: LoaderOptions) -> EpochLoader:
         options = self.settings.augmentation
         return build_loader(
             dataset,
-            self.settings.loader,
+            loader_options,
             self.distributed,
             train=True,
             seed=self.settings.machine.seed,
@@ -268,9 +278,73 @@ class ClassificationTask(Task):
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
     def evaluator(self) -> Accuracy:
-        kind = Accuracy if self.report_folder is None else RecordedAccuracy
-        self.evaluated = kind(self.distributed.device, self.precision)
+        device, training = self.distributed.device, not self.settings.evaluation.eval
+        if training:
+            self.evaluated = RecordedAccuracy(device, self.precision, self._shown())
+        elif self.report_folder is not None:
+            self.evaluated = RecordedAccuracy(device, self.precision)
+        else:
+            self.evaluated = Accuracy(device, self.precision)
         return self.evaluated
+
+    def _shown(self) -> list[int]:
+        """The places among its own, in order, of the val images that this process shows; the main process does."""
+        if not self.distributed.is_main or self.val_set is None:
+            return []
+        own = len(range(0, len(self.val_set), self.eval_processes.world_size))
+        return sorted({place * own // SHOWN for place in range(SHOWN)})
+
+    def pictures(self) -> dict[str, np.ndarray]:
+        """Images of the last evaluation, and of at most `DRAWN` classes the confusion matrix, where it can be drawn."""
+        recorded, names = self.evaluated, tables.complete(self.classes or [], self.num_classes)
+        indices = [place * self.eval_processes.world_size for place in recorded.shown]
+        titles = [
+            f"{names[recorded.targets[i]] if recorded.targets[i] >= 0 else 'cannot be read'}\n"
+            f"as {names[recorded.classes[i, 0]]} {100 * recorded.probabilities[i, 0]:.0f} %" for i in indices
+        ]
+        config = self.images.config
+        images = torch.stack(recorded.images)
+        shown = dict(predictions=pictures.draw_grid(images, titles, config["mean"], config["std"]))
+        if len(names) <= DRAWN and confusion.can_draw():
+            targets, predicted = recorded.targets.numpy(), recorded.classes[:, 0].numpy()
+            matrix = confusion.confusion_matrix(targets, predicted, len(names))
+            shown["confusion"] = confusion.as_pixels(confusion.confusion_figure(matrix, names))
+        return shown
+
+    # --- before training ----------------------------------------------------------------------------------------------
+
+    def preview(self, dataset: Dataset, clock: Clock):
+        """`--show_batch`: the training images of the next steps, at least `SHOWN` where there are so many."""
+        if self.settings.report.show_batch is None:
+            return
+        file, config = Path(self.settings.report.show_batch), self.images.config
+        images, titles = [], []
+        for batch in self._next_batches(dataset, clock):
+            images += batch[0]
+            titles += pictures.target_titles(batch[1], tables.complete(self.classes or [], self.num_classes),
+                                             self.criterion.mixup)
+            if len(images) >= SHOWN:
+                break
+        pixels = pictures.draw_grid(torch.stack(images[:2 * SHOWN]), titles[:2 * SHOWN], config["mean"], config["std"])
+        pictures.write_picture(file, pixels)
+        print(f"training images: {file}")
+
+    def _next_batches(self, dataset: Dataset, clock: Clock) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The images, mixed, and targets of the first batch of each step from `clock` on, as this process trains on
+        them; read in this process, by a loader of its own, and without a change to what is drawn later.
+        """
+        seed, update_freq = self.settings.machine.seed, self.settings.optimizer.update_freq
+        epoch, step = (clock.epoch + 1, 0) if clock.epoch_is_over else (clock.epoch, clock.step)
+        loader = self._train_loader(dataset, replace(self.settings.loader, num_workers=0))
+        loader.set_epoch(epoch, first_batch=step * update_freq)
+        for number, (images, targets) in enumerate(loader):
+            if number % update_freq == 0:
+                key = derive_seed(seed, epoch, step + number // update_freq, self.distributed.rank)
+                with seeded(key % 2**32, self.distributed.device):
+                    if self.criterion.mixup is not None:
+                        images, targets = self.criterion.mixup(images, targets)
+                # of token labels, those of the images
+                yield images, targets[0] if isinstance(targets, tuple) else targets
 
     def report(self, results: dict[str, float], what: str):
         # In the words of the published repositories, up to the loss.

@@ -8,13 +8,15 @@ import torch
 from torch import nn
 
 from training.distributed import Distributed
-from training.log import Meter, NonFiniteLossError, RunLog, check_finite, log_line
+from training.log import Meter, NonFiniteLossError, RunLog, check_finite, log_line, open_log
+from training.options import WandbOptions
+from training.run import Clock
 
 ALONE = Distributed(torch.device("cpu"))
 
 
 def test_run_log(tmp_path):
-    log = RunLog(tmp_path)
+    log = open_log(tmp_path, Clock(epoch_length=3, total=6), WandbOptions(), {})
     log.scalars("train", dict(loss=1.0), 3)
     log.epoch(dict(epoch=0, train_loss=1.0))
     log.epoch(dict(epoch=1, train_loss=0.5))
@@ -26,7 +28,7 @@ def test_run_log(tmp_path):
 
 def test_without_tensorboard_there_are_no_curves(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    log = RunLog(tmp_path)
+    log = open_log(tmp_path, Clock(epoch_length=3, total=6), WandbOptions(), {})
     log.scalars("train", dict(loss=1.0), 1)
     log.epoch(dict(epoch=0))
     log.close()
@@ -34,10 +36,43 @@ def test_without_tensorboard_there_are_no_curves(tmp_path, monkeypatch, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
 
 
+class Shown:
+    """A `training.trackers.Tracker` that remembers."""
+
+    def __init__(self):
+        self.values, self.drawn, self.closed = [], [], False
+
+    def close(self):
+        self.closed = True
+
+    def scalars(self, values, step):
+        self.values.append((values, step))
+
+    def picture(self, name, pixels, step):
+        self.drawn.append((name, step))
+
+
+def test_pictures_of_evaluations_cost_a_long_run_little_and_are_there_at_its_end(monkeypatch):
+    """Of three epochs, the first takes a second, the second a minute; the last one is drawn whatever it takes."""
+    tracker, now = Shown(), [0.0]
+    monkeypatch.setattr("training.log.time.monotonic", lambda: now[0])
+    log = RunLog(None, trackers=[tracker])
+    for step, seconds in ((3, 1), (6, 60), (9, 1)):
+        now[0] += seconds
+        log.evaluations(dict(val=dict(acc1=1.0), ema=dict(acc1=2.0)), lambda: dict(confusion=None), step)
+    assert tracker.drawn == [("ema/confusion", 6)]
+    assert tracker.values[-2:] == [({"val/acc1": 1.0}, 9), ({"ema/acc1": 2.0}, 9)]
+    log.close()
+    assert tracker.drawn == [("ema/confusion", 6), ("ema/confusion", 9)] and tracker.closed
+    silent = RunLog(None)
+    silent.evaluations(dict(val={}), lambda: pytest.fail("drawn for nobody"), 1)
+    silent.close()
+
+
 def test_a_resumed_log_forgets_what_comes_again(tmp_path):
     """Also half a line, and a line of a run that went further."""
     (tmp_path / "log.txt").write_text('{"epoch": 0, "a": 1}\n{"epoch": 1, "a": 2}\n{"epoch": 2, "a": 3}\n{"epoch": 0')
-    log = RunLog(tmp_path, epoch=1, step=3)
+    log = RunLog(tmp_path, epoch=1)
     log.epoch(dict(epoch=1, a=5))
     log.close()
     assert (tmp_path / "log.txt").read_text() == '{"epoch": 0, "a": 1}\n{"epoch": 1, "a": 5}\n'

@@ -1,0 +1,74 @@
+"""Pictures of batches: images as the network sees them, each with a title."""
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from timm.data.mixup import Mixup
+from torchvision.utils import make_grid
+
+from utils import UserError, printable, replace_file
+
+# Pixels: the least width of an image, which a title needs; and the height of a line of its title.
+_WIDTH, _LINE = 128, 13
+
+
+def draw_grid(images: torch.Tensor, titles: Sequence[str], mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Normalised (B, 3, H, W) images and their titles, of the same number of lines -> uint8 (H', W', 3)."""
+    mean, std = (torch.tensor(x, device=images.device).view(-1, 1, 1) for x in (mean, std))
+    pixels = (images.float() * std + mean).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    tiles = [_tile(image, title) for image, title in zip(pixels, titles, strict=True)]
+    grid = make_grid(torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2), nrow=4, padding=4, pad_value=255)
+    return grid.permute(1, 2, 0).numpy()
+
+
+def _tile(image: np.ndarray, title: str) -> np.ndarray:
+    """A uint8 (H, W, 3) image, enlarged where it is small, above its title."""
+    scale = -(-_WIDTH // image.shape[1])
+    image = image.repeat(scale, axis=0).repeat(scale, axis=1)
+    height, width = image.shape[:2]
+    lines = title.split("\n")
+    tile = Image.new("RGB", (width, height + 2 + _LINE * len(lines)), "white")
+    tile.paste(Image.fromarray(image))
+    draw, font = ImageDraw.Draw(tile), ImageFont.load_default()
+    for row, line in enumerate(lines):
+        # PIL's own font has Latin letters alone
+        text = printable(line).encode("latin-1", "replace").decode("latin-1")
+        while text and draw.textlength(text, font) > width:
+            text = text[:-1]
+        draw.text((1, height + 1 + _LINE * row), text, fill="black", font=font)
+    return np.asarray(tile)
+
+
+def target_titles(targets: torch.Tensor, names: Sequence[str], mixup: Mixup | None) -> list[str]:
+    """What each image of a training batch is to be taken for, in two lines: a class, or two and their weights.
+
+    Args:
+        targets: (B,) class indices, or (B, classes) mixed and smoothed distributions.
+        names: Of the classes.
+        mixup: What mixed the targets; None for class indices.
+    """
+    if targets.ndim == 1:
+        return [f"{names[target]}\n" for target in targets.tolist()]
+    off = mixup.label_smoothing / len(names)
+    weights, classes = ((targets - off) / max(1 - mixup.label_smoothing, 1e-6)).topk(min(2, len(names)), dim=1)
+    titles = []
+    for values, indices in zip(weights.tolist(), classes.tolist(), strict=True):
+        lines = [f"{value:.2f} {names[c]}" for value, c in zip(values, indices, strict=True) if value >= 0.005]
+        lines = [names[indices[0]]] if values[0] > 0.995 else lines
+        titles.append("\n".join([*lines, "", ""][:2]))
+    return titles
+
+
+def write_picture(file: Path, pixels: np.ndarray):
+    """Write uint8 (H, W, 3) pixels in the format of the file's ending.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    image = Image.fromarray(pixels)
+    try:
+        replace_file(file, lambda out: image.save(out, Image.registered_extensions()[file.suffix.lower()], quality=95))
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror}") from error

@@ -1,0 +1,70 @@
+"""Pictures of batches: what the network is trained on, and what its evaluation said."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data.mixup import Mixup
+
+import main as program
+from helpers.run_state import differences
+from tasks.classification import pictures
+from tasks.classification.pictures import draw_grid, target_titles
+from tasks.classification.task import ClassificationTask
+
+SMALL = ["--model", "biformer_nano", "--input_size", "32", "--batch_size", "4", "--device", "cpu", "--epochs", "1",
+         "--warmup_epochs", "0", "--lr", "1e-2", "--repeated_aug", "false"]
+
+
+def run(photos, folder, *arguments):
+    return program.main([*SMALL, "--data_path", str(photos), "--output_dir", str(folder), *map(str, arguments)])
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_picture_shows_what_the_network_is_trained_on_and_changes_nothing(photos, tmp_path, monkeypatch, workers):
+    trained, drawn = [], []
+    network, grid = ClassificationTask.network, pictures.draw_grid
+
+    def watched(task):
+        model = network(task)
+        model.register_forward_pre_hook(lambda m, inputs: trained.append(inputs[0].clone()) if m.training else None)
+        return model
+
+    monkeypatch.setattr(ClassificationTask, "network", watched)
+    monkeypatch.setattr(pictures, "draw_grid", lambda images, *a: drawn.append(images) or grid(images, *a))
+    for name, *arguments in (("plain",), ("shown", "--show_batch", tmp_path / "batch.png")):
+        trained.clear()
+        assert run(photos, tmp_path / name, "--num_workers", workers, *arguments) == 0
+    assert len(trained) == 3 and torch.equal(drawn[1], torch.cat(trained))
+    assert differences(tmp_path / "plain", tmp_path / "shown") == []
+    assert Image.open(tmp_path / "batch.png").size[0] == 4 * 128 + 5 * 4
+
+
+def test_files_that_cannot_be_a_picture(photos, tmp_path, capfd):
+    assert run(photos, tmp_path / "run", "--show_batch", "batch.txt") == 2
+    assert capfd.readouterr().err == "error: --show_batch must end in .png or .jpg, got batch.txt\n"
+    (tmp_path / "file").touch()
+    assert run(photos, tmp_path / "run", "--num_workers", "0", "--show_batch", tmp_path / "file" / "a.jpg") == 1
+    assert capfd.readouterr().err == f"error: cannot write {tmp_path}/file/a.jpg: File exists\n"
+
+
+def test_images_are_shown_as_they_were_before_normalisation():
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    pixels = torch.randint(0, 256, (2, 3, 40, 130), dtype=torch.uint8)
+    images = (pixels / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    grid = draw_grid(images, ["a\nb", "c\nd"], mean, std)
+    assert np.array_equal(grid[4:44, 4:134], pixels[0].permute(1, 2, 0).numpy())
+    assert (grid[44:70, 4:134] < 128).any(), "there is a title"
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_titles_name_what_was_mixed_and_how_much(smoothing):
+    """Class names may be of any script and length."""
+    names = ["cat", "dog", "\u732b" * 200, "\x1b[31m"]
+    assert target_titles(torch.tensor([0, 1]), names, None) == ["cat\n", "dog\n"]
+    mixup = Mixup(mixup_alpha=1.0, label_smoothing=smoothing, num_classes=4)
+    mixup._params_per_batch = lambda: (0.7, False)
+    images, targets = mixup(torch.zeros(4, 3, 8, 8), torch.tensor([0, 1, 2, 0]))
+    titles = target_titles(targets, names, mixup)
+    if smoothing < 1:
+        assert titles[0] == "cat\n" and titles[1] == "0.70 dog\n0.30 " + names[2]
+    draw_grid(images, titles, (0.5,) * 3, (0.5,) * 3)
