@@ -43,11 +43,15 @@ from tasks.networks import (
     read,
 )
 from training import flags
+from training.advice import with_advice
 from training.data import files
 from training.distributed import init_distributed
 from training.options import LoaderOptions
 from training.precision import Precision
+from training.signals import OutOfMemoryFault, WorkerFault, fault_of
 from utils import UsageError, UserError, print_line, printable, run_script, user_path
+
+ADVICE = {OutOfMemoryFault: "lower --batch_size", WorkerFault: "give fewer --num_workers or more memory"}
 
 
 class Interrupted(UserError):
@@ -234,10 +238,16 @@ def write(args: argparse.Namespace):
     for path in find_images(args.images):
         paths.setdefault(os.path.abspath(path), path)  # once, however many arguments name it
     predictions = printed(predict(args, list(paths.values())), len(paths))
-    if args.output:
-        write_csv(args.output, as_rows(predictions))
-    else:
-        deque(predictions, maxlen=0)
+    try:
+        if args.output:
+            write_csv(args.output, as_rows(predictions))
+        else:
+            deque(predictions, maxlen=0)
+    except (OSError, RuntimeError) as error:
+        fault = fault_of(error)
+        if fault is None:
+            raise
+        raise UserError(with_advice(fault, ADVICE)) from error
 
 
 def main(argv: list[str] | None = None) -> int:

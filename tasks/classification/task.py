@@ -300,7 +300,7 @@ class ClassificationTask(Task):
         indices = [place * self.eval_processes.world_size for place in recorded.shown]
         titles = [
             f"{names[recorded.targets[i]] if recorded.targets[i] >= 0 else 'cannot be read'}\n"
-            f"as {names[recorded.classes[i, 0]]} {100 * recorded.probabilities[i, 0]:.0f} %" for i in indices
+            f"pred. {names[recorded.classes[i, 0]]} {100 * recorded.probabilities[i, 0]:.0f} %" for i in indices
         ]
         config = self.images.config
         images = torch.stack(recorded.images)

@@ -217,6 +217,16 @@ def test_ctrl_c_keeps_what_was_predicted(trained, tmp_path, capfd, monkeypatch):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_memory_that_runs_out_is_one_line(trained, tmp_path, capfd, monkeypatch):
+    def fail(args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    write_images(tmp_path, "a.png")
+    monkeypatch.setattr(predict, "load_network", fail)
+    code, _, err = run(capfd, "--checkpoint", trained, tmp_path)
+    assert code == 1 and err.startswith("error: out of memory (") and err.endswith("; lower --batch_size\n")
+
+
 def test_an_image_that_is_named_twice_comes_once(trained, tmp_path, capfd, monkeypatch):
     write_images(tmp_path, "a.png", "b.png")
     monkeypatch.chdir(tmp_path)

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from multiprocessing import parent_process
+from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
@@ -182,7 +183,14 @@ class EpochLoader:
 # --- workers ----------------------------------------------------------------------------------------------------------
 
 
+def _report_error(kind: type[BaseException], error: BaseException, traceback: TracebackType | None):
+    # The thread that hands batches over finds its connection closed where the main process stops before the last one.
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, traceback)
+
+
 def _follow_main_process(worker: int):
+    sys.excepthook = _report_error
     # A terminal and Slurm send signals to every process; the run's main process decides what comes of them.
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

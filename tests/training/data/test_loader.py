@@ -17,6 +17,7 @@ from torch.utils.data import DistributedSampler
 from datasets import ImageDataset, build_dataset
 from helpers.loading import different_images, draw, loader_of, process, random_states, read_all, same, transform
 from helpers.photos import write_noise
+from training.data import loader
 from training.data.loader import ToDevice, _follow_main_process, seeded
 from utils import UserError
 
@@ -236,3 +237,11 @@ def test_workers_obey_their_main_process_alone():
     worker.terminate()  # as multiprocessing does at the end of the main process, which then waits
     worker.join(10)
     assert worker.exitcode == 143
+
+
+def test_a_worker_says_nothing_of_a_main_process_that_stopped_reading(capfd):
+    for error in (ConnectionResetError(104, "Connection reset by peer"), EOFError()):
+        loader._report_error(type(error), error, None)
+    assert capfd.readouterr().err == ""
+    loader._report_error(ValueError, ValueError("a mistake"), None)
+    assert "a mistake" in capfd.readouterr().err
