@@ -134,12 +134,14 @@ def recipe_of(checkpoint: dict[str, Any], args: argparse.Namespace) -> NetworkRe
     if recipe.model is None:
         raise UsageError("the checkpoint does not say which model it belongs to; give --model")
     check_model(recipe.model)
-    recipe = replace(recipe, num_classes=args.nb_classes or recipe.num_classes)
     if args.use_test_size:
-        images = ImagePipeline.of_validation(recipe.model)
-        return replace(recipe, input_size=images.input_size, crop_pct=images.crop_pct)
-    published = model_data_config(recipe.model)["input_size"][-2:]
-    return replace(recipe, input_size=args.input_size or recipe.input_size or published)
+        config = model_data_config(recipe.model, use_test_size=True)
+        recipe = replace(recipe, input_size=config["input_size"][-2:], crop_pct=config["crop_pct"])
+    return replace(
+        recipe,
+        num_classes=args.nb_classes or recipe.num_classes,
+        input_size=args.input_size or recipe.input_size or model_data_config(recipe.model)["input_size"][-2:],
+    )
 
 
 def class_names(checkpoint: dict[str, Any], num_classes: int) -> list[str]:
@@ -184,8 +186,9 @@ def predict(args: argparse.Namespace, paths: list[Path]) -> Iterator[Prediction]
     for batch, places in images.loader(Images(paths, images.transform()), loader_options, distributed, collate):
         with precision.autocast():
             logits = model(batch)
-        for index, outputs in zip(places.indices, logits, strict=True):
-            check_outputs(outputs, str(paths[index]))
+        for index, error, outputs in zip(places.indices, places.errors, logits, strict=True):
+            if not error:
+                check_outputs(outputs, str(paths[index]))
         top = logits.float().softmax(dim=1).topk(min(args.topk, logits.shape[1]))
         found = zip(places.indices, places.errors, top.values.tolist(), top.indices.tolist(), strict=True)
         for index, error, values, classes in found:

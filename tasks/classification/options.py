@@ -169,9 +169,9 @@ class ReportOptions(Group):
     """Reports and pictures"""
 
     report: str | None = flag(None, "with --eval, write tables there: the predictions of every image, accuracy by "
-                                    "class, the confusion matrix", metavar="FOLDER")
+                                    "class, the confusion matrix", type=path, metavar="FOLDER")
     show_batch: str | None = flag(None, "write the first training images there, as the network sees them, and train",
-                                  metavar="FILE", check=_picture)
+                                  type=path, metavar="FILE", check=_picture)
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class ClassificationTask(Task):
         self.class_counts: list[int] | None = None
         folder = settings.report.report
         self.val_set: Dataset | None = None
-        self.report_folder = None if folder is None else Path(folder).expanduser()
+        self.report_folder = None if folder is None else Path(folder)
 
     @classmethod
     def check_names(cls, settings: ClassificationSettings):
@@ -317,7 +317,7 @@ class ClassificationTask(Task):
         """`--show_batch`: the training images of the next steps, at least `SHOWN` where there are so many."""
         if self.settings.report.show_batch is None:
             return
-        file, config = Path(self.settings.report.show_batch).expanduser(), self.images.config
+        file, config = Path(self.settings.report.show_batch), self.images.config
         images, titles = [], []
         for batch in self._next_batches(dataset, clock):
             images += batch[0]

@@ -102,7 +102,7 @@ def evaluation_of(capfd, *arguments):
     """(Acc@1, number of images, all that is printed) of an evaluation."""
     run("--eval", *arguments)
     out = capfd.readouterr().out
-    accuracy, images = re.search(r"Acc@1 ([\d.]+)", out), re.search(r"on the (\d+) ", out)
+    accuracy, images = re.search(r"Acc@1 ([\d.]+)", out), re.search(r"on (\d+) \w+ images", out)
     return float(accuracy.group(1)), int(images.group(1)), out
 
 

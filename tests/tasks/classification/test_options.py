@@ -55,7 +55,8 @@ def test_published_names_of_models(published, ours, tmp_path):
     assert set(PUBLISHED_NAMES.values()) <= set(timm.list_models())
 
 
-PATHS = ("data_path", "output_dir", "resume", "finetune", "shard_cache", "token_label", "teacher_path")
+PATHS = ("data_path", "output_dir", "resume", "finetune", "shard_cache", "token_label", "teacher_path", "report",
+         "show_batch")
 
 
 def test_every_path_begins_at_home(monkeypatch, tmp_path):
@@ -65,10 +66,11 @@ def test_every_path_begins_at_home(monkeypatch, tmp_path):
              if f.metadata["argument"].get("metavar") in ("FOLDER", "CHECKPOINT", "FILE")}
     assert paths == set(PATHS)
     for name in paths:
-        (tmp_path / "r.yaml").write_text(f"data_path: x\n{name}: ~/x\n" if name != "data_path" else "data_path: ~/x\n")
-        for line in ([f"--{name}=~/x"], ["--config", str(tmp_path / "r.yaml")]):
-            settings = program.parse([*REQUIRED, *line] if "--config" not in line else line)[1]
-            assert flags.as_recipe(settings)[name] == "/home/me/x"
+        others = dict(data_path="x") | (dict(eval="true", load_release="true") if name == "report" else {})
+        recipe = {**others, name: "~/x.png"}
+        (tmp_path / "r.yaml").write_text("".join(f"{key}: {value}\n" for key, value in recipe.items()))
+        for line in ([f"--{key}={value}" for key, value in recipe.items()], ["--config", str(tmp_path / "r.yaml")]):
+            assert flags.as_recipe(program.parse(line)[1])[name] == "/home/me/x.png"
 
 
 def test_help_begins_with_what_is_used_most_and_lists_what_may_be_chosen(capsys):
