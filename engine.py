@@ -89,7 +89,7 @@ class Trainer:
             total=clock.epoch_steps, initial=clock.step, desc=f"epoch {clock.epoch}", leave=False,
             disable=not is_watched(self.task.distributed),
         )
-        self.network.train()
+        self.task.train_mode(self.network)
         self.run.optimizer.zero_grad()
         while not clock.epoch_is_over:
             self._train_step(batches, meter)

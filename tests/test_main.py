@@ -169,6 +169,37 @@ def test_average_is_evaluated_too(photos, tmp_path, capfd):
     assert code == 0 and float(RESULT.search(out).group(1)) == pytest.approx(last["ema_acc1"], abs=1e-3)
 
 
+PROBE = ["--freeze_backbone", "--layer_decay", "0.8", "--clip_grad", "1"]
+
+
+def changed(before, after):
+    """What differs, to the bit, between the weights of two checkpoints."""
+    return {name for name in after if not torch.equal(before[name], after[name])}
+
+
+def test_a_frozen_backbone_stays_and_the_classifier_is_trained(photos, trained, tmp_path, capfd):
+    """Running statistics and EMA weights too; the optimizer holds nothing else, the bias without weight decay."""
+    train(photos, tmp_path, *PROBE, "--finetune", trained / "last.pth", "--lr", "10")
+    assert "1.39 M parameters, of which 771 are trained, 3 classes, on cpu\n" in capfd.readouterr().out
+    before = weights(trained / "last.pth")
+    for key in ("model", "model_ema"):
+        assert changed(before, weights(tmp_path / "last.pth", key)) == {"head.fc.weight", "head.fc.bias"}
+    optimizer = weights(tmp_path / "last.pth", "optimizer")
+    assert sorted((len(g["params"]), g["weight_decay"]) for g in optimizer["param_groups"]) == [(1, 0.0), (1, 0.05)]
+    assert len(optimizer["state"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_frozen_backbone_stays_on_several_processes(photos, trained, tmp_path):
+    """Of three, the mean of three equal statistics may differ from them in the last digit."""
+    done = launch(3, *SMALL, *SHORT, *PROBE, "--batch_size", "2", "--data_path", photos, "--output_dir", tmp_path,
+                  "--finetune", trained / "last.pth", "--lr", "10")
+    assert done.returncode == 0, done.stderr
+    before = weights(trained / "last.pth")
+    assert changed(before, weights(tmp_path / "last.pth")) == {"head.fc.weight", "head.fc.bias"}
+
+
 @pytest.mark.slow
 def test_average_of_a_short_run_is_as_good_as_the_network(tmp_path, capfd):
     """After six epochs of digits, with the decay that is meant for a run of 375,000 steps."""
@@ -443,9 +474,10 @@ def test_bad_checkpoints(photos, trained, tmp_path, capfd):
     torch.save(weights(trained / "last.pth"), tmp_path / "bare.pth")
     refuses(capfd, 1, "holds only weights, no run to resume; fine-tune from it with --finetune\n", *common,
             tmp_path / "bare.pth")
-    refuses(capfd, 1, "was trained with the optimizer adamw, not sgd; --opt, --layer_decay, --decay_groups and "
-            "--weight_decay must be as in that run\n", *common, trained / "last.pth", "--opt", "sgd")
-    refuses(capfd, 1, "has other parameter groups: weight decay and layer decay differ; --opt, --layer_decay", *common,
+    refuses(capfd, 1, "was trained with the optimizer adamw, not sgd; --opt, --weight_decay, --decay_groups, "
+            "--layer_decay and --freeze_backbone must be as in that run\n", *common, trained / "last.pth", "--opt",
+            "sgd")
+    refuses(capfd, 1, "weight decay or layer decay differs; --opt, --weight_decay, --decay_groups", *common,
             trained / "last.pth", "--layer_decay", "0.9")
     assert not CheckpointStore(tmp_path / "out").holds_run()
 

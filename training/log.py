@@ -164,11 +164,13 @@ def print_plan(task: Any, run: Any, peak_lr: float, folder: Path):
         folder: Where the run writes.
     """
     settings, clock, world_size = task.settings, run.clock, task.distributed.world_size
-    parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
+    parameters = sum(p.numel() for p in run.model.parameters())
+    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    of_these = "" if trained == parameters else f", of which {trained:,} are trained"
     classes = f", {task.num_classes} classes" if task.num_classes else ""
     in_all = "" if settings.schedule.max_steps is None else f", {clock.total} steps in all"
     lr, images = settings.optimizer.lr, run.global_batch
-    print(f"{task.name}: {parameters:.2f} M parameters{classes}, on {task.distributed.device}")
+    print(f"{task.name}: {parameters / 1e6:.2f} M parameters{of_these}{classes}, on {task.distributed.device}")
     print(f"{clock.epochs} epochs of {clock.epoch_length} steps of {images} images{in_all}; writes to {folder}")
     print(
         f"global batch {images} = {settings.loader.batch_size} images x {world_size} processes "

@@ -156,6 +156,10 @@ class Task(ABC):
         made in `network`, where a mistake is still found before anything is written.
         """
 
+    def train_mode(self, network: torch.nn.Module):
+        """Put the network, with its wrappers on, into training mode: all of it, or what a task trains of it."""
+        network.train()
+
     @abstractmethod
     def evaluator(self) -> Evaluator:
         """A new evaluator."""

@@ -183,6 +183,8 @@ class ClassificationTask(Task):
             if settings.checkpoint.finetune:
                 source, key = settings.checkpoint.finetune, settings.checkpoint.model_key
                 networks.load_from(network, source, key, new_classifier=True)
+            if settings.model.freeze_backbone:
+                networks.freeze_backbone(network)
             self.num_classes = network.num_classes
             self.criterion = self._criterion(network.num_classes)
         return network
@@ -274,6 +276,11 @@ class ClassificationTask(Task):
     def loss(self, network: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         images, targets = batch
         return self.criterion(network, self.precision.arrange(images), targets), {}
+
+    def train_mode(self, network: torch.nn.Module):
+        super().train_mode(network)
+        if self.settings.model.freeze_backbone:
+            networks.hold_frozen(network)
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from timm.optim import list_optimizers
 import main as program
 import models  # noqa: F401
 from helpers import ROOT
+from optim_factory import scaled_lr
 from tasks.classification.options import PUBLISHED_NAMES, ClassificationSettings
 from training import flags, options
 from utils import UsageError
@@ -107,11 +108,23 @@ def test_what_runs_can_be_run_again(tmp_path):
     assert program.parse(["--config", str(tmp_path / "args.yaml")])[1] == settings
 
 
+@pytest.mark.parametrize("name,epochs,peak", [("finetune_small", 30, 2e-4), ("scratch_small", 100, 1e-3)])
+def test_recipes_for_a_folder_of_photographs(name, epochs, peak):
+    """Every photograph in every epoch, a learning rate for their batch, shares of it for the schedule, EMA as ever."""
+    settings = parse("--config", str(RECIPES / f"{name}.yaml"))
+    assert settings.data.data_set == "image_folder" and not settings.augmentation.repeated_aug
+    assert scaled_lr(settings.optimizer.lr, settings.loader.batch_size) == pytest.approx(peak)
+    schedule = settings.schedule
+    assert (schedule.epochs, schedule.min_lr, schedule.warmup_lr) == (epochs, "1%", "0.1%")
+    assert settings.ema == options.EmaOptions()
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
 def test_recipes(name, tmp_path):
     label_maps = ["--token_label", "maps"] if name.endswith("token_label") else []
     settings = parse("--config", str(RECIPES / f"{name}.yaml"), *label_maps)
-    assert settings.name == ("biformer_nano" if name == "quickstart" else name.removesuffix("_token_label"))
+    others = dict(quickstart="biformer_nano", finetune_small="biformer_tiny", scratch_small="biformer_nano")
+    assert settings.name == others.get(name, name.removesuffix("_token_label"))
     options.save(flags.as_recipe(settings), tmp_path / "args.yaml")
     assert program.parse(["--config", str(tmp_path / "args.yaml")])[1] == settings
 
@@ -130,6 +143,10 @@ def test_recipes(name, tmp_path):
         (["--token_label_weight", "1"], "--token_label_weight needs --token_label"),
         (["--class_weights", "balanced", "--data_set", "wds/x"], "shards do not say how many images each class has: "),
         (["--class_weights", "balanced", "--token_label", "maps"], "leave out --class_weights"),
+        (["--freeze_backbone"], "--freeze_backbone needs weights to freeze: --load_release, or --finetune CHECKPOINT"),
+        (["--freeze_backbone", "--load_release", "--drop", "0.1"], "trains without dropout: leave out --drop"),
+        (["--freeze_backbone", "--finetune", "x", "--token_label", "m"], "leave out --freeze_backbone"),
+        (["--freeze_backbone", "--finetune", "x", "--cuda_graph"], "leave out --freeze_backbone"),
         (["--class_weights", "all"], "--class_weights: invalid choice: 'all'"),
         (["--model_kwargs", "num_classes=3"], "the number of classes is the data's, or --nb_classes"),
         (["--crop_pct", "1.5"], "--crop_pct is the part of the image that is kept, at most 1"),
