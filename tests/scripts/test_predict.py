@@ -133,7 +133,7 @@ def test_images_in_a_folder_are_those_that_training_takes(tmp_path, capfd):
 
 def test_images_as_timms_validation_takes_them(trained, capfd):
     arguments = argparse.Namespace(model=None, nb_classes=None, use_test_size=True, input_size=None)
-    checkpoint = dict(args=dict(model="resnet18.a1_in1k", input_size=64, crop_pct=0.5))
+    checkpoint = dict(args=dict(task="classification", model="resnet18.a1_in1k", input_size=64, crop_pct=0.5))
     recipe = predict.recipe_of(checkpoint, arguments)
     assert (recipe.input_size, recipe.crop_pct) == ((288, 288), 1.0)
     arguments.use_test_size = False
@@ -201,7 +201,7 @@ def test_ctrl_c_keeps_what_was_predicted(trained, tmp_path, capfd, monkeypatch):
     write_images(tmp_path, "a.png", "b.png", "c.png")
     load = predict.datasets.load_image
 
-    def load_two(path):
+    def load_two(path, exif_transpose):
         if path.name == "c.png":
             raise KeyboardInterrupt
         return load(path)
