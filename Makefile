@@ -19,12 +19,18 @@ $(BIN)/python:
 	|| { rm -rf $(VENV); echo "cannot create $(VENV): $(PYTHON) -m venv found no pip. On Debian and Ubuntu, run as root:"; \
 	     $(PYTHON) -c 'import sys; print("  apt-get install python%d.%d-venv" % sys.version_info[:2])'; exit 1; }
 
+# With progress bars on a terminal; a log gets warnings and errors alone.
+PIP_INSTALL = quiet=; test -t 1 || quiet=--quiet; $(BIN)/pip install --disable-pip-version-check $$quiet
+
 $(VENV)/.requirements: requirements.txt | $(BIN)/python
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@echo "installing requirements.txt into $(VENV): minutes, and 6 GB with PyTorch's CUDA build"
+	@echo "INSTALL.md says how to take another build of PyTorch"
+	@$(PIP_INSTALL) -r requirements.txt
 	@touch $@
 
 $(VENV)/.requirements-dev: requirements-dev.txt $(VENV)/.requirements
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@echo "installing requirements-dev.txt into $(VENV), for the tests"
+	@$(PIP_INSTALL) -r requirements-dev.txt
 	@touch $@
 
 quickstart: $(VENV)/.requirements  ## train biformer_nano on handwritten digits, on the CPU or a GPU, in minutes
@@ -33,6 +39,7 @@ quickstart: $(VENV)/.requirements  ## train biformer_nano on handwritten digits,
 	$(BIN)/python main.py --config configs/train/quickstart.yaml --eval --resume $(QUICKSTART_OUTPUT)/last.pth
 	@echo "log:        $(QUICKSTART_OUTPUT)/log.txt"
 	@echo "checkpoint: $(QUICKSTART_OUTPUT)/last.pth"
+	@echo "next:       . $(BIN)/activate && python main.py --help"
 
 # One thread for each process: more threads than cores wait for one another.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile

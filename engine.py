@@ -85,21 +85,21 @@ class Trainer:
         clock = self.run.clock
         loader.set_epoch(clock.epoch, first_batch=clock.step * self.update_freq)
         batches = iter(islice(loader, (clock.epoch_steps - clock.step) * self.update_freq))
-        bar = tqdm(
-            total=clock.epoch_steps, initial=clock.step, desc=f"epoch {clock.epoch}", leave=False,
-            disable=not is_watched(self.task.distributed),
-        )
         self.task.train_mode(self.network)
         self.run.optimizer.zero_grad()
-        while not clock.epoch_is_over:
-            self._train_step(batches, meter)
-            clock.advance()
-            bar.update()
-            if clock.step % self.log_every == 0 or clock.epoch_is_over:
-                self._write_log_line(meter)
-            if saver is not None:
-                saver.after_step(meter)
-        bar.close()
+        # Whatever ends the epoch, the bar is cleared before anything is said about it.
+        with tqdm(
+            total=clock.epoch_steps, initial=clock.step, desc=f"epoch {clock.epoch}", leave=False,
+            disable=not is_watched(self.task.distributed),
+        ) as bar:
+            while not clock.epoch_is_over:
+                self._train_step(batches, meter)
+                clock.advance()
+                bar.update()
+                if clock.step % self.log_every == 0 or clock.epoch_is_over:
+                    self._write_log_line(meter)
+                if saver is not None:
+                    saver.after_step(meter)
         check_finite(self.run.model, clock.epoch)
 
     def _train_step(self, batches: Iterator[Batch], meter: Meter):
@@ -163,8 +163,9 @@ def evaluate(task: Task, network: torch.nn.Module, loader: EpochLoader) -> dict[
     network.eval()
     evaluator = task.evaluator()
     is_main = task.distributed.is_main
-    with report_skipped(loader.dataset, task.eval_processes, is_main):
-        for batch in tqdm(loader, desc="evaluation", leave=False, disable=not is_watched(task.distributed)):
+    bar = tqdm(loader, desc="evaluation", leave=False, disable=not is_watched(task.distributed))
+    with report_skipped(loader.dataset, task.eval_processes, is_main), bar:
+        for batch in bar:
             with task.precision.autocast():
                 evaluator.update(network, batch)
     return evaluator.compute(task.eval_processes)

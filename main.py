@@ -13,14 +13,14 @@ from optim_factory import OptimizerError, Schedule, ScheduleError, WarmupError, 
 from training import advice, command_line, flags, options
 from training.checkpoints import Checkpointer, Stopped, find_start, keep_best, open_store
 from training.command_line import CommandLine, TaskRegistry
-from training.distributed import init_distributed, shutdown_distributed, warm_up_ddp
+from training.distributed import init_distributed, shutdown_distributed
 from training.log import NonFiniteLossError, RunLog, open_log, print_end, print_plan
 from training.options import Settings
 from training.precision import Precision
 from training.run import BestMetric, Clock, Run, create_ema
 from training.signals import EXIT_RESUME, SignalHandler, fault_of, run_and_exit
 from training.task import Data, NonFiniteOutputError, Task
-from training.wrap import check_wrappers, wrap
+from training.wrap import check_wrappers, compiled_as_asked, warm_up, wrap
 from utils import UserError, check_name, fail, seed_everything, use_deterministic_algorithms
 
 # Where each task is; it is imported when it is asked for.
@@ -80,7 +80,7 @@ def evaluate_checkpoint(task: Task):
         task.load(network, source)
     network = task.precision.place(network, task.distributed.device)
     task.check_input(network)
-    evaluate(task, data, torch.compile(network) if task.settings.machine.compile else network)
+    evaluate(task, data, compiled_as_asked(network, task.settings.machine, task.distributed))
 
 
 def evaluate_epoch(trainer: engine.Trainer, data: Data, checkpointer: Checkpointer) -> dict[str, float]:
@@ -134,7 +134,7 @@ def create_trainer(task: Task, run: Run, log: RunLog) -> engine.Trainer:
     """The trainer of a run at its current position: wraps the model (compile, DDP) and creates the schedule."""
     settings = task.settings
     network = wrap(run.model, settings.machine, task.precision, task.distributed)
-    warm_up_ddp(network, task.distributed, lambda: task.dummy_loss(network))
+    warm_up(network, settings.machine, task.distributed, lambda: task.dummy_loss(network))
     peak = scaled_lr(settings.optimizer.lr, run.global_batch)
     schedule = create_schedule(settings.schedule, run.clock, peak).build(run.optimizer)
     if run.clock.global_step:

@@ -132,6 +132,24 @@ def test_published_accuracy_is_the_same_everywhere(name):
     assert MODELS[name]["Acc@1, published"] == RECIPES[name]["Acc@1, published"] == in_recipe
 
 
+def test_the_table_of_weights_says_what_timm_knows():
+    """Each model of ours stands in one row: who downloads its weights, from where, under which licence."""
+    lines = section(DOCUMENTS["docs/models.md"], "Weights").splitlines()
+    rows = [cells(line) for line in lines if line.startswith("| `")]
+    names = [name for row in rows for name in re.findall(r"`(\w+)`", row[0])]
+    families = [path.stem for path in (ROOT / "models").glob("[a-z]*.py")]
+    assert sorted(names) == sorted(name for family in families for name in timm.list_models(module=family))
+    for models_cell, way, source, licence in rows:
+        for name in re.findall(r"`(\w+)`", models_cell):
+            config = timm.get_pretrained_cfg(name)
+            if config.tag == "untrained":
+                assert (way, source, licence) == ("none were released", "", "")
+                continue
+            assert way == ("`pretrained=True` or `--load_release`" if config.has_weights else "by hand"), name
+            assert source.endswith(f"]({config.origin_url})"), name
+            assert licence == ("see there" if config.license is None else config.license.upper()), name
+
+
 # --- recipes --------------------------------------------------------------------------------------------------------
 
 

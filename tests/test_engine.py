@@ -1,4 +1,10 @@
 import copy
+import fcntl
+import os
+import pty
+import struct
+import sys
+import termios
 
 import pytest
 import torch
@@ -310,3 +316,48 @@ def test_evaluation_is_in_the_precision_of_the_task():
     loader.set_epoch(0)
     evaluate(SmallTask(precision=Precision("cpu", torch.bfloat16)), model, loader)
     assert types == [torch.bfloat16]
+
+
+# --- the progress bar -------------------------------------------------------------------------------------------------
+
+
+class Left(Exception):
+    """The run was asked to leave."""
+
+
+class LeavingSaver:
+    def after_step(self, meter):
+        raise Left("at once")
+
+
+class LeavingEvaluator(Count):
+    def update(self, network, batch):
+        raise Left("at once")
+
+
+class LeavingTask(SmallTask):
+    def evaluator(self):
+        return LeavingEvaluator()
+
+
+@pytest.mark.parametrize("part", ["epoch", "evaluation"])
+def test_what_ends_a_part_of_the_run_is_told_on_a_line_of_its_own(part, monkeypatch):
+    """On a terminal, where there is a progress bar."""
+    reader, writer = pty.openpty()
+    fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))  # a bar needs a width
+    loader = Loader(batches(3))
+    loader.set_epoch(0)
+    with os.fdopen(writer, "w", buffering=1) as file:
+        monkeypatch.setattr(sys, "stderr", file)
+        with pytest.raises(Left) as left:
+            if part == "epoch":
+                create_trainer(small_model(), loader.batches).train_epoch(loader, LeavingSaver())
+            else:
+                evaluate(LeavingTask(), small_model(), loader)
+        print(f"stopped: {left.value}", file=sys.stderr)  # and with it, what it was raised in is kept until here
+        written = ""
+        while not written.endswith("stopped: at once\r\n"):
+            written += os.read(reader, 100_000).decode()
+    os.close(reader)
+    *bars, cleared, message = written.removesuffix("\r\n").split("\r")
+    assert part in "".join(bars) and cleared.strip() == "" and message == "stopped: at once"

@@ -1,5 +1,5 @@
 """Passes of a network that count for nothing."""
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,3 +15,11 @@ def unchanged_buffers(network: torch.nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
+
+
+def discarded_pass(network: torch.nn.Module, loss: Callable[[], torch.Tensor]):
+    """Take a forward and a backward pass of `network` in training mode, which change nothing in it."""
+    with unchanged_buffers(network):
+        network.train()
+        loss().backward()
+        network.zero_grad()

@@ -29,6 +29,13 @@ def check_compiler(device: torch.device):
         raise NoCompilerError(f"torch.compile does not work on {device.type} here ({_words(error)})") from error
 
 
+def compiled(network: torch.nn.Module, is_main: bool) -> torch.nn.Module:
+    """torch.compile of a network, which compiles in its first pass; the main process says so."""
+    if is_main:
+        print("compiling the network: its first pass takes minutes, or seconds where the cache has it", flush=True)
+    return torch.compile(network)
+
+
 def compilation_error(error: Exception) -> CompilationError | None:
     """An error of the compiler's as one of ours; None for any other error."""
     # Errors may come from a disk that is full or gone: what was not imported before is not imported here.

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils import UserError
 
-from .buffers import unchanged_buffers
+from .buffers import discarded_pass
 from .launcher import local_rank, rank_and_size, restart_count
 
 
@@ -137,10 +137,7 @@ def warm_up_ddp(network: torch.nn.Module, distributed: Distributed, loss: Callab
     """
     if distributed.world_size < 3:
         return
-    with unchanged_buffers(network):
-        network.train()
-        loss().backward()
-        network.zero_grad()
+    discarded_pass(network, loss)
 
 
 def share_statistics(model: torch.nn.Module, ema: ModelEmaV3 | None, distributed: Distributed):

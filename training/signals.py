@@ -101,7 +101,7 @@ class SignalHandler:
 
     def _note(self, number: int, frame: Any):
         if number == signal.SIGINT and self.signal is not None:
-            os.write(2, b"ended at once; the last checkpoint is intact\n")
+            os.write(2, b"\nended at once; the last checkpoint is intact\n")  # a bar may stand on this line
             os._exit(128 + number)
         self.signal = signal.Signals(number).name
 

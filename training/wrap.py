@@ -1,9 +1,14 @@
 """A model as it is trained: compiled, captured in CUDA graphs, in DistributedDataParallel."""
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
 import torch
 
-from .compiler import check_compiler
+from .buffers import discarded_pass
+from .compiler import check_compiler, compiled
 from .cuda_graphs import GraphedTraining, check_cuda_graphs
-from .distributed import Distributed, wrap_ddp
+from .distributed import Distributed, warm_up_ddp, wrap_ddp
 from .options import MachineOptions, Settings
 from .precision import Precision
 
@@ -16,10 +21,35 @@ def check_wrappers(settings: Settings, distributed: Distributed):
         check_cuda_graphs(distributed)
 
 
+def compiled_as_asked(network: torch.nn.Module, machine: MachineOptions, distributed: Distributed) -> torch.nn.Module:
+    """The network, compiled where that is asked for."""
+    return compiled(network, distributed.is_main) if machine.compile else network
+
+
 def wrap(
     model: torch.nn.Module, machine: MachineOptions, precision: Precision, distributed: Distributed
 ) -> torch.nn.Module:
     """The model with the wrappers that are asked for, which `check_wrappers` has passed."""
     if machine.cuda_graph:
         return GraphedTraining(model, precision)
-    return wrap_ddp(torch.compile(model) if machine.compile else model, distributed)
+    return wrap_ddp(compiled_as_asked(model, machine, distributed), distributed)
+
+
+def warm_up(
+    network: torch.nn.Module, machine: MachineOptions, distributed: Distributed, loss: Callable[[], torch.Tensor]
+):
+    """Take the pass that compiles a network, with a word about it, or the one that DistributedDataParallel needs.
+
+    Args:
+        network: What `wrap` returned.
+        machine: Which wrappers were asked for.
+        distributed: This process.
+        loss: Computes a loss of `network` on a batch of the usual size.
+    """
+    if machine.compile:
+        start = time.perf_counter()
+        discarded_pass(network, loss)
+        if distributed.is_main:
+            print(f"compiled in {timedelta(seconds=round(time.perf_counter() - start))}", flush=True)
+    else:
+        warm_up_ddp(network, distributed, loss)

@@ -119,4 +119,4 @@ def test_an_interrupt_after_any_signal_ends_the_run_at_once(first):
         "print('never said')"
     )
     assert done.returncode == 128 + signal.SIGINT and done.stdout == ""
-    assert done.stderr == "ended at once; the last checkpoint is intact\n"
+    assert done.stderr == "\nended at once; the last checkpoint is intact\n"
