@@ -296,8 +296,12 @@ def _recipe_tokens(config: str, parser: Parser, nulls: Collection[str]) -> list[
         if name in keys:
             raise UsageError(f"--config {config}: {keys[name]} and {key} are the same flag")
         keys[name] = key
-        # Several values may stand on one line, as on the command line.
-        recipe[name] = shlex.split(value) if isinstance(value, str) and parser.takes_several(name) else value
+        if isinstance(value, str) and parser.takes_several(name):  # on one line, as on the command line
+            try:
+                value = shlex.split(value)
+            except ValueError as error:
+                raise UsageError(f"--config {config}: {key}: {error}") from error
+        recipe[name] = value
     return as_tokens({name: value for name, value in recipe.items() if value is not None and name not in nulls})
 
 
