@@ -83,15 +83,15 @@ class Images(Dataset):
     """(transformed image, its index, "") of files; where one cannot be read, a black image, its index, and the reason.
     """
 
-    def __init__(self, paths: list[Path], transform: datasets.Transform):
-        self.paths, self.transform = paths, transform
+    def __init__(self, paths: list[Path], transform: datasets.Transform, exif_transpose: bool = True):
+        self.paths, self.transform, self.exif_transpose = paths, transform, exif_transpose
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Any, int, str]:
         try:
-            return self.transform(datasets.load_image(self.paths[index])), index, ""
+            return self.transform(datasets.load_image(self.paths[index], self.exif_transpose)), index, ""
         except UserError as error:
             return self.transform(Image.new("RGB", (256, 256))), index, str(error)
 
@@ -183,7 +183,8 @@ def predict(args: argparse.Namespace, paths: list[Path]) -> Iterator[Prediction]
     images = ImagePipeline(recipe.model, recipe.input_size, recipe.crop_pct)
     loader_options = LoaderOptions(batch_size=args.batch_size, num_workers=args.num_workers)
     precision = Precision.on(distributed.device, args.amp)
-    for batch, places in images.loader(Images(paths, images.transform()), loader_options, distributed, collate):
+    dataset = Images(paths, images.transform(), recipe.exif_transpose)
+    for batch, places in images.loader(dataset, loader_options, distributed, collate):
         with precision.autocast():
             logits = model(batch)
         for index, error, outputs in zip(places.indices, places.errors, logits, strict=True):

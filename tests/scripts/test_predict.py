@@ -199,7 +199,7 @@ def test_ctrl_c_keeps_what_was_predicted(trained, tmp_path, capfd, monkeypatch):
     write_images(tmp_path, "a.png", "b.png", "c.png")
     load = predict.datasets.load_image
 
-    def load_two(path):
+    def load_two(path, exif_transpose):
         if path.name == "c.png":
             raise KeyboardInterrupt
         return load(path)
