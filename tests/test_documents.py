@@ -2,7 +2,9 @@
 import re
 import shlex
 import sys
+from collections import Counter
 from decimal import ROUND_HALF_UP, Decimal
+from pathlib import Path
 
 import pytest
 import timm
@@ -11,8 +13,10 @@ import yaml
 import hydra_main
 import main
 import models  # noqa: F401
+from datasets import build_dataset
 from helpers import ROOT
 from helpers.costs import ALL as COSTS
+from helpers.photos import write_photos
 from helpers.published import gmacs
 
 PATHS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
@@ -217,6 +221,40 @@ def test_make_has_what_it_is_asked_for():
 def test_evaluation_output_has_no_figures():
     """They would be read as measured here."""
     assert "* Acc@1 ACC1 Acc@5 ACC5 loss LOSS of the network on 50000 val images" in section(TRAINING, "Evaluation")
+
+
+def snippets(name, heading):
+    """The Python code in a section of a document."""
+    return re.findall(r"^```python\n(.*?)^```", section(DOCUMENTS[name], heading), re.M | re.S)
+
+
+def test_cross_validation(tmp_path, monkeypatch, capsys):
+    """Every image is evaluated in one fold, and trained on in the others; classes are the same in all."""
+    make_folds, summarize = snippets("TRAINING.md", "Cross-validation")
+    write_photos(tmp_path, train=33, val=0)
+    (tmp_path / "train").rename(tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    exec(make_folds, {})
+    photos = {path.relative_to("photos") for path in Path("photos").rglob("*.png")}
+    evaluated = []
+    for fold in sorted(Path("folds").iterdir()):
+        folders = (fold / "train", fold / "val")
+        parts = [{path.relative_to(folder) for path in folder.rglob("*.png")} for folder in folders]
+        assert parts[0] | parts[1] == photos and not parts[0] & parts[1]
+        evaluated += parts[1]
+        read = [build_dataset("image_folder", fold, split) for split in ("train", "val")]
+        assert [len(split) for split in read] == [len(part) for part in parts]
+        assert read[0].classes == read[1].classes == ["class0", "class1", "class2"]
+        counts = Counter(path.parent for path in parts[1])
+        assert max(counts.values()) - min(counts.values()) <= 1
+    assert sorted(evaluated) == sorted(photos) and len(list(Path("folds").iterdir())) == 5
+
+    for fold, accuracy in enumerate((50.0, 60.0, 70.0)):
+        log = Path("results", f"fold{fold}", "log.txt")
+        log.parent.mkdir(parents=True)
+        log.write_text(f'{{"epoch": 0, "val_acc1": 90.0}}\n{{"epoch": 1, "val_acc1": {accuracy}}}\n')
+    exec(summarize, {})
+    assert capsys.readouterr().out == "60.0 % of 3 runs, standard deviation 10.0\n"
 
 
 # --- records --------------------------------------------------------------------------------------------------------
