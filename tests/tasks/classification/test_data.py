@@ -266,7 +266,8 @@ def test_any_split_is_evaluated(data, tmp_path, favour, kind, capfd):
     weights = ["--resume", favour(3, 1)]
     expected = dict(train=(18, 100 / 3), val=(9, 100 / 3), test=(8, 100 * 2 / 8))
     for split, (number, share) in expected.items():
-        accuracy, images, _ = evaluation_of(capfd, *source, *weights, "--split", split)
+        accuracy, images, out = evaluation_of(capfd, *source, *weights, "--split", split)
+        assert f"of the network on {number} {split} images\n" in out
         assert images == number and accuracy == pytest.approx(share, abs=1e-3)
     assert evaluation_of(capfd, *source, *weights)[1] == 9
     dataset = task_of(*source, *weights, "--eval", "--split", "train").dataset("train")
