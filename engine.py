@@ -85,7 +85,7 @@ class Trainer:
         clock = self.run.clock
         loader.set_epoch(clock.epoch, first_batch=clock.step * self.update_freq)
         batches = iter(islice(loader, (clock.epoch_steps - clock.step) * self.update_freq))
-        self.network.train()
+        self.task.train_mode(self.network)
         self.run.optimizer.zero_grad()
         # Whatever ends the epoch, the bar is cleared before anything is said about it.
         with tqdm(

@@ -91,7 +91,7 @@ def evaluate_epoch(trainer: engine.Trainer, data: Data, checkpointer: Checkpoint
     results = {"val": evaluate(task, data, run.model)}
     if run.ema is not None and task.settings.ema.model_ema_eval:
         results["ema"] = evaluate(task, data, run.ema.module, "model EMA")
-    trainer.log.evaluations(results, task.pictures, run.clock)
+    trainer.log.evaluations(results, task.pictures, run.clock.global_step)
     metrics = results["val"] | {f"ema_{name}": value for name, value in results.get("ema", {}).items()}
     if run.record_best(metrics):
         checkpointer.save_best(metrics)

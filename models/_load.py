@@ -3,6 +3,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import timm
 import torch
@@ -16,10 +17,17 @@ from ._recipe import NetworkRecipe, count_classes
 Transform = Callable[[Image.Image], torch.Tensor]
 
 
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF orientation says, in RGB."""
-    with suppress(Exception):  # on damaged EXIF data PIL raises nearly anything
-        image = ImageOps.exif_transpose(image)
+def to_rgb(image: Image.Image, exif_transpose: bool = True) -> Image.Image:
+    """The image in RGB, turned as its EXIF orientation says.
+
+    Raises:
+        ValueError: It has greys of more than 8 bits, which PIL would clip.
+    """
+    if image.mode == "F" or image.mode.startswith("I"):
+        raise ValueError(f"an image of mode {image.mode} has greys of more than 8 bits: scale it to 8 first")
+    if exif_transpose:
+        with suppress(Exception):  # on damaged EXIF data PIL raises nearly anything
+            image = ImageOps.exif_transpose(image)
     return image.convert("RGB")
 
 
@@ -33,10 +41,10 @@ def set_config(network: nn.Module, recipe: NetworkRecipe):
     network.pretrained_cfg = network.default_cfg = {**network.pretrained_cfg, **recipe.config}
 
 
-def transform_of(network: nn.Module) -> Transform:
+def transform_of(network: nn.Module, exif_transpose: bool = True) -> Transform:
     """The transform of evaluation: PIL image of any mode with 8 bits -> normalised float tensor (3, H, W)."""
     transform = create_transform(**resolve_data_config(model=network))
-    transform.transforms.insert(0, upright_rgb)
+    transform.transforms.insert(0, partial(to_rgb, exif_transpose=exif_transpose))
     return transform
 
 
@@ -77,4 +85,4 @@ def load(source: str, weights: str | None = None, model: str | None = None) -> t
         raise WeightsError(f"{source}: {error}{NetworkRecipe.of(checkpoint).owner}") from error
     check_finite(network, str(source))
     set_config(network, recipe)
-    return network.eval(), transform_of(network)
+    return network.eval(), transform_of(network, recipe.exif_transpose)

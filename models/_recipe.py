@@ -40,6 +40,7 @@ class NetworkRecipe:
         class_names: Their names, in order, where they are known.
         input_size: Side, or (height, width), of the images that it was trained on, in pixels; None for the published.
         crop_pct: Part of the resized image that evaluation's crop keeps; None for the published.
+        exif_transpose: Whether images were turned upright, as their EXIF orientation says.
     """
 
     model: str | None
@@ -48,6 +49,7 @@ class NetworkRecipe:
     class_names: list[str] | None = None
     input_size: ImageSize | None = None
     crop_pct: float | None = None
+    exif_transpose: bool = True
 
     @classmethod
     def of(cls, checkpoint: dict[str, Any], model: str | None = None) -> "NetworkRecipe":
@@ -68,7 +70,7 @@ class NetworkRecipe:
             return cls(model or (named if isinstance(named, str) else None), {}, num_classes, names)
         return cls(
             said.get("model"), said.get("model_kwargs") or {}, num_classes, names, _image_size(said.get("input_size")),
-            said.get("crop_pct"),
+            said.get("crop_pct"), said.get("exif_transpose", True),
         )
 
     @property

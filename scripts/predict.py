@@ -83,15 +83,15 @@ class Images(Dataset):
     """(transformed image, its index, "") of files; where one cannot be read, a black image, its index, and the reason.
     """
 
-    def __init__(self, paths: list[Path], transform: datasets.Transform):
-        self.paths, self.transform = paths, transform
+    def __init__(self, paths: list[Path], transform: datasets.Transform, exif_transpose: bool = True):
+        self.paths, self.transform, self.exif_transpose = paths, transform, exif_transpose
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Any, int, str]:
         try:
-            return self.transform(datasets.load_image(self.paths[index])), index, ""
+            return self.transform(datasets.load_image(self.paths[index], self.exif_transpose)), index, ""
         except UserError as error:
             return self.transform(Image.new("RGB", (256, 256))), index, str(error)
 
@@ -134,12 +134,14 @@ def recipe_of(checkpoint: dict[str, Any], args: argparse.Namespace) -> NetworkRe
     if recipe.model is None:
         raise UsageError("the checkpoint does not say which model it belongs to; give --model")
     check_model(recipe.model)
-    recipe = replace(recipe, num_classes=args.nb_classes or recipe.num_classes)
     if args.use_test_size:
-        images = ImagePipeline.of_validation(recipe.model)
-        return replace(recipe, input_size=images.input_size, crop_pct=images.crop_pct)
-    published = model_data_config(recipe.model)["input_size"][-2:]
-    return replace(recipe, input_size=args.input_size or recipe.input_size or published)
+        config = model_data_config(recipe.model, use_test_size=True)
+        recipe = replace(recipe, input_size=config["input_size"][-2:], crop_pct=config["crop_pct"])
+    return replace(
+        recipe,
+        num_classes=args.nb_classes or recipe.num_classes,
+        input_size=args.input_size or recipe.input_size or model_data_config(recipe.model)["input_size"][-2:],
+    )
 
 
 def class_names(checkpoint: dict[str, Any], num_classes: int) -> list[str]:
@@ -181,11 +183,13 @@ def predict(args: argparse.Namespace, paths: list[Path]) -> Iterator[Prediction]
     images = ImagePipeline(recipe.model, recipe.input_size, recipe.crop_pct)
     loader_options = LoaderOptions(batch_size=args.batch_size, num_workers=args.num_workers)
     precision = Precision.on(distributed.device, args.amp)
-    for batch, places in images.loader(Images(paths, images.transform()), loader_options, distributed, collate):
+    dataset = Images(paths, images.transform(), recipe.exif_transpose)
+    for batch, places in images.loader(dataset, loader_options, distributed, collate):
         with precision.autocast():
             logits = model(batch)
-        for index, outputs in zip(places.indices, logits, strict=True):
-            check_outputs(outputs, str(paths[index]))
+        for index, error, outputs in zip(places.indices, places.errors, logits, strict=True):
+            if not error:
+                check_outputs(outputs, str(paths[index]))
         top = logits.float().softmax(dim=1).topk(min(args.topk, logits.shape[1]))
         found = zip(places.indices, places.errors, top.values.tolist(), top.indices.tolist(), strict=True)
         for index, error, values, classes in found:

@@ -124,6 +124,28 @@ def check_outputs(outputs: torch.Tensor, what: str):
         raise NonFiniteOutputError(f"{what}: the outputs of the network are NaN or infinite")
 
 
+def freeze_backbone(model: torch.nn.Module):
+    """Freeze all parameters of one of timm's models but its classifier's.
+
+    Raises:
+        UsageError: It has no classifier.
+    """
+    classifier = model.get_classifier()
+    heads = classifier if isinstance(classifier, tuple) else (classifier,)
+    parameters = [parameter for head in heads for parameter in head.parameters()]
+    if not parameters:
+        raise UsageError(f"{type(model).__name__} has no classifier to train")
+    model.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+
+
+def hold_frozen(model: torch.nn.Module):
+    """Put all modules in which no parameter is trained into evaluation mode: batch norms keep their statistics."""
+    for module in model.modules():
+        module.training = module.training and any(parameter.requires_grad for parameter in module.parameters())
+
+
 def pretrained_num_classes(name: str) -> int:
     """The number of classes of the published classifier, which a model has unless another number is asked for."""
     return timm.get_pretrained_cfg(name).num_classes

@@ -83,6 +83,9 @@ class SmallTask:
     def count(self, batch):
         return len(batch[0])
 
+    def train_mode(self, network):
+        network.train()
+
     def evaluator(self):
         return Count()
 

@@ -25,7 +25,8 @@ ADVICE: Mapping[type[UserError], str] = {
     run.NoRunError: "fine-tune from it with --finetune",
     run.HeldOutMismatchError: "give --val_split and --seed as in that run, or fine-tune from it with --finetune",
     run.NoEmaError: "resume with --model_ema false",
-    run.OptimizerMismatchError: "--opt, --layer_decay, --decay_groups and --weight_decay must be as in that run",
+    run.OptimizerMismatchError: "--opt, --weight_decay, --decay_groups, --layer_decay and --freeze_backbone must be "
+                                "as in that run",
     run.BatchMismatchError: "keep --batch_size x processes x --update_freq, or resume from the end of an epoch",
     run.ShardMismatchError: "keep the number of processes, or resume from the end of an epoch",
     log.NonFiniteLossError: "try a lower --lr, longer --warmup_epochs, --clip_grad 5 or --amp off",

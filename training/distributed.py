@@ -143,9 +143,11 @@ def warm_up_ddp(network: torch.nn.Module, distributed: Distributed, loss: Callab
 def share_statistics(model: torch.nn.Module, ema: ModelEmaV3 | None, distributed: Distributed):
     """Make batch norm's running statistics the same on all processes; at the last step each saw its own images.
 
-    The model's become their mean. The EMA's become the main process's, as in checkpoints within an epoch.
+    The model's become their mean. The EMA's become the main process's, as in checkpoints within an epoch. Where all
+    batch norms are frozen, they stay as they are to the bit.
     """
-    if distributed.is_distributed:
+    norms = (module for module in model.modules() if getattr(module, "running_mean", None) is not None)
+    if distributed.is_distributed and any(norm.training for norm in norms):
         distribute_bn(model, distributed.world_size, reduce=True)
         if ema is not None:
             distribute_bn(ema.module, distributed.world_size, reduce=False)

@@ -369,8 +369,12 @@ def _config(tokens: Sequence[str], parser: Parser, strict: bool = True) -> dict[
         if name in keys:
             raise UsageError(f"--config {config}: {keys[name]} and {key} are the same flag")
         keys[name] = key
-        # Several values may stand on one line, as on the command line.
-        recipe[name] = shlex.split(value) if isinstance(value, str) and parser.takes_several(name) else value
+        if isinstance(value, str) and parser.takes_several(name):  # on one line, as on the command line
+            try:
+                value = shlex.split(value)
+            except ValueError as error:
+                raise UsageError(f"--config {config}: {key}: {error}") from error
+        recipe[name] = value
     return recipe
 
 

@@ -164,11 +164,13 @@ def print_plan(task: Any, run: Any, peak_lr: float, folder: Path):
         folder: Where the run writes.
     """
     settings, clock, world_size = task.settings, run.clock, task.distributed.world_size
-    parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
+    parameters = sum(p.numel() for p in run.model.parameters())
+    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    of_these = "" if trained == parameters else f", of which {trained:,} are trained"
     classes = f", {task.num_classes} classes" if task.num_classes else ""
     in_all = "" if settings.schedule.max_steps is None else f", {clock.total} steps in all"
     lr, images = settings.optimizer.lr, run.global_batch
-    print(f"{task.name}: {parameters:.2f} M parameters{classes}, on {task.distributed.device}")
+    print(f"{task.name}: {parameters / 1e6:.2f} M parameters{of_these}{classes}, on {task.distributed.device}")
     print(f"{clock.epochs} epochs of {clock.epoch_length} steps of {images} images{in_all}; writes to {folder}")
     print(
         f"global batch {images} = {settings.loader.batch_size} images x {world_size} processes "
@@ -205,16 +207,6 @@ def is_watched(distributed: Distributed) -> bool:
     return distributed.is_main and sys.stderr.isatty()
 
 
-def _tensorboard(folder: Path, step: int) -> Any | None:
-    """The `SummaryWriter` of a run that has taken `step` steps; None, and a line, where TensorBoard is missing."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        print("training without TensorBoard's curves, since it is not installed: pip install tensorboard")
-        return None
-    return SummaryWriter(str(folder), purge_step=step + 1)
-
-
 class RunLog:
     """One line of JSON per epoch in `log.txt`, and curves and pictures by `training.trackers`.
 
@@ -227,7 +219,7 @@ class RunLog:
 
     def __init__(self, folder: Path | None, epoch: int = 0, trackers: Sequence[Tracker] = ()):
         self.file = None
-        self.trackers, self.drawn_at = trackers, time.monotonic()
+        self.trackers, self.drawn_at, self.undrawn = trackers, time.monotonic(), None
         if folder is not None:
             self.file = folder / "log.txt"
             self._remove_from(epoch)
@@ -248,20 +240,26 @@ class RunLog:
             tracker.scalars({f"{group}/{name}": value for name, value in values.items()}, step)
 
     def evaluations(
-        self, results: dict[str, dict[str, float]], pictures: Callable[[], dict[str, np.ndarray]], clock: Clock
+        self, results: dict[str, dict[str, float]], pictures: Callable[[], dict[str, np.ndarray]], step: int
     ):
         """Points of the curves of an epoch's evaluations, by group, and the pictures, uint8 (H, W, 3), of the last.
 
-        Pictures are drawn after the last epoch, and before at most every `PICTURES_EVERY` seconds: an epoch may take
-        less time than they do.
+        An epoch may take less time than pictures do: they are drawn at most every `PICTURES_EVERY` seconds, and those
+        of the last epoch when the log is closed.
         """
         for group, values in results.items():
-            self.scalars(group, values, clock.global_step)
-        if self.trackers and (clock.is_last_epoch or time.monotonic() - self.drawn_at >= PICTURES_EVERY):
+            self.scalars(group, values, step)
+        self.undrawn = group, pictures, step
+        if time.monotonic() - self.drawn_at >= PICTURES_EVERY:
+            self._draw()
+
+    def _draw(self):
+        if self.trackers and self.undrawn is not None:
+            group, pictures, step = self.undrawn
             for name, pixels in pictures().items():
                 for tracker in self.trackers:
-                    tracker.picture(f"{group}/{name}", pixels, clock.global_step)
-            self.drawn_at = time.monotonic()
+                    tracker.picture(f"{group}/{name}", pixels, step)
+        self.undrawn, self.drawn_at = None, time.monotonic()
 
     def epoch(self, record: dict[str, Any]):
         """Append the line of an epoch to `log.txt`."""
@@ -272,6 +270,7 @@ class RunLog:
                 file.write(json.dumps(record) + "\n")
 
     def close(self):
+        self._draw()
         for tracker in self.trackers:
             tracker.close()
 

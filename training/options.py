@@ -16,13 +16,15 @@ from .flags import Group, at_least, flag, fraction, not_negative, number_or_perc
 from .recipes import dump_recipe
 
 # Flags that say where a run is and how it starts.
-_PLACE = frozenset({"auto_resume", "device", "dist_timeout", "num_workers", "output_dir", "pin_mem", "resume"})
+_PLACE = frozenset({
+    "auto_resume", "device", "dist_timeout", "num_workers", "output_dir", "pin_mem", "resume", "show_batch",
+})  # fmt: skip
 # Flags that a run which resumes another does not take from it.
 NOT_OF_RUN = _PLACE | {"eval", "finetune", "load_release"}
 # Flags that do not change the result of a run.
 NO_RESULT = _PLACE | {
-    "data_path", "dist_eval", "download", "keep_checkpoints", "log_every", "save_every", "save_every_minutes",
-    "save_every_steps", "shard_cache", "shard_cache_gb",
+    "data_path", "dist_eval", "download", "enable_wandb", "keep_checkpoints", "log_every", "project", "report",
+    "save_every", "save_every_minutes", "save_every_steps", "shard_cache", "shard_cache_gb",
 }  # fmt: skip
 
 

@@ -79,19 +79,18 @@ def read_recipe(source: str) -> dict[str, Any]:
     try:
         loader = _Loader(user_path(source).read_text(encoding="utf-8"))
         recipe = loader.get_single_data() or {}
+        if isinstance(recipe, dict):
+            recipe = {key: _literals(value) if isinstance(value, dict) else value for key, value in recipe.items()}
     except OSError as error:
         raise UsageError(f"--config {source}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"--config {source}: not YAML ({one_line(error)})") from error
     finally:
         if loader is not None:
             loader.dispose()
     if not isinstance(recipe, dict):
         raise UsageError(f"--config {source}: must be lines of `flag: value`")
-    return {
-        str(key).replace("-", "_"): _literals(value) if isinstance(value, dict) else value
-        for key, value in recipe.items()
-    }
+    return {str(key).replace("-", "_"): value for key, value in recipe.items()}
 
 
 def dump_recipe(recipe: dict[str, Any]) -> str:

@@ -254,7 +254,9 @@ class Run:
         if saved_opt != opt:
             raise OptimizerMismatchError(f"{path} was trained with the optimizer {saved_opt}, not {opt}")
         if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in own["param_groups"]]:
-            raise OptimizerMismatchError(f"{path} has other parameter groups: weight decay and layer decay differ")
+            raise OptimizerMismatchError(
+                f"{path} has other parameter groups: what is trained, weight decay or layer decay differs"
+            )
         for then, now in zip(saved["param_groups"], own["param_groups"], strict=True):
             then.update({name: now[name] for name in HYPERPARAMETERS if name in now})
             then.pop("initial_lr", None)

@@ -156,6 +156,10 @@ class Task(ABC):
         made in `network`, where a mistake is still found before anything is written.
         """
 
+    def train_mode(self, network: torch.nn.Module):
+        """Put the network, with its wrappers on, into training mode: all of it, or what a task trains of it."""
+        network.train()
+
     @abstractmethod
     def evaluator(self) -> Evaluator:
         """A new evaluator."""
@@ -185,7 +189,7 @@ class Task(ABC):
 
     def measured_on(self, results: dict[str, float], what: str) -> str:
         """The ending of a line of results: whose they are, on how many images of which split."""
-        return f"of the {what} on {results['images']} val images"
+        return f"of the {what} on {results['images']} {self.settings.evaluation.split} images"
 
     def problem_of(self, results: dict[str, float], what: str) -> str | None:
         """Why an evaluation's results are none, in one line; None where they are sound. `what` as `report` takes it."""

@@ -1,7 +1,6 @@
 """Where the curves and pictures of a run are shown: TensorBoard, and Weights & Biases where it is asked for."""
 import uuid
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -94,10 +93,10 @@ def open_trackers(folder: Path, step: int, options: WandbOptions, config: dict[s
         WandbError: Weights & Biases is asked for, and cannot be used.
     """
     trackers: list[Tracker] = []
-    if find_spec("tensorboard") is None:
-        print("no curves for TensorBoard are written: pip install tensorboard")
-    else:
+    try:
         trackers.append(TensorBoard(folder, step))
+    except ImportError:
+        print("training without TensorBoard's curves, since it is not installed: pip install tensorboard")
     if options.enable_wandb:
         trackers.append(Wandb(folder, options, config))
     return trackers

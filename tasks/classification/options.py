@@ -57,6 +57,7 @@ class ModelOptions(Group):
     drop_path: float = flag(0.1, "stochastic depth rate of the last block", type=float, check=fraction)
     grad_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
     load_release: bool = flag(False, "start from the published weights of the model")
+    freeze_backbone: bool = flag(False, "train the classifier alone (linear probe), the rest as in evaluation")
     parts_of: ClassVar[Mapping[str, str]] = MappingProxyType({"model_kwargs": "model"})
 
     def check(self):
@@ -170,9 +171,9 @@ class ReportOptions(Group):
     """Reports and pictures"""
 
     report: str | None = flag(None, "with --eval, write tables there: the predictions of every image, accuracy by "
-                                    "class, the confusion matrix", metavar="FOLDER")
+                                    "class, the confusion matrix", type=path, metavar="FOLDER")
     show_batch: str | None = flag(None, "write the first training images there, as the network sees them, and train",
-                                  metavar="FILE", check=_picture)
+                                  type=path, metavar="FILE", check=_picture)
 
 
 @dataclass(frozen=True)
@@ -215,6 +216,8 @@ class ClassificationSettings(Settings):
             raise UsageError("--use_test_size is for --eval; a run is evaluated at its own --input_size")
         if self.machine.cuda_graph and self.model.grad_checkpointing:
             raise UsageError("--cuda_graph cannot capture --grad_checkpointing")
+        if self.model.freeze_backbone:
+            self._check_frozen()
         mixes = self.augmentation.mixup or self.augmentation.cutmix
         if mixes and self.loader.batch_size % 2:
             raise UsageError(f"mixup and cutmix pair images: --batch_size must be even, got {self.loader.batch_size}")
@@ -224,6 +227,16 @@ class ClassificationSettings(Settings):
             self._check_token_label()
         elif self.token_label.token_label_weight is not None:
             raise UsageError("--token_label_weight needs --token_label, the folder of the label maps")
+
+    def _check_frozen(self):
+        if not any([self.checkpoint.resume, self.checkpoint.finetune, self.model.load_release]):
+            raise UsageError("--freeze_backbone needs weights to freeze: --load_release, or --finetune CHECKPOINT")
+        if self.model.drop:
+            raise UsageError("--freeze_backbone trains without dropout: leave out --drop")
+        if self.token_label.token_label is not None:
+            raise UsageError("--token_label trains a second classifier, of tokens: leave out --freeze_backbone")
+        if self.machine.cuda_graph:
+            raise UsageError("--cuda_graph captures the training of a whole network: leave out --freeze_backbone")
 
     def _check_token_label(self):
         name, size = self.data.data_set, self.model.input_size

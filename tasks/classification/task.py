@@ -70,7 +70,7 @@ class ClassificationTask(Task):
         self.class_counts: list[int] | None = None
         folder = settings.report.report
         self.val_set: Dataset | None = None
-        self.report_folder = None if folder is None else Path(folder).expanduser()
+        self.report_folder = None if folder is None else Path(folder)
 
     @classmethod
     def check_names(cls, settings: ClassificationSettings):
@@ -183,6 +183,8 @@ class ClassificationTask(Task):
             if settings.checkpoint.finetune:
                 source, key = settings.checkpoint.finetune, settings.checkpoint.model_key
                 networks.load_from(network, source, key, new_classifier=True)
+            if settings.model.freeze_backbone:
+                networks.freeze_backbone(network)
             self.num_classes = network.num_classes
             self.criterion = self._criterion(network.num_classes)
         return network
@@ -275,6 +277,11 @@ class ClassificationTask(Task):
         images, targets = batch
         return self.criterion(network, self.precision.arrange(images), targets), {}
 
+    def train_mode(self, network: torch.nn.Module):
+        super().train_mode(network)
+        if self.settings.model.freeze_backbone:
+            networks.hold_frozen(network)
+
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
     def evaluator(self) -> Accuracy:
@@ -317,7 +324,7 @@ class ClassificationTask(Task):
         """`--show_batch`: the training images of the next steps, at least `SHOWN` where there are so many."""
         if self.settings.report.show_batch is None:
             return
-        file, config = Path(self.settings.report.show_batch).expanduser(), self.images.config
+        file, config = Path(self.settings.report.show_batch), self.images.config
         images, titles = [], []
         for batch in self._next_batches(dataset, clock):
             images += batch[0]

@@ -64,6 +64,19 @@ def test_an_image_of_any_mode_is_taken_upright(trained):
     torch.testing.assert_close(transform(turned), transform(grey.convert("RGB")))
     for mode in ("L", "RGBA", "CMYK", "1", "P"):
         assert transform(grey.convert("RGB").convert(mode)).shape == (3, 32, 48)
+    for mode in ("F", "I", "I;16"):  # PIL would clip them
+        with pytest.raises(ValueError, match=f"an image of mode {mode} has greys of more than 8 bits"):
+            transform(Image.new(mode, (64, 64)))
+
+
+def test_a_run_that_took_images_as_they_lie(trained, tmp_path):
+    checkpoint = torch.load(trained, weights_only=True)
+    checkpoint["args"]["exif_transpose"] = False
+    torch.save(checkpoint, tmp_path / "lying.pth")
+    _, transform = models.load(tmp_path / "lying.pth")
+    turned = Image.linear_gradient("L")
+    turned.getexif()[0x0112] = 6
+    torch.testing.assert_close(transform(turned), transform(Image.linear_gradient("L")))
 
 
 def test_weights_of_others_are_named(tmp_path):

@@ -338,6 +338,11 @@ def test_values_that_look_like_flags():
     ("model: a\narch: b\n", "model and arch are the same flag"),
     ("model_kwargs: {a: 1, b: 2, a: 3}", "a is given twice"),
     ("lr: 1\n---\nlr: 2\n", "not YAML"),
+    ("model_kwargs: &x {a: *x}", "not YAML"),
+    ("lr: " + 2000 * "[", "not YAML"),
+    ("model_kwargs: a=it's", "model_kwargs: No closing quotation"),
+    ("lr: {a: 1}", "--lr: invalid float value: 'a=1'"),
+    ("lr: []", "--lr: expected one argument"),
 ])
 def test_bad_recipes(recipe, text, message):
     with pytest.raises(UsageError) as error:

@@ -1,5 +1,6 @@
 import json
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -25,11 +26,24 @@ def test_run_log(tmp_path):
     RunLog(None).epoch({})
 
 
+def test_without_tensorboard_there_are_no_curves(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    log = open_log(tmp_path, Clock(epoch_length=3, total=6), WandbOptions(), {})
+    log.scalars("train", dict(loss=1.0), 1)
+    log.epoch(dict(epoch=0))
+    log.close()
+    assert capsys.readouterr().out.count("pip install tensorboard\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
+
+
 class Shown:
     """A `training.trackers.Tracker` that remembers."""
 
     def __init__(self):
-        self.values, self.drawn = [], []
+        self.values, self.drawn, self.closed = [], [], False
+
+    def close(self):
+        self.closed = True
 
     def scalars(self, values, step):
         self.values.append((values, step))
@@ -43,13 +57,16 @@ def test_pictures_of_evaluations_cost_a_long_run_little_and_are_there_at_its_end
     tracker, now = Shown(), [0.0]
     monkeypatch.setattr("training.log.time.monotonic", lambda: now[0])
     log = RunLog(None, trackers=[tracker])
-    for epoch, seconds in enumerate((1, 60, 1)):
+    for step, seconds in ((3, 1), (6, 60), (9, 1)):
         now[0] += seconds
-        clock = Clock(epoch_length=3, total=9, epoch=epoch, step=3)
-        log.evaluations(dict(val=dict(acc1=1.0), ema=dict(acc1=2.0)), lambda: dict(confusion=None), clock)
-    assert tracker.drawn == [("ema/confusion", 6), ("ema/confusion", 9)]
+        log.evaluations(dict(val=dict(acc1=1.0), ema=dict(acc1=2.0)), lambda: dict(confusion=None), step)
+    assert tracker.drawn == [("ema/confusion", 6)]
     assert tracker.values[-2:] == [({"val/acc1": 1.0}, 9), ({"ema/acc1": 2.0}, 9)]
-    RunLog(None).evaluations(dict(val={}), lambda: pytest.fail("drawn for nobody"), clock)
+    log.close()
+    assert tracker.drawn == [("ema/confusion", 6), ("ema/confusion", 9)] and tracker.closed
+    silent = RunLog(None)
+    silent.evaluations(dict(val={}), lambda: pytest.fail("drawn for nobody"), 1)
+    silent.close()
 
 
 def test_a_resumed_log_forgets_what_comes_again(tmp_path):

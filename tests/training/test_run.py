@@ -303,7 +303,7 @@ def label_maps(photos, tmp_path_factory):
     return root
 
 
-@pytest.fixture(params=["fp16", "teacher", "token labels"])
+@pytest.fixture(params=["fp16", "teacher", "token labels", "linear probe"])
 def methods(request, whole, label_maps):
     """Flags of what has a state, or random draws, of its own."""
     return {
@@ -311,6 +311,7 @@ def methods(request, whole, label_maps):
         "teacher": ["--distillation_type", "soft", "--teacher_model", "biformer_nano", "--teacher_path",
                     whole / "last.pth"],
         "token labels": ["--token_label", label_maps],
+        "linear probe": ["--freeze_backbone", "--finetune", whole / "last.pth"],
     }[request.param]
 
 
@@ -497,8 +498,9 @@ def test_the_run_of_another_model(photos, whole, tmp_path, capfd):
 def test_other_parameter_groups(photos, whole, tmp_path, capfd, arguments):
     assert train(photos, tmp_path, "--resume", whole / "last.pth", *arguments, "--epochs", "3") == 1
     assert capfd.readouterr().err == (
-        f"error: {(whole / 'last.pth').resolve()} has other parameter groups: weight decay and layer decay differ; "
-        "--opt, --layer_decay, --decay_groups and --weight_decay must be as in that run\n"
+        f"error: {(whole / 'last.pth').resolve()} has other parameter groups: what is trained, weight decay "
+        "or layer decay differs; --opt, --weight_decay, --decay_groups, --layer_decay and --freeze_backbone must be as "
+        "in that run\n"
     )
 
 

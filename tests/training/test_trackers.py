@@ -9,7 +9,6 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main as program
-from training import trackers
 from training.options import WandbOptions
 from training.trackers import open_trackers
 
@@ -82,12 +81,6 @@ def test_where_wandb_is_missing_or_cannot_start_a_run_ends_with_one_line(photos,
     assert run(photos, tmp_path, "--epochs", "1", "--enable_wandb") == 1
     err = capfd.readouterr().err
     assert err.startswith("error: wandb cannot start: no API key; log in with `wandb login`") and err.count("\n") == 1
-
-
-def test_without_tensorboard_a_line_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
-    assert open_trackers(tmp_path, 0, WandbOptions(), {}) == []
-    assert capsys.readouterr().out == "no curves for TensorBoard are written: pip install tensorboard\n"
 
 
 def test_tensorboard_shows_curves_and_pictures(tmp_path):

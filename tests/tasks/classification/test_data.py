@@ -102,7 +102,7 @@ def evaluation_of(capfd, *arguments):
     """(Acc@1, number of images, all that is printed) of an evaluation."""
     run("--eval", *arguments)
     out = capfd.readouterr().out
-    accuracy, images = re.search(r"Acc@1 ([\d.]+)", out), re.search(r"on the (\d+) ", out)
+    accuracy, images = re.search(r"Acc@1 ([\d.]+)", out), re.search(r"on (\d+) \w+ images", out)
     return float(accuracy.group(1)), int(images.group(1)), out
 
 
@@ -266,7 +266,8 @@ def test_any_split_is_evaluated(data, tmp_path, favour, kind, capfd):
     weights = ["--resume", favour(3, 1)]
     expected = dict(train=(18, 100 / 3), val=(9, 100 / 3), test=(8, 100 * 2 / 8))
     for split, (number, share) in expected.items():
-        accuracy, images, _ = evaluation_of(capfd, *source, *weights, "--split", split)
+        accuracy, images, out = evaluation_of(capfd, *source, *weights, "--split", split)
+        assert f"of the network on {number} {split} images\n" in out
         assert images == number and accuracy == pytest.approx(share, abs=1e-3)
     assert evaluation_of(capfd, *source, *weights)[1] == 9
     dataset = task_of(*source, *weights, "--eval", "--split", "train").dataset("train")

@@ -9,6 +9,7 @@ from timm.optim import list_optimizers
 import main as program
 import models  # noqa: F401
 from helpers import ROOT
+from optim_factory import scaled_lr
 from tasks.classification.options import PUBLISHED_NAMES, ClassificationSettings
 from training import flags, options
 from utils import UsageError
@@ -55,7 +56,8 @@ def test_published_names_of_models(published, ours, tmp_path):
     assert set(PUBLISHED_NAMES.values()) <= set(timm.list_models())
 
 
-PATHS = ("data_path", "output_dir", "resume", "finetune", "shard_cache", "token_label", "teacher_path")
+PATHS = ("data_path", "output_dir", "resume", "finetune", "shard_cache", "token_label", "teacher_path", "report",
+         "show_batch")
 
 
 def test_every_path_begins_at_home(monkeypatch, tmp_path):
@@ -65,10 +67,11 @@ def test_every_path_begins_at_home(monkeypatch, tmp_path):
              if f.metadata["argument"].get("metavar") in ("FOLDER", "CHECKPOINT", "FILE")}
     assert paths == set(PATHS)
     for name in paths:
-        (tmp_path / "r.yaml").write_text(f"data_path: x\n{name}: ~/x\n" if name != "data_path" else "data_path: ~/x\n")
-        for line in ([f"--{name}=~/x"], ["--config", str(tmp_path / "r.yaml")]):
-            settings = program.parse([*REQUIRED, *line] if "--config" not in line else line)[1]
-            assert flags.as_recipe(settings)[name] == "/home/me/x"
+        others = dict(data_path="x") | (dict(eval="true", load_release="true") if name == "report" else {})
+        recipe = {**others, name: "~/x.png"}
+        (tmp_path / "r.yaml").write_text("".join(f"{key}: {value}\n" for key, value in recipe.items()))
+        for line in ([f"--{key}={value}" for key, value in recipe.items()], ["--config", str(tmp_path / "r.yaml")]):
+            assert flags.as_recipe(program.parse(line)[1])[name] == "/home/me/x.png"
 
 
 def test_help_begins_with_what_is_used_most_and_lists_what_may_be_chosen(capsys):
@@ -105,11 +108,23 @@ def test_what_runs_can_be_run_again(tmp_path):
     assert program.parse(["--config", str(tmp_path / "args.yaml")])[1] == settings
 
 
+@pytest.mark.parametrize("name,epochs,peak", [("finetune_small", 30, 2e-4), ("scratch_small", 100, 1e-3)])
+def test_recipes_for_a_folder_of_photographs(name, epochs, peak):
+    """Every photograph in every epoch, a learning rate for their batch, shares of it for the schedule, EMA as ever."""
+    settings = parse("--config", str(RECIPES / f"{name}.yaml"))
+    assert settings.data.data_set == "image_folder" and not settings.augmentation.repeated_aug
+    assert scaled_lr(settings.optimizer.lr, settings.loader.batch_size) == pytest.approx(peak)
+    schedule = settings.schedule
+    assert (schedule.epochs, schedule.min_lr, schedule.warmup_lr) == (epochs, "1%", "0.1%")
+    assert settings.ema == options.EmaOptions()
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
 def test_recipes(name, tmp_path):
     label_maps = ["--token_label", "maps"] if name.endswith("token_label") else []
     settings = parse("--config", str(RECIPES / f"{name}.yaml"), *label_maps)
-    assert settings.name == ("biformer_nano" if name == "quickstart" else name.removesuffix("_token_label"))
+    others = dict(quickstart="biformer_nano", finetune_small="biformer_tiny", scratch_small="biformer_nano")
+    assert settings.name == others.get(name, name.removesuffix("_token_label"))
     options.save(flags.as_recipe(settings), tmp_path / "args.yaml")
     assert program.parse(["--config", str(tmp_path / "args.yaml")])[1] == settings
 
@@ -128,6 +143,10 @@ def test_recipes(name, tmp_path):
         (["--token_label_weight", "1"], "--token_label_weight needs --token_label"),
         (["--class_weights", "balanced", "--data_set", "wds/x"], "shards do not say how many images each class has: "),
         (["--class_weights", "balanced", "--token_label", "maps"], "leave out --class_weights"),
+        (["--freeze_backbone"], "--freeze_backbone needs weights to freeze: --load_release, or --finetune CHECKPOINT"),
+        (["--freeze_backbone", "--load_release", "--drop", "0.1"], "trains without dropout: leave out --drop"),
+        (["--freeze_backbone", "--finetune", "x", "--token_label", "m"], "leave out --freeze_backbone"),
+        (["--freeze_backbone", "--finetune", "x", "--cuda_graph"], "leave out --freeze_backbone"),
         (["--class_weights", "all"], "--class_weights: invalid choice: 'all'"),
         (["--model_kwargs", "num_classes=3"], "the number of classes is the data's, or --nb_classes"),
         (["--crop_pct", "1.5"], "--crop_pct is the part of the image that is kept, at most 1"),

@@ -34,6 +34,8 @@ def test_the_picture_shows_what_the_network_is_trained_on_and_changes_nothing(ph
     for name, *arguments in (("plain",), ("shown", "--show_batch", tmp_path / "batch.png")):
         trained.clear()
         assert run(photos, tmp_path / name, "--num_workers", workers, *arguments) == 0
+    checked, *trained = trained
+    assert len(checked) == 2 and not checked.any(), "zeros, before the run begins"
     assert len(trained) == 3 and torch.equal(drawn[1], torch.cat(trained))
     assert differences(tmp_path / "plain", tmp_path / "shown") == []
     assert Image.open(tmp_path / "batch.png").size[0] == 4 * 128 + 5 * 4
