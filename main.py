@@ -184,13 +184,13 @@ def train(task: Task, signals: SignalHandler):
             return
         recipe = flags.as_recipe(settings)
         log = open_log(store.folder if distributed.is_main else None, clock, settings.wandb, recipe)
-        trainer = create_trainer(task, run, log)
         if distributed.is_main:
             options.save(recipe, store.folder / "args.yaml")
             print_plan(task, run, scaled_lr(settings.optimizer.lr, run.global_batch), store.folder)
             if source:
                 print(f"resuming from {source}: epoch {clock.epoch}, step {clock.step} of {clock.epoch_steps}")
             task.preview(data.train_loader.dataset, clock)
+        trainer = create_trainer(task, run, log)
         with closing(log):
             saver = Checkpointer(run, store, distributed, signals, recipe, settings.checkpoint)
             try:
