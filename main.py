@@ -4,7 +4,9 @@ import time
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
 
-import training.startup  # before torch  # noqa: F401  # isort: skip
+import training.startup  # before torch  # isort: skip
+if __name__ == "__main__":
+    training.startup.check_command_line(sys.argv[1:], __doc__.partition("`")[0])
 import torch
 from timm.optim import list_optimizers
 
@@ -182,13 +184,13 @@ def train(task: Task, signals: SignalHandler):
             return
         recipe = flags.as_recipe(settings)
         log = open_log(store.folder if distributed.is_main else None, clock, settings.wandb, recipe)
-        trainer = create_trainer(task, run, log)
         if distributed.is_main:
             options.save(recipe, store.folder / "args.yaml")
             print_plan(task, run, scaled_lr(settings.optimizer.lr, run.global_batch), store.folder)
             if source:
                 print(f"resuming from {source}: epoch {clock.epoch}, step {clock.step} of {clock.epoch_steps}")
             task.preview(data.train_loader.dataset, clock)
+        trainer = create_trainer(task, run, log)
         with closing(log):
             saver = Checkpointer(run, store, distributed, signals, recipe, settings.checkpoint)
             try:
@@ -218,9 +220,7 @@ def run_task(asked: CommandLine):
 
 
 def main(argv: Sequence[str] | None = None, tasks: TaskRegistry = TASKS) -> int:
-    """Run a command line; returns the exit code: 0, 1 for a mistake or a fault, 2 for a wrong command line, and
-    `training.signals.EXIT_RESUME` where the run was asked to leave and should be started again.
-    """
+    """Run a command line; returns the exit code: 0, 1 (a mistake or fault), 2 (wrong command line), EXIT_RESUME."""
     known_advice = ADVICE
     try:
         asked = understand(sys.argv[1:] if argv is None else argv, tasks)

@@ -11,7 +11,6 @@ from typing import Any, BinaryIO
 from urllib.parse import urlparse
 
 import numpy as np
-import torch
 
 # --- errors -----------------------------------------------------------------------------------------------------------
 
@@ -113,6 +112,8 @@ def some(items: Sequence[str], most: int = 5) -> str:
 
 def use_deterministic_algorithms():
     """Make torch compute the same bits in every run on a GPU too, or name the operation that cannot."""
+    import torch  # here, so that a mistake in a command line need not wait for it
+
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True)
@@ -139,6 +140,8 @@ def seed_everything(seed: int, *salt: int):
     Called at every step, it makes the state of the generators a function of the step, so that a checkpoint need not
     store them, and a run can resume with another number of processes.
     """
+    import torch
+
     seed_generators(derive_seed(seed, *salt) % 2**32, torch.manual_seed)
 
 

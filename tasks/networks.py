@@ -19,9 +19,6 @@ from storage.weights import (
 from training.task import NonFiniteOutputError, reading_weights
 from utils import UsageError, UserError, as_user_error, check_name
 
-# Names that models were published under, where timm's style differs.
-PUBLISHED_NAMES = {"BViT-5": "bvit_5m", "BViT-22": "bvit_22m"}
-
 
 class PretrainedWeightsError(UserError):
     """The published weights of a model cannot be loaded."""

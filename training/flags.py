@@ -200,6 +200,16 @@ class Parser(argparse.ArgumentParser):
         """Whether a flag takes any number of values."""
         return any(action.dest == name and action.nargs not in (None, "?") for action in self._actions)
 
+    def parse_all(self, tokens: Sequence[str]) -> argparse.Namespace:
+        """The values of words that must all be understood. Raises UsageError; names the nearest flag."""
+        args, unknown = self.parse_known_args(tokens)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            if name.startswith("--"):
+                raise UsageError(f"unknown flag {name}{nearest(name, [f'--{flag}' for flag in self.names()])}")
+            raise UsageError(f"unexpected argument {unknown[0]!r}")
+        return args
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(message.removeprefix("argument "))
 
@@ -260,6 +270,15 @@ def given_value(argv: Sequence[str], name: str, recipe: Mapping[str, Any] = Mapp
     return value
 
 
+def check_words(parser: Parser, argv: Sequence[str]):
+    """Print --help and exit, or check each flag and value of a command line by itself, whatever else is asked for.
+
+    Raises:
+        UsageError: A flag is unknown, or a value is none of its flag; names the nearest one.
+    """
+    parser.parse_all(_split_nulls([_underscored(token) for token in argv], parser.by_name())[0])
+
+
 def parse(
     settings_class: type[SettingsT],
     argv: Sequence[str],
@@ -283,12 +302,7 @@ def parse(
     config = _config(tokens, parser)
     typed = _typed(parser, tokens) | dict.fromkeys(known[name] for name in nulls)
     lower = beneath(settings_class, base, {**config, **typed}) | beneath(settings_class, config, typed)
-    args, unknown = parser.parse_known_args(as_tokens(lower) + tokens)
-    if unknown:
-        name = unknown[0].partition("=")[0]
-        if name.startswith("--"):
-            raise UsageError(f"unknown flag {name}{nearest(name, [f'--{flag}' for flag in parser.names()])}")
-        raise UsageError(f"unexpected argument {unknown[0]!r}")
+    args = parser.parse_all(as_tokens(lower) + tokens)
     groups = group_classes(settings_class)
     # Every single value before what values say together: the first error is about what was typed.
     for field in (field for group_class in groups.values() for field in dataclasses.fields(group_class)):

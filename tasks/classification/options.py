@@ -11,7 +11,8 @@ from training.flags import Group, flag, fraction, key_value, not_negative, path,
 from training.options import Settings
 from utils import UsageError
 
-from ..networks import PUBLISHED_NAMES
+# Names that models were published under, where timm's style differs.
+PUBLISHED_NAMES = {"BViT-5": "bvit_5m", "BViT-22": "bvit_22m"}
 
 IMAGE_FOLDERS = ("image_folder", "IMNET")
 DATA_SETS = ("IMNET", "image_folder", "CIFAR10", "CIFAR100", "digits")

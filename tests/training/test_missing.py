@@ -69,7 +69,6 @@ def check_line(done, distribution, file):
 
 
 @pytest.mark.parametrize("module,script,file", [
-    ("torch", "main.py", "requirements.txt"),
     ("hydra", "hydra_main.py", "requirements-slurm.txt"),
     ("submitit", "hydra_main.py", "requirements-slurm.txt"),
     ("torch", "hydra_main.py", "requirements.txt"),
@@ -81,7 +80,7 @@ def test_a_program_whose_package_is_missing(module, script, file):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["yaml", "tqdm", "torchvision", "PIL", "timm"])
+@pytest.mark.parametrize("module", ["torch", "yaml", "tqdm", "torchvision", "PIL", "timm"])
 def test_training_where_a_package_is_missing(module):
     """Some are imported only once the task is known."""
     done = without(module, "main.py", "--data_set", "digits")

@@ -49,11 +49,13 @@ def spins(*command, **said):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["main.py", "hydra_main.py", "scripts/predict.py"])
-def test_torch_reads_it(script):
-    assert spins(script, "--help") == {str(SPINS)}
+@pytest.mark.parametrize("command", [
+    ["-c", "import main"], ["hydra_main.py", "--help"], ["scripts/predict.py", "--help"],
+])
+def test_torch_reads_it(command):
+    assert spins(*command) == {str(SPINS)}
 
 
 @pytest.mark.slow
 def test_torch_reads_what_was_said():
-    assert spins("main.py", "--help", GOMP_SPINCOUNT="7") == {"7"}
+    assert spins("-c", "import main", GOMP_SPINCOUNT="7") == {"7"}

@@ -1,0 +1,51 @@
+"""--help and words that no settings could make right are answered before torch is imported, which takes seconds."""
+import subprocess
+import sys
+
+import pytest
+
+import main as program
+from helpers import ROOT
+
+# A program whose import of torch or timm fails.
+HIDING = """
+import runpy, sys
+for name in ("torch", "timm", "torchvision"):
+    sys.modules[name] = None
+runpy.run_path("main.py", run_name="__main__")
+"""
+
+
+def without_torch(*arguments):
+    """Exit code, standard output and standard error of main.py where torch cannot be imported."""
+    done = subprocess.run([sys.executable, "-c", HIDING, *arguments], cwd=ROOT, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_help_needs_no_torch_and_is_the_programs(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    code, out, err = without_torch("--help")
+    assert (code, err) == (0, "")
+    with pytest.raises(SystemExit):
+        program.main(["--help"])
+    assert capsys.readouterr().out == out and "--batch_size" in out
+
+
+@pytest.mark.parametrize("arguments,message", [
+    (["--epoch", "3"], "unknown flag --epoch; did you mean --epochs?"),
+    (["--config", "configs/train/quickstart.yaml", "--epoch=3"], "unknown flag --epoch; did you mean --epochs?"),
+    (["--epochs", "x"], "--epochs: invalid int value: 'x'"),
+    (["--config", "nowhere.yaml"], "--config nowhere.yaml: No such file or directory"),
+])
+def test_a_typo_needs_no_torch_and_is_told_as_by_the_program(arguments, message, capfd):
+    assert without_torch(*arguments) == (2, "", f"error: {message}\n")
+    assert program.main(arguments) == 2
+    assert capfd.readouterr().err == f"error: {message}\n"
+
+
+@pytest.mark.parametrize("arguments", [
+    [], ["--epochs", "3", "--clip_grad", "null"], ["--task", "clasification"], ["--task", "../main"],
+])
+def test_all_else_is_left_to_the_program(arguments):
+    code, _, err = without_torch(*arguments)
+    assert code == 1 and err.startswith("error: torch is not installed: ")
