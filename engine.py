@@ -14,7 +14,7 @@ from training.data.loader import EpochLoader, report_skipped
 from training.distributed import share_statistics
 from training.log import Meter, RunLog, check_finite, is_watched, log_line
 from training.run import Run
-from training.task import Batch, Task
+from training.task import Batch, Evaluator, Task
 from utils import seed_everything
 
 
@@ -149,8 +149,8 @@ class Trainer:
 
 
 @torch.inference_mode()
-def evaluate(task: Task, network: torch.nn.Module, loader: EpochLoader) -> dict[str, float]:
-    """The metrics of a task and "images", their number, every image counted once.
+def evaluate(task: Task, network: torch.nn.Module, loader: EpochLoader) -> tuple[dict[str, float], Evaluator]:
+    """The metrics of a task and "images", their number, every image counted once; and the evaluator, which saw them.
 
     Args:
         task: Computes the metrics.
@@ -168,4 +168,4 @@ def evaluate(task: Task, network: torch.nn.Module, loader: EpochLoader) -> dict[
         for batch in bar:
             with task.precision.autocast():
                 evaluator.update(network, batch)
-    return evaluator.compute(task.eval_processes)
+    return evaluator.compute(task.eval_processes), evaluator

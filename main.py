@@ -2,7 +2,7 @@
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 
 import training.startup  # before torch  # isort: skip
 if __name__ == "__main__":
@@ -21,7 +21,7 @@ from training.options import Settings
 from training.precision import Precision
 from training.run import BestMetric, Clock, Run, create_ema
 from training.signals import EXIT_RESUME, SignalHandler, fault_of, run_and_exit
-from training.task import Data, NonFiniteOutputError, Task
+from training.task import Data, Evaluator, NonFiniteOutputError, Task
 from training.wrap import check_wrappers, compiled_as_asked, warm_up, wrap
 from utils import UserError, check_name, fail, seed_everything, use_deterministic_algorithms
 
@@ -58,20 +58,20 @@ def check_names(task_class: type[Task], settings: Settings):
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
-def evaluate(task: Task, data: Data, network: torch.nn.Module, what: str = "network") -> dict[str, float]:
-    """Evaluate a network on the val split; the main process prints the metrics, which are returned.
+def evaluate(task: Task, data: Data, network: torch.nn.Module, what: str = "network") -> tuple[dict, Evaluator]:
+    """Evaluate a network; the main process prints the metrics. Returns them by name, and the evaluator.
 
     Raises:
         NonFiniteOutputError: `--eval` of a network that outputs NaN; in training, that is a warning.
     """
-    results = engine.evaluate(task, network, data.val_loader)
+    results, evaluator = engine.evaluate(task, network, data.val_loader)
     problem = task.problem_of(results, what)
     if problem and task.settings.evaluation.eval:
         raise NonFiniteOutputError(problem)
     if task.distributed.is_main:
-        task.report(results, what)
+        task.report(results, evaluator, what)
         print(f"warning: {problem}\n" if problem else "", end="")
-    return results
+    return results, evaluator
 
 
 def evaluate_checkpoint(task: Task):
@@ -88,10 +88,11 @@ def evaluate_checkpoint(task: Task):
 def evaluate_epoch(trainer: engine.Trainer, data: Data, checkpointer: Checkpointer) -> dict[str, float]:
     """Evaluate a run after an epoch, and save it if it is the best; returns what its log line says."""
     task, run = trainer.task, trainer.run
-    results = {"val": evaluate(task, data, run.model)}
+    results = {}
+    results["val"], evaluator = evaluate(task, data, run.model)
     if run.ema is not None and task.settings.ema.model_ema_eval:
-        results["ema"] = evaluate(task, data, run.ema.module, "model EMA")
-    trainer.log.evaluations(results, task.pictures, run.clock.global_step)
+        results["ema"], evaluator = evaluate(task, data, run.ema.module, "model EMA")
+    trainer.log.evaluations(results, lambda: task.pictures(evaluator), run.clock.global_step)
     metrics = results["val"] | {f"ema_{name}": value for name, value in results.get("ema", {}).items()}
     if run.record_best(metrics):
         checkpointer.save_best(metrics)
@@ -183,15 +184,14 @@ def train(task: Task, signals: SignalHandler):
                 print(f"training is already complete: {source} is at epoch {clock.epoch} of {clock.epochs}")
             return
         recipe = flags.as_recipe(settings)
-        log = open_log(store.folder if distributed.is_main else None, clock, settings.wandb, recipe)
-        if distributed.is_main:
-            options.save(recipe, store.folder / "args.yaml")
-            print_plan(task, run, scaled_lr(settings.optimizer.lr, run.global_batch), store.folder)
-            if source:
-                print(f"resuming from {source}: epoch {clock.epoch}, step {clock.step} of {clock.epoch_steps}")
-            task.preview(data.train_loader.dataset, clock)
-        trainer = create_trainer(task, run, log)
-        with closing(log):
+        with open_log(store.folder if distributed.is_main else None, clock, settings.wandb, recipe) as log:
+            if distributed.is_main:
+                options.save(recipe, store.folder / "args.yaml")
+                print_plan(task, run, scaled_lr(settings.optimizer.lr, run.global_batch), store.folder)
+                if source:
+                    print(f"resuming from {source}: epoch {clock.epoch}, step {clock.step} of {clock.epoch_steps}")
+                task.preview(data.train_loader.dataset, clock)
+            trainer = create_trainer(task, run, log)
             saver = Checkpointer(run, store, distributed, signals, recipe, settings.checkpoint)
             try:
                 train_until_over(trainer, data, saver)

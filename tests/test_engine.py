@@ -306,7 +306,8 @@ def test_evaluation_shows_the_evaluator_every_batch():
     model = small_model().train()
     loader = Loader([*batches(2), *batches(1, size=3)])
     loader.set_epoch(0)
-    assert evaluate(SmallTask(), model, loader) == dict(images=11)
+    results, evaluator = evaluate(SmallTask(), model, loader)
+    assert results == dict(images=11) and evaluator.images == 11
 
 
 def test_evaluation_is_in_the_precision_of_the_task():

@@ -156,7 +156,7 @@ def test_two_processes_evaluate_what_they_save(photos, tmp_path, monkeypatch):
     for key, name in (("model", "val"), ("model_ema", "ema")):
         arguments = [*SMALL, "--data_path", photos, "--eval", "--resume", tmp_path / "last.pth", "--model_key", key]
         assert program.main([str(argument) for argument in arguments]) == 0
-        assert results[-1]["loss"] == pytest.approx(last[f"{name}_loss"], rel=1e-6)
+        assert results[-1][0]["loss"] == pytest.approx(last[f"{name}_loss"], rel=1e-6)
 
 
 def test_average_is_evaluated_too(photos, tmp_path, capfd):

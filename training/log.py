@@ -4,9 +4,10 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -215,6 +216,8 @@ class RunLog:
         epoch: The epoch in which the run starts or resumes. Lines of it and of later ones, which the run had logged
             before it was stopped, are removed.
         trackers: What else is told, and closed at the end.
+
+    As a context, it is closed at the end whatever happens, and after a fault nothing more is drawn.
     """
 
     def __init__(self, folder: Path | None, epoch: int = 0, trackers: Sequence[Tracker] = ()):
@@ -245,7 +248,7 @@ class RunLog:
         """Points of the curves of an epoch's evaluations, by group, and the pictures, uint8 (H, W, 3), of the last.
 
         An epoch may take less time than pictures do: they are drawn at most every `PICTURES_EVERY` seconds, and those
-        of the last epoch when the log is closed.
+        of the last epoch when the log is closed. What is called later must not change with what is evaluated then.
         """
         for group, values in results.items():
             self.scalars(group, values, step)
@@ -270,9 +273,19 @@ class RunLog:
                 file.write(json.dumps(record) + "\n")
 
     def close(self):
-        self._draw()
-        for tracker in self.trackers:
-            tracker.close()
+        """Draw what is still to be drawn, and close all trackers, though drawing or one of them fails."""
+        with ExitStack() as stack:
+            for tracker in self.trackers:
+                stack.callback(tracker.close)
+            self._draw()
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None):
+        if kind is not None:  # a picture could fail too, and would be of a step in the past
+            self.undrawn = None
+        self.close()
 
 
 def open_log(folder: Path | None, clock: Clock, wandb: WandbOptions, recipe: dict[str, Any]) -> RunLog:

@@ -182,8 +182,8 @@ class Task(ABC):
         """The number of images in a batch; for batches that are no (images, ...), override it."""
         return len(batch[0])
 
-    def report(self, results: dict[str, float], what: str):
-        """Print an evaluation's results; `what` says whose they are: "network" or "model EMA"."""
+    def report(self, results: dict[str, float], evaluator: Evaluator, what: str):
+        """Print the results of an evaluation, which is done; `what` says whose they are: "network" or "model EMA"."""
         values = " ".join(f"{name} {results[name]:.3f}" for name in self.metrics)
         print(f"* {values} {self.measured_on(results, what)}")
 
@@ -196,8 +196,8 @@ class Task(ABC):
         names = [name for name in self.metrics if not math.isfinite(results[name])]
         return f"the outputs of the {what} are NaN or infinite: so is the {' and the '.join(names)}" if names else None
 
-    def pictures(self) -> dict[str, np.ndarray]:
-        """What the last evaluation has to show, by name: uint8 (H, W, 3); called in training, on the main process."""
+    def pictures(self, evaluator: Evaluator) -> dict[str, np.ndarray]:
+        """What an evaluation has to show, by name: uint8 (H, W, 3); called in training, on the main process."""
         return {}
 
     def preview(self, dataset: Dataset, clock: Clock):

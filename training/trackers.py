@@ -1,5 +1,6 @@
 """Where the curves and pictures of a run are shown: TensorBoard, and Weights & Biases where it is asked for."""
 import uuid
+from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ class WandbError(UserError):
 
 
 class Tracker(Protocol):
-    """Shows the values and pictures of a run by optimizer step."""
+    """Shows the values and pictures of a run by optimizer step, which never goes back."""
 
     def scalars(self, values: dict[str, float], step: int):
         """Points of the curves of these names."""
@@ -93,10 +94,13 @@ def open_trackers(folder: Path, step: int, options: WandbOptions, config: dict[s
         WandbError: Weights & Biases is asked for, and cannot be used.
     """
     trackers: list[Tracker] = []
-    try:
-        trackers.append(TensorBoard(folder, step))
-    except ImportError:
-        print("training without TensorBoard's curves, since it is not installed: pip install tensorboard")
-    if options.enable_wandb:
-        trackers.append(Wandb(folder, options, config))
+    with ExitStack() as opened:
+        try:
+            trackers.append(TensorBoard(folder, step))
+            opened.callback(trackers[0].close)
+        except ImportError:
+            print("training without TensorBoard's curves, since it is not installed: pip install tensorboard")
+        if options.enable_wandb:
+            trackers.append(Wandb(folder, options, config))
+        opened.pop_all()  # they stay open
     return trackers

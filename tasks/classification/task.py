@@ -285,14 +285,11 @@ class ClassificationTask(Task):
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
     def evaluator(self) -> Accuracy:
-        device, training = self.distributed.device, not self.settings.evaluation.eval
-        if training:
-            self.evaluated = RecordedAccuracy(device, self.precision, self._shown())
-        elif self.report_folder is not None:
-            self.evaluated = RecordedAccuracy(device, self.precision)
-        else:
-            self.evaluated = Accuracy(device, self.precision)
-        return self.evaluated
+        device = self.distributed.device
+        if not self.settings.evaluation.eval:
+            return RecordedAccuracy(device, self.precision, self._shown())
+        kind = Accuracy if self.report_folder is None else RecordedAccuracy
+        return kind(device, self.precision)
 
     def _shown(self) -> list[int]:
         """The places among its own, in order, of the val images that this process shows; the main process does."""
@@ -301,9 +298,9 @@ class ClassificationTask(Task):
         own = len(range(0, len(self.val_set), self.eval_processes.world_size))
         return sorted({place * own // SHOWN for place in range(SHOWN)})
 
-    def pictures(self) -> dict[str, np.ndarray]:
-        """Images of the last evaluation, and of at most `DRAWN` classes the confusion matrix, where it can be drawn."""
-        recorded, names = self.evaluated, tables.complete(self.classes or [], self.num_classes)
+    def pictures(self, recorded: RecordedAccuracy) -> dict[str, np.ndarray]:
+        """Images of an evaluation, and of at most `DRAWN` classes the confusion matrix, where it can be drawn."""
+        names = tables.complete(self.classes or [], self.num_classes)
         indices = [place * self.eval_processes.world_size for place in recorded.shown]
         titles = [
             f"{names[recorded.targets[i]] if recorded.targets[i] >= 0 else 'cannot be read'}\n"
@@ -353,12 +350,12 @@ class ClassificationTask(Task):
                 # of token labels, those of the images
                 yield images, targets[0] if isinstance(targets, tuple) else targets
 
-    def report(self, results: dict[str, float], what: str):
+    def report(self, results: dict[str, float], evaluator: Accuracy, what: str):
         # In the words of the published repositories, up to the loss.
         values = f"Acc@1 {results['acc1']:.3f} Acc@5 {results['acc5']:.3f} loss {results['loss']:.3f}"
         print(f"* {values} {self.measured_on(results, what)}")
         if self.report_folder is not None:
-            report.write_report(self.report_folder, self.evaluated, self.val_set.names(), self.classes)
+            report.write_report(self.report_folder, evaluator, self.val_set.names(), self.classes)
 
     def dummy_batch(self, size: int, train: bool) -> Batch:
         height, width = to_2tuple(self.images.input_size)

@@ -69,6 +69,28 @@ def test_pictures_of_evaluations_cost_a_long_run_little_and_are_there_at_its_end
     silent.close()
 
 
+def test_trackers_are_closed_whatever_fails():
+    class Broken(Shown):
+        def close(self):
+            super().close()
+            raise OSError("no space")
+
+    trackers = [Broken(), Shown(), Broken()]
+    log = RunLog(None, trackers=trackers)
+    log.evaluations(dict(val={}), lambda: 1 / 0, 1)
+    with pytest.raises(OSError, match="no space"):
+        log.close()
+    assert all(tracker.closed for tracker in trackers)
+
+
+def test_nothing_is_drawn_after_a_fault():
+    tracker = Shown()
+    with pytest.raises(KeyError, match="the fault"), RunLog(None, trackers=[tracker]) as log:
+        log.evaluations(dict(val={}), lambda: pytest.fail("drawn after a fault"), 1)
+        raise KeyError("the fault")
+    assert tracker.closed
+
+
 def test_a_resumed_log_forgets_what_comes_again(tmp_path):
     """Also half a line, and a line of a run that went further."""
     (tmp_path / "log.txt").write_text('{"epoch": 0, "a": 1}\n{"epoch": 1, "a": 2}\n{"epoch": 2, "a": 3}\n{"epoch": 0')

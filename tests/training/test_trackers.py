@@ -1,5 +1,7 @@
 """Where a run is shown: TensorBoard, and Weights & Biases, which a module stands for here."""
 import importlib.machinery
+import os
+import signal
 import sys
 import types
 
@@ -7,10 +9,15 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 import main as program
+from tasks.classification.metrics import Accuracy
+from training.checkpoints import Checkpointer
 from training.options import WandbOptions
-from training.trackers import open_trackers
+from training.signals import EXIT_RESUME
+from training.trackers import WandbError, open_trackers
+from utils import UserError
 
 SMALL = ["--model", "biformer_nano", "--input_size", "32", "--batch_size", "4", "--num_workers", "0", "--device", "cpu",
          "--warmup_epochs", "0", "--lr", "1e-2"]
@@ -38,6 +45,7 @@ class FakeWandb(types.ModuleType):
         return self
 
     def log(self, values, step):
+        assert not self.logged or step >= self.logged[-1][0], "wandb drops a step that goes back"
         self.logged.append((step, values))
 
     def finish(self):
@@ -102,3 +110,65 @@ def test_a_run_shows_its_last_evaluation_in_tensorboard(photos, tmp_path):
     assert {"val/predictions", "val/confusion"} == set(events.Tags()["images"])
     (picture,) = events.Images("val/predictions")
     assert picture.step == torch.load(tmp_path / "last.pth", weights_only=True)["total_steps"]
+
+
+@pytest.fixture
+def closed(monkeypatch):
+    """The closed ones of TensorBoard's writers."""
+    writers = []
+    close = SummaryWriter.close
+    monkeypatch.setattr(SummaryWriter, "close", lambda writer: writers.append(writer) or close(writer))
+    return writers
+
+
+def test_a_fault_in_an_evaluation_is_what_is_reported(photos, tmp_path, wandb, closed, monkeypatch, capfd):
+    """And not that its pictures cannot be drawn; nor are those of the evaluation before."""
+    update, images = Accuracy.update, []
+
+    def fail_in_the_second_epoch(accuracy, network, batch):
+        if len(batch[0]) == 4 and len(images) > 7:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        images.extend(batch[0])
+        return update(accuracy, network, batch)
+
+    monkeypatch.setattr(Accuracy, "update", fail_in_the_second_epoch)
+    assert run(photos, tmp_path, "--epochs", "2", "--enable_wandb") == 1
+    err = capfd.readouterr().err
+    assert err.startswith("error: out of memory (") and err.count("\n") == 1
+    assert wandb.finished == len(closed) == 1 and not any("val/predictions" in values for _, values in wandb.logged)
+
+
+def test_a_run_that_is_stopped_in_an_epoch_shows_no_picture_of_the_last_one(photos, tmp_path, wandb, monkeypatch):
+    """Its step is in the past, which wandb drops: the run that resumes draws."""
+    after_step = Checkpointer.after_step
+
+    def stop_in_the_second_epoch(self, meter):
+        if (self.run.clock.epoch, self.run.clock.step) == (1, 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        after_step(self, meter)
+
+    monkeypatch.setattr(Checkpointer, "after_step", stop_in_the_second_epoch)
+    asked = ["--epochs", "2", "--enable_wandb", "--log_every", "1"]
+    assert run(photos, tmp_path, *asked) == EXIT_RESUME
+    assert wandb.finished == 1
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    assert run(photos, tmp_path, *asked, "--auto_resume") == 0
+    assert sum("val/predictions" in values for _, values in wandb.logged) == 1
+
+
+@pytest.mark.parametrize("what", ["main.create_trainer", "training.options.save"])
+def test_trackers_are_closed_where_a_run_cannot_begin(photos, tmp_path, wandb, closed, monkeypatch, what):
+    def fail(*args):
+        raise UserError("no")
+
+    monkeypatch.setattr(what, fail)
+    assert run(photos, tmp_path, "--epochs", "1", "--enable_wandb") == 1
+    assert wandb.finished == len(closed) == 1
+
+
+def test_tensorboard_is_closed_where_wandb_cannot_start(tmp_path, wandb, closed):
+    wandb.error = wandb.Error("no API key")
+    with pytest.raises(WandbError):
+        open_trackers(tmp_path, 0, WandbOptions(enable_wandb=True), {})
+    assert len(closed) == 1
