@@ -2,11 +2,23 @@
 
 `models.load("best.pth")` gives the network of a run, and the transform of its images.
 """
-from ._load import load
+from ._load import create_trained, family_filter, load
+from ._recipe import NetworkRecipe, size_kwargs
 from ._routing import collect_routing
 from .biformer import BiFormer
 from .bvit import BViT
 from .debiformer import DeBiFormer
 from .vitaev2 import ViTAEv2
 
-__all__ = ["BViT", "BiFormer", "DeBiFormer", "ViTAEv2", "collect_routing", "load"]
+__all__ = [
+    "BViT",
+    "BiFormer",
+    "DeBiFormer",
+    "NetworkRecipe",
+    "ViTAEv2",
+    "collect_routing",
+    "create_trained",
+    "family_filter",
+    "load",
+    "size_kwargs",
+]

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import timm
 import torch
@@ -48,6 +49,39 @@ def transform_of(network: nn.Module, exif_transpose: bool = True) -> Transform:
     return transform
 
 
+def create_trained(
+    recipe: NetworkRecipe, checkpoint: dict[str, Any], source: str, weights: str | None = None
+) -> nn.Module:
+    """The network of a recipe with the weights of a checkpoint, in evaluation mode, on the CPU.
+
+    Args:
+        recipe: It names a model that timm knows. Classes that it does not tell are counted in the weights.
+        checkpoint: As `storage.weights.read_checkpoint` returns it.
+        source: Where it was read from, for messages.
+        weights: Its key in the checkpoint; None for the recipe's.
+
+    Raises:
+        WeightsError: One line: the model refuses the recipe's arguments, or the weights do not fit or are not finite.
+    """
+    found = unwrap(checkpoint, weights or recipe.weights)
+    if recipe.num_classes is None:
+        recipe = replace(recipe, num_classes=count_classes(found, timm.get_pretrained_cfg(recipe.model)))
+    kwargs = recipe.build_kwargs
+    try:
+        network = timm.create_model(recipe.model, **kwargs)
+    except Exception as error:  # on arguments that it does not take, a model raises nearly anything
+        asked = ", ".join(f"{name}={value!r}" for name, value in kwargs.items())
+        reason = " ".join(str(error).split()) or repr(error)
+        raise WeightsError(f"{source}: {recipe.model} cannot be built with {asked}: {reason}") from error
+    try:
+        load_weights(network, found, family_filter(network))
+    except MismatchError as error:
+        raise WeightsError(f"{source}: {error}{NetworkRecipe.of(checkpoint).owner}") from error
+    check_finite(network, source)
+    set_config(network, recipe)
+    return network.eval()
+
+
 def load(source: str, weights: str | None = None, model: str | None = None) -> tuple[nn.Module, Transform]:
     """The network of a checkpoint in evaluation mode, on the CPU, and the transform of its images.
 
@@ -59,7 +93,8 @@ def load(source: str, weights: str | None = None, model: str | None = None) -> t
 
     Args:
         source: File or URL.
-        weights: Its key in the checkpoint, for example "model_ema"; None for the model's own.
+        weights: Its key in the checkpoint, for example "model_ema"; None for the model's own or, of a run whose best
+            metric is the EMA's, for the EMA weights.
         model: The model's name, for weights that do not say what they belong to; any of timm's.
 
     Returns:
@@ -67,22 +102,13 @@ def load(source: str, weights: str | None = None, model: str | None = None) -> t
 
     Raises:
         WeightsError: A ValueError in one line: the checkpoint cannot be read, names no model that timm knows, does not
-            fit it, or holds NaN or infinite weights.
+            fit it, has arguments that it does not take, or holds NaN or infinite weights.
     """
     checkpoint = read_checkpoint(str(source))
-    found = unwrap(checkpoint, weights)
     recipe = NetworkRecipe.of(checkpoint, model)
     if recipe.model is None:
         raise WeightsError(f"{source} does not say which model it belongs to; name it: load(..., model='NAME')")
     if not timm.is_model(recipe.model):
         raise WeightsError(f"{source} is of the model {recipe.model!r}, which timm does not know")
-    in_weights = count_classes(found, timm.get_pretrained_cfg(recipe.model))
-    recipe = replace(recipe, num_classes=in_weights or recipe.num_classes)
-    network = timm.create_model(recipe.model, **recipe.build_kwargs)
-    try:
-        load_weights(network, found, family_filter(network))
-    except MismatchError as error:
-        raise WeightsError(f"{source}: {error}{NetworkRecipe.of(checkpoint).owner}") from error
-    check_finite(network, str(source))
-    set_config(network, recipe)
-    return network.eval(), transform_of(network, recipe.exif_transpose)
+    network = create_trained(recipe, checkpoint, str(source), weights)
+    return network, transform_of(network, recipe.exif_transpose)

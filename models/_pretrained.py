@@ -75,8 +75,9 @@ def build_with_pretrained_weights(model_cls: type[nn.Module], variant: str, pret
     """timm's `build_model_with_cfg`, for weights that lie behind the `url` of a default config, or in a file.
 
     A local file is given as in timm: `create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=path))`.
-    Where a checkpoint also holds EMA weights, the model's own are loaded. The model has as many classes as the weights
-    unless `num_classes` says another number; a warning tells so for a file, and of arguments that the run had.
+    Of a run's checkpoint the model's own weights are loaded, or the EMA's where the run's best metric is theirs. The
+    model has as many classes as the weights unless `num_classes` says another number; a warning tells so for a file,
+    and of arguments that the run had.
 
     Raises:
         RuntimeError: There are no weights to download, or they cannot be downloaded or read; says what to do instead.
@@ -111,7 +112,7 @@ def _read_weights(
     """
     try:
         checkpoint = cfg.state_dict or read_checkpoint(str(cfg.file or cfg.url), cache_dir)
-        return checkpoint, unwrap(checkpoint)
+        return checkpoint, unwrap(checkpoint, NetworkRecipe.of(checkpoint).weights)
     except WeightsError as error:
         if cfg.file or cfg.state_dict:
             raise RuntimeError(f"{cfg.file or 'state_dict'} cannot be read as weights: {error}") from error
@@ -128,8 +129,8 @@ def _as_list(value: Any) -> Any:
 
 def _warn_of_differences(file: str, recipe: NetworkRecipe, num_classes: int, kwargs: dict[str, Any]):
     """Warn where the model that is built is not the one that the weights in `file` were trained in."""
-    asked = num_classes if kwargs.get("features_only") else kwargs.get("num_classes", num_classes)
-    if asked != num_classes:
+    asked = 0 if kwargs.get("features_only") else kwargs.get("num_classes", num_classes)
+    if asked not in (0, num_classes):  # without a classifier, none is untrained
         message = f"{file} has a classifier of {num_classes} classes: that of the model, of {asked}, is untrained"
         warnings.warn(message, stacklevel=2)
     others = [f"{k}={v!r}" for k, v in recipe.kwargs.items() if _as_list(kwargs.get(k)) != _as_list(v)]

@@ -109,11 +109,13 @@ def missing_maps(images: list[Path], output: Path) -> tuple[list[int], list[Path
 def load_teacher(args: argparse.Namespace, classes: list[str], distributed: Distributed) -> torch.nn.Module:
     """The teacher on the device, in evaluation mode."""
     try:
-        teacher = create_teacher(
+        teacher, notes = create_teacher(
             args.model, len(classes), args.input_size, args.checkpoint, args.model_key, trained_on=classes
         )
     except PretrainedClassesError as error:
         raise UserError(f"{error}; give a teacher of these classes by --checkpoint") from error
+    for note in notes:
+        print(note)
     return teacher.eval().to(distributed.device)
 
 

@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import datasets
-from models._recipe import NetworkRecipe
+from models import NetworkRecipe, create_trained
 from tasks.classification.images import ImagePipeline
 from tasks.classification.options import image_size
 from tasks.classification.tables import complete, prediction_cells, prediction_columns, write_csv
@@ -38,7 +38,6 @@ from tasks.networks import (
     build_model,
     check_model,
     check_outputs,
-    load_checkpoint,
     model_data_config,
     read,
 )
@@ -49,6 +48,7 @@ from training.distributed import init_distributed
 from training.options import LoaderOptions
 from training.precision import Precision
 from training.signals import OutOfMemoryFault, WorkerFault, fault_of
+from training.task import reading_weights
 from utils import UsageError, UserError, print_line, printable, run_script, user_path
 
 ADVICE = {OutOfMemoryFault: "lower --batch_size", WorkerFault: "give fewer --num_workers or more memory"}
@@ -158,15 +158,19 @@ def load_network(args: argparse.Namespace) -> tuple[torch.nn.Module, NetworkReci
     """The network, its recipe, and the checkpoint that it came from, which is empty for published weights."""
     if args.checkpoint is None and args.model is None:
         raise UsageError("give --checkpoint FILE, or --model NAME for published weights")
-    checkpoint = read(args.checkpoint) if args.checkpoint else {}
+    if args.checkpoint is None:
+        recipe = recipe_of({}, args)
+        try:
+            return build_model(recipe.model, True, recipe.build_kwargs), recipe, {}
+        except PretrainedWeightsError as error:
+            raise UserError(f"{error}; --checkpoint takes a file of weights") from error
+    checkpoint = read(args.checkpoint)
     recipe = recipe_of(checkpoint, args)
-    try:
-        model = build_model(recipe.model, args.checkpoint is None, recipe.build_kwargs)
-    except PretrainedWeightsError as error:
-        raise UserError(f"{error}; --checkpoint takes a file of weights") from error
-    if args.checkpoint:
-        load_checkpoint(model, checkpoint, args.checkpoint, args.model_key)
-    return model, recipe, checkpoint
+    note = recipe.weights_note(args.checkpoint)
+    if note and args.model_key is None:
+        print(note, file=sys.stderr)
+    with reading_weights():
+        return create_trained(recipe, checkpoint, args.checkpoint, args.model_key), recipe, checkpoint
 
 
 @torch.inference_mode()
@@ -258,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
                         help="the weights, file or URL (default: the published ones of --model)")
     parser.add_argument("--model", help="any model that timm knows, ours included (default: the checkpoint's)")
     parser.add_argument("--model_key", help="which weights of a checkpoint to take, for example model_ema")
-    parser.add_argument("--nb_classes", type=int, help="where the weights are of another number than the model's own")
+    parser.add_argument("--nb_classes", type=int, help="what the weights must have (default: what they have)")
     parser.add_argument("--input_size", type=image_size, metavar="PIXELS",
                         help="side of the image, or HEIGHTxWIDTH (default: the checkpoint's)")
     parser.add_argument("--use_test_size", action="store_true",

@@ -5,8 +5,7 @@ import timm
 import torch
 from timm.data import resolve_data_config
 
-from models._load import family_filter
-from models._recipe import NetworkRecipe, size_kwargs
+from models import NetworkRecipe, family_filter, size_kwargs
 from storage.weights import (
     MismatchError,
     WeightsError,
@@ -78,9 +77,9 @@ def read(source: str) -> dict[str, Any]:
         return read_checkpoint(source)
 
 
-def load_from(model: torch.nn.Module, source: str, key: str | None = None, **kwargs: Any):
+def load_from(model: torch.nn.Module, source: str, key: str | None = None, **kwargs: Any) -> list[str]:
     """`load_checkpoint` of a file or URL."""
-    load_checkpoint(model, read(source), source, key, **kwargs)
+    return load_checkpoint(model, read(source), source, key, **kwargs)
 
 
 def load_checkpoint(
@@ -90,32 +89,39 @@ def load_checkpoint(
     key: str | None = None,
     new_classifier: bool = False,
     trained_on: list[str] | None = None,
-):
-    """Load the weights of a checkpoint of ours, of a published one, or of a bare state dict.
+) -> list[str]:
+    """Load the weights of a checkpoint of ours, of a published one, or of a bare state dict; returns what to say of it.
 
     Args:
         model: The model, without wrappers.
         checkpoint: What was read from `source`.
         source: File or URL, for messages.
-        key: Which weights to take; None for the model's.
+        key: Which weights to take; None for the model's, or the EMA's where the run's best metric is of them.
         new_classifier: Keep the model's own classifier where the checkpoint's has another number of classes.
-        trained_on: Classes that the checkpoint should have been trained on; a warning is printed where it names others.
+        trained_on: Classes that the checkpoint should have been trained on.
+
+    Returns:
+        Lines: that EMA weights were taken, that the classifier is re-initialised, or that the classes are others.
 
     Raises:
         UserError: The weights do not fit, or are NaN or infinite.
     """
     classifier = model.default_cfg.get("classifier") or () if new_classifier else ()
     classifier = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    recipe = NetworkRecipe.of(checkpoint)
     with reading_weights():
         try:
-            kept = load_weights(model, unwrap(checkpoint, key), family_filter(model), classifier)
+            kept = load_weights(model, unwrap(checkpoint, key or recipe.weights), family_filter(model), classifier)
         except MismatchError as error:
-            raise WeightsError(f"{error}{NetworkRecipe.of(checkpoint).owner}") from error
+            raise WeightsError(f"{error}{recipe.owner}") from error
         check_finite(model, source)
-    if kept:
-        print(f"{source} has another number of classes: the classifier is re-initialised")
-    if difference := class_difference(checkpoint, trained_on):
-        print(f"warning: {source} {difference}")
+    difference = class_difference(checkpoint, trained_on)
+    notes = [
+        recipe.weights_note(source) if key is None else None,
+        f"{source} has another number of classes: the classifier is re-initialised" if kept else None,
+        f"warning: {source} {difference}" if difference else None,
+    ]
+    return [note for note in notes if note]
 
 
 def check_outputs(outputs: torch.Tensor, what: str):
@@ -177,16 +183,15 @@ def create_teacher(
     source: str | None,
     key: str | None = None,
     trained_on: list[str] | None = None,
-) -> torch.nn.Module:
-    """A model to learn from, with the weights of the checkpoint `source`, or its published ones.
+) -> tuple[torch.nn.Module, list[str]]:
+    """A model to learn from, with the weights of the checkpoint `source`, or its published ones; and what to say of it.
 
     Args:
         name: Any of timm's.
         num_classes: Classes of the data.
         input_size: Of the images that it will see.
         source: File or URL; None for the published weights.
-        key: Which weights of the checkpoint to take.
-        trained_on: As of `load_checkpoint`.
+        key, trained_on: As of `load_checkpoint`.
 
     Raises:
         UserError: There are no weights, or they do not fit.
@@ -194,6 +199,4 @@ def create_teacher(
     if source is None:
         check_pretrained_classes(name, num_classes)
     teacher = build_model(name, source is None, dict(num_classes=num_classes, **size_kwargs(name, input_size)))
-    if source is not None:
-        load_from(teacher, source, key, trained_on=trained_on)
-    return teacher
+    return teacher, [] if source is None else load_from(teacher, source, key, trained_on=trained_on)

@@ -224,6 +224,12 @@ def test_models_use_the_public_face_of_ops():
         assert not any(is_within(name, module) for name in imports_of(path) for module in inner), name_of(path)
 
 
+def test_other_rooms_take_what_models_offer():
+    for path in sources():
+        if not matches(name_of(path), ["models/*"]):
+            assert not any(name.startswith("models._") for name in imports_of(path)), name_of(path)
+
+
 def test_data_sets_know_loaders_and_shards_of_training_alone():
     assert all(is_within(name, "training.data") for name in imports_of(ROOT / "datasets.py") if "training" in name)
 

@@ -14,6 +14,8 @@ from training.distributed import Distributed
 from training.options import LoaderOptions
 
 from ..networks import model_data_config
+from .options import AugmentationOptions
+from .policies import check_policy
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,25 @@ class ImagePipeline:
             crop_pct=self.crop_pct or config["crop_pct"],
             crop_mode=self.crop_mode or config["crop_mode"],
             **augmentation,
+        )
+
+    def augmented(self, options: AugmentationOptions) -> datasets.Transform:
+        """The transform of training.
+
+        Raises:
+            UnknownPolicyError: timm has no augmentation policy of this name.
+        """
+        policy = None if options.aa == "none" else options.aa
+        if policy is not None:
+            check_policy(policy)
+        return self.transform(
+            train=True,
+            interpolation=options.train_interpolation,
+            scale=tuple(options.scale),
+            ratio=tuple(options.ratio),
+            hflip=options.hflip,
+            color_jitter=options.color_jitter,
+            auto_augment=policy,
         )
 
     def on_device(self, distributed: Distributed, **erasing: Any) -> Callable[[DataLoader], Transfer]:

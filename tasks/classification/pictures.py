@@ -12,10 +12,11 @@ from utils import UserError, printable, replace_file
 
 # Pixels: the least width of an image, which a title needs; and the height of a line of its title.
 _WIDTH, _LINE = 128, 13
+Title = tuple[str, str]  # two lines, whatever is in the names that they hold
 
 
-def draw_grid(images: torch.Tensor, titles: Sequence[str], mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Normalised (B, 3, H, W) images and their titles, of the same number of lines -> uint8 (H', W', 3)."""
+def draw_grid(images: torch.Tensor, titles: Sequence[Title], mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Normalised (B, 3, H, W) images and their titles -> uint8 (H', W', 3)."""
     mean, std = (torch.tensor(x, device=images.device).view(-1, 1, 1) for x in (mean, std))
     pixels = (images.float() * std + mean).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     tiles = [_tile(image, title) for image, title in zip(pixels, titles, strict=True)]
@@ -23,16 +24,15 @@ def draw_grid(images: torch.Tensor, titles: Sequence[str], mean: Sequence[float]
     return grid.permute(1, 2, 0).numpy()
 
 
-def _tile(image: np.ndarray, title: str) -> np.ndarray:
+def _tile(image: np.ndarray, title: Title) -> np.ndarray:
     """A uint8 (H, W, 3) image, enlarged where it is small, above its title."""
     scale = -(-_WIDTH // image.shape[1])
     image = image.repeat(scale, axis=0).repeat(scale, axis=1)
     height, width = image.shape[:2]
-    lines = title.split("\n")
-    tile = Image.new("RGB", (width, height + 2 + _LINE * len(lines)), "white")
+    tile = Image.new("RGB", (width, height + 2 + _LINE * len(title)), "white")
     tile.paste(Image.fromarray(image))
     draw, font = ImageDraw.Draw(tile), ImageFont.load_default()
-    for row, line in enumerate(lines):
+    for row, line in enumerate(title):
         # PIL's own font has Latin letters alone
         text = printable(line).encode("latin-1", "replace").decode("latin-1")
         while text and draw.textlength(text, font) > width:
@@ -41,7 +41,7 @@ def _tile(image: np.ndarray, title: str) -> np.ndarray:
     return np.asarray(tile)
 
 
-def target_titles(targets: torch.Tensor, names: Sequence[str], mixup: Mixup | None) -> list[str]:
+def target_titles(targets: torch.Tensor, names: Sequence[str], mixup: Mixup | None) -> list[Title]:
     """What each image of a training batch is to be taken for, in two lines: a class, or two and their weights.
 
     Args:
@@ -50,14 +50,15 @@ def target_titles(targets: torch.Tensor, names: Sequence[str], mixup: Mixup | No
         mixup: What mixed the targets; None for class indices.
     """
     if targets.ndim == 1:
-        return [f"{names[target]}\n" for target in targets.tolist()]
+        return [(names[target], "") for target in targets.tolist()]
     off = mixup.label_smoothing / len(names)
     weights, classes = ((targets - off) / max(1 - mixup.label_smoothing, 1e-6)).topk(min(2, len(names)), dim=1)
     titles = []
     for values, indices in zip(weights.tolist(), classes.tolist(), strict=True):
         lines = [f"{value:.2f} {names[c]}" for value, c in zip(values, indices, strict=True) if value >= 0.005]
         lines = [names[indices[0]]] if values[0] > 0.995 else lines
-        titles.append("\n".join([*lines, "", ""][:2]))
+        first, second = [*lines, "", ""][:2]
+        titles.append((first, second))
     return titles
 
 

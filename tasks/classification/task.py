@@ -1,5 +1,5 @@
 """Image classification, as `training.task.Task` asks for it."""
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -7,37 +7,28 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from timm.data.loader import fast_collate
-from timm.data.mixup import Mixup
 from timm.layers import to_2tuple
 from torch.utils.data import Dataset
 
 import datasets
 from storage.weights import held_out_difference
-from training.data.loader import EpochLoader, build_loader, seeded
+from training.data.loader import EpochLoader, build_loader
 from training.distributed import Distributed
 from training.options import LoaderOptions
 from training.precision import Precision
 from training.run import Clock
 from training.task import Task
-from utils import UsageError, derive_seed
+from utils import UsageError
 
 from .. import networks
-from . import confusion, losses, pictures, report, tables, token_labels
-from .errors import (
-    ADVICE,
-    NoTokenHeadError,
-    OneClassError,
-    TeacherClassesError,
-    TooFewClassesError,
-)
+from . import report, shown, tables, token_labels
+from .criterion import create_criterion
+from .errors import ADVICE, NoTokenHeadError, OneClassError, TeacherClassesError, TooFewClassesError
 from .images import ImagePipeline
 from .losses import Criterion
 from .metrics import Accuracy, RecordedAccuracy
 from .options import IMAGE_FOLDERS, TOKEN_STRIDE, ClassificationSettings
-from .policies import check_policy
 
-# How many images are shown, and of at most how many classes an evaluation in training draws the confusion matrix.
-SHOWN, DRAWN = 16, 50
 Batch = tuple[torch.Tensor, torch.Tensor | token_labels.TokenTargets]
 
 
@@ -89,7 +80,7 @@ class ClassificationTask(Task):
             data.data_set,
             data.data_path,
             split,
-            self._train_transform() if train else self.images.transform(),
+            self.images.augmented(self.settings.augmentation) if train else self.images.transform(),
             on_error="raise" if not data.skip_bad_images else "next" if train else "mask",
             most_classes=self._most_classes(),
             download=data.download,
@@ -123,21 +114,6 @@ class ClassificationTask(Task):
             if self.distributed.is_main and note not in self._told:
                 print(note)
             self._told.add(note)
-
-    def _train_transform(self) -> datasets.Transform:
-        options = self.settings.augmentation
-        policy = None if options.aa == "none" else options.aa
-        if policy is not None:
-            check_policy(policy)
-        return self.images.transform(
-            train=True,
-            interpolation=options.train_interpolation,
-            scale=tuple(options.scale),
-            ratio=tuple(options.ratio),
-            hflip=options.hflip,
-            color_jitter=options.color_jitter,
-            auto_augment=policy,
-        )
 
     def _count_classes(self, dataset: datasets.ImageDataset) -> int | None:
         """Classes of the model; None, for the model's own number, where neither the settings nor the data set know."""
@@ -182,11 +158,12 @@ class ClassificationTask(Task):
         if training:
             if settings.checkpoint.finetune:
                 source, key = settings.checkpoint.finetune, settings.checkpoint.model_key
-                networks.load_from(network, source, key, new_classifier=True)
+                self._tell(networks.load_from(network, source, key, new_classifier=True))
             if settings.model.freeze_backbone:
                 networks.freeze_backbone(network)
             self.num_classes = network.num_classes
-            self.criterion = self._criterion(network.num_classes)
+            counts, teacher = self.class_counts, self._teacher(network.num_classes)
+            self.criterion = create_criterion(settings, network.num_classes, counts, teacher, self.distributed.device)
         return network
 
     def _model_kwargs(self, training: bool) -> dict[str, Any]:
@@ -212,66 +189,33 @@ class ClassificationTask(Task):
                 if networks.takes(self.name, kwargs, without={"drop_path_rate", "token_head"}):
                     raise NoTokenHeadError(f"{self.name} has no token head, as BiFormer has") from None
                 raise
-        if self.distributed.is_main:
-            print(f"{self.name} has no stochastic depth: drop path is left out")
+        self._tell([f"{self.name} has no stochastic depth: drop path is left out"])
         kwargs = {key: value for key, value in kwargs.items() if key != "drop_path_rate"}
         return networks.build_model(self.name, pretrained, kwargs)
 
     def load(self, network: torch.nn.Module, source: str):
         checkpoint = networks.read(source)
-        networks.load_checkpoint(
-            network, checkpoint, source, self.settings.checkpoint.model_key, trained_on=self.classes
-        )
+        key = self.settings.checkpoint.model_key
+        self._tell(networks.load_checkpoint(network, checkpoint, source, key, trained_on=self.classes))
         # a val split that was not held out of these images has nothing to do with them
         difference = held_out_difference(checkpoint, self.held_out) if self.held_out else None
-        if difference and self.distributed.is_main:
-            print(f"warning: {source} {difference}; it may have been trained on these images")
+        if difference:
+            self._tell([f"warning: {source} {difference}; it may have been trained on these images"])
 
-    # --- loss ---------------------------------------------------------------------------------------------------------
-
-    def _criterion(self, num_classes: int) -> Criterion:
-        options, token_label = self.settings.augmentation, self.settings.token_label
-        mixing = dict(prob=options.mixup_prob, switch_prob=options.mixup_switch_prob)
-        if token_label.token_label:
-            weight = token_label.token_label_weight
-            loss = losses.TokenLabelLoss(**({} if weight is None else dict(weight=weight)))
-            mixup = token_labels.TokenLabelMixup(
-                num_classes, options.smoothing, TOKEN_STRIDE, options.mixup, options.cutmix, **mixing
-            )
-            return Criterion(loss, mixup)
-        mixup = None
-        if options.mixup or options.cutmix:
-            mixup = Mixup(
-                options.mixup, options.cutmix, label_smoothing=options.smoothing, num_classes=num_classes, **mixing
-            )
-        # Mixup has smoothed its targets already.
-        smoothing = 0.0 if mixup else options.smoothing
-        loss = torch.nn.CrossEntropyLoss(label_smoothing=smoothing)
-        if self.class_counts is not None:
-            counts = self.class_counts + [0] * (num_classes - len(self.class_counts))
-            weights = losses.balanced_weights(counts).to(self.distributed.device)
-            loss = losses.ClassWeightedCrossEntropy(weights, smoothing)
-        if self.settings.distillation.distillation_type != "none":
-            return Criterion(self._distillation(loss, num_classes), mixup, sees_images=True)
-        return Criterion(loss, mixup)
-
-    def _distillation(self, loss: torch.nn.Module, num_classes: int) -> torch.nn.Module:
+    def _teacher(self, num_classes: int) -> torch.nn.Module | None:
         options, size = self.settings.distillation, self.settings.model.input_size
+        if options.distillation_type == "none":
+            return None
         try:
-            teacher = networks.create_teacher(
+            teacher, notes = networks.create_teacher(
                 options.teacher_model, num_classes, size, options.teacher_path, trained_on=self.classes
             )
         except networks.PretrainedClassesError as error:
             raise TeacherClassesError(str(error)) from error
-        own, teachers = self.images.config, networks.model_data_config(options.teacher_model)
-        return losses.DistillationLoss(
-            loss,
-            teacher,
-            options.distillation_type,
-            options.distillation_alpha,
-            options.distillation_tau,
-            images=losses.Renormalize(own["mean"], own["std"], teachers["mean"], teachers["std"]),
-        ).to(self.distributed.device)
+        self._tell(notes)
+        return teacher
+
+    # --- loss ---------------------------------------------------------------------------------------------------------
 
     def loss(self, network: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         images, targets = batch
@@ -287,68 +231,15 @@ class ClassificationTask(Task):
     def evaluator(self) -> Accuracy:
         device = self.distributed.device
         if not self.settings.evaluation.eval:
-            return RecordedAccuracy(device, self.precision, self._shown())
+            images = len(self.val_set) if self.distributed.is_main and self.val_set is not None else 0
+            places = shown.places_to_show(images, self.eval_processes.world_size)
+            return RecordedAccuracy(device, self.precision, places)
         kind = Accuracy if self.report_folder is None else RecordedAccuracy
         return kind(device, self.precision)
 
-    def _shown(self) -> list[int]:
-        """The places among its own, in order, of the val images that this process shows; the main process does."""
-        if not self.distributed.is_main or self.val_set is None:
-            return []
-        own = len(range(0, len(self.val_set), self.eval_processes.world_size))
-        return sorted({place * own // SHOWN for place in range(SHOWN)})
-
-    def pictures(self, recorded: RecordedAccuracy) -> dict[str, np.ndarray]:
-        """Images of an evaluation, and of at most `DRAWN` classes the confusion matrix, where it can be drawn."""
-        names = tables.complete(self.classes or [], self.num_classes)
-        indices = [place * self.eval_processes.world_size for place in recorded.shown]
-        titles = [
-            f"{names[recorded.targets[i]] if recorded.targets[i] >= 0 else 'cannot be read'}\n"
-            f"pred. {names[recorded.classes[i, 0]]} {100 * recorded.probabilities[i, 0]:.0f} %" for i in indices
-        ]
-        config = self.images.config
-        images = torch.stack(recorded.images)
-        shown = dict(predictions=pictures.draw_grid(images, titles, config["mean"], config["std"]))
-        if len(names) <= DRAWN and confusion.can_draw():
-            targets, predicted = recorded.targets.numpy(), recorded.classes[:, 0].numpy()
-            matrix = confusion.confusion_matrix(targets, predicted, len(names))
-            shown["confusion"] = confusion.as_pixels(confusion.confusion_figure(matrix, names))
-        return shown
-
-    # --- before training ----------------------------------------------------------------------------------------------
-
-    def preview(self, dataset: Dataset, clock: Clock):
-        """`--show_batch`: the training images of the next steps, at least `SHOWN` where there are so many."""
-        if self.settings.report.show_batch is None:
-            return
-        file, config = Path(self.settings.report.show_batch), self.images.config
-        images, titles = [], []
-        for batch in self._next_batches(dataset, clock):
-            images += batch[0]
-            titles += pictures.target_titles(batch[1], tables.complete(self.classes or [], self.num_classes),
-                                             self.criterion.mixup)
-            if len(images) >= SHOWN:
-                break
-        pixels = pictures.draw_grid(torch.stack(images[:2 * SHOWN]), titles[:2 * SHOWN], config["mean"], config["std"])
-        pictures.write_picture(file, pixels)
-        print(f"training images: {file}")
-
-    def _next_batches(self, dataset: Dataset, clock: Clock) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The images, mixed, and targets of the first batch of each step from `clock` on, as this process trains on
-        them; read in this process, by a loader of its own, and without a change to what is drawn later.
-        """
-        seed, update_freq = self.settings.machine.seed, self.settings.optimizer.update_freq
-        epoch, step = (clock.epoch + 1, 0) if clock.epoch_is_over else (clock.epoch, clock.step)
-        loader = self._train_loader(dataset, replace(self.settings.loader, num_workers=0))
-        loader.set_epoch(epoch, first_batch=step * update_freq)
-        for number, (images, targets) in enumerate(loader):
-            if number % update_freq == 0:
-                key = derive_seed(seed, epoch, step + number // update_freq, self.distributed.rank)
-                with seeded(key % 2**32, self.distributed.device):
-                    if self.criterion.mixup is not None:
-                        images, targets = self.criterion.mixup(images, targets)
-                # of token labels, those of the images
-                yield images, targets[0] if isinstance(targets, tuple) else targets
+    def pictures(self, evaluator: RecordedAccuracy) -> dict[str, np.ndarray]:
+        config, processes = self.images.config, self.eval_processes.world_size
+        return shown.evaluation_pictures(evaluator, self._class_names(), config, processes)
 
     def report(self, results: dict[str, float], evaluator: Accuracy, what: str):
         # In the words of the published repositories, up to the loss.
@@ -356,6 +247,21 @@ class ClassificationTask(Task):
         print(f"* {values} {self.measured_on(results, what)}")
         if self.report_folder is not None:
             report.write_report(self.report_folder, evaluator, self.val_set.names(), self.classes)
+
+    def _class_names(self) -> list[str]:
+        return tables.complete(self.classes or [], self.num_classes)
+
+    # --- before training ----------------------------------------------------------------------------------------------
+
+    def preview(self, dataset: Dataset, clock: Clock):
+        """`--show_batch`: the training images of the next steps."""
+        if self.settings.report.show_batch is None:
+            return
+        seed, update_freq = self.settings.machine.seed, self.settings.optimizer.update_freq
+        loader = self._train_loader(dataset, replace(self.settings.loader, num_workers=0))
+        mixup, file = self.criterion.mixup, Path(self.settings.report.show_batch)
+        batches = shown.next_batches(loader, clock, seed, update_freq, mixup, self.distributed)
+        shown.write_preview(file, batches, self._class_names(), mixup, self.images.config)
 
     def dummy_batch(self, size: int, train: bool) -> Batch:
         height, width = to_2tuple(self.images.input_size)

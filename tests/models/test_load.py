@@ -10,6 +10,7 @@ from timm.data import resolve_data_config
 import main as program
 import models
 from datasets import load_image
+from storage.weights import WeightsError
 from tasks.classification.images import ImagePipeline
 
 KWARGS = ["num_regions=2", "topk=(1,1,1)"]
@@ -117,6 +118,46 @@ def test_weights_that_are_not_finite_are_refused(trained, tmp_path):
         models.load(tmp_path / "nan.pth")
 
 
+def test_classes_that_a_run_does_not_tell_are_counted(trained, tmp_path):
+    """A run on shards knows neither their names nor, before it reads them, their number."""
+    checkpoint = torch.load(trained, weights_only=True)
+    torch.save(dict(checkpoint, classes=None), tmp_path / "shards.pth")
+    network, _ = models.load(tmp_path / "shards.pth")
+    assert network.num_classes == network.pretrained_cfg["num_classes"] == 3
+    assert "label_names" not in network.pretrained_cfg or network.pretrained_cfg["label_names"] is None
+
+
+def by_ema(trained, path):
+    """The checkpoint `trained`, as if its best metric had been the EMA's."""
+    checkpoint = torch.load(trained, weights_only=True)
+    torch.save(dict(checkpoint, best={"ema_acc1": 50.0}), path)
+    return path
+
+
+def test_a_run_whose_best_metric_is_the_emas_is_loaded_with_its_ema_weights(photos, trained, tmp_path):
+    best = by_ema(trained, tmp_path / "best.pth")
+    image = first_image(photos)
+    for weights, key in ((None, "model_ema"), ("model", "model"), ("model_ema", "model_ema")):
+        network, transform = models.load(best, weights=weights)
+        torch.testing.assert_close(network(transform(image)[None]), expected_logits(photos, trained, key))
+    saved = torch.load(trained, weights_only=True)["model_ema"]
+    model = create(best, num_regions=2, topk=(1, 1, 1))
+    torch.testing.assert_close(model.state_dict(), saved, rtol=0, atol=0)
+    torch.save(dict(torch.load(best, weights_only=True), model_ema=None), best)
+    network, _ = models.load(best)
+    torch.testing.assert_close(network.state_dict(), torch.load(trained, weights_only=True)["model"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kwargs", [dict(nonsense=1), dict(topk="x")])
+def test_arguments_that_the_model_refuses_are_one_line(trained, tmp_path, kwargs):
+    checkpoint = torch.load(trained, weights_only=True)
+    checkpoint["args"]["model_kwargs"] = kwargs
+    torch.save(checkpoint, tmp_path / "bad.pth")
+    with pytest.raises(WeightsError, match=r"bad\.pth: biformer_nano cannot be built with .*=") as error:
+        models.load(tmp_path / "bad.pth")
+    assert "\n" not in str(error.value)
+
+
 # --- timm's ways ------------------------------------------------------------------------------------------------------
 
 
@@ -157,6 +198,14 @@ def test_other_arguments_than_the_runs_are_a_warning(trained):
     """They change no shape, and every result."""
     with pytest.warns(UserWarning, match=r"was trained with num_regions=2, topk=\(1, 1, 1\)"):
         create(trained, num_classes=3)
+
+
+def test_a_network_without_a_classifier_needs_none(trained):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = create(trained, num_classes=0, num_regions=2, topk=(1, 1, 1))
+    saved = torch.load(trained, weights_only=True)["model"]
+    assert model.num_classes == 0 and model.stem.conv1.weight.equal(saved["stem.conv1.weight"])
 
 
 def test_features_of_a_run_need_no_classifier(trained):

@@ -90,6 +90,30 @@ def test_weights_that_do_not_say_what_they_belong_to(photos, tmp_path, capfd):
     assert code == 0 and len(out.splitlines()) == 20
 
 
+def test_classes_that_a_run_does_not_tell_are_counted(trained, tmp_path, capfd):
+    """As those of a run on shards: neither their names nor their number."""
+    write_images(tmp_path, "a.png")
+    checkpoint = with_classes(trained, tmp_path / "shards.pth", None)
+    code, out, _ = run(capfd, "--checkpoint", checkpoint, tmp_path / "a.png")
+    assert code == 0 and all(f" {name} " in out for name in "012") and " 3 " not in out
+    code, _, err = run(capfd, "--checkpoint", checkpoint, tmp_path / "a.png", "--nb_classes", "7")
+    assert code == 1 and "does not fit BiFormer with 7 classes" in err and err.count("\n") == 1
+
+
+def test_the_ema_weights_of_a_run_whose_best_metric_is_theirs(trained, tmp_path, capfd):
+    write_images(tmp_path, "a.png")
+    checkpoint = torch.load(trained, weights_only=True)
+    checkpoint["model_ema"] = {k: v + 1 for k, v in checkpoint["model"].items()}
+    torch.save(dict(checkpoint, best={"ema_acc1": 50.0}), tmp_path / "best.pth")
+    arguments = ["--checkpoint", tmp_path / "best.pth", tmp_path / "a.png"]
+    code, by_default, err = run(capfd, *arguments)
+    note = f"{tmp_path}/best.pth: the EMA weights are taken, since the run's best metric is ema_acc1\n"
+    assert code == 0 and err == note
+    _, ema, err = run(capfd, *arguments, "--model_key", "model_ema")
+    _, own, _ = run(capfd, *arguments, "--model_key", "model")
+    assert by_default == ema != own and err == ""
+
+
 def test_what_is_not_finite(photos, trained, tmp_path, capfd):
     image = sorted((photos / "val").rglob("*.*"))[0]
     for value, message in ((float("nan"), "weights are NaN or infinite, head.fc.weight first"),

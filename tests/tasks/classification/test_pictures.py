@@ -1,4 +1,6 @@
 """Pictures of batches: what the network is trained on, and what its evaluation said."""
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -53,7 +55,7 @@ def test_images_are_shown_as_they_were_before_normalisation():
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
     pixels = torch.randint(0, 256, (2, 3, 40, 130), dtype=torch.uint8)
     images = (pixels / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
-    grid = draw_grid(images, ["a\nb", "c\nd"], mean, std)
+    grid = draw_grid(images, [("a", "b"), ("c", "d")], mean, std)
     assert np.array_equal(grid[4:44, 4:134], pixels[0].permute(1, 2, 0).numpy())
     assert (grid[44:70, 4:134] < 128).any(), "there is a title"
 
@@ -62,11 +64,23 @@ def test_images_are_shown_as_they_were_before_normalisation():
 def test_titles_name_what_was_mixed_and_how_much(smoothing):
     """Class names may be of any script and length."""
     names = ["cat", "dog", "\u732b" * 200, "\x1b[31m"]
-    assert target_titles(torch.tensor([0, 1]), names, None) == ["cat\n", "dog\n"]
+    assert target_titles(torch.tensor([0, 1]), names, None) == [("cat", ""), ("dog", "")]
     mixup = Mixup(mixup_alpha=1.0, label_smoothing=smoothing, num_classes=4)
     mixup._params_per_batch = lambda: (0.7, False)
     images, targets = mixup(torch.zeros(4, 3, 8, 8), torch.tensor([0, 1, 2, 0]))
     titles = target_titles(targets, names, mixup)
     if smoothing < 1:
-        assert titles[0] == "cat\n" and titles[1] == "0.70 dog\n0.30 " + names[2]
+        assert titles[0] == ("cat", "") and titles[1] == ("0.70 dog", "0.30 " + names[2])
     draw_grid(images, titles, (0.5,) * 3, (0.5,) * 3)
+
+
+def test_names_with_line_breaks_are_shown_on_one_line(photos, tmp_path, capfd):
+    """In the pictures of training images and of evaluations."""
+    shutil.copytree(photos, tmp_path / "data")
+    for split in ("train", "val"):
+        (tmp_path / "data" / split / "class0").rename(tmp_path / "data" / split / "a\nb")
+    shown = ["--show_batch", tmp_path / "batch.png", "--num_workers", "0"]
+    assert run(tmp_path / "data", tmp_path / "run", *shown) == 0
+    images = torch.zeros(2, 3, 128, 128)
+    one_line = draw_grid(images, [("a\nb", "c"), ("d", "e\x1b\n")], (0.5,) * 3, (0.5,) * 3)
+    assert one_line.shape == draw_grid(images, [("a", "c"), ("d", "e")], (0.5,) * 3, (0.5,) * 3).shape

@@ -1,5 +1,6 @@
 """tasks/classification/task.py: the losses that settings ask for, the loaders, and messages about names."""
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -13,11 +14,11 @@ from training.distributed import Distributed
 from training.precision import Precision
 
 
-def task_of(*argv):
-    """The task of a command line, on the CPU."""
+def task_of(*argv, rank=0):
+    """The task of a command line, on the CPU, in one of two processes or alone."""
     small = ["--model", "biformer_nano", "--input_size", "32", "--batch_size", "4", "--num_workers", "0"]
     settings = flags.parse(ClassificationSettings, [*small, *map(str, argv)])
-    return ClassificationTask(settings, Distributed(torch.device("cpu")), Precision())
+    return ClassificationTask(settings, Distributed(torch.device("cpu"), rank, 1 + bool(rank)), Precision())
 
 
 @pytest.fixture
@@ -83,3 +84,33 @@ def test_a_batch_of_zeros_is_like_one_of_the_loaders(folder):
     assert (zeros.shape, zeros.dtype, indices.shape, indices.dtype) == (
         images.shape, images.dtype, targets.shape, targets.dtype
     )
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_main_process_alone_says_what_weights_are_loaded(folder, tmp_path, capfd, rank):
+    """That a classifier is re-initialised, that classes are others, and that EMA weights are taken."""
+    model = timm.create_model("biformer_nano", num_classes=3)
+    checkpoint = dict(model=model.state_dict(), model_ema={k: v + 1 for k, v in model.state_dict().items()})
+    torch.save(dict(checkpoint, classes=["cat", "dog", "elk"]), tmp_path / "three.pth")
+    data = ["--data_set", "image_folder", "--data_path", folder]
+    task = task_of(*data, "--finetune", tmp_path / "three.pth", rank=rank)
+    task.dataset("train")
+    task.network()
+    model = timm.create_model("biformer_nano", num_classes=2)
+    checkpoint = dict(model=model.state_dict(), model_ema={k: v + 1 for k, v in model.state_dict().items()})
+    run = dict(task="classification", model="biformer_nano", input_size=32)
+    torch.save(dict(checkpoint, args=run, classes=["cat", "dog"], best=dict(ema_acc1=1.0)), tmp_path / "two.pth")
+    for asked, added in ([], 1), (["--model_key", "model"], 0), (["--model_key", "model_ema"], 1):
+        task = task_of(*data, "--eval", "--resume", tmp_path / "two.pth", *asked, rank=rank)
+        task.dataset("val")
+        network = task.network()
+        task.load(network, str(tmp_path / "two.pth"))
+        assert torch.equal(network.head.fc.bias, model.head.fc.bias + added)
+    lines = capfd.readouterr().out.splitlines()
+    if rank:
+        assert lines == []
+    else:
+        assert f"{tmp_path}/three.pth has another number of classes: the classifier is re-initialised" in lines
+        assert sum(line.startswith(f"warning: {tmp_path}/two.pth was trained on other classes") for line in lines) == 3
+        note = f"{tmp_path}/two.pth: the EMA weights are taken, since the run's best metric is ema_acc1"
+        assert lines.count(note) == 1
