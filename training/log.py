@@ -8,7 +8,7 @@ from contextlib import ExitStack, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,8 +17,12 @@ from utils import UserError, replace_file
 
 from .distributed import Distributed
 from .options import WandbOptions
-from .run import Clock
+from .run import Clock, Run
+from .task import Task
 from .trackers import Tracker, open_trackers
+
+if TYPE_CHECKING:  # it writes what a `Meter` has measured
+    from .checkpoints import CheckpointStore
 
 PICTURES_EVERY = 60.0  # seconds, between two pictures of evaluations
 
@@ -155,12 +159,12 @@ def log_line(values: dict[str, float], epoch: int, step: int, steps: int, second
     )
 
 
-def print_plan(task: Any, run: Any, peak_lr: float, folder: Path):
+def print_plan(task: Task, run: Run, peak_lr: float, folder: Path):
     """Print what is going to be trained.
 
     Args:
-        task: A `training.task.Task`.
-        run: Its `training.run.Run`.
+        task: The task.
+        run: Its run, at the start or where it resumes.
         peak_lr: The learning rate after the warm-up.
         folder: Where the run writes.
     """
@@ -186,13 +190,8 @@ def print_plan(task: Any, run: Any, peak_lr: float, folder: Path):
         )
 
 
-def print_end(run: Any, store: Any):
-    """Print what a run that has ended leaves behind.
-
-    Args:
-        run: A `training.run.Run`.
-        store: Its `training.checkpoints.CheckpointStore`.
-    """
+def print_end(run: Run, store: "CheckpointStore"):
+    """Print what a run that has ended leaves behind in its store."""
     clock = run.clock
     if not clock.run_is_over:
         waited = f"{run.epochs_without_better} epochs without a better {run.best_metric.name}"

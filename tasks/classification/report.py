@@ -42,8 +42,8 @@ def write_report(folder: Path, recorded: RecordedAccuracy, images: Sequence[str]
     names = complete(classes or [], recorded.num_classes)
     targets, top = recorded.targets.numpy(), recorded.classes.numpy()
     matrix = confusion_matrix(targets, top[:, 0], len(names))
-    write_csv(folder / "predictions.csv", _predictions(recorded, images, names))
     by_class = class_rows(matrix, targets, top, names)
+    write_csv(folder / "predictions.csv", _predictions(recorded, images, names))
     write_csv(folder / "classes.csv", [["class", "images", "acc1", "acc5", "precision", "recall", "f1"], *by_class])
     lines = ([name, *row] for name, row in zip(names, matrix.tolist(), strict=True))
     write_csv(folder / "confusion.csv", [["true class", *names], *lines])
@@ -79,16 +79,10 @@ def class_rows(matrix: np.ndarray, targets: np.ndarray, top: np.ndarray, names: 
         top: (N, k) class indices, the most probable first.
         names: Of the classes.
     """
-    from sklearn.metrics import precision_recall_fscore_support
-
-    known = targets >= 0
-    labels = range(len(names))
-    precision, recall, f1, images = precision_recall_fscore_support(
-        targets[known], top[known, 0], labels=labels, zero_division=math.nan
-    )
-    found = targets[known][(top[known] == targets[known, None]).any(axis=1)]
-    with np.errstate(invalid="ignore"):
-        acc5 = np.bincount(found, minlength=len(names)) / images
-    values = np.stack([np.diag(matrix) / np.where(images, images, math.nan), acc5, precision, recall, f1], axis=1)
+    found = np.bincount(targets[(top == targets[:, None]).any(axis=1)], minlength=len(names))
+    hits, images, guesses = np.diag(matrix), matrix.sum(axis=1), matrix.sum(axis=0)
+    with np.errstate(invalid="ignore"):  # 0 / 0, which is not defined
+        recall, acc5, precision, f1 = hits / images, found / images, hits / guesses, 2 * hits / (images + guesses)
+    values = np.stack([recall, acc5, precision, recall, f1], axis=1)
     cells = [["" if math.isnan(value) else round(100 * value, 3) for value in row] for row in values.tolist()]
     return [[name, count, *row] for name, count, row in zip(names, images.tolist(), cells, strict=True)]

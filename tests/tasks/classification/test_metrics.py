@@ -1,3 +1,6 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -62,40 +65,42 @@ def test_nothing_to_evaluate():
         evaluate(small_model(), [])
 
 
-@torch.inference_mode()
+def in_threads(count, work):
+    """What `work(process)` returns in so many threads that stand for processes, of which each sums what all give."""
+    barrier, given = threading.Barrier(count, timeout=20), [None] * count
+
+    def exchange(rank, reduce, value):
+        given[rank] = value
+        barrier.wait()
+        result = reduce(given)
+        barrier.wait()
+        return result
+
+    def run(rank):
+        process = SimpleNamespace(
+            rank=rank, world_size=count, sum=partial(exchange, rank, sum), max=partial(exchange, rank, max)
+        )
+        with torch.inference_mode():
+            return work(process)
+
+    with ThreadPoolExecutor(count) as threads:
+        return list(threads.map(run, range(count)))
+
+
 @pytest.mark.parametrize("images", [1, 5])
 def test_what_processes_recorded_comes_together_in_order(images):
     """Of three processes, of which two may have no image; each of them learns everything."""
     model, data = small_model(classes=8), batches(1, size=images, classes=8)[0]
-    recorded = [RecordedAccuracy(ALONE.device, Precision()) for _ in range(3)]
-    for rank, accuracy in enumerate(recorded):
-        own = [part[rank::3] for part in data]
+
+    def evaluate_own(process):
+        recorded = RecordedAccuracy(ALONE.device, Precision())
+        own = [part[process.rank::3] for part in data]
         if len(own[0]):
-            accuracy.update(model, own)
+            recorded.update(model, own)
+        return recorded, recorded.compute(process)
 
-    def compute(rank, others):
-        """`others`: what the other processes give to each sum, in turn."""
-        given = []
-        process = SimpleNamespace(
-            rank=rank, world_size=3, max=lambda value: 8,
-            sum=lambda values: given.append(values) or sum(others[len(given) - 1], values),
-        )
-        recorded[rank].compute(process)
-        return given
-
-    # the totals, then how many rows each process has, then the rows, which need the number of all
-    counts = [torch.tensor(float(len(range(rank, images, 3)))) for rank in range(3)]
-    totals = [accuracy.totals for accuracy in recorded]
-    width = 1 + 2 * 5
-    for rank in range(3):
-        rest = [other for other in range(3) if other != rank]
-        rows = []
-        for other in rest:
-            table = torch.zeros(images, width, dtype=torch.float64)
-            if recorded[other].rows:
-                table[other::3] = torch.cat(recorded[other].rows)
-            rows.append(table)
-        compute(rank, [[totals[other] for other in rest], [counts[other] for other in rest], rows])
-        top = model(data[0]).softmax(1).topk(5)
-        assert torch.equal(recorded[rank].targets, data[1]) and torch.equal(recorded[rank].classes, top.indices)
-        torch.testing.assert_close(recorded[rank].probabilities, top.values.double())
+    top = model(data[0]).softmax(1).topk(5)
+    for recorded, results in in_threads(3, evaluate_own):
+        assert results == pytest.approx(evaluate(model, [data])) and recorded.num_classes == 8
+        assert torch.equal(recorded.targets, data[1]) and torch.equal(recorded.classes, top.indices)
+        torch.testing.assert_close(recorded.probabilities, top.values.double())

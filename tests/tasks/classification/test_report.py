@@ -1,6 +1,9 @@
 """Reports of evaluations: every image once and in order, figures by class, a confusion matrix that can be read."""
 import csv
 import shutil
+import sys
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ import timm
 import torch
 from PIL import Image
 from sklearn.metrics import confusion_matrix as sklearns
+from sklearn.metrics import precision_recall_fscore_support
 
 import main as program
 import models  # noqa: F401, registers our models with timm
@@ -72,6 +76,27 @@ def test_figures_by_class():
     ]
 
 
+def test_figures_by_class_are_scikit_learns():
+    """In percent, to three places; of seven classes, one has no image, and one no prediction."""
+    generator = np.random.default_rng(0)
+    targets, top = generator.integers(0, 6, 200), generator.permuted(np.tile(np.arange(7), (200, 1)), axis=1)[:, :5]
+    top[top[:, 0] == 2, 0] = 3
+    rows = class_rows(confusion_matrix(targets, top[:, 0], 7), targets, top, list("abcdefg"))
+    expected = precision_recall_fscore_support(targets, top[:, 0], labels=range(7), zero_division=np.nan)
+    figures = np.array([[row[4], row[5], row[6], row[1]] for row in rows], object)
+    figures[figures == ""] = np.nan
+    scale = np.array([100, 100, 100, 1])
+    np.testing.assert_allclose(figures.astype(float), np.stack(expected, axis=1) * scale, rtol=0, atol=5.1e-4)
+
+
+def test_a_report_needs_no_other_package(photos, weights, tmp_path, monkeypatch):
+    """Where scikit-learn is not installed, it is not half a report."""
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
+    assert evaluate(weights, "--data_path", photos, "--report", tmp_path) == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"predictions.csv", "classes.csv", "confusion.csv", "confusion.png"}
+
+
 def test_images_that_were_skipped_are_listed(photos, weights, tmp_path, capfd):
     shutil.copytree(photos / "val", tmp_path / "data" / "val")
     bad = tmp_path / "data" / "val" / "class1" / "1.png"
@@ -88,9 +113,12 @@ def test_images_of_shards_and_of_the_digits_have_names_too(photos, weights, tmp_
     arguments = ["--data_set", "wds/photos", "--data_path", tmp_path / "shards", "--report", tmp_path / "report"]
     assert evaluate(weights, *arguments) == 0
     rows = rows_of(tmp_path / "report" / "predictions.csv")
-    assert len({row["image"] for row in rows}) == 7
-    assert all((tmp_path / "shards" / row["image"].partition("/")[0]).exists() for row in rows)
-    assert {row["true_class"] for row in rows} == {"0", "1", "2"}
+    assert len({row["image"] for row in rows}) == 7 and {row["true_class"] for row in rows} == {"0", "1", "2"}
+    for row in rows:
+        shard, _, member = row["image"].partition("/")
+        with tarfile.open(tmp_path / "shards" / shard) as archive:
+            label = Path(member).with_suffix(".cls").name
+            assert archive.extractfile(label).read().decode() == row["true_class"]
     assert build_dataset("digits", None, "val").names() == [str(index) for index in range(360)]
 
 
