@@ -234,12 +234,19 @@ def test_cross_validation(tmp_path, monkeypatch, capsys):
     write_photos(tmp_path, train=33, val=0)
     (tmp_path / "train").rename(tmp_path / "photos")
     monkeypatch.chdir(tmp_path)
-    exec(make_folds, {})
     photos = {path.relative_to("photos") for path in Path("photos").rglob("*.png")}
+    renamed = {path: path.with_suffix(".jfif") for path in sorted(photos)[:2]}
+    for path, other in renamed.items():
+        Path("photos", path).rename(Path("photos", other))
+    photos = {renamed.get(path, path) for path in photos}
+    for name in (".ipynb_checkpoints/0.png", "class0/._1.png"):
+        Path("photos", name).parent.mkdir(exist_ok=True)
+        Path("photos", name).touch()
+    exec(make_folds, {})
     evaluated = []
     for fold in sorted(Path("folds").iterdir()):
         folders = (fold / "train", fold / "val")
-        parts = [{path.relative_to(folder) for path in folder.rglob("*.png")} for folder in folders]
+        parts = [{path.relative_to(folder) for path in folder.rglob("*.*")} for folder in folders]
         assert parts[0] | parts[1] == photos and not parts[0] & parts[1]
         evaluated += parts[1]
         read = [build_dataset("image_folder", fold, split) for split in ("train", "val")]
