@@ -12,7 +12,15 @@ from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_data_config
 from torch import nn
 
-from ._pretrained import MismatchError, WeightsError, check_finite, load_weights, read_checkpoint, unwrap
+from ._pretrained import (
+    MismatchError,
+    WeightsError,
+    check_finite,
+    default_weights,
+    load_weights,
+    read_checkpoint,
+    unwrap,
+)
 from ._recipe import NetworkRecipe, count_classes
 
 Transform = Callable[[Image.Image], torch.Tensor]
@@ -58,12 +66,12 @@ def create_trained(
         recipe: It names a model that timm knows. Classes that it does not tell are counted in the weights.
         checkpoint: As `storage.weights.read_checkpoint` returns it.
         source: Where it was read from, for messages.
-        weights: Its key in the checkpoint; None for the recipe's.
+        weights: Its key in the checkpoint; None for `storage.weights.default_weights`.
 
     Raises:
         WeightsError: One line: the model refuses the recipe's arguments, or the weights do not fit or are not finite.
     """
-    found = unwrap(checkpoint, weights or recipe.weights)
+    found = unwrap(checkpoint, weights or default_weights(checkpoint, source)[0])
     if recipe.num_classes is None:
         recipe = replace(recipe, num_classes=count_classes(found, timm.get_pretrained_cfg(recipe.model)))
     kwargs = recipe.build_kwargs

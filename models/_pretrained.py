@@ -11,9 +11,25 @@ from torch import nn
 from ._recipe import NetworkRecipe, count_classes
 
 if "." in __package__:  # installed, as routedvit.models
-    from ..storage.weights import MismatchError, WeightsError, check_finite, load_weights, read_checkpoint, unwrap
+    from ..storage.weights import (
+        MismatchError,
+        WeightsError,
+        check_finite,
+        default_weights,
+        load_weights,
+        read_checkpoint,
+        unwrap,
+    )
 else:  # from the checkout
-    from storage.weights import MismatchError, WeightsError, check_finite, load_weights, read_checkpoint, unwrap
+    from storage.weights import (
+        MismatchError,
+        WeightsError,
+        check_finite,
+        default_weights,
+        load_weights,
+        read_checkpoint,
+        unwrap,
+    )
 
 # The other modules of this room take from here what they need of `storage`.
 __all__ = [
@@ -21,6 +37,7 @@ __all__ = [
     "WeightsError",
     "build_with_pretrained_weights",
     "check_finite",
+    "default_weights",
     "imagenet_cfg",
     "load_weights",
     "read_checkpoint",
@@ -112,7 +129,7 @@ def _read_weights(
     """
     try:
         checkpoint = cfg.state_dict or read_checkpoint(str(cfg.file or cfg.url), cache_dir)
-        return checkpoint, unwrap(checkpoint, NetworkRecipe.of(checkpoint).weights)
+        return checkpoint, unwrap(checkpoint, default_weights(checkpoint, variant)[0])
     except WeightsError as error:
         if cfg.file or cfg.state_dict:
             raise RuntimeError(f"{cfg.file or 'state_dict'} cannot be read as weights: {error}") from error

@@ -29,12 +29,6 @@ def count_classes(weights: dict[str, torch.Tensor], cfg: PretrainedCfg) -> int |
     return len(found[0]) if found and found[0].ndim > 1 else None
 
 
-def _ema_metric(checkpoint: dict[str, Any]) -> str | None:
-    best = checkpoint.get("best")
-    metrics = best if isinstance(best, dict) and isinstance(checkpoint.get("model_ema"), dict) else {}
-    return next((name for name in metrics if name.startswith("ema_")), None)
-
-
 @dataclass(frozen=True)
 class NetworkRecipe:
     """What is needed to build the network of a checkpoint again.
@@ -47,7 +41,6 @@ class NetworkRecipe:
         input_size: Side, or (height, width), of the images that it was trained on, in pixels; None for the published.
         crop_pct: Part of the resized image that evaluation's crop keeps; None for the published.
         exif_transpose: Whether images were turned upright, as their EXIF orientation says.
-        ema_metric: The metric by which the run chose its best weights, where it is of the EMA's; None where it is not.
     """
 
     model: str | None
@@ -57,7 +50,6 @@ class NetworkRecipe:
     input_size: ImageSize | None = None
     crop_pct: float | None = None
     exif_transpose: bool = True
-    ema_metric: str | None = None
 
     @classmethod
     def of(cls, checkpoint: dict[str, Any], model: str | None = None) -> "NetworkRecipe":
@@ -78,19 +70,8 @@ class NetworkRecipe:
             return cls(model or (named if isinstance(named, str) else None), {}, num_classes, names)
         return cls(
             said.get("model"), said.get("model_kwargs") or {}, num_classes, names, _image_size(said.get("input_size")),
-            said.get("crop_pct"), said.get("exif_transpose", True), _ema_metric(checkpoint),
+            said.get("crop_pct"), said.get("exif_transpose", True),
         )
-
-    @property
-    def weights(self) -> str | None:
-        """The key in the checkpoint of the weights to use: the EMA's where these are what the run chose its best by."""
-        return "model_ema" if self.ema_metric else None
-
-    def weights_note(self, source: str) -> str | None:
-        """One line that says so, where they are not those that one would expect in `source`."""
-        if self.ema_metric is None:
-            return None
-        return f"{source}: the EMA weights are taken, since the run's best metric is {self.ema_metric}"
 
     @property
     def owner(self) -> str:

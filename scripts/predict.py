@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 import datasets
 from models import NetworkRecipe, create_trained
+from storage.weights import default_weights
 from tasks.classification.images import ImagePipeline
 from tasks.classification.options import image_size
 from tasks.classification.tables import complete, prediction_cells, prediction_columns, write_csv
@@ -166,11 +167,11 @@ def load_network(args: argparse.Namespace) -> tuple[torch.nn.Module, NetworkReci
             raise UserError(f"{error}; --checkpoint takes a file of weights") from error
     checkpoint = read(args.checkpoint)
     recipe = recipe_of(checkpoint, args)
-    note = recipe.weights_note(args.checkpoint)
-    if note and args.model_key is None:
+    key, notes = (args.model_key, []) if args.model_key else default_weights(checkpoint, args.checkpoint)
+    for note in notes:
         print(note, file=sys.stderr)
     with reading_weights():
-        return create_trained(recipe, checkpoint, args.checkpoint, args.model_key), recipe, checkpoint
+        return create_trained(recipe, checkpoint, args.checkpoint, key), recipe, checkpoint
 
 
 @torch.inference_mode()

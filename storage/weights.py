@@ -176,6 +176,18 @@ def unwrap(checkpoint: dict[str, Any], key: str | None = None) -> dict[str, torc
     return content if content.keys() == weights.keys() else weights
 
 
+def default_weights(checkpoint: dict[str, Any], source: str) -> tuple[str | None, list[str]]:
+    """The key of the weights to take where nobody says which: the EMA's where a run of ours chose its best by a metric
+    of theirs, else None, the model's own; and a line that says so, if it is the EMA's.
+    """
+    best = checkpoint.get("best")
+    metrics = best if isinstance(best, dict) and _holds_weights(checkpoint.get("model_ema")) else ()
+    for name in metrics:
+        if str(name).startswith("ema_"):
+            return "model_ema", [f"{source}: the EMA weights are taken, since the run's best metric is {name}"]
+    return None, []
+
+
 def class_difference(checkpoint: dict[str, Any], classes: list[str] | None) -> str | None:
     """How the classes that a checkpoint of ours was trained on differ from `classes`, or None.
 

@@ -11,6 +11,7 @@ from storage.weights import (
     WeightsError,
     check_finite,
     class_difference,
+    default_weights,
     load_weights,
     read_checkpoint,
     unwrap,
@@ -108,20 +109,18 @@ def load_checkpoint(
     """
     classifier = model.default_cfg.get("classifier") or () if new_classifier else ()
     classifier = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    recipe = NetworkRecipe.of(checkpoint)
+    key, notes = (key, []) if key else default_weights(checkpoint, source)
     with reading_weights():
         try:
-            kept = load_weights(model, unwrap(checkpoint, key or recipe.weights), family_filter(model), classifier)
+            kept = load_weights(model, unwrap(checkpoint, key), family_filter(model), classifier)
         except MismatchError as error:
-            raise WeightsError(f"{error}{recipe.owner}") from error
+            raise WeightsError(f"{error}{NetworkRecipe.of(checkpoint).owner}") from error
         check_finite(model, source)
-    difference = class_difference(checkpoint, trained_on)
-    notes = [
-        recipe.weights_note(source) if key is None else None,
-        f"{source} has another number of classes: the classifier is re-initialised" if kept else None,
-        f"warning: {source} {difference}" if difference else None,
-    ]
-    return [note for note in notes if note]
+    if kept:
+        notes.append(f"{source} has another number of classes: the classifier is re-initialised")
+    if difference := class_difference(checkpoint, trained_on):
+        notes.append(f"warning: {source} {difference}")
+    return notes
 
 
 def check_outputs(outputs: torch.Tensor, what: str):

@@ -22,7 +22,15 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from storage.weights import WeightsError, WeightsKeyError, check_finite, load_weights, read_checkpoint, unwrap
+from storage.weights import (
+    WeightsError,
+    WeightsKeyError,
+    check_finite,
+    default_weights,
+    load_weights,
+    read_checkpoint,
+    unwrap,
+)
 from utils import UsageError, UserError, as_user_error
 
 from .buffers import unchanged_buffers
@@ -139,14 +147,18 @@ class Task(ABC):
         """
 
     def load(self, network: torch.nn.Module, source: str):
-        """Load the checkpoint to evaluate, a file or URL.
+        """Load the checkpoint to evaluate, a file or URL: what `model_key` or else `default_weights` says.
 
         Raises:
             UserError: It cannot be read, does not fit, or holds NaN or infinite weights.
         """
         with reading_weights():
-            load_weights(network, unwrap(read_checkpoint(source), self.settings.checkpoint.model_key))
+            checkpoint, key = read_checkpoint(source), self.settings.checkpoint.model_key
+            key, notes = (key, []) if key else default_weights(checkpoint, source)
+            load_weights(network, unwrap(checkpoint, key))
             check_finite(network, source)
+        if self.distributed.is_main:
+            print("".join(f"{note}\n" for note in notes), end="")
 
     @abstractmethod
     def loss(self, network: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

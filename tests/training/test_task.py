@@ -75,10 +75,16 @@ def test_its_metric_is_the_best_where_it_is_lowest(whole):
     assert best["epoch"] == logged.index(min(logged))
 
 
-def test_a_metric_of_its_average_decides_too(tmp_path):
+def test_a_metric_of_its_average_decides_too_and_what_it_decided_on_is_evaluated(tmp_path, capfd):
     assert run("--output_dir", tmp_path, "--best_metric", "ema_mae") == 0
-    best = torch.load(tmp_path / "best.pth", weights_only=True)
-    assert best["best"] == dict(ema_mae=min(record["ema_mae"] for record in records(tmp_path)))
+    path = tmp_path / "best.pth"
+    best = torch.load(path, weights_only=True)["best"]
+    assert best == dict(ema_mae=min(record["ema_mae"] for record in records(tmp_path)))
+    capfd.readouterr()
+    assert program.main(["--eval", "--resume", str(path), "--device", "cpu"], TASKS) == 0
+    out = capfd.readouterr().out
+    assert f"{path}: the EMA weights are taken, since the run's best metric is ema_mae\n" in out
+    assert float(re.search(r"mae (\d\.\d{3})", out)[1]) == pytest.approx(best["ema_mae"], abs=1e-3)
 
 
 def test_evaluation(whole, capfd):
