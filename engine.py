@@ -25,7 +25,7 @@ class Saver(Protocol):
         """After each optimizer step; what it raises ends the epoch."""
 
     def after_epoch(self, meter: Meter):
-        """After the last step of an epoch, before its evaluation."""
+        """After the last step of an epoch, before its evaluation; also of an epoch that was trained before."""
 
 
 @dataclass
@@ -77,8 +77,8 @@ class Trainer:
             with report_skipped(loader.dataset, self.task.distributed, self.task.distributed.is_main):
                 self._train_steps(loader, meter, saver)
             share_statistics(self.run.model, self.run.ema, self.task.distributed)
-            if saver is not None:
-                saver.after_epoch(meter)
+        if saver is not None:
+            saver.after_epoch(meter)
         return meter.epoch_means()
 
     def _train_steps(self, loader: EpochLoader, meter: Meter, saver: Saver | None):

@@ -36,7 +36,7 @@ from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment, cle
 import main as program
 from training import flags, recipes
 from training.advice import with_advice
-from training.checkpoints import open_store, resumes
+from training.checkpoints import open_store
 from training.command_line import choose_task
 from training.options import NO_RESULT, Settings
 from training.signals import EXIT_RESUME, exit_with, run_and_exit
@@ -232,7 +232,7 @@ def run_here(run: RunSpec) -> int:
     """
     # A run that torchrun restarts would not find its checkpoints in a new folder; main.py says so.
     checkpoint = run.settings.checkpoint
-    if checkpoint.output_dir is None and not resumes(checkpoint):
+    if checkpoint.output_dir is None and not checkpoint.resumes:
         run = run.within(run_folder(run.recipe))
     return program.main(run.argv)
 

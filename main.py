@@ -149,7 +149,7 @@ def create_trainer(task: Task, run: Run, log: RunLog) -> engine.Trainer:
 
 
 def train_until_over(trainer: engine.Trainer, data: Data, checkpointer: Checkpointer):
-    run, patience = trainer.run, trainer.task.settings.checkpoint.patience
+    run = trainer.run
     while not run.clock.run_is_over:
         checkpointer.between_epochs()
         means = trainer.train_epoch(data.train_loader, checkpointer)
@@ -158,8 +158,7 @@ def train_until_over(trainer: engine.Trainer, data: Data, checkpointer: Checkpoi
         if data.val_loader is not None:
             record.update(evaluate_epoch(trainer, data, checkpointer))
         trainer.log.epoch(record)
-        # Agreed on: on a GPU, processes that evaluate everything may differ in the last digits.
-        if patience is not None and trainer.task.distributed.max(run.epochs_without_better) >= patience:
+        if checkpointer.ends_early():
             return
         run.next_epoch()
 

@@ -265,12 +265,12 @@ def test_the_trainer_advances_the_clock():
     assert (clock.epoch, clock.step, clock.epoch_is_over) == (0, 3, True)
 
 
-def test_an_epoch_that_is_over_reads_and_saves_nothing():
+def test_an_epoch_that_is_over_reads_nothing_and_is_saved_where_it_is_not():
     trainer = create_trainer(small_model(), batches(3), step=3)
     trainer.run.meter = dict(loss_sum=6.0, batches=3, images=12, lr=0.1, part_sums=dict(logits=3.0))
     loader, watch = Loader(batches(3)), Watch(trainer.run.clock)
     stats = trainer.train_epoch(loader, watch)
-    assert watch.seen == [] and loader.asked == [] and (stats["loss"], stats["logits"]) == (2.0, 1.0)
+    assert watch.seen == ["epoch"] and loader.asked == [] and (stats["loss"], stats["logits"]) == (2.0, 1.0)
 
 
 @pytest.mark.parametrize("update_freq", [1, 2])

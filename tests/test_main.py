@@ -207,12 +207,12 @@ def test_average_of_a_short_run_is_as_good_as_the_network(tmp_path, capfd):
                        "cpu", "--model_ema", "true", "--model_ema_eval", "--output_dir", tmp_path)
     last = json.loads((tmp_path / "log.txt").read_text().splitlines()[-1])
     assert code == 0 and last["val_acc1"] > 90 and last["ema_acc1"] > last["val_acc1"] - 5
-    assert "EMA weights: their decay warms up to 0.9291 by step 132, of 0.99996: a mean over about 14 steps\n" in out
+    assert "EMA decay: warms up to 0.929 by the last step; 0.99996 is for runs of more than 74,892 steps\n" in out
 
 
 def test_the_decay_of_a_run_that_is_long_for_it_is_not_worth_a_line(photos, tmp_path, capfd):
     train(photos, tmp_path, "--model_ema_decay", "0.5")
-    assert "EMA weights" not in capfd.readouterr().out
+    assert "EMA decay" not in capfd.readouterr().out
 
 
 def test_the_defaults_fit_a_small_batch_and_a_short_run(photos, tmp_path, capfd):

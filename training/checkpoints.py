@@ -16,7 +16,6 @@ from storage.weights import HostileFileError, WeightsError, fetch, read_file
 from utils import UserError, as_user_error, replace_file
 
 from .distributed import Distributed
-from .launcher import restart_count
 from .log import Meter, check_finite
 from .options import CheckpointOptions
 from .run import Run
@@ -240,11 +239,6 @@ class CheckpointStore:
 # --- where a run writes, and what it resumes from ---------------------------------------------------------------------
 
 
-def resumes(options: CheckpointOptions) -> bool:
-    """Whether the run resumes from its newest checkpoint, if there is one: asked for, or restarted by torchrun."""
-    return options.auto_resume or restart_count() > 0
-
-
 def open_store(options: CheckpointOptions, name: str, started: float) -> CheckpointStore:
     """The checkpoints of the output folder or, by default, of a folder named after the model and the start time.
 
@@ -258,13 +252,13 @@ def open_store(options: CheckpointOptions, name: str, started: float) -> Checkpo
         NoFolderError: torchrun restarted the run, and there is no output folder.
     """
     if options.output_dir is None:
-        if resumes(options):
+        if options.resumes:
             raise NoFolderError("torchrun restarted the run, which can only resume in a folder that was named")
         folder = Path("outputs") / name / time.strftime("%Y%m%d-%H%M%S", time.localtime(started))
         return CheckpointStore(folder, options.keep_checkpoints)
     store = CheckpointStore(Path(options.output_dir), options.keep_checkpoints)
     resumed_here = options.resume and Path(options.resume).resolve().parent == store.folder.resolve()
-    if store.holds_run() and not resumes(options) and not resumed_here:
+    if store.holds_run() and not options.resumes and not resumed_here:
         raise FolderInUseError(f"{store.folder} already holds a run")
     return store
 
@@ -275,7 +269,7 @@ def find_start(options: CheckpointOptions, store: CheckpointStore, distributed: 
     Raises:
         UserError: It is not there, is damaged, or is older than what the output folder holds.
     """
-    if resumes(options):
+    if options.resumes:
         newest = store.newest_intact() if distributed.is_main else None
         step = distributed.max(-1 if newest is None else newest)
         if step >= 0:
@@ -299,13 +293,13 @@ def _named_start(source: str, store: CheckpointStore) -> Path:
 
 
 def keep_best(run: Run, source: Path, store: CheckpointStore, distributed: Distributed):
-    """Have the `best.pth` of a run that resumes from `source` in its folder too; without one, the best starts anew."""
+    """Have the `best.pth` of a run that resumes from `source` in its folder too; without one, the best is reset."""
     if run.best is None:
         return
     best = {run.best_metric.name: run.best}
     if not distributed.max(int(distributed.is_main and store.take_best(source, best))):
         if distributed.is_main:
-            print(f"the best.pth of {run.best_metric.name} {run.best:.3f} is not beside {source}: the best starts anew")
+            print(f"the best.pth of {run.best_metric.name} {run.best:.3f} is not beside {source}: the best is reset")
         run.best = run.best_epoch = None
 
 
@@ -350,15 +344,20 @@ class Checkpointer:
         if agreed:
             meter.gather(clock.epoch)
             check_finite(self.run.model, clock.epoch)
-            self._save(meter)
+            self.run.meter = meter.state_dict()
+            self._write()
         if agreed >= 2:
             self._leave()
 
     def after_epoch(self, meter: Meter):
-        """Save the trained epoch, before its evaluation: nothing that happens there costs the epoch."""
+        """Save the trained epoch, before its evaluation: nothing that happens there costs the epoch.
+
+        Also called where a run resumes from there; then, in a new folder, that is its first checkpoint.
+        """
         clock = self.run.clock
+        self.run.meter = meter.state_dict()  # for `save_best` too, whether or not a save is due
         if self._agree() or clock.is_last_epoch or (clock.epoch + 1) % self.options.save_every == 0:
-            self._save(meter)
+            self._write_once()
 
     def between_epochs(self):
         """Save and leave, where a signal came while the run did not train.
@@ -369,6 +368,15 @@ class Checkpointer:
         if self.distributed.max(self.signals.signal is not None):
             self._write()
             self._leave()
+
+    def ends_early(self) -> bool:
+        """Whether the run is to end before its last epoch, for want of a better evaluation; saves it then."""
+        # Other processes may find another best: on a GPU, evaluations differ in the last digits.
+        waited = self.distributed.max(self.run.epochs_without_better if self.distributed.is_main else 0)
+        if self.options.patience is None or waited < self.options.patience or self.run.clock.is_last_epoch:
+            return False
+        self._write_once()
+        return True
 
     def save_best(self, metrics: dict[str, float]):
         """Save the run as its best, with the metrics of its evaluation."""
@@ -386,9 +394,10 @@ class Checkpointer:
         by_time = every_minutes is not None and time.monotonic() - self.saved_at >= 60 * every_minutes
         return by_steps or (by_time and self.distributed.is_main)
 
-    def _save(self, meter: Meter):
-        self.run.meter = meter.state_dict()
-        self._write()
+    def _write_once(self):
+        """Write a checkpoint of the end of an epoch, where there is none yet."""
+        if not self.store.path(self.run.clock.steps_taken).exists():
+            self._write()
 
     def _write(self):
         if self.distributed.is_main:

@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from storage.weights import WeightsError, read_checkpoint
@@ -15,7 +16,7 @@ from utils import UsageError, UserError, check_name
 
 from . import flags
 from .launcher import has_peers, restart_count
-from .options import NO_RESULT, NOT_OF_RUN, Settings, TaskOptions
+from .options import NO_RESULT, NOT_OF_RUN, START, Settings, TaskOptions, holds_checkpoint
 from .recipes import read_recipe
 from .task import Task
 
@@ -31,17 +32,25 @@ class CommandLine(NamedTuple):
 
 
 class RunRecipe(NamedTuple):
-    """The recipe of the run that is evaluated or resumed, empty where it has none, and why it could not be read."""
+    """The recipe of the run that is evaluated or resumed.
+
+    Attributes:
+        source: Where it is; empty where no run is evaluated or resumed.
+        values: Empty where there is none.
+        has_trained: Whether there is a checkpoint of the run.
+        problem: Why it could not be read.
+    """
 
     source: str = ""
-    recipe: Mapping[str, Any] = {}
+    values: Mapping[str, Any] = {}
+    has_trained: bool = True
     problem: str | None = None
 
 
-def choose_task(argv: Sequence[str], tasks: TaskRegistry, base: Mapping[str, Any] | None = None) -> type[Task]:
-    """The task that `--task`, or else the recipe, or else that of the run, names."""
-    config = flags.given_value(argv, "config")
-    recipe = {**(base or {}), **({} if config is None else read_recipe(config))}
+def choose_task(
+    argv: Sequence[str], tasks: TaskRegistry, recipe: Mapping[str, Any] = MappingProxyType({})
+) -> type[Task]:
+    """The task that `--task`, or else the recipe, names."""
     name = flags.given_value(argv, "task", recipe) or TaskOptions().task
     check_name("task", name, tasks)
     if isinstance(tasks[name], type):
@@ -56,39 +65,40 @@ def understand(argv: Sequence[str], tasks: TaskRegistry, description: str) -> Co
     Raises:
         UserError: The command line, or the recipe that it names, is wrong.
     """
-    run = _run_recipe(flags.given(Settings, argv))
-    task_class = choose_task(argv, tasks, run.recipe)
+    recipe = flags.recipe_of(argv)
+    run = _run_recipe(flags.given(Settings, argv, recipe))
+    task_class = choose_task(argv, tasks, {**run.values, **recipe})
     settings_class = task_class.settings_class
     parser = flags.Parser(settings_class, prog="main.py", description=description)
-    given = flags.given(settings_class, argv)
-    scope = settings_class.evaluated if given.get("eval") else set(parser.names()) - NOT_OF_RUN
-    recipe = {name: value for name, value in flags.typed(parser, run.recipe).items() if name in scope}
-    base = _without_parts_of_others(settings_class, recipe, given)
-    lower = flags.beneath(settings_class, base, given)
-    taken = {name: value for name, value in lower.items() if value != parser.get_default(name)}
+    given = flags.given(settings_class, argv, recipe)
+    settings_class.check_words(flags.given(settings_class, argv, {}))
+    scope = settings_class.evaluated if given.get("eval") else _resumed(parser, run)
+    of_run = {name: value for name, value in flags.typed(parser, run.values).items() if name in scope}
+    asked = {name: parser.get_default(name) if value is None else value for name, value in given.items()}
+    left = settings_class.not_taken(asked, of_run)
+    taken = {
+        name: value for name, value in flags.remaining(settings_class, of_run, given).items()
+        if name not in left and value != parser.get_default(name)
+    }
     note = [f"from {run.source}: {_listed(taken)}"] if taken else []
     try:
-        settings = flags.parse(settings_class, argv, parser, lower)
+        settings = flags.parse(settings_class, argv, parser, recipe, taken)
     except UsageError as error:
         if run.problem is not None:
             raise UserError(run.problem) from error
         raise UsageError("; ".join([str(error), *note])) from error
-    now = flags.as_recipe(settings)
-    others = [
-        f"{name}={base[name]}, not {now[name]}" for name in given
-        if name in base.keys() - NO_RESULT and _plain(base[name]) != _plain(now[name])
-    ]
-    warning = [f"warning: {run.source} has {'; '.join(others)} as asked for"] if others else []
+    differences = _differences(settings_class, of_run, flags.as_recipe(settings), given)
+    warning = [f"warning: {run.source} has {'; '.join(differences)} as asked for"] if differences else []
     return CommandLine(task_class, settings, note + warning)
 
 
 def resume_command(folder: Path) -> str:
     """The command that resumes the run in `folder`, as a shell takes it; with a launcher, what it is given."""
     words = _program(sys.orig_argv[: len(sys.orig_argv) - len(sys.argv[1:])])
-    flags = ["--config", str(folder / "args.yaml"), "--output_dir", str(folder), "--auto_resume"]
+    resume = ["--config", str(folder / "args.yaml"), "--output_dir", str(folder), "--auto_resume"]
     if has_peers():
-        return f"the same launcher and {shlex.join([*words[1 if words[0] == 'python' else 0 :], *flags])}"
-    return shlex.join([*words, *flags])
+        return f"the same launcher and {shlex.join([*words[1 if words[0] == 'python' else 0 :], *resume])}"
+    return shlex.join([*words, *resume])
 
 
 def _program(words: Sequence[str]) -> list[str]:
@@ -103,11 +113,13 @@ def _program(words: Sequence[str]) -> list[str]:
 
 def _run_recipe(given: Mapping[str, Any]) -> RunRecipe:
     """The recipe of the run that these flags evaluate or resume; fine-tuning is a run of its own."""
-    if (given.get("auto_resume") or restart_count()) and not given.get("eval") and given.get("output_dir"):
-        path = Path(given["output_dir"]) / "args.yaml"
+    is_evaluation = given.get("eval")
+    if (given.get("auto_resume") or restart_count()) and not is_evaluation and given.get("output_dir"):
+        folder = Path(given["output_dir"])
+        path = folder / "args.yaml"
         if path.is_file():
-            return RunRecipe(str(path), read_recipe(str(path)))
-    source = given.get("resume")
+            return RunRecipe(str(path), read_recipe(str(path)), has_trained=holds_checkpoint(folder))
+    source = given.get("resume") or (is_evaluation and given.get("finetune"))
     if not source:
         return RunRecipe()
     try:
@@ -119,13 +131,29 @@ def _run_recipe(given: Mapping[str, Any]) -> RunRecipe:
     return RunRecipe(source, recipe if is_ours else {})
 
 
-def _without_parts_of_others(
-    settings_class: type[Settings], recipe: dict[str, Any], given: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The values of a recipe, without parts of what is given as another one, such as the arguments of another model."""
-    parts = {k: v for group in flags.group_classes(settings_class).values() for k, v in group.parts_of.items()}
-    others = {name for name, whole in parts.items() if given.get(whole) not in (None, recipe.get(whole))}
-    return {name: value for name, value in recipe.items() if name not in others}
+def _resumed(parser: flags.Parser, run: RunRecipe) -> set[str]:
+    """The flags that are taken from a run that is resumed; before its first checkpoint, what it starts from too."""
+    return set(parser.names()) - (NOT_OF_RUN if run.has_trained else NOT_OF_RUN - START)
+
+
+def _differences(
+    settings_class: type[Settings], of_run: Mapping[str, Any], now: Mapping[str, Any], given: Mapping[str, Any]
+) -> list[str]:
+    """What was given and is another in the run, where it decides the result: "lr=0.1, not 0.2"."""
+    pairs = [pair for group in flags.group_classes(settings_class).values() for pair in group.alternatives]
+    found = {}
+    for name in (name for name in given if name in of_run.keys() - NO_RESULT):
+        names = next((pair for pair in pairs if name in pair), (name,))
+        (name_then, then), (name_now, value) = (_counting(names, recipe) for recipe in (of_run, now))
+        if (name_then, _plain(then)) != (name_now, _plain(value)):
+            found[names] = f"{name_then}={then}, not {'' if name_now == name_then else f'{name_now}='}{value}"
+    return list(found.values())
+
+
+def _counting(names: Sequence[str], recipe: Mapping[str, Any]) -> tuple[str, Any]:
+    """Of a flag and the alternative to it, the one that counts, and its value."""
+    name = next((name for name in reversed(names) if recipe.get(name) is not None), names[0])
+    return name, recipe.get(name)
 
 
 def _listed(values: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@
 
     settings = parse(Settings, ["--batch_size", "64"])  # settings.loader.batch_size == 64
 
-Order of precedence: the command line, then the recipe given by `--config`, then `base`, then the defaults.
+Order of precedence: the command line, then the recipe given by `--config`, then `below`, then the defaults.
 """
 import argparse
 import dataclasses
@@ -93,7 +93,8 @@ class Group:
 
     Attributes:
         alternatives: Pairs of flags of which the one that is given covers a lower value of the other.
-        parts_of: Flag -> the flag that it is a part of: of a run with another value of that one, it is not taken.
+        parts_of: Flag -> the flag that it is a part of: of a run with another value of that one, or that is not taken
+            either, it is not taken.
     """
 
     alternatives: ClassVar[tuple[tuple[str, str], ...]] = ()
@@ -279,19 +280,33 @@ def check_words(parser: Parser, argv: Sequence[str]):
     parser.parse_all(_split_nulls([_underscored(token) for token in argv], parser.by_name())[0])
 
 
+def recipe_of(argv: Sequence[str]) -> dict[str, Any]:
+    """The recipe that a command line names, as `read_recipe` gives it; empty without one.
+
+    It may come from a pipe, which can be read once: what needs it takes it from here.
+
+    Raises:
+        UsageError: It cannot be read.
+    """
+    config = given_value(argv, "config")
+    return {} if config is None else read_recipe(config)
+
+
 def parse(
     settings_class: type[SettingsT],
     argv: Sequence[str],
     parser: Parser | None = None,
-    base: Mapping[str, Any] = MappingProxyType({}),
+    recipe: Mapping[str, Any] | None = None,
+    below: Mapping[str, Any] = MappingProxyType({}),
 ) -> SettingsT:
-    """Read a command line, and the recipe that it names. `--flag null` undoes what the recipe says of a flag.
+    """Read a command line. `--flag null` undoes what its recipe says of a flag.
 
     Args:
         settings_class: A frozen dataclass whose fields are groups.
         argv: The words of the command line.
         parser: Its parser, where --help should say more than the flags.
-        base: Values that stand beneath both, in place of the defaults; see `beneath`.
+        recipe: What `recipe_of` returned, where it was read before.
+        below: Values in place of the defaults, of flags that neither gives; see `remaining`.
 
     Raises:
         UsageError: A flag, key or value is unknown or out of range; names the nearest one.
@@ -299,9 +314,9 @@ def parse(
     parser = parser or Parser(settings_class)
     known = parser.by_name()
     tokens, nulls = _split_nulls([_underscored(token) for token in argv], known)
-    config = _config(tokens, parser)
+    config = _config(tokens, parser, recipe)
     typed = _typed(parser, tokens) | dict.fromkeys(known[name] for name in nulls)
-    lower = beneath(settings_class, base, {**config, **typed}) | beneath(settings_class, config, typed)
+    lower = {**below, **remaining(settings_class, config, typed)}
     args = parser.parse_all(as_tokens(lower) + tokens)
     groups = group_classes(settings_class)
     # Every single value before what values say together: the first error is about what was typed.
@@ -313,8 +328,10 @@ def parse(
     })
 
 
-def given(settings_class: type, argv: Sequence[str]) -> dict[str, Any]:
-    """The values that a command line, and the recipe that it names, give to flags of a settings class.
+def given(
+    settings_class: type, argv: Sequence[str], recipe: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The values that a command line and its recipe, as for `parse`, give to flags of a settings class.
 
     Flags of others are passed over, in the recipe too. Given as null, a value is None.
 
@@ -324,26 +341,25 @@ def given(settings_class: type, argv: Sequence[str]) -> dict[str, Any]:
     parser = Parser(settings_class, add_help=False)
     known = parser.by_name()
     tokens, nulls = _split_nulls([_underscored(token) for token in argv], known)
-    config = _config(tokens, parser, strict=False)
-    return {
-        **config, **typed(parser, config), **_typed(parser, tokens), **dict.fromkeys(known[name] for name in nulls)
-    }
+    config = _config(tokens, parser, recipe, strict=False)
+    return {**typed(parser, config), **_typed(parser, tokens), **dict.fromkeys(known[name] for name in nulls)}
 
 
 def typed(parser: Parser, recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a recipe, but for None, each of its flag's type as `as_recipe` gives it; unknown keys are left out.
+    """The values of a recipe, None or of its flag's type as `as_recipe` gives it; unknown keys are left out.
 
     Raises:
         UsageError: A value is of another type.
     """
-    known = parser.names()
-    return _typed(parser, as_tokens({k: v for k, v in recipe.items() if k in known and v is not None}))
+    known = set(parser.names())
+    values = {name: value for name, value in recipe.items() if name in known}
+    return values | _typed(parser, as_tokens({name: value for name, value in values.items() if value is not None}))
 
 
-def beneath(settings_class: type, values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `values`, for flags of a settings class, that remain below values that were `given`.
+def remaining(settings_class: type, values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `values`, but for None, of flags of a settings class that are not `given`, nor an alternative to them.
 
-    A value is covered by another one of its flag, and of an alternative to it (`Group.alternatives`).
+    See `Group.alternatives`.
     """
     groups = group_classes(settings_class).values()
     known = {field.name for group in groups for field in dataclasses.fields(group)}
@@ -351,16 +367,18 @@ def beneath(settings_class: type, values: Mapping[str, Any], given: Mapping[str,
     for pair in (pair for group in groups for pair in group.alternatives):
         if any(given.get(name) is not None for name in pair):
             covered |= set(pair)
-    return {k: v for k, v in values.items() if k in known and k not in covered and v is not None}
+    return {k: v for k, v in values.items() if k in known - covered and v is not None}
 
 
-def _config(tokens: Sequence[str], parser: Parser, strict: bool = True) -> dict[str, Any]:
-    """The recipe that a command line names, by flag; empty without one. `strict` refuses keys that are no flags."""
+def _config(
+    tokens: Sequence[str], parser: Parser, recipe: Mapping[str, Any] | None = None, strict: bool = True
+) -> dict[str, Any]:
+    """The recipe of a command line, by flag; empty without one. `strict` refuses keys that are no flags."""
     config = given_value(tokens, "config")
     if config is None:
         return {}
-    known, recipe, keys = parser.by_name(), {}, {}
-    for key, value in read_recipe(config).items():
+    known, values, keys = parser.by_name(), {}, {}
+    for key, value in (read_recipe(config) if recipe is None else recipe).items():
         name = known.get(key)
         if name in (None, "config"):
             if strict:
@@ -374,8 +392,8 @@ def _config(tokens: Sequence[str], parser: Parser, strict: bool = True) -> dict[
                 value = shlex.split(value)
             except ValueError as error:
                 raise UsageError(f"--config {config}: {key}: {error}") from error
-        recipe[name] = value
-    return recipe
+        values[name] = value
+    return values
 
 
 def _typed(parser: Parser, tokens: Sequence[str]) -> dict[str, Any]:

@@ -182,11 +182,11 @@ def print_plan(task: Task, run: Run, peak_lr: float, folder: Path):
         f"x {settings.optimizer.update_freq} accumulated; learning rate {peak_lr:.3e} = {lr:g} x {images} / 512"
     )
     # Where the start would still weigh 5 % at the end, if the decay did not warm up.
-    if run.ema is not None and run.ema.decay**clock.total > 0.05:
-        decay = run.ema.get_decay(clock.total)
+    if run.ema is not None and run.ema.decay < 1 and run.ema.decay**clock.total > 0.05:
+        decay, enough = run.ema.decay, math.ceil(math.log(0.05) / math.log(run.ema.decay))
         print(
-            f"EMA weights: their decay warms up to {decay:.4g} by step {clock.total}, of {run.ema.decay:g}: "
-            f"a mean over about {1 / (1 - decay):.0f} steps"
+            f"EMA decay: warms up to {run.ema.get_decay(clock.total):.3g} by the last step; {decay:g} is for runs of "
+            f"more than {enough:,} steps"
         )
 
 

@@ -12,20 +12,44 @@ from typing import Any, ClassVar
 
 from utils import UsageError, replace_file
 
-from .flags import Group, at_least, flag, fraction, not_negative, number_or_percentage, path, positive, share
+from .flags import (
+    Group,
+    at_least,
+    flag,
+    fraction,
+    group_classes,
+    not_negative,
+    number_or_percentage,
+    path,
+    positive,
+    share,
+)
+from .launcher import restart_count
 from .recipes import dump_recipe
 
 # Flags that say where a run is and how it starts.
 _PLACE = frozenset({
     "auto_resume", "device", "dist_timeout", "num_workers", "output_dir", "pin_mem", "resume", "show_batch",
 })  # fmt: skip
+# Flags that say which weights a run starts from.
+START = frozenset({"finetune", "load_release", "resume"})
 # Flags that a run which resumes another does not take from it.
-NOT_OF_RUN = _PLACE | {"eval", "finetune", "load_release"}
+NOT_OF_RUN = _PLACE | START | {"eval"}
 # Flags that do not change the result of a run.
 NO_RESULT = _PLACE | {
     "data_path", "dist_eval", "download", "enable_wandb", "keep_checkpoints", "log_every", "project", "report",
     "save_every", "save_every_minutes", "save_every_steps", "shard_cache", "shard_cache_gb",
 }  # fmt: skip
+
+
+def holds_checkpoint(folder: Path) -> bool:
+    """Whether a run has written a checkpoint in its output folder."""
+    return any(folder.glob("checkpoint-*.pth"))
+
+
+def _place(value: Any) -> Any:
+    """A value, of which a path may be spelled in several ways."""
+    return os.path.realpath(value) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)
@@ -186,6 +210,15 @@ class CheckpointOptions(Group):
         if self.auto_resume and self.output_dir is None:
             raise UsageError("--auto_resume needs the --output_dir to resume in")
 
+    @property
+    def resumes(self) -> bool:
+        """Whether the run resumes from its newest checkpoint, if there is one: asked for, or restarted by torchrun."""
+        return self.auto_resume or restart_count() > 0
+
+    def resumes_here(self) -> bool:
+        """Whether it does, and there is one."""
+        return self.resumes and self.output_dir is not None and holds_checkpoint(Path(self.output_dir))
+
 
 @dataclass(frozen=True)
 class WandbOptions(Group):
@@ -270,6 +303,28 @@ class Settings:
         if best.startswith("ema_") and not (self.ema.model_ema and self.ema.model_ema_eval):
             raise UsageError(f"--best_metric {best} needs --model_ema and --model_ema_eval")
         return best
+
+    @classmethod
+    def check_words(cls, given: Mapping[str, Any]):
+        """Raises UsageError where values of the command line itself, its recipe aside, contradict each other."""
+
+    @classmethod
+    def not_taken(cls, asked: Mapping[str, Any], of_run: Mapping[str, Any]) -> set[str]:
+        """Flags that are not taken from the run that is evaluated or resumed, whatever it has.
+
+        They are parts of what is another in the run, such as arguments of another model (`Group.parts_of`). Data that
+        were moved are others for an evaluation alone: a run that resumes holds out the same images.
+
+        Args:
+            asked: The values that were given.
+            of_run: Those of the run.
+        """
+        parts = {name: whole for group in group_classes(cls).values() for name, whole in group.parts_of.items()}
+        same = frozenset() if asked.get("eval") else NO_RESULT
+        found = {name for name in (asked.keys() & of_run.keys()) - same if _place(asked[name]) != _place(of_run[name])}
+        while more := {name for name, whole in parts.items() if whole in found} - found:
+            found |= more
+        return found
 
     def _check_cuda_graph(self):
         if self.machine.cuda_graph and self.machine.compile:

@@ -15,12 +15,14 @@ def check_command_line(argv: Sequence[str], description: str):
 
     This imports the options of a task alone: torch takes seconds. All else is left to the program.
     """
-    from utils import UsageError, fail
+    from utils import UsageError, fail, user_path
 
     from . import flags, options, recipes
 
     try:
         config = flags.given_value(argv, "config")
+        if config is not None and user_path(config).exists() and not user_path(config).is_file():
+            return  # a pipe, which can be read once
         recipe = {} if config is None else recipes.read_recipe(config)
         task = flags.given_value(argv, "task", recipe) or options.TaskOptions().task
         if not task.isidentifier() or find_spec(f"tasks.{task}") is None:

@@ -30,7 +30,7 @@ ADVICE = {
     datasets.UnreadableImageError: "remove it, or pass --skip_bad_images",
     datasets.MissingDataError: "or pass --download",
     folders.NoValFolderError: "--val_split 0.1 holds a tenth of the training images out instead",
-    folders.ValFolderError: "leave out --val_split",
+    folders.ValFolderError: "--val_split null evaluates on that folder",
     networks.PretrainedWeightsError: "--finetune takes a file of weights",
     networks.PretrainedClassesError: "fine-tune them first, or give their number with --nb_classes if the data's first "
                                      "classes are the same",

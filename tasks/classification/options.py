@@ -87,7 +87,7 @@ class DataOptions(Group):
     skip_bad_images: bool = flag(False, "skip images that cannot be read, and count them")
     exif_transpose: bool = flag(True, "turn images of folders and shards upright by their EXIF orientation, which "
                                       "published numbers did not")
-    parts_of: ClassVar[Mapping[str, str]] = MappingProxyType(dict.fromkeys(["data_path", "val_split"], "data_set"))
+    parts_of: ClassVar[Mapping[str, str]] = MappingProxyType({"data_path": "data_set", "val_split": "data_path"})
 
     def check(self):
         if self.val_split is not None and self.data_set not in IMAGE_FOLDERS:
@@ -145,6 +145,10 @@ class DistillationOptions(Group):
     distillation_alpha: float = flag(0.5, "weight of the teacher, 0 to 1", type=float, check=fraction)
     distillation_tau: float = flag(1.0, "temperature of soft distillation", type=float, check=positive)
 
+    parts_of: ClassVar[Mapping[str, str]] = MappingProxyType(dict.fromkeys(
+        ["teacher_model", "teacher_path", "distillation_alpha", "distillation_tau"], "distillation_type",
+    ))
+
     def check(self):
         if self.distillation_type != "none" and self.teacher_model is None:
             raise UsageError(f"--distillation_type {self.distillation_type} needs a --teacher_model")
@@ -160,6 +164,7 @@ class TokenLabelOptions(Group):
                                    type=path, metavar="FOLDER")
     token_label_weight: float | None = flag(None, "weight of the tokens' loss (default: 0.5)", type=float,
                                             check=not_negative)
+    parts_of: ClassVar[Mapping[str, str]] = MappingProxyType({"token_label_weight": "token_label"})
 
 
 def _picture(file: str) -> str | None:
@@ -198,6 +203,21 @@ class ClassificationSettings(Settings):
     def name(self) -> str:
         return self.model.model
 
+    @classmethod
+    def check_words(cls, given: Mapping[str, Any]):
+        if given.get("use_test_size") and given.get("input_size") is not None:
+            raise UsageError("--use_test_size and --input_size are mutually exclusive")
+
+    @classmethod
+    def not_taken(cls, asked: Mapping[str, Any], of_run: Mapping[str, Any]) -> set[str]:
+        found = super().not_taken(asked, of_run)
+        if asked.get("use_test_size"):
+            found |= {"input_size", "crop_pct"}
+        folder = asked.get("data_path", of_run.get("data_path"))
+        if asked.get("eval") and folder is not None and (Path(folder) / "val").is_dir():
+            found |= {"val_split"}
+        return found
+
     def check(self):
         weights = [self.checkpoint.resume, self.checkpoint.finetune, self.model.load_release]
         if self.evaluation.eval and not any(weights):
@@ -229,7 +249,8 @@ class ClassificationSettings(Settings):
             raise UsageError("--token_label_weight needs --token_label, the folder of the label maps")
 
     def _check_frozen(self):
-        if not any([self.checkpoint.resume, self.checkpoint.finetune, self.model.load_release]):
+        start = [self.checkpoint.resume, self.checkpoint.finetune, self.model.load_release]
+        if not any(start) and not self.checkpoint.resumes_here():
             raise UsageError("--freeze_backbone needs weights to freeze: --load_release, or --finetune CHECKPOINT")
         if self.model.drop:
             raise UsageError("--freeze_backbone trains without dropout: leave out --drop")

@@ -1,23 +1,33 @@
 """Whether two runs are in the same state: weights, EMA weights, optimizer, position and log, bit for bit."""
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-# Times, and the command line, which may name another folder or another way to save.
-NOT_STATE = {"seconds", "args"}
+from training.options import NO_RESULT, NOT_OF_RUN
+
+# Times.
+NOT_STATE = {"seconds"}
 NOT_LOGGED = {"train_images_per_second", "train_seconds"}
 
 
-def differences(one: Path, other: Path) -> list[str]:
-    """Where the runs in two folders differ: names of values in the checkpoints and the logs."""
+def differences(one: Path, other: Path, flags: Collection[str] = ()) -> list[str]:
+    """Where the runs in two folders differ: names of values in the checkpoints and the logs.
+
+    Their settings count, but for those that say where and from what a run starts or change no result, and `flags`.
+    """
     found = []
     for name in ("last.pth", "best.pth"):
-        a, b = (torch.load(folder / name, weights_only=True) for folder in (one, other))
+        a, b = (_state(folder / name, NO_RESULT | NOT_OF_RUN | set(flags)) for folder in (one, other))
         found += [f"{name} {where}" for where in _compare(a, b)]
     return found + [f"log.txt {where}" for where in _compare(_log(one), _log(other))]
+
+
+def _state(path: Path, left_out: Collection[str]) -> dict[str, Any]:
+    checkpoint = torch.load(path, weights_only=True)
+    return checkpoint | dict(args={k: v for k, v in checkpoint["args"].items() if k not in left_out})
 
 
 def _log(folder: Path) -> list[dict[str, Any]]:

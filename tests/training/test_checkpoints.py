@@ -284,6 +284,20 @@ def test_saving_moves_no_clock(store):
         assert clock == before
 
 
+@pytest.mark.parametrize("epoch,saved", [(1, [2]), (2, [])])
+def test_patience_is_over_by_the_main_process_alone(store, epoch, saved):
+    """The others record no best where they do not save it, and their last digits may differ."""
+    main, peer = Together([]), Together([])
+    peer.is_main = False
+    clock = Clock(epoch_length=1, total=3, epoch=epoch, step=1, steps_taken=epoch + 1)
+    checkpointers = [create_checkpointer(store, process, clock=clock, patience=1) for process in (main, peer)]
+    checkpointers[0].run.best_epoch = epoch  # a better one, which the other process did not find
+    assert [each.ends_early() for each in checkpointers] == [False, False]
+    checkpointers[0].run.best_epoch = epoch - 1
+    # of the last epoch, there is nothing to end
+    assert checkpointers[0].ends_early() == bool(saved) and store.steps() == saved
+
+
 def test_steps_are_counted_in_all_epochs(store):
     """A checkpoint is named after the steps taken, which a change of the batch size does not take back."""
     clock = Clock(epoch_length=1, total=4, epoch=3, step=0, steps_taken=7)

@@ -1,4 +1,5 @@
 """What was not given is taken from the run that is evaluated or resumed, and said; what differs is a warning."""
+import os
 import re
 import shutil
 
@@ -10,6 +11,7 @@ import yaml
 import main as program
 from helpers.run_state import differences
 from helpers.web import served
+from training import flags, options
 
 DEVICE = ["--num_workers", "0", "--device", "cpu"]
 NETWORK = ["--model", "biformer_nano", "--input_size", "48", "--model_kwargs", "num_regions=2", "topk=(1,1,1)"]
@@ -27,6 +29,16 @@ def run(capfd, *arguments):
 
 def settings_of(*arguments):
     return program.parse([str(argument) for argument in arguments])[1]
+
+
+def checkpoint_of(path, *arguments, **others):
+    """A checkpoint that knows what was asked for, and no weights."""
+    torch.save(dict(model={}, args=flags.as_recipe(settings_of("--data_path", "photos", *arguments)) | others), path)
+    return path
+
+
+def notes_of(*arguments):
+    return program.understand([str(argument) for argument in arguments]).notes
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +151,46 @@ def test_weights_of_another_model_say_whose_they_are(photos, trained, capfd):
         assert code == 1 and re.search(owner, err), err
 
 
+def test_weights_to_evaluate_know_the_run_by_either_name(tmp_path):
+    """--finetune starts a run of its own only where one is trained."""
+    path = checkpoint_of(tmp_path / "c.pth", *NETWORK)
+    assert settings_of("--eval", "--finetune", path).model == settings_of("--eval", "--resume", path).model
+    assert settings_of("--eval", "--finetune", path).model.input_size == 48
+    assert notes_of("--eval", "--finetune", path)[0].startswith(f"from {path}: model=biformer_nano")
+
+
+def test_the_split_of_a_run_is_of_its_own_images(tmp_path):
+    """Another folder, or one that has a val split by now, is evaluated as it is; a run that resumes holds out the same.
+    """
+    (tmp_path / "photos").mkdir()
+    path = checkpoint_of(tmp_path / "c.pth", "--data_path", tmp_path / "photos", "--val_split", "0.1")
+    given = ["--eval", "--resume", path]
+    assert settings_of(*given).data.val_split == 0.1
+    assert settings_of(*given, "--data_path", tmp_path / "." / "photos/").data.val_split == 0.1
+    assert settings_of(*given, "--data_path", tmp_path / "others").data.val_split is None
+    assert settings_of(*given, "--data_set", "digits").data.val_split is None
+    assert settings_of("--resume", path, "--data_path", tmp_path / "moved").data.val_split == 0.1
+    (tmp_path / "photos" / "val").mkdir()
+    for more in ([], ["--split", "test"]):
+        assert settings_of(*given, *more).data.val_split is None
+    assert settings_of(*given, "--val_split", "0.1").data.val_split == 0.1
+    assert settings_of("--resume", path).data.val_split == 0.1
+
+
+def test_size_and_crop_of_validation_are_not_the_runs(tmp_path):
+    """Under --use_test_size; another size beside it is refused, but not that of a recipe for training."""
+    path = checkpoint_of(tmp_path / "c.pth", "--model", "resnet18.a1_in1k", "--crop_pct", "0.9", "--input_size", "96")
+    given = ["--eval", "--resume", path, "--use_test_size"]
+    settings = settings_of(*given)
+    assert (settings.augmentation.crop_pct, settings.model.input_size) == (None, 224)
+    assert "crop_pct" not in notes_of(*given)[0] and "input_size" not in notes_of(*given)[0]
+    assert settings_of(*given, "--crop_pct", "0.5").augmentation.crop_pct == 0.5
+    with pytest.raises(ValueError, match=r"^--use_test_size and --input_size are mutually exclusive$"):
+        settings_of(*given, "--input_size", "96")
+    (tmp_path / "recipe.yaml").write_text("input_size: 96\n")
+    assert settings_of(*given, "--config", tmp_path / "recipe.yaml").augmentation.use_test_size
+
+
 # --- resuming ---------------------------------------------------------------------------------------------------------
 
 
@@ -167,6 +219,60 @@ def test_resuming_by_other_settings_is_a_warning(photos, trained, tmp_path, capf
     code, out, _ = run(capfd, *DEVICE, "--resume", trained / "last.pth", "--output_dir", tmp_path, "--epochs", "2",
                        "--log_every", "1", "--data_path", photos.parent / photos.name)
     assert code == 0 and f"warning: {trained / 'last.pth'} has epochs=1, not 2 as asked for\n" in out
+
+
+@pytest.mark.parametrize("run_had,given,said", [
+    ([], ["--clip_grad", "5"], "clip_grad=None, not 5.0"),
+    (["--clip_grad", "5"], ["--clip_grad", "null"], "clip_grad=5.0, not None"),
+    (["--epochs", "90"], ["--max_steps", "50"], "epochs=90, not max_steps=50"),
+    (["--max_steps", "7"], ["--epochs", "3"], "max_steps=7, not epochs=3"),
+    ([], ["--warmup_epochs", "1"], "warmup_epochs=None, not 1"),
+    ([], ["--sched", "step", "--decay_epochs", "3"], "sched=cosine, not step; decay_epochs=None, not [3]"),
+    (["--model_kwargs", "topk=(1,)"], ["--model_kwargs", "topk=(2,)"],
+     "model_kwargs={'topk': (1,)}, not {'topk': (2,)}"),
+    (["--lr", "0.1", "--save_every", "3"], ["--lr", "1e-1", "--save_every", "2", "--epochs", "300"], None),
+])
+def test_whatever_differs_is_a_warning(tmp_path, run_had, given, said):
+    """Values that one of the two has not, and those of an alternative, too."""
+    path = checkpoint_of(tmp_path / "c.pth", *run_had)
+    warnings = [line for line in notes_of("--resume", path, *given) if line.startswith("warning")]
+    assert warnings == ([f"warning: {path} has {said} as asked for"] if said else [])
+
+
+@pytest.mark.parametrize("run_had,given", [
+    (["--distillation_type", "soft", "--teacher_model", "biformer_tiny", "--teacher_path", "t.pth",
+      "--distillation_tau", "2"], ["--distillation_type", "none"]),
+    (["--token_label", "maps", "--token_label_weight", "1"], ["--token_label", "null"]),
+])
+def test_what_is_turned_off_leaves_nothing_of_itself(tmp_path, run_had, given):
+    resumed = settings_of("--resume", checkpoint_of(tmp_path / "c.pth", *run_had), *given)
+    without = settings_of("--data_path", "photos")
+    assert (resumed.distillation, resumed.token_label) == (without.distillation, without.token_label)
+
+
+def test_a_linear_probe_resumes_by_its_folder_alone(tmp_path, monkeypatch):
+    """Which weights it started from is taken only where it has no checkpoint yet: then it starts from them again."""
+    probe = settings_of("--data_path", "photos", "--freeze_backbone", "--finetune", "w.pth", "--output_dir", tmp_path)
+    options.save(flags.as_recipe(probe), tmp_path / "args.yaml")
+    bare = ["--auto_resume", "--output_dir", tmp_path]
+    assert settings_of(*bare).checkpoint.finetune == "w.pth"
+    (tmp_path / "checkpoint-00000003.pth").touch()
+    restarted = ["--output_dir", tmp_path]
+    for again in (bare, restarted):
+        settings = settings_of(*again)
+        assert settings.checkpoint.finetune is None and settings.model.freeze_backbone
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(ValueError, match="--freeze_backbone needs weights to freeze"):
+        settings_of("--data_path", "photos", "--freeze_backbone", "--auto_resume", "--output_dir", tmp_path / "new")
+
+
+@pytest.mark.parametrize("start", [["--load_release"], ["--finetune", "w.pth"], ["--resume", "w.pth"]])
+def test_a_run_without_a_checkpoint_yet_starts_again_from_its_weights(tmp_path, start):
+    first = settings_of("--data_path", "photos", *start, "--output_dir", tmp_path)
+    options.save(flags.as_recipe(first), tmp_path / "args.yaml")
+    again = settings_of("--auto_resume", "--output_dir", tmp_path)
+    assert again.model.load_release == first.model.load_release
+    assert (again.checkpoint.finetune, again.checkpoint.resume) == (first.checkpoint.finetune, first.checkpoint.resume)
 
 
 def test_fine_tuning_takes_nothing(photos, trained):
@@ -201,3 +307,13 @@ def test_of_two_alternatives_the_one_that_was_given_counts(trained, tmp_path, ru
     source = ["--resume", tmp_path / "c.pth"] if level == "checkpoint" else ["--config", tmp_path / "args.yaml"]
     schedule = settings_of(*source, *given).schedule
     assert {name: getattr(schedule, name) for name in expected} == expected
+
+
+def test_a_recipe_comes_from_a_pipe(tmp_path):
+    """Which can be read once: `--config <(...)`."""
+    reading, writing = os.pipe()
+    os.write(writing, b"lr: 3e-3\nmodel: biformer_nano\nval_split: 0.2\n")
+    os.close(writing)
+    settings = settings_of("--config", f"/dev/fd/{reading}", "--data_path", "photos", "--lr", "2e-3")
+    os.close(reading)
+    assert (settings.model.model, settings.data.val_split, settings.optimizer.lr) == ("biformer_nano", 0.2, 2e-3)

@@ -49,3 +49,10 @@ def test_a_typo_needs_no_torch_and_is_told_as_by_the_program(arguments, message,
 def test_all_else_is_left_to_the_program(arguments):
     code, _, err = without_torch(*arguments)
     assert code == 1 and err.startswith("error: torch is not installed: ")
+
+
+def test_a_recipe_from_a_pipe_is_left_to_the_program():
+    """main.py, started as a program, reads it once."""
+    line = f'"{sys.executable}" main.py --config <(echo "lr: -3") --data_set digits'
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: --lr must be above 0 and finite, got -3.0\n")

@@ -234,7 +234,7 @@ def test_training_images_without_val_are_told_of_val_split(flat, data, capfd):
     assert error.endswith(advice)
     flat.rename(data / "train")
     train("--data_path", data, "--val_split", 0.1, code=1)
-    assert capfd.readouterr().err.endswith("was to be held out; leave out --val_split\n")
+    assert capfd.readouterr().err.endswith("was to be held out; --val_split null evaluates on that folder\n")
     shutil.rmtree(data / "val")
     train("--data_path", data, code=1)
     assert capfd.readouterr().err.endswith(advice)
