@@ -11,7 +11,15 @@ from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_data_config
 from torch import nn
 
-from ._pretrained import MismatchError, WeightsError, check_finite, load_weights, read_checkpoint, unwrap
+from ._pretrained import (
+    MismatchError,
+    WeightsError,
+    check_finite,
+    load_weights,
+    read_checkpoint,
+    unwrap,
+    without_model_prefix,
+)
 from ._recipe import NetworkRecipe, count_classes
 
 Transform = Callable[[Image.Image], torch.Tensor]
@@ -70,7 +78,7 @@ def load(source: str, weights: str | None = None, model: str | None = None) -> t
             fit it, or holds NaN or infinite weights.
     """
     checkpoint = read_checkpoint(str(source))
-    found = unwrap(checkpoint, weights)
+    found = without_model_prefix(unwrap(checkpoint, weights))
     recipe = NetworkRecipe.of(checkpoint, model)
     if recipe.model is None:
         raise WeightsError(f"{source} does not say which model it belongs to; name it: load(..., model='NAME')")

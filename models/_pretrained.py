@@ -11,9 +11,25 @@ from torch import nn
 from ._recipe import NetworkRecipe, count_classes
 
 if "." in __package__:  # installed, as routedvit.models
-    from ..storage.weights import MismatchError, WeightsError, check_finite, load_weights, read_checkpoint, unwrap
+    from ..storage.weights import (
+        MismatchError,
+        WeightsError,
+        check_finite,
+        load_weights,
+        read_checkpoint,
+        unwrap,
+        without_model_prefix,
+    )
 else:  # from the checkout
-    from storage.weights import MismatchError, WeightsError, check_finite, load_weights, read_checkpoint, unwrap
+    from storage.weights import (
+        MismatchError,
+        WeightsError,
+        check_finite,
+        load_weights,
+        read_checkpoint,
+        unwrap,
+        without_model_prefix,
+    )
 
 # The other modules of this room take from here what they need of `storage`.
 __all__ = [
@@ -25,6 +41,7 @@ __all__ = [
     "load_weights",
     "read_checkpoint",
     "unwrap",
+    "without_model_prefix",
 ]
 
 # Tags say what weights were trained on. timm takes a config without `url` to have none, and
@@ -111,7 +128,7 @@ def _read_weights(
     """
     try:
         checkpoint = cfg.state_dict or read_checkpoint(str(cfg.file or cfg.url), cache_dir)
-        return checkpoint, unwrap(checkpoint)
+        return checkpoint, without_model_prefix(unwrap(checkpoint))
     except WeightsError as error:
         if cfg.file or cfg.state_dict:
             raise RuntimeError(f"{cfg.file or 'state_dict'} cannot be read as weights: {error}") from error

@@ -4,7 +4,7 @@ import hashlib
 import pickle
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -155,8 +155,8 @@ def _holds_weights(value: Any) -> bool:
 def unwrap(checkpoint: dict[str, Any], key: str | None = None) -> dict[str, torch.Tensor]:
     """The weights in a checkpoint: under `key`, else under "model" or "state_dict", else the checkpoint itself.
 
-    Prefixes of DistributedDataParallel and torch.compile are removed from the names, and "model.", as Lightning writes
-    it, where all of them have it. Where there is nothing to remove, the dictionary is the checkpoint's own, not a copy.
+    Prefixes of DistributedDataParallel and torch.compile are removed from the names; where there are none, the
+    dictionary is the checkpoint's own, not a copy.
 
     Raises:
         WeightsError: What was found are no weights; WeightsKeyError where there are some under other keys.
@@ -171,9 +171,20 @@ def unwrap(checkpoint: dict[str, Any], key: str | None = None) -> dict[str, torc
     weights = {_bare(k): v for k, v in content.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
     if not weights:
         raise WeightsError("the checkpoint holds no weights")
-    if all(name.startswith("model.") for name in weights):
-        weights = {_bare(name.removeprefix("model.")): value for name, value in weights.items()}
     return content if content.keys() == weights.keys() else weights
+
+
+def without_model_prefix(weights: dict[str, torch.Tensor], expected: Iterable[str] = ()) -> dict[str, torch.Tensor]:
+    """The weights without the prefix "model.", as Lightning writes it before all names, unless the network's have it.
+
+    Args:
+        weights: As `unwrap` returns them.
+        expected: Names in the network, or those that are looked for. By default none has the prefix.
+    """
+    prefix = "model."
+    if any(name.startswith(prefix) for name in expected) or not all(name.startswith(prefix) for name in weights):
+        return weights
+    return {_bare(name.removeprefix(prefix)): value for name, value in weights.items()}
 
 
 def class_difference(checkpoint: dict[str, Any], classes: list[str] | None) -> str | None:
@@ -212,7 +223,7 @@ def load_weights(
 
     Args:
         model: The model, not wrapped.
-        weights: Name to tensor.
+        weights: Name to tensor, as `unwrap` returns them.
         filter_fn: timm's `checkpoint_filter_fn` of the family.
         new_classifier: Names of the classifier layers, to keep the model's own where the class count differs.
 
@@ -223,6 +234,7 @@ def load_weights(
         MismatchError: The weights are of another architecture; lists the first mismatches.
     """
     expected = model.state_dict()
+    weights = without_model_prefix(weights, expected)
     if filter_fn is not None:
         # Weights of another family can make its filter fail; the list of mismatches below then says what is wrong.
         with suppress(Exception):

@@ -161,12 +161,26 @@ def test_weights_under_other_keys_are_named(keys, named):
         unwrap(checkpoint, "x")
 
 
-def test_the_prefix_of_lightning_is_removed_where_all_names_have_it():
-    w = torch.ones(1)
-    lightning = {"state_dict": {"model.a": w, "model.b.c": w}, "pytorch-lightning_version": "2"}
-    assert unwrap(lightning) == {"a": w, "b.c": w}
-    assert unwrap({"model._orig_mod.a": w}) == {"a": w}
-    assert unwrap({"model.a": w, "head.b": w}) == {"model.a": w, "head.b": w}
+@pytest.mark.parametrize("prefix", ["model.", "model._orig_mod.", "module.model."])
+def test_the_prefix_of_lightning_is_removed_where_the_network_has_none(prefix):
+    model = nn.Linear(2, 1)
+    lightning = {"state_dict": {f"{prefix}{name}": torch.ones_like(value) for name, value in model.named_parameters()}}
+    load_weights(model, unwrap(lightning | {"pytorch-lightning_version": "2"}))
+    assert (model.weight == 1).all() and (model.bias == 1).all()
+
+
+def test_layers_in_a_model_keep_their_names():
+    """A network that holds all of its layers in `self.model` has this prefix itself."""
+    network = nn.ModuleDict(dict(model=nn.Linear(2, 1)))
+    weights = {name: torch.ones_like(value) for name, value in network.state_dict().items()}
+    load_weights(network, unwrap({"model": weights}))
+    assert (network["model"].weight == 1).all()
+
+
+def test_a_prefix_that_some_names_lack_is_kept():
+    weights = {"model.weight": torch.ones(1), "head.bias": torch.ones(1)}
+    with pytest.raises(WeightsError, match=r"model\.weight is unknown; head\.bias is unknown"):
+        load_weights(nn.BatchNorm1d(1, affine=False, track_running_stats=False), weights)
 
 
 def test_unwrap_copies_nothing():

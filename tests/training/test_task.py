@@ -5,7 +5,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections import namedtuple
+from collections import OrderedDict, namedtuple
 
 import pytest
 import torch
@@ -88,6 +88,23 @@ def test_evaluation(whole, capfd):
     assert run("--eval", "--resume", whole / "last.pth", "--model_key", "model_ema") == 0
     printed = re.search(r"mae (\d\.\d{3})", capfd.readouterr().out)
     assert float(printed[1]) == pytest.approx(records(whole)[-1]["ema_mae"], abs=1e-3)
+
+
+def test_a_network_that_keeps_its_layers_in_a_model_is_read_again(whole, tmp_path, monkeypatch, capfd):
+    """All of its names begin with the prefix that Lightning writes."""
+    layers = RegressionTask.network
+
+    def network(task):
+        return torch.nn.Sequential(OrderedDict(model=layers(task)))
+
+    monkeypatch.setattr(RegressionTask, "network", network)
+    assert run("--output_dir", tmp_path, "--epochs", "2") == 0
+    assert run("--output_dir", tmp_path, "--auto_resume") == 0
+    assert len(records(tmp_path)) == 3
+    assert all(name.startswith("model.") for name in torch.load(tmp_path / "last.pth", weights_only=True)["model"])
+    for key in ("model", "model_ema"):
+        assert run("--eval", "--resume", tmp_path / "last.pth", "--model_key", key) == 0
+    assert "error" not in capfd.readouterr().err
 
 
 def test_what_runs_can_be_run_again(whole, tmp_path):
