@@ -165,7 +165,8 @@ def unwrap(checkpoint: dict[str, Any], key: str | None = None) -> dict[str, torc
     if key is not None and not isinstance(checkpoint.get(key), dict):
         raise WeightsKeyError(f"the checkpoint holds no {key!r}; it holds {', '.join(sorted(keyed)) or 'bare weights'}")
     keys = [key] if key is not None else [name for name in ("model", "state_dict") if name in keyed]
-    if not keys and keyed:
+    # a number among the tensors, for example of steps, is no weight
+    if not keys and keyed and not any(isinstance(v, torch.Tensor) and v.ndim for v in checkpoint.values()):
         raise WeightsKeyError(f"the checkpoint holds weights under {' and '.join(sorted(keyed))}; say which")
     content = checkpoint[keys[0]] if keys else checkpoint
     weights = {_bare(k): v for k, v in content.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}

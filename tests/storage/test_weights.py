@@ -161,6 +161,13 @@ def test_weights_under_other_keys_are_named(keys, named):
         unwrap(checkpoint, "x")
 
 
+def test_bare_weights_may_have_others_beside_them():
+    weights = {"weight": torch.ones(1, 2), "bias": torch.ones(1), "extra": {"scale": torch.ones(1)}}
+    assert unwrap(weights).keys() == {"weight", "bias"}
+    with pytest.raises(WeightsKeyError, match="holds weights under extra; say which"):
+        unwrap({"steps": torch.tensor(3), "extra": {"scale": torch.ones(1)}})
+
+
 @pytest.mark.parametrize("prefix", ["model.", "model._orig_mod.", "module.model."])
 def test_the_prefix_of_lightning_is_removed_where_the_network_has_none(prefix):
     model = nn.Linear(2, 1)
