@@ -1,5 +1,4 @@
 """Weights of networks: checkpoint files from paths and URLs, read without running anything that is in them."""
-import argparse
 import hashlib
 import pickle
 import sys
@@ -10,24 +9,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-import numpy as np
 import torch
 
+from .plain import PLAIN, NotPlainError, as_numpy
 from .remote import RemoteCache, TransferError
 
-# What checkpoints may hold beside tensors, all of it inert. Published ones store their command line as a Namespace, and
-# their metrics as numbers of NumPy, alone or in arrays, as NumPy 1 or 2 writes them. Arrays of objects are left out.
-_PLAIN = [
-    argparse.Namespace,
-    np.ndarray,
-    np.dtype,
-    *{type(np.dtype(code)) for code in "?" + np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "SU"},
-    *(
-        (function, f"numpy.{core}.multiarray.{function.__name__}")
-        for core in ("core", "_core")
-        for function in (np._core.multiarray.scalar, np._core.multiarray._reconstruct)
-    ),
-]
 # Prefixes that torch.compile and DistributedDataParallel put before parameter names, in either order.
 _WRAPPERS = ("_orig_mod.", "module.", "_orig_mod.")
 
@@ -37,7 +23,7 @@ class WeightsError(ValueError):
 
 
 class HostileFileError(WeightsError):
-    """A file that would run code if it were unpickled."""
+    """A file that would run code, or read memory of its own choice, if it were unpickled as it asks."""
 
 
 class WeightsKeyError(WeightsError):
@@ -98,7 +84,8 @@ def read_checkpoint(source: str, cache_dir: str | Path | None = None, mmap: bool
         mmap: Leave tensors in the file until they are looked at; for what else is in it.
 
     Raises:
-        WeightsError: It is missing, truncated, or no checkpoint; HostileFileError where reading it would run code.
+        WeightsError: It is missing, truncated, or no checkpoint; HostileFileError where reading it would run code, or
+            where it holds other data of NumPy than numbers and texts.
     """
     path = fetch(source, cache_dir)
     try:
@@ -116,27 +103,34 @@ def read_file(path: Path, mmap: bool = False) -> dict[str, Any]:
             import safetensors.torch
 
             return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals(_PLAIN):
+        with torch.serialization.safe_globals(PLAIN):
             # Files of old formats cannot be mapped.
             mmap = mmap and zipfile.is_zipfile(path)
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            checkpoint = as_numpy(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
     except Exception as error:  # on damaged bytes the unpickler raises nearly anything
-        foreign = _foreign_objects(path, error) if isinstance(error, pickle.UnpicklingError) else []
-        if foreign:
-            raise HostileFileError(
-                f"{path}: refused, since loading it would run code ({', '.join(foreign)}); "
-                "ask its author for a file of tensors alone"
-            ) from error
+        why = _why_refused(path, error)
+        if why is not None:
+            message = f"{path}: refused, since {why}; ask its author for a file of tensors alone"
+            raise HostileFileError(message) from error
         raise WeightsError(f"{path}: not a PyTorch checkpoint, or a truncated one; fetch it again") from error
     if not isinstance(checkpoint, dict):
         raise WeightsError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
     return checkpoint
 
 
-def _foreign_objects(path: Path, error: pickle.UnpicklingError) -> list[str]:
+def _why_refused(path: Path, error: Exception) -> str | None:
+    """What of a file's content must not be read, where that is why reading it raised an error; None where it is not."""
+    if not isinstance(error, pickle.UnpicklingError | NotPlainError):
+        return None
+    if foreign := _foreign_objects(path, error):
+        return f"loading it would run code ({', '.join(foreign)})"
+    return f"it holds {error}" if isinstance(error, NotPlainError) else None
+
+
+def _foreign_objects(path: Path, error: Exception) -> list[str]:
     """Python objects that loading a file would have called, where its format lists them; empty where there are none."""
     try:
-        with torch.serialization.safe_globals(_PLAIN):
+        with torch.serialization.safe_globals(PLAIN):
             return torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # an old format, or a damaged file
         return ["it holds Python objects"] if "unsupported global" in str(error).lower() else []
