@@ -133,7 +133,7 @@ def warm_up_ddp(network: torch.nn.Module, distributed: Distributed, loss: Callab
     Args:
         network: The network with its wrappers.
         distributed: This process.
-        loss: Computes a loss of `network` on a batch of the usual size.
+        loss: As `discarded_pass` takes it, of a batch of the usual size.
     """
     if distributed.world_size < 3:
         return

@@ -174,7 +174,8 @@ class Task(ABC):
         return "such input"
 
     def dummy_loss(self, network: torch.nn.Module) -> torch.Tensor:
-        """The loss of a batch of zeros of the usual size."""
+        """Put the network into training mode as a run does; the loss of a batch of zeros of the usual size."""
+        self.train_mode(network)
         with self.precision.autocast():
             return self.loss(network, self.dummy_batch(self.settings.loader.batch_size, train=True))[0]
 
@@ -225,7 +226,8 @@ class Task(ABC):
             kind, number = (UsageError, "two") if size == 2 else (SingleImageError, "one")
             message = f"{self.name} cannot be trained on {self.input_description}, {number} at a time"
             with self._refusal(kind, message), unchanged_buffers(network):
-                self.loss(network.train(), self.dummy_batch(size, train=True))
+                self.train_mode(network)
+                self.loss(network, self.dummy_batch(size, train=True))
 
     @staticmethod
     @contextmanager

@@ -15,6 +15,7 @@ from helpers import ROOT
 from helpers.ports import free_port
 from helpers.regression import RegressionTask
 from helpers.run_state import differences
+from training.buffers import discarded_pass
 from training.data.loader import ToDevice
 from training.distributed import Distributed
 from training.precision import Precision
@@ -192,6 +193,28 @@ def test_looking_at_a_network_changes_nothing_in_it():
     task.check_input(network)
     assert "2.num_batches_tracked" in before
     torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
+
+
+def test_looking_at_a_network_trains_what_the_run_trains(monkeypatch):
+    """The batch norm that a task holds takes batches of one image."""
+    modes = []
+
+    def train_mode(self, network):
+        network.train()
+        network[2].eval()
+
+    def loss(self, network, batch):
+        modes.append((network.training, network[2].training))
+        return network(batch["image"]).square().mean(), {}
+
+    monkeypatch.setattr(RegressionTask, "train_mode", train_mode)
+    monkeypatch.setattr(RegressionTask, "loss", loss)
+    settings = program.parse([*COMMAND, "--batch_size", "1"], TASKS)[1]
+    task = RegressionTask(settings, Distributed(torch.device("cpu")), Precision())
+    network = task.network()
+    task.check_input(network)
+    discarded_pass(network.eval(), lambda: task.dummy_loss(network))
+    assert modes == 2 * [(True, False)]
 
 
 Sample = namedtuple("Sample", "image weight")
