@@ -22,7 +22,7 @@ from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from training.data.folders import ValSplit, open_folders
+from training.data.folders import HeldOut, ValSplit, open_folders
 from training.data.loader import seeded, seeded_sample
 from training.data.shards import TarShards, open_shards
 from utils import LostDataError, UserError, derive_seed, is_url, one_line, some
@@ -195,6 +195,11 @@ class ImageDataset(Dataset):
     def bad_images(self) -> int:
         """How many images could not be read so far, in all worker processes."""
         return self._bad.value if self._bad else 0
+
+    @property
+    def held_out(self) -> HeldOut | None:
+        """What is held out of the training images for validation, where these are some of them."""
+        return getattr(self.source, "held_out", None)
 
     def names(self) -> list[str]:
         """What each image is called: its path; in shards on this machine, its shard and its name there; else its index.

@@ -26,6 +26,7 @@ from storage.weights import WeightsError, WeightsKeyError, check_finite, load_we
 from utils import UsageError, UserError, as_user_error
 
 from .buffers import unchanged_buffers
+from .data.folders import HeldOut
 from .data.loader import EpochLoader
 from .distributed import Distributed
 from .options import Settings
@@ -90,8 +91,8 @@ class Task(ABC):
         advice: What a user of the command line can do about the task's own errors, by their class.
         classes: Names of the classes, once a data set that knows them was opened; saved in checkpoints.
         num_classes: Their number, where the task has classes.
-        held_out: What of the training images is held out as the val split, in words; None where it is a set of its
-            own. Saved in checkpoints: a run that resumes holds out the same.
+        held_out: What of the training images is held out as the val split; None where that is a set of its own. Saved
+            in checkpoints: a run that resumes holds out the same.
     """
 
     settings_class: ClassVar[type[Settings]]
@@ -104,7 +105,7 @@ class Task(ABC):
         self.eval_processes = distributed if settings.evaluation.dist_eval else distributed.alone()
         self.classes: list[str] | None = None
         self.num_classes: int | None = None
-        self.held_out: str | None = None
+        self.held_out: HeldOut | None = None
 
     @classmethod
     @abstractmethod

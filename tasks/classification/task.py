@@ -12,7 +12,7 @@ from timm.layers import to_2tuple
 from torch.utils.data import Dataset
 
 import datasets
-from storage.weights import held_out_difference
+from storage.weights import held_out_changes, held_out_difference
 from training.data.loader import EpochLoader, build_loader, seeded
 from training.distributed import Distributed
 from training.options import LoaderOptions
@@ -84,7 +84,6 @@ class ClassificationTask(Task):
         """(uint8 image, class index), or with token labels what `token_labels.add_label_maps` makes of it."""
         data, train = self.settings.data, split == "train" and not self.settings.evaluation.eval
         val_split = data.val_split and datasets.ValSplit(data.val_split, self.settings.machine.seed)
-        self.held_out = str(val_split) if val_split and split != "test" else None
         dataset = datasets.build_dataset(
             data.data_set,
             data.data_path,
@@ -97,6 +96,7 @@ class ClassificationTask(Task):
             val_split=val_split,
             exif_transpose=data.exif_transpose,
         )
+        self.held_out = dataset.held_out
         self._tell(dataset.notes)
         if train:
             check_several_classes(dataset)
@@ -222,10 +222,15 @@ class ClassificationTask(Task):
         networks.load_checkpoint(
             network, checkpoint, source, self.settings.checkpoint.model_key, trained_on=self.classes
         )
+        if self.held_out is None:
+            return
         # a val split that was not held out of these images has nothing to do with them
-        difference = held_out_difference(checkpoint, self.held_out) if self.held_out else None
-        if difference and self.distributed.is_main:
-            print(f"warning: {source} {difference}; it may have been trained on these images")
+        difference = held_out_difference(checkpoint, self.held_out.rule)
+        changes = None if difference else held_out_changes(checkpoint, self.held_out.images)
+        if difference:
+            self.distributed.print(f"warning: {source} {difference}; it may have been trained on these images")
+        if changes:
+            self.distributed.print(f"warning: {source}: {changes}; it may have been trained on some")
 
     # --- loss ---------------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from PIL import Image
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
@@ -48,13 +49,30 @@ class ValSplit:
     def __str__(self) -> str:
         return f"{self.share:g} of each class by seed {self.seed}"
 
-    def held_out(self, paths: Sequence[str], below: Path) -> set[str]:
-        """Those of a class's images that are held out; none of a single one. Names count from the folder `below`."""
+    def held_out(self, paths: Sequence[str], below: Path) -> dict[str, int]:
+        """Those of a class's images that are held out, none of a single one, and a number of 64 bits for each.
+
+        The number tells an image from others by the name that counts from the folder `below`, wherever that lies.
+        """
         number = min(max(round(self.share * len(paths)), 1), len(paths) - 1)
-        return set(sorted(paths, key=lambda path: self._key(path.removeprefix(f"{below}/")))[:number])
+        keys = sorted((self._key(path.removeprefix(f"{below}/")), path) for path in paths)
+        return {path: int.from_bytes(key[:8], "big", signed=True) for key, path in keys[:number]}
 
     def _key(self, name: str) -> bytes:
         return hashlib.sha256(f"{self.seed}/".encode() + os.fsencode(name)).digest()
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """What a run has held out of its training images for validation.
+
+    Args:
+        rule: Which share of them, by which seed.
+        images: The numbers of these images, see `ValSplit.held_out`; int64 (N,), sorted.
+    """
+
+    rule: str
+    images: torch.Tensor
 
 
 # --- classes ----------------------------------------------------------------------------------------------------------
@@ -129,6 +147,7 @@ class ImageFolders(Sequence):
         samples: (path, class index) of each image.
         notes: What a user should know about them, a line each.
         decode: Takes a path; raises UserError if it cannot be read.
+        held_out: What is held out of the training images, where these are some of them.
     """
 
     def __init__(
@@ -138,9 +157,10 @@ class ImageFolders(Sequence):
         samples: list[tuple[str, int]],
         notes: list[str],
         decode: Callable[[str], Image.Image],
+        held_out: HeldOut | None = None,
     ):
         self.root, self.samples, self.notes, self.decode = root, samples, notes, decode
-        self.folders, self.classes = list(numbering.indices), numbering.classes
+        self.folders, self.classes, self.held_out = list(numbering.indices), numbering.classes, held_out
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -176,11 +196,12 @@ def open_folders(
     images, notes = _find(folder)
     numbering = number_classes(list(images), num_classes)
     notes += [] if numbering.note is None else [numbering.note]
+    held_out = None
     if val_split and split != "test":
-        images, about_parts = _part(images, folder, val_split, split)
+        images, held_out, about_parts = _part(images, folder, val_split, split)
         notes += about_parts
     samples = [(path, index) for name, index in numbering.indices.items() for path in images[name]]
-    return ImageFolders(folder, numbering, samples, notes, decode)
+    return ImageFolders(folder, numbering, samples, notes, decode, held_out)
 
 
 def _folder_of(root: Path, split: str) -> Path:
@@ -216,14 +237,16 @@ def _find(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
 
 def _part(
     images: dict[str, list[str]], folder: Path, val_split: ValSplit, split: str
-) -> tuple[dict[str, list[str]], list[str]]:
-    """The images of each class that are held out, or those that are not; and lines about the two parts."""
+) -> tuple[dict[str, list[str]], HeldOut, list[str]]:
+    """The images of each class that belong to a split, what is held out for "val", and lines about these parts."""
     single = [name for name, paths in images.items() if len(paths) == 1]
     if len(single) == len(images):
         raise UserError(f"{folder} has one image in each class: nothing can be held out for validation")
     notes = [f"nothing can be held out of the classes of one image: {some(single)}"] if single else []
-    held_out = {name: val_split.held_out(paths, below=folder) for name, paths in images.items()}
-    number, of = (sum(map(len, each.values())) for each in (held_out, images))
-    notes.append(f"held out for validation: {number} of the {of} images in {folder}, {val_split}")
+    of_class = {name: val_split.held_out(paths, below=folder) for name, paths in images.items()}
+    numbers = sorted(number for held_out in of_class.values() for number in held_out.values())
+    total = sum(map(len, images.values()))
+    notes.append(f"held out for validation: {len(numbers)} of the {total} images in {folder}, {val_split}")
     is_val = split == "val"
-    return {name: [p for p in paths if (p in held_out[name]) == is_val] for name, paths in images.items()}, notes
+    part = {name: [path for path in paths if (path in of_class[name]) == is_val] for name, paths in images.items()}
+    return part, HeldOut(str(val_split), torch.tensor(numbers, dtype=torch.int64)), notes
