@@ -286,7 +286,7 @@ def build_dataset(
     *,
     on_error: str = "raise",
     most_classes: int | None = None,
-    **reading: Any,
+    reading: Reading = Reading(),
 ) -> ImageDataset:
     """A split of a data set, of (transformed image, class index).
 
@@ -303,28 +303,27 @@ def build_dataset(
         on_error: What to do about an image that cannot be read: "raise", "next" or "mask", see `ImageDataset`.
         most_classes: How many classes the network has: for folders, see `training.data.folders.number_classes`; shards
             whose list does not say how many there are may hold no others. None for any.
-        reading: The fields of `Reading`.
+        reading: How it is found and read.
 
     Raises:
         UserError: There is no such data set or split, or its files are not there or not as they should be.
     """
     assert split in ("train", "val", "test"), split
-    how = Reading(**reading)
-    decode = partial(load_image, exif_transpose=how.exif_transpose)
+    decode = partial(load_image, exif_transpose=reading.exif_transpose)
     if name.startswith("wds/"):
         root = root if root is not None and is_url(root) else _folder(root)
-        splits, cache = ("val", "validation") if split == "val" else (split,), how.shard_cache
+        splits, cache = ("val", "validation") if split == "val" else (split,), reading.shard_cache
         shards = open_shards(root, splits, decode, cache.path, cache.gigabytes, most_classes)
         return ImageDataset(shards, None, transform, on_error, shards.split.num_classes)
     if name in ("IMNET", "image_folder"):
-        source = open_folders(_folder(root), split, decode, most_classes, how.val_split)
+        source = open_folders(_folder(root), split, decode, most_classes, reading.val_split)
         return ImageDataset(source, source.classes, transform, on_error, notes=tuple(source.notes))
     if name not in ("CIFAR10", "CIFAR100", "digits"):
         raise UserError(f"no data set {name!r}; there are IMNET, image_folder, CIFAR10, CIFAR100, digits, wds/NAME")
     if split == "test":
         raise UserError(f"{name} has no split test; its splits are train and val")
     train = split == "train"
-    source, classes = _digits(train) if name == "digits" else _cifar(name, root, train, how.download)
+    source, classes = _digits(train) if name == "digits" else _cifar(name, root, train, reading.download)
     return ImageDataset(source, classes, transform, on_error)
 
 

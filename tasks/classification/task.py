@@ -83,7 +83,12 @@ class ClassificationTask(Task):
     def dataset(self, split: str) -> Dataset:
         """(uint8 image, class index), or with token labels what `token_labels.add_label_maps` makes of it."""
         data, train = self.settings.data, split == "train" and not self.settings.evaluation.eval
-        val_split = data.val_split and datasets.ValSplit(data.val_split, self.settings.machine.seed)
+        reading = datasets.Reading(
+            download=data.download,
+            shard_cache=datasets.ShardCache(data.shard_cache, data.shard_cache_gb),
+            val_split=data.val_split and datasets.ValSplit(data.val_split, self.settings.machine.seed),
+            exif_transpose=data.exif_transpose,
+        )
         dataset = datasets.build_dataset(
             data.data_set,
             data.data_path,
@@ -91,10 +96,7 @@ class ClassificationTask(Task):
             self._train_transform() if train else self.images.transform(),
             on_error="raise" if not data.skip_bad_images else "next" if train else "mask",
             most_classes=self._most_classes(),
-            download=data.download,
-            shard_cache=datasets.ShardCache(data.shard_cache, data.shard_cache_gb),
-            val_split=val_split,
-            exif_transpose=data.exif_transpose,
+            reading=reading,
         )
         self.held_out = dataset.held_out
         self._tell(dataset.notes)
