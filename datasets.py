@@ -25,7 +25,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from training.data.folders import HeldOut, ValSplit, open_folders
 from training.data.loader import seeded, seeded_sample
 from training.data.shards import TarShards, open_shards
-from utils import LostDataError, UserError, derive_seed, is_url, one_line, some
+from utils import LostDataError, UserError, derive_seed, is_url, one_line, some, user_path
 
 # System errors that concern one file: it is missing, or its damaged bytes made a decoder seek to an impossible place.
 # PIL's own errors have no number. All others are faults of the machine or its storage, which other images share.
@@ -258,7 +258,7 @@ class ShardCache:
 
     @property
     def path(self) -> Path:
-        return Path(self.folder or Path(torch.hub.get_dir()) / "shards").expanduser()
+        return user_path(self.folder or Path(torch.hub.get_dir()) / "shards")
 
 
 @dataclass(frozen=True)
@@ -345,7 +345,7 @@ def check_same_classes(train_classes: list[str] | None, val_classes: list[str] |
 def _folder(root: str | Path | None) -> Path:
     if root is None:
         raise UserError("this data set needs a data folder, and none was given")
-    folder = Path(root).expanduser()
+    folder = user_path(root)
     if not folder.is_dir():
         raise UserError(f"data folder {folder} {'is not a folder' if folder.exists() else 'does not exist'}")
     return folder
@@ -356,7 +356,7 @@ def _cifar(name: str, root: str | Path | None, train: bool, download: bool) -> t
         raise UserError(f"{name} needs a data folder, and none was given")
     kind = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}[name]
     try:
-        source = kind(Path(root).expanduser(), train=train, download=download)
+        source = kind(user_path(root), train=train, download=download)
     except (OSError, RuntimeError) as error:
         if download:
             raise UserError(f"{name} is not in {root}, or incomplete: {one_line(error)}") from None
