@@ -331,7 +331,8 @@ def test_functions_are_short_and_have_few_parameters():
 
 def test_paths_begin_at_home_in_one_place():
     """As a path, and as the text of a flag."""
-    assert {name_of(path) for path in sources() if "expanduser" in path.read_text()} == {"utils.py", "training/flags.py"}
+    places = {name_of(path) for path in sources() if "expanduser" in path.read_text()}
+    assert places == {"utils.py", "training/flags.py"}
 
 
 def test_nothing_is_decided_by_the_text_of_an_error():

@@ -33,14 +33,14 @@ class ValFolderError(UserError):
 
 @dataclass(frozen=True)
 class ValSplit:
-    """The images that are held out of the training set for validation.
+    """Which images are held out of the training set for validation.
 
     Whether an image is held out follows from its own name, the names of its class's other images, and the seed: adding
     images moves few of those that were there from one part to the other.
 
     Args:
-        share: Of each class, above 0 and below 1; at least one image of a class is held out, and one is kept.
-        seed: Of the choice.
+        share: How much of each class is held out, above 0 and below 1: at least one image, and not all of them.
+        seed: Another one holds out others.
     """
 
     share: float
@@ -50,9 +50,12 @@ class ValSplit:
         return f"{self.share:g} of each class by seed {self.seed}"
 
     def held_out(self, paths: Sequence[str], below: Path) -> dict[str, int]:
-        """Those of a class's images that are held out, none of a single one, and a number of 64 bits for each.
+        """The images of a class that are held out: path -> a number of 64 bits; empty for a class of one image.
 
-        The number tells an image from others by the name that counts from the folder `below`, wherever that lies.
+        Args:
+            paths: All images of the class.
+            below: The folder of the class folders. The choice and the numbers follow from the seed and from the paths
+                relative to this folder, so that they are the same wherever it lies.
         """
         number = min(max(round(self.share * len(paths)), 1), len(paths) - 1)
         keys = sorted((self._key(path.removeprefix(f"{below}/")), path) for path in paths)
@@ -80,12 +83,13 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Numbering:
-    """The classes of class folders.
+    """Which class each class folder is.
 
     Args:
         indices: Class index by name of the folder, in the order of the indices.
-        classes: Name of each class of the network that has one.
-        note: What a user should know about it; None where the folders are the classes.
+        classes: Names of the classes from index 0 on: ImageNet's synsets where the folders have ImageNet's numbers,
+            else the names of the folders. A network may have more classes.
+        note: One line about the numbers for the user, where the network has more classes than there are folders.
     """
 
     indices: dict[str, int]
@@ -94,10 +98,10 @@ class Numbering:
 
 
 def number_classes(names: Sequence[str], num_classes: int | None = None) -> Numbering:
-    """Number class folders.
+    """Which class each of these class folders is; the rules are at the top of this file.
 
     Args:
-        names: Of the folders.
+        names: Names of the folders.
         num_classes: Classes of the network; None for as many as there are folders.
     """
     if all(name.isascii() and name.isdigit() for name in names):
@@ -122,7 +126,7 @@ def number_classes(names: Sequence[str], num_classes: int | None = None) -> Numb
 
 
 def _imagenet_synsets(names: Sequence[str], num_classes: int) -> list[str] | None:
-    """The synsets of the subset of ImageNet that has so many classes, if all `names` are among them."""
+    """The synsets of the subset of ImageNet that has `num_classes` classes; None unless all `names` are among them."""
     subset = infer_imagenet_subset(dict(num_classes=num_classes))
     if subset is None or not all(re.fullmatch(r"n\d{8}", name) for name in names):
         return None
@@ -143,7 +147,7 @@ class ImageFolders(Sequence):
 
     Args:
         root: The folder of the class folders.
-        numbering: Of all class folders.
+        numbering: The class of each class folder.
         samples: (path, class index) of each image.
         notes: What a user should know about them, a line each.
         decode: Takes a path; raises UserError if it cannot be read.
@@ -177,7 +181,7 @@ def open_folders(
     num_classes: int | None = None,
     val_split: ValSplit | None = None,
 ) -> ImageFolders:
-    """The images of root/SPLIT/CLASS; where there is no root/train, those of root/CLASS are the training images.
+    """Find the images of root/SPLIT/CLASS; where there is no root/train, those of root/CLASS are the training images.
 
     Args:
         root: The folder of the data.
@@ -187,8 +191,10 @@ def open_folders(
         val_split: What is held out of the training images as "val".
 
     Raises:
-        NoValFolderError, ValFolderError: The one or the other.
-        UserError: There is no folder of the split, it has no class folders, or one of these has no images.
+        NoValFolderError: The split is "val", there is no folder root/val, and no `val_split`.
+        ValFolderError: There is a folder root/val, and a `val_split`.
+        UserError: There is no folder of another split; the folder has no class folders, or one of these no images; or
+            nothing can be held out, as each class has one image.
     """
     folder = _folder_of(root, "train" if val_split and split == "val" else split)
     if val_split and (root / "val").is_dir():
@@ -205,7 +211,11 @@ def open_folders(
 
 
 def _folder_of(root: Path, split: str) -> Path:
-    """The folder of a split's class folders."""
+    """The folder that holds a split's class folders.
+
+    Raises:
+        UserError: There is none; NoValFolderError for the split "val".
+    """
     if (root / split).is_dir():
         return root / split
     folders, files = list_folder(root)
@@ -217,7 +227,11 @@ def _folder_of(root: Path, split: str) -> Path:
 
 
 def _find(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
-    """The images of each class folder, and lines about what else was found."""
+    """Paths of the images by name of the class folder, and lines about what else was found.
+
+    Raises:
+        UserError: There is no class folder, or one has no images.
+    """
     names, files = list_folder(folder)
     if not names:
         raise UserError(f"{folder} needs class folders, with images in each: there is no folder in it")
@@ -238,7 +252,11 @@ def _find(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
 def _part(
     images: dict[str, list[str]], folder: Path, val_split: ValSplit, split: str
 ) -> tuple[dict[str, list[str]], HeldOut, list[str]]:
-    """The images of each class that belong to a split, what is held out for "val", and lines about these parts."""
+    """The images of each class that belong to the split "train" or "val", what is held out, and lines about it.
+
+    Raises:
+        UserError: Each class has one image.
+    """
     single = [name for name, paths in images.items() if len(paths) == 1]
     if len(single) == len(images):
         raise UserError(f"{folder} has one image in each class: nothing can be held out for validation")
