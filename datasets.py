@@ -22,10 +22,10 @@ from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from training.data.folders import ValSplit, open_folders
+from training.data.folders import HeldOut, ValSplit, open_folders
 from training.data.loader import seeded, seeded_sample
 from training.data.shards import TarShards, open_shards
-from utils import LostDataError, UserError, derive_seed, is_url, one_line, some
+from utils import LostDataError, UserError, derive_seed, is_url, one_line, some, user_path
 
 # System errors that concern one file: it is missing, or its damaged bytes made a decoder seek to an impossible place.
 # PIL's own errors have no number. All others are faults of the machine or its storage, which other images share.
@@ -196,6 +196,11 @@ class ImageDataset(Dataset):
         """How many images could not be read so far, in all worker processes."""
         return self._bad.value if self._bad else 0
 
+    @property
+    def held_out(self) -> HeldOut | None:
+        """What is held out of the training images for validation, where these are some of them."""
+        return getattr(self.source, "held_out", None)
+
     def names(self) -> list[str]:
         """What each image is called: its path; in shards on this machine, its shard and its name there; else its index.
         """
@@ -253,7 +258,7 @@ class ShardCache:
 
     @property
     def path(self) -> Path:
-        return Path(self.folder or Path(torch.hub.get_dir()) / "shards").expanduser()
+        return user_path(self.folder or Path(torch.hub.get_dir()) / "shards")
 
 
 @dataclass(frozen=True)
@@ -281,7 +286,7 @@ def build_dataset(
     *,
     on_error: str = "raise",
     most_classes: int | None = None,
-    **reading: Any,
+    reading: Reading = Reading(),
 ) -> ImageDataset:
     """A split of a data set, of (transformed image, class index).
 
@@ -298,28 +303,27 @@ def build_dataset(
         on_error: What to do about an image that cannot be read: "raise", "next" or "mask", see `ImageDataset`.
         most_classes: How many classes the network has: for folders, see `training.data.folders.number_classes`; shards
             whose list does not say how many there are may hold no others. None for any.
-        reading: The fields of `Reading`.
+        reading: How it is found and read.
 
     Raises:
         UserError: There is no such data set or split, or its files are not there or not as they should be.
     """
     assert split in ("train", "val", "test"), split
-    how = Reading(**reading)
-    decode = partial(load_image, exif_transpose=how.exif_transpose)
+    decode = partial(load_image, exif_transpose=reading.exif_transpose)
     if name.startswith("wds/"):
         root = root if root is not None and is_url(root) else _folder(root)
-        splits, cache = ("val", "validation") if split == "val" else (split,), how.shard_cache
+        splits, cache = ("val", "validation") if split == "val" else (split,), reading.shard_cache
         shards = open_shards(root, splits, decode, cache.path, cache.gigabytes, most_classes)
         return ImageDataset(shards, None, transform, on_error, shards.split.num_classes)
     if name in ("IMNET", "image_folder"):
-        source = open_folders(_folder(root), split, decode, most_classes, how.val_split)
+        source = open_folders(_folder(root), split, decode, most_classes, reading.val_split)
         return ImageDataset(source, source.classes, transform, on_error, notes=tuple(source.notes))
     if name not in ("CIFAR10", "CIFAR100", "digits"):
         raise UserError(f"no data set {name!r}; there are IMNET, image_folder, CIFAR10, CIFAR100, digits, wds/NAME")
     if split == "test":
         raise UserError(f"{name} has no split test; its splits are train and val")
     train = split == "train"
-    source, classes = _digits(train) if name == "digits" else _cifar(name, root, train, how.download)
+    source, classes = _digits(train) if name == "digits" else _cifar(name, root, train, reading.download)
     return ImageDataset(source, classes, transform, on_error)
 
 
@@ -341,7 +345,7 @@ def check_same_classes(train_classes: list[str] | None, val_classes: list[str] |
 def _folder(root: str | Path | None) -> Path:
     if root is None:
         raise UserError("this data set needs a data folder, and none was given")
-    folder = Path(root).expanduser()
+    folder = user_path(root)
     if not folder.is_dir():
         raise UserError(f"data folder {folder} {'is not a folder' if folder.exists() else 'does not exist'}")
     return folder
@@ -352,7 +356,7 @@ def _cifar(name: str, root: str | Path | None, train: bool, download: bool) -> t
         raise UserError(f"{name} needs a data folder, and none was given")
     kind = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}[name]
     try:
-        source = kind(Path(root).expanduser(), train=train, download=download)
+        source = kind(user_path(root), train=train, download=download)
     except (OSError, RuntimeError) as error:
         if download:
             raise UserError(f"{name} is not in {root}, or incomplete: {one_line(error)}") from None

@@ -176,7 +176,7 @@ def train(task: Task, signals: SignalHandler):
     with store.locked() if distributed.is_main else nullcontext():
         source = find_start(settings.checkpoint, store, distributed)
         if source:
-            run.load(source, settings.optimizer.opt)
+            run.load(source, settings.optimizer.opt, distributed.print)
             keep_best(run, source, store, distributed)
         if clock.run_is_over:
             if distributed.is_main:

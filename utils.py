@@ -153,7 +153,7 @@ def is_url(source: str | Path) -> bool:
     return urlparse(str(source)).scheme in ("http", "https")
 
 
-def user_path(text: str) -> Path:
+def user_path(text: str | Path) -> Path:
     """The file or folder that a user names, where ~ is the home folder."""
     return Path(text).expanduser()
 

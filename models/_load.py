@@ -71,7 +71,7 @@ def create_trained(
     Raises:
         WeightsError: One line: the model refuses the recipe's arguments, or the weights do not fit or are not finite.
     """
-    found = unwrap(checkpoint, weights or default_weights(checkpoint, source)[0])
+    found = without_model_prefix(unwrap(checkpoint, weights or default_weights(checkpoint, source)[0]))
     if recipe.num_classes is None:
         recipe = replace(recipe, num_classes=count_classes(found, timm.get_pretrained_cfg(recipe.model)))
     kwargs = recipe.build_kwargs

@@ -19,6 +19,7 @@ if "." in __package__:  # installed, as routedvit.models
         load_weights,
         read_checkpoint,
         unwrap,
+        without_model_prefix,
     )
 else:  # from the checkout
     from storage.weights import (
@@ -29,6 +30,7 @@ else:  # from the checkout
         load_weights,
         read_checkpoint,
         unwrap,
+        without_model_prefix,
     )
 
 # The other modules of this room take from here what they need of `storage`.
@@ -42,6 +44,7 @@ __all__ = [
     "load_weights",
     "read_checkpoint",
     "unwrap",
+    "without_model_prefix",
 ]
 
 # Tags say what weights were trained on. timm takes a config without `url` to have none, and
@@ -129,7 +132,7 @@ def _read_weights(
     """
     try:
         checkpoint = cfg.state_dict or read_checkpoint(str(cfg.file or cfg.url), cache_dir)
-        return checkpoint, unwrap(checkpoint, default_weights(checkpoint, variant)[0])
+        return checkpoint, without_model_prefix(unwrap(checkpoint, default_weights(checkpoint, variant)[0]))
     except WeightsError as error:
         if cfg.file or cfg.state_dict:
             raise RuntimeError(f"{cfg.file or 'state_dict'} cannot be read as weights: {error}") from error

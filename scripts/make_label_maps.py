@@ -129,7 +129,7 @@ def make(args: argparse.Namespace):
     on_error = "mask" if args.skip_bad_images else "raise"
     dataset = datasets.build_dataset(
         "image_folder", args.data_path, args.split, images.transform(), on_error=on_error,
-        exif_transpose=args.exif_transpose,
+        reading=datasets.Reading(exif_transpose=args.exif_transpose),
     )
     folder = Path(dataset.source.root)
     files = [Path(path).relative_to(folder) for path, _ in dataset.source.samples]

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import training.startup  # before torch  # noqa: F401  # isort: skip
-from datasets import ImageDataset, ValSplit, build_dataset, check_same_classes
+from datasets import ImageDataset, Reading, ValSplit, build_dataset, check_same_classes
 from storage.remote import sha256_of
 from training.data.shards import INFO_NAMES
 from utils import UserError, replace_file, run_script, user_path
@@ -61,9 +61,9 @@ def write_split(name: str, images: list[tuple[str, int]], output: Path, size: in
 
 def open_splits(args: argparse.Namespace) -> dict[str, ImageDataset]:
     """The splits of the folder by name; what a user should know about them is printed."""
-    val_split = args.val_split and ValSplit(args.val_split, args.seed)
+    reading = Reading(val_split=args.val_split and ValSplit(args.val_split, args.seed))
     sources = {
-        split: build_dataset("image_folder", args.folder, split, most_classes=args.nb_classes, val_split=val_split)
+        split: build_dataset("image_folder", args.folder, split, most_classes=args.nb_classes, reading=reading)
         for split in args.splits
     }
     for note in dict.fromkeys(note for dataset in sources.values() for note in dataset.notes):

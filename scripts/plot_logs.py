@@ -8,9 +8,14 @@ with `--disable_eval` do not have.
 """
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils import user_path
 
 PANELS = (("train_loss", "training loss"), ("val_acc1", "top-1 accuracy (%)"))
 
@@ -73,11 +78,6 @@ def draw(folders: list[Path]):
         axes.grid(alpha=0.4)
     panels[0].legend(frameon=False)
     return figure
-
-
-def user_path(text: str) -> Path:
-    """A file or folder, where ~ is the home folder."""
-    return Path(text).expanduser()
 
 
 def main(argv: list[str] | None = None):

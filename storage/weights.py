@@ -1,33 +1,19 @@
 """Weights of networks: checkpoint files from paths and URLs, read without running anything that is in them."""
-import argparse
 import hashlib
 import pickle
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-import numpy as np
 import torch
 
+from .plain import PLAIN, NotPlainError, as_numpy
 from .remote import RemoteCache, TransferError
 
-# What checkpoints may hold beside tensors, all of it inert. Published ones store their command line as a Namespace, and
-# their metrics as numbers of NumPy, alone or in arrays, as NumPy 1 or 2 writes them. Arrays of objects are left out.
-_PLAIN = [
-    argparse.Namespace,
-    np.ndarray,
-    np.dtype,
-    *{type(np.dtype(code)) for code in "?" + np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "SU"},
-    *(
-        (function, f"numpy.{core}.multiarray.{function.__name__}")
-        for core in ("core", "_core")
-        for function in (np._core.multiarray.scalar, np._core.multiarray._reconstruct)
-    ),
-]
 # Prefixes that torch.compile and DistributedDataParallel put before parameter names, in either order.
 _WRAPPERS = ("_orig_mod.", "module.", "_orig_mod.")
 
@@ -37,7 +23,7 @@ class WeightsError(ValueError):
 
 
 class HostileFileError(WeightsError):
-    """A file that would run code if it were unpickled."""
+    """A file that would run code, or read memory of its own choice, if it were unpickled as it asks."""
 
 
 class WeightsKeyError(WeightsError):
@@ -98,7 +84,8 @@ def read_checkpoint(source: str, cache_dir: str | Path | None = None, mmap: bool
         mmap: Leave tensors in the file until they are looked at; for what else is in it.
 
     Raises:
-        WeightsError: It is missing, truncated, or no checkpoint; HostileFileError where reading it would run code.
+        WeightsError: It is missing, truncated, or no checkpoint; HostileFileError where reading it would run code, or
+            where it holds other data of NumPy than numbers and texts.
     """
     path = fetch(source, cache_dir)
     try:
@@ -116,27 +103,34 @@ def read_file(path: Path, mmap: bool = False) -> dict[str, Any]:
             import safetensors.torch
 
             return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals(_PLAIN):
+        with torch.serialization.safe_globals(PLAIN):
             # Files of old formats cannot be mapped.
             mmap = mmap and zipfile.is_zipfile(path)
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            checkpoint = as_numpy(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
     except Exception as error:  # on damaged bytes the unpickler raises nearly anything
-        foreign = _foreign_objects(path, error) if isinstance(error, pickle.UnpicklingError) else []
-        if foreign:
-            raise HostileFileError(
-                f"{path}: refused, since loading it would run code ({', '.join(foreign)}); "
-                "ask its author for a file of tensors alone"
-            ) from error
+        why = _why_refused(path, error)
+        if why is not None:
+            message = f"{path}: refused, since {why}; ask its author for a file of tensors alone"
+            raise HostileFileError(message) from error
         raise WeightsError(f"{path}: not a PyTorch checkpoint, or a truncated one; fetch it again") from error
     if not isinstance(checkpoint, dict):
         raise WeightsError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
     return checkpoint
 
 
-def _foreign_objects(path: Path, error: pickle.UnpicklingError) -> list[str]:
+def _why_refused(path: Path, error: Exception) -> str | None:
+    """What of a file's content must not be read, where that is why reading it raised an error; None where it is not."""
+    if not isinstance(error, pickle.UnpicklingError | NotPlainError):
+        return None
+    if foreign := _foreign_objects(path, error):
+        return f"loading it would run code ({', '.join(foreign)})"
+    return f"it holds {error}" if isinstance(error, NotPlainError) else None
+
+
+def _foreign_objects(path: Path, error: Exception) -> list[str]:
     """Python objects that loading a file would have called, where its format lists them; empty where there are none."""
     try:
-        with torch.serialization.safe_globals(_PLAIN):
+        with torch.serialization.safe_globals(PLAIN):
             return torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # an old format, or a damaged file
         return ["it holds Python objects"] if "unsupported global" in str(error).lower() else []
@@ -155,8 +149,8 @@ def _holds_weights(value: Any) -> bool:
 def unwrap(checkpoint: dict[str, Any], key: str | None = None) -> dict[str, torch.Tensor]:
     """The weights in a checkpoint: under `key`, else under "model" or "state_dict", else the checkpoint itself.
 
-    Prefixes of DistributedDataParallel and torch.compile are removed from the names, and "model.", as Lightning writes
-    it, where all of them have it. Where there is nothing to remove, the dictionary is the checkpoint's own, not a copy.
+    Prefixes of DistributedDataParallel and torch.compile are removed from the names; where there are none, the
+    dictionary is the checkpoint's own, not a copy.
 
     Raises:
         WeightsError: What was found are no weights; WeightsKeyError where there are some under other keys.
@@ -165,14 +159,13 @@ def unwrap(checkpoint: dict[str, Any], key: str | None = None) -> dict[str, torc
     if key is not None and not isinstance(checkpoint.get(key), dict):
         raise WeightsKeyError(f"the checkpoint holds no {key!r}; it holds {', '.join(sorted(keyed)) or 'bare weights'}")
     keys = [key] if key is not None else [name for name in ("model", "state_dict") if name in keyed]
-    if not keys and keyed:
+    # a number among the tensors, for example of steps, is no weight
+    if not keys and keyed and not any(isinstance(v, torch.Tensor) and v.ndim for v in checkpoint.values()):
         raise WeightsKeyError(f"the checkpoint holds weights under {' and '.join(sorted(keyed))}; say which")
     content = checkpoint[keys[0]] if keys else checkpoint
     weights = {_bare(k): v for k, v in content.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
     if not weights:
         raise WeightsError("the checkpoint holds no weights")
-    if all(name.startswith("model.") for name in weights):
-        weights = {_bare(name.removeprefix("model.")): value for name, value in weights.items()}
     return content if content.keys() == weights.keys() else weights
 
 
@@ -186,6 +179,19 @@ def default_weights(checkpoint: dict[str, Any], source: str) -> tuple[str | None
         if str(name).startswith("ema_"):
             return "model_ema", [f"{source}: the EMA weights are taken, since the run's best metric is {name}"]
     return None, []
+
+
+def without_model_prefix(weights: dict[str, torch.Tensor], expected: Iterable[str] = ()) -> dict[str, torch.Tensor]:
+    """The weights without the prefix "model.", as Lightning writes it before all names, unless the network's have it.
+
+    Args:
+        weights: As `unwrap` returns them.
+        expected: Names in the network, or those that are looked for. By default none has the prefix.
+    """
+    prefix = "model."
+    if any(name.startswith(prefix) for name in expected) or not all(name.startswith(prefix) for name in weights):
+        return weights
+    return {_bare(name.removeprefix(prefix)): value for name, value in weights.items()}
 
 
 def class_difference(checkpoint: dict[str, Any], classes: list[str] | None) -> str | None:
@@ -214,6 +220,21 @@ def held_out_difference(checkpoint: dict[str, Any], held_out: str | None) -> str
            f"{held_out or 'nothing'}"
 
 
+def held_out_changes(checkpoint: dict[str, Any], images: torch.Tensor) -> str | None:
+    """How the images that a run of ours held out differ from `images`, their numbers, in one line, or None.
+
+    None too where the checkpoint does not say which they were.
+    """
+    then = checkpoint.get("held_out_images")
+    if not isinstance(then, torch.Tensor):
+        return None
+    added, gone = ((~torch.isin(a, b)).sum().item() for a, b in ((images, then), (then, images)))
+    if not added and not gone:
+        return None
+    return f"the images held out for validation are others than the run's: {added} of {len(images)} were not held " \
+           f"out then, and {gone} of its {len(then)} are not now"
+
+
 def load_weights(
     model: torch.nn.Module,
     weights: dict[str, torch.Tensor],
@@ -224,7 +245,7 @@ def load_weights(
 
     Args:
         model: The model, not wrapped.
-        weights: Name to tensor.
+        weights: Name to tensor, as `unwrap` returns them.
         filter_fn: timm's `checkpoint_filter_fn` of the family.
         new_classifier: Names of the classifier layers, to keep the model's own where the class count differs.
 
@@ -235,6 +256,7 @@ def load_weights(
         MismatchError: The weights are of another architecture; lists the first mismatches.
     """
     expected = model.state_dict()
+    weights = without_model_prefix(weights, expected)
     if filter_fn is not None:
         # Weights of another family can make its filter fail; the list of mismatches below then says what is wrong.
         with suppress(Exception):

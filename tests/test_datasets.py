@@ -15,7 +15,7 @@ from timm.data import auto_augment
 from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from datasets import MissingDataError, UnreadableImageError, build_dataset, check_same_classes, load_image
+from datasets import MissingDataError, Reading, UnreadableImageError, build_dataset, check_same_classes, load_image
 from helpers.loading import MEAN, STD, complaint_of, different_images, loader_of, read_all, transform
 from helpers.photos import noise, write_noise
 from scripts import make_shards
@@ -210,7 +210,7 @@ def test_folders_and_shards_read_photographs_upright(tmp_path, name):
     make_shards.main([str(tmp_path / "photos"), str(tmp_path / "shards"), "--splits", "train"])
     root = tmp_path / ("photos" if name == "image_folder" else "shards")
     assert np.array_equal(np.array(build_dataset(name, root, "train")[0][0]), upright)
-    assert build_dataset(name, root, "train", exif_transpose=False)[0][0].size == (16, 32)
+    assert build_dataset(name, root, "train", reading=Reading(exif_transpose=False))[0][0].size == (16, 32)
 
 
 # --- data sets --------------------------------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ def test_cifar_missing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(CIFAR10, "download", offline)
     with pytest.raises(UserError, match=r"CIFAR10 is not in .*: no route to host$"):
-        build_dataset("CIFAR10", tmp_path, "train", download=True)
+        build_dataset("CIFAR10", tmp_path, "train", reading=Reading(download=True))
 
 
 def test_digits():

@@ -335,6 +335,12 @@ def test_functions_are_short_and_have_few_parameters():
             assert function.end_lineno - function.lineno < 60, f"{name}:{function.name}"
 
 
+def test_paths_begin_at_home_in_one_place():
+    """As a path, and as the text of a flag."""
+    places = {name_of(path) for path in sources() if "expanduser" in path.read_text()}
+    assert places == {"utils.py", "training/flags.py"}
+
+
 def test_nothing_is_decided_by_the_text_of_an_error():
     found = {f"{name_of(path)}:{reader}" for path in sources() for reader in readers_of_errors(path.read_text())}
     assert not [reader for reader in found if not matches(reader, READ_ERRORS)]

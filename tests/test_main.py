@@ -189,6 +189,14 @@ def test_a_frozen_backbone_stays_and_the_classifier_is_trained(photos, trained, 
     assert len(optimizer["state"]) == 2
 
 
+def test_a_frozen_backbone_takes_batches_of_one_image(photos, trained, tmp_path, capfd):
+    """Its batch norms do not train, so that one value of a channel is enough."""
+    one = ["--batch_size", "1", "--mixup", "0", "--cutmix", "0", "--finetune", trained / "last.pth"]
+    train(photos, tmp_path / "frozen", *PROBE, *one)
+    refuses(capfd, 2, "biformer_nano cannot be trained on images of 3 x 32 x 32, one at a time", *SMALL, *SHORT, *one,
+            "--data_path", photos, "--output_dir", tmp_path / "whole")
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_a_frozen_backbone_stays_on_several_processes(photos, trained, tmp_path):

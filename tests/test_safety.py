@@ -11,8 +11,10 @@ import torch
 
 import main as program
 from helpers import ROOT
-from helpers.hostile import Hostile
+from helpers.hostile import Hostile, forged_array, forged_dtype, forged_number
 from helpers.photos import write_photos
+from storage.plain import PLAIN
+from storage.weights import HostileFileError, read_checkpoint
 
 SMALL = ["--model", "biformer_nano", "--input_size", "32", "--batch_size", "4", "--num_workers", "0", "--device", "cpu"]
 SHORT = ["--epochs", "1", "--warmup_epochs", "0", "--lr", "1e-2"]
@@ -85,6 +87,29 @@ def test_a_hostile_checkpoint_to_resume_from(photos, tmp_path, capfd):
     assert program.main(common) == 1
     assert "refused, since loading it would run code" in capfd.readouterr().err
     assert not (tmp_path / "owned").exists()
+
+
+FORGED = {
+    "a type": forged_dtype(),
+    "a type with fields": forged_dtype(state=False),
+    "an array": forged_array(forged_dtype()),
+    "a number": forged_number(forged_dtype()),
+    "deep within": [{"a": (1, [forged_array(forged_dtype())])}],
+}
+
+
+@pytest.mark.parametrize("value", FORGED.values(), ids=FORGED)
+def test_a_file_cannot_forge_the_types_of_numpy(tmp_path, value):
+    """A field of objects in a type of bytes: the file would choose the addresses of these objects."""
+    torch.save(dict(model=dict(w=torch.ones(1)), best=value), tmp_path / "c.pth")
+    with pytest.raises(HostileFileError, match=r"refused, since it holds a type of NumPy .*; ask its author") as error:
+        read_checkpoint(str(tmp_path / "c.pth"))
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_types_of_numpy_are_handed_to_no_file():
+    allowed = [entry[0] if isinstance(entry, tuple) else entry for entry in PLAIN]
+    assert all(value.__module__ == "storage.plain" or value is argparse.Namespace for value in allowed)
 
 
 def test_a_hostile_recipe(tmp_path, capfd):

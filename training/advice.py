@@ -8,8 +8,7 @@ from . import checkpoints, compiler, cuda_graphs, distributed, launcher, log, ru
 ADVICE: Mapping[type[UserError], str] = {
     distributed.DeviceError: "--device auto takes what is there",
     launcher.LauncherError: "torchrun sets these variables; a run of one process needs none of them",
-    launcher.SeparateRunsError: "start torchrun in them, or a job by hydra_main.py (docs/slurm.md); WORLD_SIZE=1 says "
-                                "that they are meant to be single runs",
+    launcher.SeparateRunsError: "start torchrun in them, or a job by hydra_main.py (docs/slurm.md)",
     compiler.NoCompilerError: "on a CPU it needs a C++ compiler and Python's headers, on a GPU Triton, a C compiler "
                               "and Python's headers: install them, or leave out --compile",
     compiler.CompilationError: "leave out --compile",

@@ -18,8 +18,12 @@ def unchanged_buffers(network: torch.nn.Module) -> Iterator[None]:
 
 
 def discarded_pass(network: torch.nn.Module, loss: Callable[[], torch.Tensor]):
-    """Take a forward and a backward pass of `network` in training mode, which change nothing in it."""
+    """Take a forward and a backward pass of `network`, which change nothing in it but its mode.
+
+    Args:
+        network: The network with its wrappers.
+        loss: Puts it into the mode in which it is trained, and computes a loss of it.
+    """
     with unchanged_buffers(network):
-        network.train()
         loss().backward()
         network.zero_grad()

@@ -45,6 +45,11 @@ class Distributed:
         """This process as if it were the only one: for what every process does in full."""
         return replace(self, rank=0, world_size=1)
 
+    def print(self, line: str):
+        """Print a line on the main process alone."""
+        if self.is_main:
+            print(line)
+
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Mean of `values` over all processes."""
         return self.sum(values) / self.world_size
@@ -133,7 +138,7 @@ def warm_up_ddp(network: torch.nn.Module, distributed: Distributed, loss: Callab
     Args:
         network: The network with its wrappers.
         distributed: This process.
-        loss: Computes a loss of `network` on a batch of the usual size.
+        loss: As `discarded_pass` takes it, of a batch of the usual size.
     """
     if distributed.world_size < 3:
         return

@@ -24,7 +24,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, NoReturn, TypeVar, get_type_hints
 
-from utils import UsageError, is_url, nearest
+from utils import UsageError, nearest
 
 from .recipes import as_tokens, literal, read_recipe
 
@@ -145,8 +145,8 @@ def key_value(text: str) -> tuple[str, Any]:
 
 
 def path(text: str) -> str:
-    """A file or folder, where ~ is the user's home folder; or a URL."""
-    return text if is_url(text) else os.path.expanduser(text)
+    """A file or folder, where ~ is the home folder, or a URL; as text, which recipes hold. See `utils.user_path`."""
+    return os.path.expanduser(text)
 
 
 # --- the parser -------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ def rank_and_size(environment: Mapping[str, str] = os.environ) -> tuple[int, int
         LauncherError: They are not said as torchrun says them, or not where the processes meet.
         SeparateRunsError: There are several processes, each of which would be a run of its own.
     """
-    if "RANK" not in environment and "WORLD_SIZE" not in environment:
+    if "WORLD_SIZE" not in environment:
         _check_other_launchers(environment)
     size = _number("WORLD_SIZE", 1, environment, least=1)
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
@@ -53,13 +53,21 @@ def has_peers(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def _check_other_launchers(environment: Mapping[str, str]):
+    if _is_in_shell_of_srun(environment):
+        return
     for name, launcher in OTHERS.items():
         count = environment.get(name, "")
         if count.isdigit() and int(count) > 1:
             raise SeparateRunsError(
-                f"{launcher} started {count} processes ({name}) without RANK and WORLD_SIZE: each would be a run of "
-                "its own"
+                f"{launcher} started {count} processes ({name}) without WORLD_SIZE: each would be a run of its own; "
+                "WORLD_SIZE=1 says that they are meant to be single runs"
             )
+
+
+def _is_in_shell_of_srun(environment: Mapping[str, str]) -> bool:
+    """Whether this process was started in the shell of `srun --pty`, which is task 0; the others have no terminal."""
+    is_task = environment.get("SLURM_TASK_PID") == str(os.getpid())
+    return "SLURM_PTY_PORT" in environment and environment.get("SLURM_PROCID") == "0" and not is_task
 
 
 def _number(

@@ -1,6 +1,7 @@
 """The state of a training run, which can stop at any optimizer step and resume there, bit for bit."""
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ from storage.weights import (
     MismatchError,
     WeightsError,
     class_difference,
+    held_out_changes,
     held_out_difference,
     load_weights,
     read_checkpoint,
     unwrap,
 )
 from utils import UserError, as_user_error
+
+from .data.folders import HeldOut
 
 # Current flags override these values of a checkpoint's optimizer.
 HYPERPARAMETERS = ("lr", "lr_scale", "weight_decay", "momentum", "betas", "eps", "fused")
@@ -159,7 +163,7 @@ class Run:
     ranges: int = 1
     best_metric: BestMetric = BestMetric("acc1")
     classes: list[str] | None = None
-    held_out: str | None = None
+    held_out: HeldOut | None = None
     meter: dict[str, Any] = field(default_factory=dict)
     best: float | None = None
     best_epoch: int | None = None
@@ -211,11 +215,16 @@ class Run:
             best_epoch=self.best_epoch,
             seconds=self.total_seconds,
             classes=self.classes,
-            held_out=self.held_out,
+            held_out=self._held_out_rule,
+            held_out_images=self.held_out and self.held_out.images,
         )
 
-    def load(self, path: Path, opt: str):
-        """Resume from the checkpoint `path`, with the optimizer `opt`.
+    @property
+    def _held_out_rule(self) -> str | None:
+        return self.held_out and self.held_out.rule
+
+    def load(self, path: Path, opt: str, tell: Callable[[str], Any] = print):
+        """Resume from the checkpoint `path`, with the optimizer `opt`; `tell` gets each line that its user should read.
 
         Raises:
             UserError: It cannot be read, holds no run, or holds one that this one cannot resume.
@@ -226,13 +235,15 @@ class Run:
                 raise NoRunError(f"{path} holds only weights, no run to resume")
             if difference := class_difference(checkpoint, self.classes):
                 raise NoRunError(f"{path} {difference}")
-            if difference := held_out_difference(dict(held_out=None) | checkpoint, self.held_out):
+            if difference := held_out_difference(dict(held_out=None) | checkpoint, self._held_out_rule):
                 raise HeldOutMismatchError(f"{path} {difference}")
             try:
                 self._load_weights(checkpoint, path)
             except MismatchError as error:
                 owner = checkpoint["args"].get("model")
                 raise WeightsError(f"{error}; this is {owner}'s" if owner else str(error)) from error
+        if self.held_out is not None and (changes := held_out_changes(checkpoint, self.held_out.images)):
+            tell(f"warning: {path}: {changes}; it may have been trained on some")
         self._load_optimizer(checkpoint["optimizer"], checkpoint["args"]["opt"], opt, path)
         if checkpoint["scaler"]:  # empty in a run without fp16
             self.scaler.load_state_dict(checkpoint["scaler"])

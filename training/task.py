@@ -34,6 +34,7 @@ from storage.weights import (
 from utils import UsageError, UserError, as_user_error
 
 from .buffers import unchanged_buffers
+from .data.folders import HeldOut
 from .data.loader import EpochLoader
 from .distributed import Distributed
 from .options import Settings
@@ -98,8 +99,8 @@ class Task(ABC):
         advice: What a user of the command line can do about the task's own errors, by their class.
         classes: Names of the classes, once a data set that knows them was opened; saved in checkpoints.
         num_classes: Their number, where the task has classes.
-        held_out: What of the training images is held out as the val split, in words; None where it is a set of its
-            own. Saved in checkpoints: a run that resumes holds out the same.
+        held_out: What of the training images is held out as the val split; None where that is a set of its own. Saved
+            in checkpoints: a run that resumes holds out the same.
     """
 
     settings_class: ClassVar[type[Settings]]
@@ -112,7 +113,7 @@ class Task(ABC):
         self.eval_processes = distributed if settings.evaluation.dist_eval else distributed.alone()
         self.classes: list[str] | None = None
         self.num_classes: int | None = None
-        self.held_out: str | None = None
+        self.held_out: HeldOut | None = None
 
     @classmethod
     @abstractmethod
@@ -186,7 +187,8 @@ class Task(ABC):
         return "such input"
 
     def dummy_loss(self, network: torch.nn.Module) -> torch.Tensor:
-        """The loss of a batch of zeros of the usual size."""
+        """Put the network into training mode as a run does; the loss of a batch of zeros of the usual size."""
+        self.train_mode(network)
         with self.precision.autocast():
             return self.loss(network, self.dummy_batch(self.settings.loader.batch_size, train=True))[0]
 
@@ -237,7 +239,8 @@ class Task(ABC):
             kind, number = (UsageError, "two") if size == 2 else (SingleImageError, "one")
             message = f"{self.name} cannot be trained on {self.input_description}, {number} at a time"
             with self._refusal(kind, message), unchanged_buffers(network):
-                self.loss(network.train(), self.dummy_batch(size, train=True))
+                self.train_mode(network)
+                self.loss(network, self.dummy_batch(size, train=True))
 
     @staticmethod
     @contextmanager

@@ -44,7 +44,7 @@ def warm_up(
         network: What `wrap` returned.
         machine: Which wrappers were asked for.
         distributed: This process.
-        loss: Computes a loss of `network` on a batch of the usual size.
+        loss: `training.task.Task.dummy_loss` of `network`.
     """
     if machine.compile:
         start = time.perf_counter()

@@ -11,7 +11,7 @@ from timm.layers import to_2tuple
 from torch.utils.data import Dataset
 
 import datasets
-from storage.weights import held_out_difference
+from storage.weights import held_out_changes, held_out_difference
 from training.data.loader import EpochLoader, build_loader
 from training.distributed import Distributed
 from training.options import LoaderOptions
@@ -74,8 +74,12 @@ class ClassificationTask(Task):
     def dataset(self, split: str) -> Dataset:
         """(uint8 image, class index), or with token labels what `token_labels.add_label_maps` makes of it."""
         data, train = self.settings.data, split == "train" and not self.settings.evaluation.eval
-        val_split = data.val_split and datasets.ValSplit(data.val_split, self.settings.machine.seed)
-        self.held_out = str(val_split) if val_split and split != "test" else None
+        reading = datasets.Reading(
+            download=data.download,
+            shard_cache=datasets.ShardCache(data.shard_cache, data.shard_cache_gb),
+            val_split=data.val_split and datasets.ValSplit(data.val_split, self.settings.machine.seed),
+            exif_transpose=data.exif_transpose,
+        )
         dataset = datasets.build_dataset(
             data.data_set,
             data.data_path,
@@ -83,11 +87,9 @@ class ClassificationTask(Task):
             self.images.augmented(self.settings.augmentation) if train else self.images.transform(),
             on_error="raise" if not data.skip_bad_images else "next" if train else "mask",
             most_classes=self._most_classes(),
-            download=data.download,
-            shard_cache=datasets.ShardCache(data.shard_cache, data.shard_cache_gb),
-            val_split=val_split,
-            exif_transpose=data.exif_transpose,
+            reading=reading,
         )
+        self.held_out = dataset.held_out
         self._tell(dataset.notes)
         if train:
             check_several_classes(dataset)
@@ -197,10 +199,13 @@ class ClassificationTask(Task):
         checkpoint = networks.read(source)
         key = self.settings.checkpoint.model_key
         self._tell(networks.load_checkpoint(network, checkpoint, source, key, trained_on=self.classes))
+        if self.held_out is None:
+            return
         # a val split that was not held out of these images has nothing to do with them
-        difference = held_out_difference(checkpoint, self.held_out) if self.held_out else None
-        if difference:
+        if difference := held_out_difference(checkpoint, self.held_out.rule):
             self._tell([f"warning: {source} {difference}; it may have been trained on these images"])
+        elif changes := held_out_changes(checkpoint, self.held_out.images):
+            self._tell([f"warning: {source}: {changes}; it may have been trained on some"])
 
     def _teacher(self, num_classes: int) -> torch.nn.Module | None:
         options, size = self.settings.distillation, self.settings.model.input_size

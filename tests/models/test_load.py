@@ -186,6 +186,15 @@ def test_weights_in_memory_keep_their_classifier_too(trained):
         torch.testing.assert_close(model.state_dict(), saved, rtol=0, atol=0)
 
 
+def test_weights_of_lightning_have_their_number_of_classes(tmp_path):
+    saved = timm.create_model("biformer_nano", num_classes=3).state_dict()
+    lightning = {f"model.{name}": value for name, value in saved.items()}
+    file = tmp_path / "lightning.ckpt"
+    torch.save(dict(state_dict=lightning), file)
+    for network in (create(file), models.load(file, model="biformer_nano")[0]):
+        torch.testing.assert_close(network.state_dict(), saved, rtol=0, atol=0)
+
+
 def test_another_number_of_classes_is_a_warning(trained):
     with pytest.warns(UserWarning, match="has a classifier of 3 classes: that of the model, of 5, is untrained"):
         model = create(trained, num_classes=5, num_regions=2, topk=(1, 1, 1))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets import ValSplit, build_dataset
+from datasets import Reading, ValSplit, build_dataset
 from helpers import ROOT
 from scripts.make_shards import main
 from storage.remote import sha256_of
@@ -74,7 +74,7 @@ def test_a_part_is_held_out_as_in_training(photos, tmp_path, capsys):
     said = f"held out for validation: 4 of the 10 images in {tmp_path}/flat, 0.4 of each class by seed 3\n"
     assert capsys.readouterr().out.count(said) == 1
     for split in ("train", "val"):
-        folder = build_dataset("image_folder", tmp_path / "flat", split, val_split=ValSplit(0.4, 3))
+        folder = build_dataset("image_folder", tmp_path / "flat", split, reading=Reading(val_split=ValSplit(0.4, 3)))
         assert content(build_dataset("wds/x", tmp_path / "shards", split)) == content(folder)
     with pytest.raises(SystemExit):
         main([str(photos), str(tmp_path / "b"), "--val_split", "1"])

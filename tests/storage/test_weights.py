@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import zipfile
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -46,7 +47,8 @@ def test_published_checkpoint_with_its_command_line(tmp_path):
 
 @pytest.mark.parametrize("value", [
     np.float64(1.5), np.float32(2), np.float16(2), np.int64(-3), np.uint8(4), np.bool_(True), np.complex64(1j),
-    np.str_("a word"), np.arange(6).reshape(2, 3), np.array([0.5, 2]), np.array(["a", "bc"]), np.array(3),
+    np.str_("a word"), np.longdouble(2), np.arange(6).reshape(2, 3), np.array([0.5, 2]), np.array(["a", "bc"]),
+    np.array(3), np.array([b"a"]), np.array([1, 2], ">f4"), np.asfortranarray(np.arange(6.0).reshape(2, 3)),
 ], ids=repr)
 @pytest.mark.parametrize("name", ["numpy._core", "numpy.core"])
 def test_numbers_of_numpy_are_plain_data(tmp_path, value, name):
@@ -57,6 +59,7 @@ def test_numbers_of_numpy_are_plain_data(tmp_path, value, name):
             new.writestr(entry, old.read(entry).replace(b"numpy._core", name.encode()))
     found = read_checkpoint(str(tmp_path / "d.pth"))
     assert type(found["best_acc"]) is type(value) and np.array_equal(found["best_acc"], value)
+    assert found["best_acc"].dtype == value.dtype and found["best_acc"].flags.writeable == value.flags.writeable
     assert unwrap(found)["w"].equal(torch.ones(1))
 
 
@@ -67,6 +70,21 @@ def test_hostile_objects_in_an_array_of_numpy_are_refused(tmp_path):
         with pytest.raises(HostileFileError, match=r"refused, since loading it would run code \(.*mkdir"):
             read_checkpoint(str(tmp_path / "c.pth"))
     assert not victim.exists()
+
+
+def test_arrays_are_found_wherever_they_lie(tmp_path):
+    """In the state of a generator too, which is a tuple."""
+    circle = [np.arange(2)]
+    circle.append(circle)
+    state, counts = np.random.RandomState(3).get_state(), Counter(a=2)
+    shared = np.arange(3)
+    content = dict(args=argparse.Namespace(mean=np.ones(3)), dtype=np.dtype("f4"), both=[shared, (shared,)])
+    torch.save(dict(content, model={"w": torch.ones(1)}, state=state, circle=circle, counts=counts), tmp_path / "c.pth")
+    found = read_checkpoint(str(tmp_path / "c.pth"))
+    assert np.array_equal(found["state"][1], state[1]) and found["state"][0] == "MT19937"
+    assert found["args"].mean.tolist() == [1, 1, 1] and found["dtype"] == np.float32 and found["counts"] == counts
+    assert found["both"][0] is found["both"][1][0] and found["circle"][1] is found["circle"]
+    assert found["circle"][0].tolist() == [0, 1]
 
 
 def test_the_refusal_names_what_is_hostile_alone(tmp_path):
@@ -161,12 +179,33 @@ def test_weights_under_other_keys_are_named(keys, named):
         unwrap(checkpoint, "x")
 
 
-def test_the_prefix_of_lightning_is_removed_where_all_names_have_it():
-    w = torch.ones(1)
-    lightning = {"state_dict": {"model.a": w, "model.b.c": w}, "pytorch-lightning_version": "2"}
-    assert unwrap(lightning) == {"a": w, "b.c": w}
-    assert unwrap({"model._orig_mod.a": w}) == {"a": w}
-    assert unwrap({"model.a": w, "head.b": w}) == {"model.a": w, "head.b": w}
+def test_bare_weights_may_have_others_beside_them():
+    weights = {"weight": torch.ones(1, 2), "bias": torch.ones(1), "extra": {"scale": torch.ones(1)}}
+    assert unwrap(weights).keys() == {"weight", "bias"}
+    with pytest.raises(WeightsKeyError, match="holds weights under extra; say which"):
+        unwrap({"steps": torch.tensor(3), "extra": {"scale": torch.ones(1)}})
+
+
+@pytest.mark.parametrize("prefix", ["model.", "model._orig_mod.", "module.model."])
+def test_the_prefix_of_lightning_is_removed_where_the_network_has_none(prefix):
+    model = nn.Linear(2, 1)
+    lightning = {"state_dict": {f"{prefix}{name}": torch.ones_like(value) for name, value in model.named_parameters()}}
+    load_weights(model, unwrap(lightning | {"pytorch-lightning_version": "2"}))
+    assert (model.weight == 1).all() and (model.bias == 1).all()
+
+
+def test_layers_in_a_model_keep_their_names():
+    """A network that holds all of its layers in `self.model` has this prefix itself."""
+    network = nn.ModuleDict(dict(model=nn.Linear(2, 1)))
+    weights = {name: torch.ones_like(value) for name, value in network.state_dict().items()}
+    load_weights(network, unwrap({"model": weights}))
+    assert (network["model"].weight == 1).all()
+
+
+def test_a_prefix_that_some_names_lack_is_kept():
+    weights = {"model.weight": torch.ones(1), "head.bias": torch.ones(1)}
+    with pytest.raises(WeightsError, match=r"model\.weight is unknown; head\.bias is unknown"):
+        load_weights(nn.BatchNorm1d(1, affine=False, track_running_stats=False), weights)
 
 
 def test_unwrap_copies_nothing():

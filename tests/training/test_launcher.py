@@ -1,4 +1,6 @@
 """What a launcher says of the processes, or fails to say."""
+import os
+
 import pytest
 
 from training.advice import with_advice
@@ -25,6 +27,8 @@ SINGLE = (0, 1)
     (dict(SLURM_NTASKS="8", SLURM_PROCID="0"), SINGLE),
     (dict(SLURM_STEP_NUM_TASKS="1"), SINGLE),
     (dict(WORLD_SIZE="1", SLURM_STEP_NUM_TASKS="8", SLURM_PROCID="3"), SINGLE),
+    # A shell on a terminal, which is the first task alone: srun -n8 --pty bash.
+    (dict(SLURM_STEP_NUM_TASKS="8", SLURM_PROCID="0", SLURM_PTY_PORT="40123", SLURM_PTY_WIN_ROW="50"), SINGLE),
 ])
 def test_rank_and_size(environment, expected):
     assert rank_and_size(environment) == expected
@@ -61,13 +65,19 @@ def test_other_numbers(read, name):
 @pytest.mark.parametrize("environment,launcher", [
     (dict(SLURM_STEP_NUM_TASKS="4", SLURM_PROCID="0"), "srun"),
     (dict(SLURM_STEP_NUM_TASKS="4", SLURM_PROCID="0", PMI_SIZE="4"), "srun"),
+    (dict(SLURM_STEP_NUM_TASKS="4", RANK="0"), "srun"),
+    # With a terminal, but not in a shell on it: the second task, and the program itself as the first.
+    (dict(SLURM_STEP_NUM_TASKS="4", SLURM_PROCID="1", SLURM_PTY_PORT="40123"), "srun"),
+    (dict(SLURM_STEP_NUM_TASKS="4", SLURM_PROCID="0", SLURM_PTY_PORT="40123", SLURM_TASK_PID=str(os.getpid())), "srun"),
+    (dict(OMPI_COMM_WORLD_SIZE="4", OMPI_COMM_WORLD_RANK="1", LOCAL_RANK="1"), "mpirun"),
     (dict(OMPI_COMM_WORLD_SIZE="4", OMPI_COMM_WORLD_RANK="1"), "mpirun"),
     (dict(PMI_SIZE="4", PMI_RANK="1"), "mpirun"),
 ])
 def test_processes_that_would_each_be_a_run(environment, launcher):
     with pytest.raises(SeparateRunsError, match=f"^{launcher} started 4 processes ") as error:
         rank_and_size(environment)
-    assert "start torchrun in them, or a job by hydra_main.py (docs/slurm.md)" in with_advice(error.value)
+    assert "WORLD_SIZE=1 says that they are meant to be single runs" in str(error.value)
+    assert with_advice(error.value).endswith("; start torchrun in them, or a job by hydra_main.py (docs/slurm.md)")
 
 
 def test_a_run_asks_the_launcher_first(monkeypatch):

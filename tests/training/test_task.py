@@ -5,7 +5,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections import namedtuple
+from collections import OrderedDict, namedtuple
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from helpers import ROOT
 from helpers.ports import free_port
 from helpers.regression import RegressionTask
 from helpers.run_state import differences
+from training.buffers import discarded_pass
 from training.data.loader import ToDevice
 from training.distributed import Distributed
 from training.precision import Precision
@@ -94,6 +95,23 @@ def test_evaluation(whole, capfd):
     assert run("--eval", "--resume", whole / "last.pth", "--model_key", "model_ema") == 0
     printed = re.search(r"mae (\d\.\d{3})", capfd.readouterr().out)
     assert float(printed[1]) == pytest.approx(records(whole)[-1]["ema_mae"], abs=1e-3)
+
+
+def test_a_network_that_keeps_its_layers_in_a_model_is_read_again(whole, tmp_path, monkeypatch, capfd):
+    """All of its names begin with the prefix that Lightning writes."""
+    layers = RegressionTask.network
+
+    def network(task):
+        return torch.nn.Sequential(OrderedDict(model=layers(task)))
+
+    monkeypatch.setattr(RegressionTask, "network", network)
+    assert run("--output_dir", tmp_path, "--epochs", "2") == 0
+    assert run("--output_dir", tmp_path, "--auto_resume") == 0
+    assert len(records(tmp_path)) == 3
+    assert all(name.startswith("model.") for name in torch.load(tmp_path / "last.pth", weights_only=True)["model"])
+    for key in ("model", "model_ema"):
+        assert run("--eval", "--resume", tmp_path / "last.pth", "--model_key", key) == 0
+    assert "error" not in capfd.readouterr().err
 
 
 def test_what_runs_can_be_run_again(whole, tmp_path):
@@ -181,6 +199,28 @@ def test_looking_at_a_network_changes_nothing_in_it():
     task.check_input(network)
     assert "2.num_batches_tracked" in before
     torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
+
+
+def test_looking_at_a_network_trains_what_the_run_trains(monkeypatch):
+    """The batch norm that a task holds takes batches of one image."""
+    modes = []
+
+    def train_mode(self, network):
+        network.train()
+        network[2].eval()
+
+    def loss(self, network, batch):
+        modes.append((network.training, network[2].training))
+        return network(batch["image"]).square().mean(), {}
+
+    monkeypatch.setattr(RegressionTask, "train_mode", train_mode)
+    monkeypatch.setattr(RegressionTask, "loss", loss)
+    settings = program.parse([*COMMAND, "--batch_size", "1"], TASKS)[1]
+    task = RegressionTask(settings, Distributed(torch.device("cpu")), Precision())
+    network = task.network()
+    task.check_input(network)
+    discarded_pass(network.eval(), lambda: task.dummy_loss(network))
+    assert modes == 2 * [(True, False)]
 
 
 Sample = namedtuple("Sample", "image weight")

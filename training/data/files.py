@@ -10,8 +10,7 @@ from pathlib import Path
 
 from utils import LostDataError, some
 
-# Without their dots. A sample in a shard has the first of these that it has as its image, as in timm for the extensions
-# that timm reads.
+# Without their dots. Of several files of a sample in a shard, the first in this order is its image, as in timm.
 IMAGE_EXTENSIONS = ("jpg", "png", "webp", "jpeg", "jfif", "bmp", "tif", "tiff", "ppm", "pgm")
 # Copies and thumbnails of macOS, Windows, Synology and ext4.
 NOT_THE_USERS = {"__MACOSX", "$RECYCLE.BIN", "System Volume Information", "@eaDir", "lost+found"}
@@ -24,7 +23,7 @@ class ImageFiles:
 
     Args:
         images: Paths of the images, sorted by folder and then by name.
-        left_out: How many files are no images, by their endings in lower case, with the dot.
+        left_out: How many files are no images: ending in lower case, with its dot -> number.
     """
 
     images: list[str] = field(default_factory=list)
@@ -42,7 +41,7 @@ def is_hidden(name: str) -> bool:
 
 
 def find_images(folder: str | Path) -> ImageFiles:
-    """The images below a folder, at any depth.
+    """The images below a folder, at any depth, and the endings of the other files.
 
     Links are followed, also to folders elsewhere; each folder is visited once, and one above `folder` not at all, so
     that links in a circle add nothing.
@@ -54,7 +53,7 @@ def find_images(folder: str | Path) -> ImageFiles:
     seen = _above(folder)
     waiting, links = [os.fspath(folder)], []
     while waiting or links:
-        # what lies there itself comes before links to it
+        # links last, lest a folder that lies here has the name of a link to it
         path = waiting.pop() if waiting else links.pop(0)
         identity = _identity(path)
         if identity is None or identity in seen:
@@ -74,7 +73,7 @@ def find_images(folder: str | Path) -> ImageFiles:
 
 
 def list_folder(folder: str | Path) -> tuple[list[str], list[str]]:
-    """The names of the folders and of the files right in a folder, sorted; links to folders above it are left out.
+    """The folders and the files right in a folder, by name and sorted; not hidden ones, nor links to folders above it.
 
     Raises:
         LostDataError: It cannot be listed.
@@ -103,10 +102,12 @@ def describe_left_out(left_out: Counter[str], place: str | Path) -> str | None:
 
 
 def _ending(name: str) -> str:
+    """The part of a file name from its last dot on, in lower case."""
     return os.path.splitext(name)[1].lower()
 
 
 def _entries(folder: str | Path) -> list[os.DirEntry]:
+    """What lies right in a folder, but for hidden names, sorted by name; raises LostDataError as `find_images`."""
     try:
         with os.scandir(folder) as entries:
             found = [entry for entry in entries if not is_hidden(entry.name)]
@@ -116,6 +117,7 @@ def _entries(folder: str | Path) -> list[os.DirEntry]:
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
+    """Whether an entry is a folder, or a link to one."""
     try:
         return entry.is_dir()
     except OSError:  # a link to itself
@@ -123,7 +125,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def _identity(path: str | Path) -> Identity | None:
-    """What tells a folder from all others, by whatever path it was reached; None where it is gone."""
+    """Device and inode of a folder, the same by whatever path it is reached; None where it is gone."""
     try:
         status = os.stat(path)
     except OSError:
@@ -132,6 +134,6 @@ def _identity(path: str | Path) -> Identity | None:
 
 
 def _above(folder: str | Path) -> set[Identity]:
-    """The folders above one, by its name and by where it really lies."""
+    """The identities of the folders above one: those in its path, and those in its path without links."""
     paths = (Path(os.path.abspath(folder)), Path(os.path.realpath(folder)))
     return {identity for path in paths for parent in path.parents if (identity := _identity(parent)) is not None}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from PIL import Image
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
@@ -32,14 +33,14 @@ class ValFolderError(UserError):
 
 @dataclass(frozen=True)
 class ValSplit:
-    """The images that are held out of the training set for validation.
+    """Which images are held out of the training set for validation.
 
     Whether an image is held out follows from its own name, the names of its class's other images, and the seed: adding
     images moves few of those that were there from one part to the other.
 
     Args:
-        share: Of each class, above 0 and below 1; at least one image of a class is held out, and one is kept.
-        seed: Of the choice.
+        share: How much of each class is held out, above 0 and below 1: at least one image, and not all of them.
+        seed: Another one holds out others.
     """
 
     share: float
@@ -48,13 +49,33 @@ class ValSplit:
     def __str__(self) -> str:
         return f"{self.share:g} of each class by seed {self.seed}"
 
-    def held_out(self, paths: Sequence[str], below: Path) -> set[str]:
-        """Those of a class's images that are held out; none of a single one. Names count from the folder `below`."""
+    def held_out(self, paths: Sequence[str], below: Path) -> dict[str, int]:
+        """The images of a class that are held out: path -> a number of 64 bits; empty for a class of one image.
+
+        Args:
+            paths: All images of the class.
+            below: The folder of the class folders. The choice and the numbers follow from the seed and from the paths
+                relative to this folder, so that they are the same wherever it lies.
+        """
         number = min(max(round(self.share * len(paths)), 1), len(paths) - 1)
-        return set(sorted(paths, key=lambda path: self._key(path.removeprefix(f"{below}/")))[:number])
+        keys = sorted((self._key(path.removeprefix(f"{below}/")), path) for path in paths)
+        return {path: int.from_bytes(key[:8], "big", signed=True) for key, path in keys[:number]}
 
     def _key(self, name: str) -> bytes:
         return hashlib.sha256(f"{self.seed}/".encode() + os.fsencode(name)).digest()
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """What a run has held out of its training images for validation.
+
+    Args:
+        rule: Which share of them, by which seed.
+        images: The numbers of these images, see `ValSplit.held_out`; int64 (N,), sorted.
+    """
+
+    rule: str
+    images: torch.Tensor
 
 
 # --- classes ----------------------------------------------------------------------------------------------------------
@@ -62,12 +83,13 @@ class ValSplit:
 
 @dataclass(frozen=True)
 class Numbering:
-    """The classes of class folders.
+    """Which class each class folder is.
 
     Args:
         indices: Class index by name of the folder, in the order of the indices.
-        classes: Name of each class of the network that has one.
-        note: What a user should know about it; None where the folders are the classes.
+        classes: Names of the classes from index 0 on: ImageNet's synsets where the folders have ImageNet's numbers,
+            else the names of the folders. A network may have more classes.
+        note: One line about the numbers for the user, where the network has more classes than there are folders.
     """
 
     indices: dict[str, int]
@@ -76,10 +98,10 @@ class Numbering:
 
 
 def number_classes(names: Sequence[str], num_classes: int | None = None) -> Numbering:
-    """Number class folders.
+    """Which class each of these class folders is; the rules are at the top of this file.
 
     Args:
-        names: Of the folders.
+        names: Names of the folders.
         num_classes: Classes of the network; None for as many as there are folders.
     """
     if all(name.isascii() and name.isdigit() for name in names):
@@ -104,7 +126,7 @@ def number_classes(names: Sequence[str], num_classes: int | None = None) -> Numb
 
 
 def _imagenet_synsets(names: Sequence[str], num_classes: int) -> list[str] | None:
-    """The synsets of the subset of ImageNet that has so many classes, if all `names` are among them."""
+    """The synsets of the subset of ImageNet that has `num_classes` classes; None unless all `names` are among them."""
     subset = infer_imagenet_subset(dict(num_classes=num_classes))
     if subset is None or not all(re.fullmatch(r"n\d{8}", name) for name in names):
         return None
@@ -125,10 +147,11 @@ class ImageFolders(Sequence):
 
     Args:
         root: The folder of the class folders.
-        numbering: Of all class folders.
+        numbering: The class of each class folder.
         samples: (path, class index) of each image.
         notes: What a user should know about them, a line each.
         decode: Takes a path; raises UserError if it cannot be read.
+        held_out: What is held out of the training images, where these are some of them.
     """
 
     def __init__(
@@ -138,9 +161,10 @@ class ImageFolders(Sequence):
         samples: list[tuple[str, int]],
         notes: list[str],
         decode: Callable[[str], Image.Image],
+        held_out: HeldOut | None = None,
     ):
         self.root, self.samples, self.notes, self.decode = root, samples, notes, decode
-        self.folders, self.classes = list(numbering.indices), numbering.classes
+        self.folders, self.classes, self.held_out = list(numbering.indices), numbering.classes, held_out
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -157,7 +181,7 @@ def open_folders(
     num_classes: int | None = None,
     val_split: ValSplit | None = None,
 ) -> ImageFolders:
-    """The images of root/SPLIT/CLASS; where there is no root/train, those of root/CLASS are the training images.
+    """Find the images of root/SPLIT/CLASS; where there is no root/train, those of root/CLASS are the training images.
 
     Args:
         root: The folder of the data.
@@ -167,8 +191,10 @@ def open_folders(
         val_split: What is held out of the training images as "val".
 
     Raises:
-        NoValFolderError, ValFolderError: The one or the other.
-        UserError: There is no folder of the split, it has no class folders, or one of these has no images.
+        NoValFolderError: The split is "val", there is no folder root/val, and no `val_split`.
+        ValFolderError: There is a folder root/val, and a `val_split`.
+        UserError: There is no folder of another split; the folder has no class folders, or one of these no images; or
+            nothing can be held out, as each class has one image.
     """
     folder = _folder_of(root, "train" if val_split and split == "val" else split)
     if val_split and (root / "val").is_dir():
@@ -176,15 +202,20 @@ def open_folders(
     images, notes = _find(folder)
     numbering = number_classes(list(images), num_classes)
     notes += [] if numbering.note is None else [numbering.note]
+    held_out = None
     if val_split and split != "test":
-        images, about_parts = _part(images, folder, val_split, split)
+        images, held_out, about_parts = _part(images, folder, val_split, split)
         notes += about_parts
     samples = [(path, index) for name, index in numbering.indices.items() for path in images[name]]
-    return ImageFolders(folder, numbering, samples, notes, decode)
+    return ImageFolders(folder, numbering, samples, notes, decode, held_out)
 
 
 def _folder_of(root: Path, split: str) -> Path:
-    """The folder of a split's class folders."""
+    """The folder that holds a split's class folders.
+
+    Raises:
+        UserError: There is none; NoValFolderError for the split "val".
+    """
     if (root / split).is_dir():
         return root / split
     folders, files = list_folder(root)
@@ -196,7 +227,11 @@ def _folder_of(root: Path, split: str) -> Path:
 
 
 def _find(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
-    """The images of each class folder, and lines about what else was found."""
+    """Paths of the images by name of the class folder, and lines about what else was found.
+
+    Raises:
+        UserError: There is no class folder, or one has no images.
+    """
     names, files = list_folder(folder)
     if not names:
         raise UserError(f"{folder} needs class folders, with images in each: there is no folder in it")
@@ -216,14 +251,20 @@ def _find(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
 
 def _part(
     images: dict[str, list[str]], folder: Path, val_split: ValSplit, split: str
-) -> tuple[dict[str, list[str]], list[str]]:
-    """The images of each class that are held out, or those that are not; and lines about the two parts."""
+) -> tuple[dict[str, list[str]], HeldOut, list[str]]:
+    """The images of each class that belong to the split "train" or "val", what is held out, and lines about it.
+
+    Raises:
+        UserError: Each class has one image.
+    """
     single = [name for name, paths in images.items() if len(paths) == 1]
     if len(single) == len(images):
         raise UserError(f"{folder} has one image in each class: nothing can be held out for validation")
     notes = [f"nothing can be held out of the classes of one image: {some(single)}"] if single else []
-    held_out = {name: val_split.held_out(paths, below=folder) for name, paths in images.items()}
-    number, of = (sum(map(len, each.values())) for each in (held_out, images))
-    notes.append(f"held out for validation: {number} of the {of} images in {folder}, {val_split}")
+    of_class = {name: val_split.held_out(paths, below=folder) for name, paths in images.items()}
+    numbers = sorted(number for held_out in of_class.values() for number in held_out.values())
+    total = sum(map(len, images.values()))
+    notes.append(f"held out for validation: {len(numbers)} of the {total} images in {folder}, {val_split}")
     is_val = split == "val"
-    return {name: [p for p in paths if (p in held_out[name]) == is_val] for name, paths in images.items()}, notes
+    part = {name: [path for path in paths if (path in of_class[name]) == is_val] for name, paths in images.items()}
+    return part, HeldOut(str(val_split), torch.tensor(numbers, dtype=torch.int64)), notes

@@ -205,6 +205,48 @@ def test_a_run_resumes_with_the_same_part_held_out(flat, held_out_run, tmp_path,
     assert loss == again
 
 
+CHANGED = "the images held out for validation are others than the run's: {} not held out then, and {} not now"
+
+
+def add_photographs(flat):
+    """Six more in each class, of which two are held out, by seed 5; before, two of the old ones were."""
+    for folder in flat.iterdir():
+        for path in list(folder.iterdir()):
+            shutil.copy(path, path.with_stem(f"new{path.stem}"))
+
+
+def test_a_run_whose_images_changed_says_that_others_are_held_out(flat, held_out_run, tmp_path, capfd):
+    before = set(paths(task_of("--data_path", flat, "--val_split", 0.33, "--seed", 5).dataset("val")))
+    add_photographs(flat)
+    now = set(paths(task_of("--data_path", flat, "--val_split", 0.33, "--seed", 5).dataset("val")))
+    new, old = len(now - before), len(before - now)
+    assert new and len(before) == 6 and len(now) == 12
+    line = CHANGED.format(f"{new} of 12 were", f"{old} of its 6 are")
+    last = held_out_run / "last.pth"
+    capfd.readouterr()
+    train("--resume", last, "--data_path", flat, "--epochs", 2, "--output_dir", tmp_path / "again")
+    assert capfd.readouterr().out.count(f"{line}; it may have been trained on some\n") == 1
+    assert f"warning: {last}: {line}; " in evaluation_of(capfd, "--resume", last, "--data_path", flat)[2]
+    train("--resume", tmp_path / "again" / "last.pth", "--epochs", 3, "--output_dir", tmp_path / "third")
+    assert "held out for validation are others" not in capfd.readouterr().out, "it is this run's own now"
+
+
+def test_runs_from_before_their_images_were_noted_are_read_as_ever(flat, held_out_run, tmp_path, capfd):
+    checkpoint = torch.load(held_out_run / "last.pth", weights_only=True)
+    del checkpoint["held_out_images"]
+    torch.save(checkpoint, tmp_path / "old.pth")
+    add_photographs(flat)
+    capfd.readouterr()
+    train("--resume", tmp_path / "old.pth", "--epochs", 2, "--output_dir", tmp_path / "again")
+    assert "others" not in capfd.readouterr().out + evaluation_of(capfd, "--resume", tmp_path / "old.pth")[2]
+
+
+def test_the_same_images_elsewhere_are_the_same(flat, held_out_run, tmp_path, capfd):
+    shutil.copytree(flat, tmp_path / "elsewhere" / "train")
+    last = ["--resume", held_out_run / "last.pth", "--data_path", tmp_path / "elsewhere"]
+    assert "held out for validation are others" not in evaluation_of(capfd, *last)[2]
+
+
 @pytest.mark.slow
 def test_a_run_with_images_held_out_resumes_bit_for_bit(flat, tmp_path, capfd):
     command = ["--data_path", flat, "--val_split", 0.33, "--epochs", 2, "--save_every_steps", 2]
@@ -223,7 +265,7 @@ def test_every_process_and_every_start_holds_out_the_same(flat):
         task = task_of("--data_path", flat, "--val_split", 0.2, rank=rank)
         parts[rank] = [paths(task.dataset(split)) for split in ("train", "val")]
     assert parts[0] == parts[1] and len(parts[0][1]) == 3
-    assert task.held_out == "0.2 of each class by seed 0"
+    assert task.held_out.rule == "0.2 of each class by seed 0" and len(task.held_out.images) == 3
 
 
 def test_training_images_without_val_are_told_of_val_split(flat, data, capfd):

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from datasets import ShardCache, UnreadableImageError, build_dataset, load_image
+from datasets import Reading, ShardCache, UnreadableImageError, build_dataset, load_image
 from helpers.loading import (
     complaint_of,
     different_images,
@@ -565,21 +565,22 @@ def test_the_cache_can_be_bounded(folder, server, tmp_path):
     (cache / "of the user.tar").write_bytes(b"x" * 50_000)
     write_shards(folder, {"val": (2, 2, 2, 2)})
     size = (folder / "val-0.tar").stat().st_size
-    dataset = val_set(server.url, shard_cache=ShardCache(cache, 2.5 * size / 1e9))
+    dataset = val_set(server.url, reading=Reading(shard_cache=ShardCache(cache, 2.5 * size / 1e9)))
     for index in (0, 2, 0, 4):  # of shards 0, 1, 0, 2
         dataset.source._open.clear()
         assert dataset[index][1] == index
         time.sleep(0.02)
     assert sorted(path.name[:5] for path in cache.glob("*.shard")) == ["val-0", "val-2"]
     assert server.seen["val-0.tar"] == 1
-    everything = loader_of(val_set(server.url, shard_cache=ShardCache(cache, 1e-9)), train=False, num_workers=2)
+    small = Reading(shard_cache=ShardCache(cache, 1e-9))
+    everything = loader_of(val_set(server.url, reading=small), train=False, num_workers=2)
     assert read_all(everything)[1].tolist() == list(range(8))
     assert len(list(cache.glob("*.shard"))) == 1 and (cache / "of the user.tar").exists()
 
 
 def test_a_cache_that_cannot_be_written(folder, server, tmp_path):
     (tmp_path / "file").touch()
-    dataset = val_set(server.url, shard_cache=ShardCache(tmp_path / "file"))
+    dataset = val_set(server.url, reading=Reading(shard_cache=ShardCache(tmp_path / "file")))
     with pytest.raises(ShardCacheError, match=r"validation-0.tar cannot be kept in .*file: File exists$"):
         dataset[0]
 
