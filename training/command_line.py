@@ -145,7 +145,7 @@ def _differences(
     for name in (name for name in given if name in of_run.keys() - NO_RESULT):
         names = next((pair for pair in pairs if name in pair), (name,))
         (name_then, then), (name_now, value) = (_counting(names, recipe) for recipe in (of_run, now))
-        if (name_then, _plain(then)) != (name_now, _plain(value)):
+        if (name_then, then) != (name_now, value):
             found[names] = f"{name_then}={then}, not {'' if name_now == name_then else f'{name_now}='}{value}"
     return list(found.values())
 
@@ -158,10 +158,3 @@ def _counting(names: Sequence[str], recipe: Mapping[str, Any]) -> tuple[str, Any
 
 def _listed(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in values.items())
-
-
-def _plain(value: Any) -> Any:
-    """A value as YAML writes it: without tuples."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -407,10 +407,15 @@ def _typed(parser: Parser, tokens: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def _as_list(value: Any) -> Any:
+    """A value with lists in the place of tuples, as YAML gives it back."""
+    return [_as_list(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def _plain(default: Any, value: Any) -> Any:
     """A value as a recipe has it: of KEY=VALUE pairs the dictionary, of an image size HEIGHTxWIDTH."""
     if isinstance(default, dict):
-        return dict(value)
+        return {name: _as_list(item) for name, item in dict(value).items()}
     return "x".join(map(str, value)) if isinstance(value, tuple) else value
 
 

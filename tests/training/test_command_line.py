@@ -60,7 +60,7 @@ def test_evaluation_takes_network_and_data_from_the_checkpoint(photos, trained, 
     assert code == 0, err
     assert RESULT.search(bare).group() == RESULT.search(out).group()
     taken = next(line for line in bare.splitlines() if line.startswith(f"from {last}: "))
-    for said in ("model=biformer_nano", "model_kwargs={'num_regions': 2, 'topk': (1, 1, 1)}", "input_size=48",
+    for said in ("model=biformer_nano", "model_kwargs={'num_regions': 2, 'topk': [1, 1, 1]}", "input_size=48",
                  "crop_pct=0.9", f"data_path={photos}"):
         assert said in taken
     assert "lr=" not in taken and "output_dir" not in taken and "warning" not in bare
@@ -145,7 +145,7 @@ def test_parts_of_what_is_another_are_not_taken(trained, tmp_path):
 
 def test_weights_of_another_model_say_whose_they_are(photos, trained, capfd):
     other = ["--model", "convnext_atto", "--model_kwargs", "null", "--data_path", photos]
-    owner = "and .* more; this is biformer_nano's with 3 classes, num_regions=2, topk=\\(1, 1, 1\\)\n"
+    owner = "and .* more; this is biformer_nano's with 3 classes, num_regions=2, topk=\\[1, 1, 1\\]\n"
     for way in (["--eval", "--resume"], ["--epochs", "1", "--warmup_epochs", "0", "--finetune"]):
         code, _, err = run(capfd, *DEVICE, *other, *way, trained / "last.pth", "--batch_size", "2", "--lr", "1e-2")
         assert code == 1 and re.search(owner, err), err
@@ -229,7 +229,7 @@ def test_resuming_by_other_settings_is_a_warning(photos, trained, tmp_path, capf
     ([], ["--warmup_epochs", "1"], "warmup_epochs=None, not 1"),
     ([], ["--sched", "step", "--decay_epochs", "3"], "sched=cosine, not step; decay_epochs=None, not [3]"),
     (["--model_kwargs", "topk=(1,)"], ["--model_kwargs", "topk=(2,)"],
-     "model_kwargs={'topk': (1,)}, not {'topk': (2,)}"),
+     "model_kwargs={'topk': [1]}, not {'topk': [2]}"),
     (["--lr", "0.1", "--save_every", "3"], ["--lr", "1e-1", "--save_every", "2", "--epochs", "300"], None),
 ])
 def test_whatever_differs_is_a_warning(tmp_path, run_had, given, said):
