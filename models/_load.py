@@ -20,6 +20,7 @@ from ._pretrained import (
     load_weights,
     read_checkpoint,
     unwrap,
+    without_model_prefix,
 )
 from ._recipe import NetworkRecipe, count_classes
 
