@@ -229,7 +229,7 @@ def test_a_resumed_run_has_the_best_of_before(photos, tmp_path, monkeypatch, cap
     keep = ["--keep_checkpoints", "9", "--epochs", "3"]
     assert train(photos, tmp_path / "whole", *keep) == 0
     out = capfd.readouterr().out
-    assert f"best: acc1 30.000 after epoch 0, {tmp_path / 'whole' / 'best.pth'}\ntime: 0:00:0" in out
+    assert f"best: acc1 30.000 after epoch 0, {tmp_path / 'whole' / 'best.pth'}\ntime: 0:0" in out
     second = tmp_path / "whole" / "checkpoint-00000006.pth"
     assert train(photos, tmp_path / "new", *keep, "--resume", second) == 0
     assert f"best: acc1 30.000 after epoch 0, {tmp_path / 'new' / 'best.pth'}\n" in capfd.readouterr().out
