@@ -229,7 +229,7 @@ def test_a_resumed_run_has_the_best_of_before(photos, tmp_path, monkeypatch, cap
     keep = ["--keep_checkpoints", "9", "--epochs", "3"]
     assert train(photos, tmp_path / "whole", *keep) == 0
     out = capfd.readouterr().out
-    assert f"best: acc1 30.000 after epoch 0, {tmp_path / 'whole' / 'best.pth'}\ntime: 0:00:0" in out
+    assert f"best: acc1 30.000 after epoch 0, {tmp_path / 'whole' / 'best.pth'}\ntime: 0:0" in out
     second = tmp_path / "whole" / "checkpoint-00000006.pth"
     assert train(photos, tmp_path / "new", *keep, "--resume", second) == 0
     assert f"best: acc1 30.000 after epoch 0, {tmp_path / 'new' / 'best.pth'}\n" in capfd.readouterr().out
@@ -280,8 +280,9 @@ def test_the_best_of_an_epoch_that_was_not_saved_resumes(photos, whole, tmp_path
     """And logs the losses of the whole epoch; its folder gets a checkpoint of where it started."""
     score(monkeypatch, [20.0, 10.0])
     assert train(photos, tmp_path / "one", *saves) == 0
-    assert train(photos, tmp_path / "two", "--save_every", "1", "--resume", tmp_path / "one" / "best.pth") == 0
-    assert CheckpointStore(tmp_path / "two").steps() == [3, 6]
+    again = ["--save_every", "1", "--keep_checkpoints", "9", "--resume"]
+    assert train(photos, tmp_path / "two", *again, tmp_path / "one" / "best.pth") == 0
+    assert {3, 6} <= set(CheckpointStore(tmp_path / "two").steps())
     logs = [[json.loads(line)["train_loss"] for line in (folder / "log.txt").read_text().splitlines()]
             for folder in (tmp_path / "one", tmp_path / "two", whole)]
     assert logs[0] == logs[1] == logs[2]
