@@ -27,9 +27,7 @@ def differences(one: Path, other: Path, flags: Collection[str] = ()) -> list[str
 
 def _state(path: Path, left_out: Collection[str]) -> dict[str, Any]:
     checkpoint = torch.load(path, weights_only=True)
-    args = {name: value for name, value in checkpoint["args"].items() if name not in left_out}
-    # As in args.yaml, by which a run resumes: without tuples.
-    return checkpoint | dict(args=json.loads(json.dumps(args)))
+    return checkpoint | dict(args={k: v for k, v in checkpoint["args"].items() if k not in left_out})
 
 
 def _log(folder: Path) -> list[dict[str, Any]]:
