@@ -240,6 +240,7 @@ def load_weights(
     weights: dict[str, torch.Tensor],
     filter_fn: Callable | None = None,
     new_classifier: tuple[str, ...] = (),
+    other_classes: bool = False,
 ) -> bool:
     """Load `weights` in full, after the model family's own renaming of published names.
 
@@ -248,6 +249,7 @@ def load_weights(
         weights: Name to tensor, as `unwrap` returns them.
         filter_fn: timm's `checkpoint_filter_fn` of the family.
         new_classifier: Names of the classifier layers, to keep the model's own where the class count differs.
+        other_classes: Keep those too where the count is the same.
 
     Returns:
         Whether the model's own classifier was kept.
@@ -265,7 +267,9 @@ def load_weights(
     for classifier in new_classifier:
         for leaf in ("weight", "bias"):
             name = f"{classifier}.{leaf}"
-            if name in weights and name in expected and weights[name].shape != expected[name].shape:
+            if name not in weights or name not in expected:
+                continue
+            if other_classes or weights[name].shape != expected[name].shape:
                 weights = {**weights, name: expected[name]}
                 kept = True
     mismatches = _mismatches(expected, weights)

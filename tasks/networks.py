@@ -98,7 +98,7 @@ def load_checkpoint(
         checkpoint: What was read from `source`.
         source: File or URL, for messages.
         key: Which weights to take; None for the model's, or the EMA's where the run's best metric is of them.
-        new_classifier: Keep the model's own classifier where the checkpoint's has another number of classes.
+        new_classifier: Keep the model's own classifier where the checkpoint's has other classes, or another number.
         trained_on: Classes that the checkpoint should have been trained on.
 
     Returns:
@@ -107,20 +107,28 @@ def load_checkpoint(
     Raises:
         UserError: The weights do not fit, or are NaN or infinite.
     """
-    classifier = model.default_cfg.get("classifier") or () if new_classifier else ()
-    classifier = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    classifiers = _classifiers(model) if new_classifier else ()
+    difference = class_difference(checkpoint, trained_on)
     key, notes = (key, []) if key else default_weights(checkpoint, source)
     with reading_weights():
         try:
-            kept = load_weights(model, unwrap(checkpoint, key), family_filter(model), classifier)
+            weights, own_filter = unwrap(checkpoint, key), family_filter(model)
+            kept = load_weights(model, weights, own_filter, classifiers, other_classes=difference is not None)
         except MismatchError as error:
             raise WeightsError(f"{error}{NetworkRecipe.of(checkpoint).owner}") from error
         check_finite(model, source)
     if kept:
-        notes.append(f"{source} has another number of classes: the classifier is re-initialised")
-    if difference := class_difference(checkpoint, trained_on):
+        reason = difference or "has another number of classes"
+        notes.append(f"{source} {reason}: the classifier is re-initialised")
+    elif difference:
         notes.append(f"warning: {source} {difference}")
     return notes
+
+
+def _classifiers(model: torch.nn.Module) -> tuple[str, ...]:
+    """Names of a model's layers of classes: timm's classifiers, and the head that classifies each token."""
+    names = model.default_cfg.get("classifier") or ()
+    return (*((names,) if isinstance(names, str) else names), "token_head")
 
 
 def check_outputs(outputs: torch.Tensor, what: str):

@@ -160,7 +160,8 @@ class ClassificationTask(Task):
         if training:
             if settings.checkpoint.finetune:
                 source, key = settings.checkpoint.finetune, settings.checkpoint.model_key
-                self._tell(networks.load_from(network, source, key, new_classifier=True))
+                notes = networks.load_from(network, source, key, new_classifier=True, trained_on=self.classes)
+                self._tell(notes)
             if settings.model.freeze_backbone:
                 networks.freeze_backbone(network)
             self.num_classes = network.num_classes

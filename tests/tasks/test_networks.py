@@ -1,9 +1,9 @@
-"""tasks/networks.py: the backbone that is frozen."""
+"""tasks/networks.py: the backbone that is frozen, and the classifier that is kept or re-initialised."""
 import pytest
 import timm
 import torch
 
-from tasks.networks import freeze_backbone, hold_frozen
+from tasks.networks import freeze_backbone, hold_frozen, load_checkpoint
 from utils import UsageError
 
 # With one linear layer, two of them, and two with norms of their own.
@@ -44,3 +44,36 @@ def test_frozen_statistics_do_not_follow_the_batch():
     model(torch.randn(2, 3, 32, 32)).sum().backward()
     assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
     assert {name for name, p in model.named_parameters() if p.grad is not None} == {"fc.weight", "fc.bias"}
+
+
+# --- weights of other classes -----------------------------------------------------------------------------------------
+
+# With one classifier, with two, and with one for each token.
+HEADS = {"biformer_nano": {}, "deit_tiny_distilled_patch16_224": {}, "debiformer_tiny": dict(token_head=True)}
+
+
+def heads_of(model):
+    """The weights of all classifiers of a model, by name."""
+    heads = {*CLASSIFIERS.get(model.default_cfg["architecture"], {"head.fc"}), "token_head"}
+    return {name: value.clone() for name, value in model.state_dict().items() if name.rpartition(".")[0] in heads}
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("classes, reason", [
+    (["cat", "dog"], None),
+    (["cat", "elk"], "was trained on other classes: number 1 was 'elk', and is 'dog' here"),
+    (["dog", "cat"], "was trained on the same classes in another order: number 0 was 'dog', and is 'cat' here"),
+    (["cat"], "was trained on 1 classes, the data has 2"),  # of a network for more
+    (None, None),
+])
+def test_a_classifier_of_other_classes_is_re_initialised(name, classes, reason):
+    """As many classes of other names kept the old classifier without a word."""
+    trained, model = (timm.create_model(name, num_classes=2, **HEADS[name]) for _ in range(2))
+    before, theirs = heads_of(model), heads_of(trained)
+    checkpoint = dict(model=trained.state_dict()) | (dict(classes=classes) if classes else {})
+    notes = load_checkpoint(model, checkpoint, "x.pth", new_classifier=True, trained_on=["cat", "dog"])
+    assert notes == ([f"x.pth {reason}: the classifier is re-initialised"] if reason else [])
+    after, expected = heads_of(model), before if reason else theirs
+    assert after.keys() == expected.keys() and all(torch.equal(after[key], expected[key]) for key in expected)
+    rest = {key: value for key, value in trained.state_dict().items() if key not in expected}
+    assert rest and all(torch.equal(model.state_dict()[key], value) for key, value in rest.items())

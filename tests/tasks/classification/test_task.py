@@ -110,7 +110,25 @@ def test_the_main_process_alone_says_what_weights_are_loaded(folder, tmp_path, c
     if rank:
         assert lines == []
     else:
-        assert f"{tmp_path}/three.pth has another number of classes: the classifier is re-initialised" in lines
+        reason = "was trained on 3 classes, the data has 2"
+        assert f"{tmp_path}/three.pth {reason}: the classifier is re-initialised" in lines
         assert sum(line.startswith(f"warning: {tmp_path}/two.pth was trained on other classes") for line in lines) == 3
         note = f"{tmp_path}/two.pth: the EMA weights are taken, since the run's best metric is ema_acc1"
         assert lines.count(note) == 1
+
+
+def test_fine_tuning_to_renamed_classes_begins_with_a_new_classifier(folder, tmp_path, capfd):
+    """The frozen backbone is the checkpoint's; where the names are the same, so is the classifier."""
+    model = timm.create_model("biformer_nano", num_classes=2)
+    for name in ("ant", "wasp"):
+        torch.save(dict(model=model.state_dict(), classes=[name, "bee"]), tmp_path / f"{name}.pth")
+        task = task_of("--data_set", "image_folder", "--data_path", folder, "--freeze_backbone", "--finetune",
+                       tmp_path / f"{name}.pth")
+        task.dataset("train")
+        network = task.network()
+        assert torch.equal(network.head.fc.weight, model.head.fc.weight) == (name == "ant")
+        assert torch.equal(network.stem.conv1.weight, model.stem.conv1.weight)
+        assert network.head.fc.weight.requires_grad and not network.stem.conv1.weight.requires_grad
+    said = [line for line in capfd.readouterr().out.splitlines() if "re-initialised" in line]
+    reason = "was trained on other classes: number 0 was 'wasp', and is 'ant' here"
+    assert said == [f"{tmp_path}/wasp.pth {reason}: the classifier is re-initialised"]
