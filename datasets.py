@@ -286,6 +286,7 @@ def build_dataset(
     *,
     on_error: str = "raise",
     most_classes: int | None = None,
+    classes: list[str] | None = None,
     reading: Reading = Reading(),
 ) -> ImageDataset:
     """A split of a data set, of (transformed image, class index).
@@ -303,6 +304,7 @@ def build_dataset(
         on_error: What to do about an image that cannot be read: "raise", "next" or "mask", see `ImageDataset`.
         most_classes: How many classes the network has: for folders, see `training.data.folders.number_classes`; shards
             whose list does not say how many there are may hold no others. None for any.
+        classes: Names of the network's classes, by which folders are numbered; None for the rules of that function.
         reading: How it is found and read.
 
     Raises:
@@ -316,15 +318,15 @@ def build_dataset(
         shards = open_shards(root, splits, decode, cache.path, cache.gigabytes, most_classes)
         return ImageDataset(shards, None, transform, on_error, shards.split.num_classes)
     if name in ("IMNET", "image_folder"):
-        source = open_folders(_folder(root), split, decode, most_classes, reading.val_split)
+        source = open_folders(_folder(root), split, decode, most_classes, reading.val_split, classes)
         return ImageDataset(source, source.classes, transform, on_error, notes=tuple(source.notes))
     if name not in ("CIFAR10", "CIFAR100", "digits"):
         raise UserError(f"no data set {name!r}; there are IMNET, image_folder, CIFAR10, CIFAR100, digits, wds/NAME")
     if split == "test":
         raise UserError(f"{name} has no split test; its splits are train and val")
     train = split == "train"
-    source, classes = _digits(train) if name == "digits" else _cifar(name, root, train, reading.download)
-    return ImageDataset(source, classes, transform, on_error)
+    source, names = _digits(train) if name == "digits" else _cifar(name, root, train, reading.download)
+    return ImageDataset(source, names, transform, on_error)
 
 
 def check_same_classes(train_classes: list[str] | None, val_classes: list[str] | None):

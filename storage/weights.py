@@ -194,13 +194,19 @@ def without_model_prefix(weights: dict[str, torch.Tensor], expected: Iterable[st
     return {_bare(name.removeprefix(prefix)): value for name, value in weights.items()}
 
 
+def class_names(checkpoint: dict[str, Any]) -> list[str] | None:
+    """The names of the classes that a checkpoint was trained on, in order; None where it does not say."""
+    names = checkpoint.get("classes")  # others keep their number there
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+
+
 def class_difference(checkpoint: dict[str, Any], classes: list[str] | None) -> str | None:
     """How the classes that a checkpoint of ours was trained on differ from `classes`, or None.
 
     None too where the checkpoint or the data does not name its classes.
     """
-    trained_on = checkpoint.get("classes")
-    if not isinstance(trained_on, list) or classes is None or trained_on == classes:
+    trained_on = class_names(checkpoint)
+    if trained_on is None or classes is None or trained_on == classes:
         return None
     if len(trained_on) != len(classes):
         return f"was trained on {len(trained_on)} classes, the data has {len(classes)}"

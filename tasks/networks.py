@@ -11,6 +11,7 @@ from storage.weights import (
     WeightsError,
     check_finite,
     class_difference,
+    class_names,
     default_weights,
     load_weights,
     read_checkpoint,
@@ -76,6 +77,16 @@ def read(source: str) -> dict[str, Any]:
     """
     with as_user_error(WeightsError):
         return read_checkpoint(source)
+
+
+def trained_classes(source: str) -> list[str] | None:
+    """The names of the classes that the checkpoint `source`, a file or URL, was trained on; None where it has none.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    with as_user_error(WeightsError):
+        return class_names(read_checkpoint(source, mmap=True))
 
 
 def load_from(model: torch.nn.Module, source: str, key: str | None = None, **kwargs: Any) -> list[str]:

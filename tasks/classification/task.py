@@ -87,6 +87,7 @@ class ClassificationTask(Task):
             self.images.augmented(self.settings.augmentation) if train else self.images.transform(),
             on_error="raise" if not data.skip_bad_images else "next" if train else "mask",
             most_classes=self._most_classes(),
+            classes=self._trained_classes(),
             reading=reading,
         )
         self.held_out = dataset.held_out
@@ -109,6 +110,12 @@ class ClassificationTask(Task):
         evaluation, model = self.settings.evaluation, self.settings.model
         published = (evaluation.eval and model.load_release) or self.settings.data.data_set not in IMAGE_FOLDERS
         return model.nb_classes or (networks.pretrained_num_classes(self.name) if published else None)
+
+    def _trained_classes(self) -> list[str] | None:
+        """Names of the classes of the checkpoint that is evaluated, by which image folders are numbered; or None."""
+        evaluation, asked = self.settings.evaluation, self.settings.checkpoint
+        source = evaluation.eval and (asked.resume or asked.finetune)
+        return networks.trained_classes(source) if source and self.settings.data.data_set in IMAGE_FOLDERS else None
 
     def _tell(self, notes: Iterable[str]):
         """Print, in the main process, lines that were not printed yet: two splits may have some in common."""

@@ -239,7 +239,8 @@ def test_load_weights_with_a_new_classifier():
 def test_class_difference():
     checkpoint = dict(classes=["cat", "dog"])
     assert class_difference(checkpoint, ["cat", "dog"]) is None
-    assert class_difference(dict(classes=7), ["cat"]) is None, "others mean their number"
+    for others in (7, [7], {"cat": 0}):
+        assert class_difference(dict(classes=others), ["cat"]) is None, "others mean their number"
     assert class_difference({}, ["cat"]) is class_difference(checkpoint, None) is None
     assert class_difference(checkpoint, ["cat"]) == "was trained on 2 classes, the data has 1"
     assert class_difference(checkpoint, ["cat", "cow"]) == (

@@ -1,6 +1,7 @@
 """Folders of images, SPLIT/CLASS/IMAGE, as a sequence: which folder is which class, and which images are held out.
 
-Where all class folders are named by integers, they are numbered in the order of these; where all of them are synsets
+Where a network is evaluated whose classes have names, the folders are numbered by these. Elsewhere, where all class
+folders are named by integers, they are numbered in the order of these; where all of them are synsets
 of ImageNet and the network has ImageNet's classes, as ImageNet numbers them; else in the order of their names.
 """
 import hashlib
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
-from utils import UserError, some
+from utils import UserError, nearest, some
 
 from .files import IMAGE_EXTENSIONS, describe_left_out, find_images, is_image, list_folder
 
@@ -89,7 +90,8 @@ class Numbering:
         indices: Class index by name of the folder, in the order of the indices.
         classes: Names of the classes from index 0 on: ImageNet's synsets where the folders have ImageNet's numbers,
             else the names of the folders. A network may have more classes.
-        note: One line about the numbers for the user, where the network has more classes than there are folders.
+        note: One line for the user, about the numbers or the classes without a folder, where the network has more
+            classes than there are folders.
     """
 
     indices: dict[str, int]
@@ -123,6 +125,25 @@ def number_classes(names: Sequence[str], num_classes: int | None = None) -> Numb
                f"{_first_and_last(plain.indices)}"
         return Numbering(plain.indices, order, note)
     return plain
+
+
+def _number_by_names(names: Sequence[str], classes: list[str], folder: Path) -> Numbering:
+    """The numbers of the class folders in `folder` as a network has them, whose classes are called `classes`.
+
+    Raises:
+        UserError: It has no class for a folder.
+    """
+    unknown = [name for name in names if name not in classes]
+    if unknown:
+        similar = nearest(unknown[0], classes) if len(unknown) == 1 else ""
+        raise UserError(
+            f"{folder} has folders that the network has no class for: {some(unknown)}"
+            f"{similar or f'; its classes are {some(classes)}'}"
+        )
+    missing = [name for name in classes if name not in names]
+    note = f"no images in {folder} of {len(missing)} of the network's {len(classes)} classes: {some(missing)}"
+    indices = {name: index for index, name in enumerate(classes) if name in names}
+    return Numbering(indices, classes, note if missing else None)
 
 
 def _imagenet_synsets(names: Sequence[str], num_classes: int) -> list[str] | None:
@@ -180,6 +201,7 @@ def open_folders(
     decode: Callable[[str], Image.Image],
     num_classes: int | None = None,
     val_split: ValSplit | None = None,
+    classes: list[str] | None = None,
 ) -> ImageFolders:
     """Find the images of root/SPLIT/CLASS; where there is no root/train, those of root/CLASS are the training images.
 
@@ -189,18 +211,20 @@ def open_folders(
         decode: See `ImageFolders`.
         num_classes: Classes of the network, where that is known; see `number_classes`.
         val_split: What is held out of the training images as "val".
+        classes: Names of the network's classes, by which the folders are numbered; None for `number_classes`.
 
     Raises:
         NoValFolderError: The split is "val", there is no folder root/val, and no `val_split`.
         ValFolderError: There is a folder root/val, and a `val_split`.
-        UserError: There is no folder of another split; the folder has no class folders, or one of these no images; or
-            nothing can be held out, as each class has one image.
+        UserError: There is no folder of another split; the folder has no class folders, one that is none of `classes`,
+            or one without images; or nothing can be held out, as each class has one image.
     """
     folder = _folder_of(root, "train" if val_split and split == "val" else split)
     if val_split and (root / "val").is_dir():
         raise ValFolderError(f"{root} has a folder val, and a part of the training images was to be held out")
     images, notes = _find(folder)
-    numbering = number_classes(list(images), num_classes)
+    names = list(images)
+    numbering = number_classes(names, num_classes) if classes is None else _number_by_names(names, classes, folder)
     notes += [] if numbering.note is None else [numbering.note]
     held_out = None
     if val_split and split != "test":

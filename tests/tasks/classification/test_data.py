@@ -80,7 +80,7 @@ def test_what_is_left_out_is_said_once_by_one_process(data, capsys):
                                          for split in ("train", "val")])
 
 
-def test_one_class_is_nothing_to_learn(data, tmp_path, capfd):
+def test_one_class_is_nothing_to_learn(data, tmp_path, favour, capfd):
     for split in ("train", "val"):
         for name in ("class0", "class2"):
             shutil.rmtree(data / split / name)
@@ -91,7 +91,7 @@ def test_one_class_is_nothing_to_learn(data, tmp_path, capfd):
     train("--data_set", "wds/x", "--data_path", tmp_path / "shards", "--output_dir", tmp_path / "out", code=1)
     assert "error: the training set has one class: there is nothing to learn\n" in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
-    task = task_of("--data_path", data, "--eval", "--resume", "x.pth")
+    task = task_of("--data_path", data, "--eval", "--resume", favour(1, 0))
     assert len(task.dataset("val")) == 3, "to evaluate on one class is another matter"
 
 
@@ -154,16 +154,54 @@ def test_integer_folders_are_evaluated_by_their_order(numbered, favour, capfd):
     assert "3 class folders, for a network of 1000 classes: numbered in order, 0 is 9 and 2 is 11" in out
 
 
-def test_a_run_that_numbered_integer_folders_by_their_letters_is_told(numbered, tmp_path, capfd):
+def test_a_run_that_numbered_integer_folders_by_their_letters(numbered, tmp_path, favour, capfd):
+    """It is not resumed, and evaluated by its own numbers."""
     train("--data_path", numbered, "--output_dir", tmp_path / "run")
     checkpoint = torch.load(tmp_path / "run" / "last.pth", weights_only=True)
     assert checkpoint["classes"] == ["9", "10", "11"]
     torch.save({**checkpoint, "classes": ["10", "11", "9"]}, tmp_path / "old.pth")
-    difference = "was trained on the same classes in another order: number 0 was '10', and is '9' here"
     train("--data_path", numbered, "--output_dir", tmp_path / "out", "--resume", tmp_path / "old.pth", "--epochs", 2,
           code=1)
-    assert difference in capfd.readouterr().err
-    assert difference in evaluation_of(capfd, "--data_path", numbered, "--resume", tmp_path / "old.pth")[2]
+    assert "was trained on the same classes in another order: number 0 was '10', and is '9' here" \
+        in capfd.readouterr().err
+    (numbered / "val" / "10" / "1.png").unlink()
+    weights = favour(3, 0, classes=["10", "11", "9"])
+    accuracy, images, out = evaluation_of(capfd, "--data_path", numbered, "--resume", weights)
+    assert images == 8 and accuracy == pytest.approx(100 * 2 / 8, abs=1e-3) and "warning" not in out
+
+
+CLASSES = ["class0", "class1", "class2", "class3"]
+
+
+@pytest.mark.parametrize("way", ["--resume", "--finetune"])
+@pytest.mark.parametrize("asked", [[], ["--nb_classes", 6]])
+def test_a_folder_that_lacks_a_class_is_evaluated_by_the_checkpoints_names(data, favour, tmp_path, capfd, way, asked):
+    """It was refused, or with --nb_classes numbered in order: a wrong accuracy."""
+    shutil.rmtree(data / "val" / "class0")
+    (data / "val" / "class1" / "1.png").unlink()
+    weights = favour(6 if asked else 4, 1, classes=CLASSES)
+    report = ["--report", tmp_path / "report"]
+    accuracy, images, out = evaluation_of(capfd, "--data_path", data, way, weights, *asked, *report)
+    assert images == 5 and accuracy == pytest.approx(100 * 2 / 5, abs=1e-3)
+    assert out.count(f"no images in {data}/val of 2 of the network's 4 classes: class0, class3\n") == 1
+    assert "warning" not in out and "numbered in order" not in out
+
+
+def test_a_folder_without_a_class_in_the_checkpoint_is_one_line(data, favour, capfd):
+    (data / "val" / "class1").rename(data / "val" / "Class1")
+    run("--eval", "--data_path", data, "--resume", favour(4, 1, classes=CLASSES), code=1)
+    complaint = f"{data}/val has folders that the network has no class for: Class1; did you mean class1"
+    assert capfd.readouterr().err.startswith(f"error: {complaint}")
+
+
+def test_shards_and_checkpoints_of_no_names_are_evaluated_as_ever(data, favour, tmp_path, capfd):
+    shutil.rmtree(data / "val" / "class2")
+    accuracy, images, out = evaluation_of(capfd, "--data_path", data, "--resume", favour(2, 1, classes=7))
+    assert images == 6 and accuracy == 50 and "no images" not in out
+    assert make_shards.main([str(data), str(tmp_path / "shards"), "--splits", "val"]) == 0
+    weights = favour(2, 1, classes=["class1", "class0"])
+    shards = ["--data_set", "wds/x", "--data_path", tmp_path / "shards"]
+    assert evaluation_of(capfd, *shards, "--resume", weights)[:2] == (50, 6)
 
 
 # --- what is held out -------------------------------------------------------------------------------------------------

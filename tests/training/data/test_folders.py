@@ -80,6 +80,35 @@ def test_a_line_says_which_numbers_the_folders_got(folders, num_classes):
                               f"0 is {order[0]} and {len(order) - 1} is {order[-1]}")
 
 
+def test_folders_are_numbered_by_the_names_of_a_networks_classes(tmp_path):
+    """In the order of the network's classes, whichever of them have images."""
+    write(tmp_path, {"val/ant": 2, "val/cat": 1})
+    classes = ["dog", "cat", "bee", "ant"]
+    source = open_folders(tmp_path, "val", Path, 10, classes=classes)
+    assert source.classes == classes and source.folders == ["cat", "ant"]
+    assert [(path.parent.name, target) for path, target in source] == [("cat", 1), ("ant", 3), ("ant", 3)]
+    assert source.notes == [f"no images in {tmp_path}/val of 2 of the network's 4 classes: dog, bee"]
+
+
+@pytest.mark.parametrize("folders, complaint", [
+    (["Cat", "dog"], "Cat; did you mean cat?"),
+    (["wasp", "dog"], "wasp; its classes are dog, cat"),
+    (["Cat", "Dog", "dog"], "Cat, Dog; its classes are dog, cat"),
+])
+def test_a_folder_that_a_network_has_no_class_for(tmp_path, folders, complaint):
+    write(tmp_path, {f"val/{name}": 1 for name in folders})
+    with pytest.raises(UserError) as raised:
+        open_folders(tmp_path, "val", Path, classes=["dog", "cat"])
+    assert str(raised.value) == f"{tmp_path}/val has folders that the network has no class for: {complaint}"
+
+
+def test_what_is_held_out_is_numbered_by_a_networks_classes_too(tmp_path):
+    write(tmp_path, {"a": 4, "b": 4})
+    source = open_folders(tmp_path, "val", Path, None, ValSplit(0.5), classes=["b", "a"])
+    assert Counter((path.parent.name, target) for path, target in source) == {("b", 0): 2, ("a", 1): 2}
+    assert not any("no images" in note for note in source.notes)
+
+
 # --- what is found ----------------------------------------------------------------------------------------------------
 
 
