@@ -99,7 +99,7 @@ def test_mistakes(photos, tmp_path, capsys):
     output = tmp_path / "shards"
     assert main([str(photos), str(output), "--splits", "val"]) == 0
     assert "_info.json already exists; choose another output folder" in complaint(photos, output)
-    assert "has no folder val" in complaint(photos / "val", tmp_path / "b")
+    assert f"give the folder above it, {photos}\n" in complaint(photos / "val", tmp_path / "b")
     (tmp_path / "empty").mkdir()
     assert "has no folder train" in complaint(tmp_path / "empty", tmp_path / "b")
     assert "1 classes were asked for, fewer than the 2" in complaint(photos, tmp_path / "b", "--nb_classes", 1)

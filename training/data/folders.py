@@ -216,10 +216,11 @@ def open_folders(
     Raises:
         NoValFolderError: The split is "val", there is no folder root/val, and no `val_split`.
         ValFolderError: There is a folder root/val, and a `val_split`.
-        UserError: There is no folder of another split; the folder has no class folders, one that is none of `classes`,
-            or one without images; or nothing can be held out, as each class has one image.
+        UserError: There is no folder of another split, or root is itself the folder of one; it has no class folders,
+            one that is none of `classes`, or one without images; or nothing can be held out, as each class has one
+            image.
     """
-    folder = _folder_of(root, "train" if val_split and split == "val" else split)
+    folder = _folder_of(root, split, val_split is not None)
     if val_split and (root / "val").is_dir():
         raise ValFolderError(f"{root} has a folder val, and a part of the training images was to be held out")
     images, notes = _find(folder)
@@ -234,18 +235,27 @@ def open_folders(
     return ImageFolders(folder, numbering, samples, notes, decode, held_out)
 
 
-def _folder_of(root: Path, split: str) -> Path:
-    """The folder that holds a split's class folders.
+def _folder_of(root: Path, split: str, has_val_split: bool) -> Path:
+    """The folder that holds a split's class folders; with `has_val_split`, val is a part of train.
 
     Raises:
-        UserError: There is none; NoValFolderError for the split "val".
+        UserError: There is none; NoValFolderError where it is the folder val that is missing.
     """
+    split = "train" if has_val_split and split == "val" else split
     if (root / split).is_dir():
         return root / split
     folders, files = list_folder(root)
     if split == "train" and folders and not SPLIT_NAMES & {name.lower() for name in folders}:
         return root
+    above = Path(os.path.abspath(root)).parent
+    if os.path.basename(os.path.abspath(root)).lower() in SPLIT_NAMES and (above / split).is_dir():
+        raise UserError(
+            f"{root} is the folder of one split, with no folder {split} in it: give the folder above it, {above}"
+        )
     found = some(sorted(folders + files)) or "nothing"
+    if has_val_split and split == "train" and not folders:
+        raise UserError(f"{root} has no folder train and no class folders: "
+                        f"expected train/CLASS/IMAGE or CLASS/IMAGE, found {found}")
     kind = NoValFolderError if split == "val" else UserError
     raise kind(f"{root} has no folder {split}: expected {split}/CLASS/IMAGE, found {found}")
 

@@ -366,3 +366,11 @@ def test_a_split_that_is_not_there_is_one_line(data, tmp_path, favour, capfd):
         capfd.readouterr()
         run(*evaluation, *source, code=1)
         assert capfd.readouterr().err.endswith(complaint)
+
+
+def test_the_folder_of_a_split_is_no_data_folder(data, favour, capfd):
+    run("--eval", "--data_path", data / "val", "--resume", favour(3, 1), code=1)
+    complaint = "is the folder of one split, with no folder val in it: give the folder above it"
+    assert capfd.readouterr().err == f"error: {data}/val {complaint}, {data}\n"
+    train("--data_path", data / "train", code=1)
+    assert capfd.readouterr().err == f"error: {data}/train {complaint}, {data}\n"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from timm.data import ImageNetInfo
 
-from training.data.folders import ValSplit, number_classes, open_folders
+from training.data.folders import NoValFolderError, ValSplit, number_classes, open_folders
 from utils import UserError
 
 FISH = ["n02102040", "n01440764", "n03888257"]
@@ -196,9 +196,37 @@ def test_test_images_are_no_part_of_the_training_images(tmp_path):
     (["train/a"], "test", 0.1, r"has no folder test: expected test/CLASS/IMAGE, found train$"),
     (["Training/a", "Validation/a"], "train", 0.1, r"has no folder train: .* found Training, Validation$"),
     (["Training/a", "Validation/a"], "val", 0.1, r"has no folder train: .* found Training, Validation$"),
-    ([], "train", 0.1, r"has no folder train: expected train/CLASS/IMAGE, found nothing$"),
+    ([], "train", None, r"has no folder train: expected train/CLASS/IMAGE, found nothing$"),
+    ([], "train", 0.1, r"has no folder train and no class folders: expected train/CLASS/IMAGE or CLASS/IMAGE, "
+                       r"found nothing$"),
+    ([], "test", 0.1, r"has no folder test: expected test/CLASS/IMAGE, found nothing$"),
+    ([""], "val", 0.1, r"and no class folders: expected train/CLASS/IMAGE or CLASS/IMAGE, found 0\.jpg, 1\.jpg$"),
 ])
 def test_splits_that_are_not_there(tmp_path, places, split, share, complaint):
     write(tmp_path, dict.fromkeys(places, 2))
     with pytest.raises(UserError, match=complaint):
         open_folders(tmp_path, split, str, val_split=share and ValSplit(share))
+
+
+@pytest.mark.parametrize("place, split", [("train", "val"), ("val", "val"), ("val", "train"), ("test", "test")])
+@pytest.mark.parametrize("is_here", [False, True])
+def test_the_folder_of_a_split_is_not_the_one_above_it(tmp_path, monkeypatch, place, split, is_here):
+    """Holding a part of it out was advised, though the split is beside it."""
+    write(tmp_path / "cl", {f"{name}/{kind}": 1 for name in ("train", "val", "test") for kind in "ab"})
+    folder = tmp_path / "cl" / place
+    monkeypatch.chdir(folder)
+    root = Path("." if is_here else folder)
+    if (place, split) == ("val", "train"):  # which is no reason to refuse class folders
+        assert len(open_folders(root, split, str)) == 2
+        return
+    complaint = f"{root} is the folder of one split, with no folder {split} in it: give the folder above it, "
+    with pytest.raises(UserError) as raised:
+        open_folders(root, split, str)
+    assert str(raised.value) == complaint + str(tmp_path / "cl")
+
+
+def test_a_folder_called_as_a_split_may_hold_all_images(tmp_path):
+    write(tmp_path, {"train/a": 4, "train/b": 4})
+    assert len(names(tmp_path / "train", "val", val_split=ValSplit(0.5))) == 4
+    with pytest.raises(NoValFolderError, match=r"/train has no folder val: expected val/CLASS/IMAGE, found a, b$"):
+        open_folders(tmp_path / "train", "val", str)
