@@ -19,8 +19,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import training.startup  # before torch  # noqa: F401  # isort: skip
 from datasets import ImageDataset, Reading, ValSplit, build_dataset, check_same_classes
 from storage.remote import sha256_of
+from training.advice import with_advice
+from training.data.folders import NoValFolderError, ValFolderError
 from training.data.shards import INFO_NAMES
 from utils import UserError, replace_file, run_script, user_path
+
+ADVICE = {
+    NoValFolderError: "--val_split 0.1 holds a tenth of the training images out instead; or pack --splits train alone",
+    ValFolderError: "leave out --val_split",
+}
 
 
 def write_shard(path: Path, samples: list[tuple[int, Path, int]]):
@@ -116,7 +123,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--val_split must be above 0 and below 1, got {args.val_split}")
 
     def run():
-        classes = make_shards(args)
+        try:
+            classes = make_shards(args)
+        except UserError as error:
+            raise UserError(with_advice(error, ADVICE)) from error
         print(f"{len(classes)} classes; train with --data_set wds/NAME --data_path {args.output}")
 
     return run_script(run)

@@ -100,6 +100,11 @@ def test_mistakes(photos, tmp_path, capsys):
     assert main([str(photos), str(output), "--splits", "val"]) == 0
     assert "_info.json already exists; choose another output folder" in complaint(photos, output)
     assert f"give the folder above it, {photos}\n" in complaint(photos / "val", tmp_path / "b")
+    (tmp_path / "flat").symlink_to(photos / "train")
+    assert complaint(tmp_path / "flat", tmp_path / "b").endswith(
+        "found ant, bee; --val_split 0.1 holds a tenth of the training images out instead; or pack --splits train "
+        "alone\n")
+    assert complaint(photos, tmp_path / "b", "--val_split", 0.1).endswith("; leave out --val_split\n")
     (tmp_path / "empty").mkdir()
     assert "has no folder train" in complaint(tmp_path / "empty", tmp_path / "b")
     assert "1 classes were asked for, fewer than the 2" in complaint(photos, tmp_path / "b", "--nb_classes", 1)
