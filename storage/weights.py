@@ -282,11 +282,17 @@ def load_weights(
     if mismatches:
         more = f", and {len(mismatches) - 3} more" if len(mismatches) > 3 else ""
         raise MismatchError(
-            f"the checkpoint does not fit {type(model).__name__} with {getattr(model, 'num_classes', '?')} classes: "
+            f"the checkpoint does not fit {_name(model)} with {getattr(model, 'num_classes', '?')} classes: "
             f"{'; '.join(mismatches[:3])}{more}"
         )
     model.load_state_dict(weights)
     return kept
+
+
+def _name(model: torch.nn.Module) -> str:
+    """The name of a timm model, which several of a class have; of another, its class."""
+    config = getattr(model, "default_cfg", None)
+    return (config or {}).get("architecture") or type(model).__name__
 
 
 def check_finite(model: torch.nn.Module, source: str):

@@ -29,6 +29,10 @@ class UncheckedArgumentsError(UsageError):
     """Nothing would check the arguments of a model."""
 
 
+class OtherModelError(UserError):
+    """The weights are those of another model."""
+
+
 class PretrainedClassesError(UserError):
     """The published classifier of a model has other classes than the data."""
 
@@ -116,7 +120,7 @@ def load_checkpoint(
         Lines: that EMA weights were taken, that the classifier is re-initialised, or that the classes are others.
 
     Raises:
-        UserError: The weights do not fit, or are NaN or infinite.
+        UserError: The weights do not fit, or are NaN or infinite; OtherModelError where they are another model's.
     """
     classifiers = _classifiers(model) if new_classifier else ()
     difference = class_difference(checkpoint, trained_on)
@@ -126,7 +130,9 @@ def load_checkpoint(
             weights, own_filter = unwrap(checkpoint, key), family_filter(model)
             kept = load_weights(model, weights, own_filter, classifiers, other_classes=difference is not None)
         except MismatchError as error:
-            raise WeightsError(f"{error}{NetworkRecipe.of(checkpoint).owner}") from error
+            recipe = NetworkRecipe.of(checkpoint)
+            is_other = recipe.model and recipe.model.partition(".")[0] != model.default_cfg.get("architecture")
+            raise (OtherModelError if is_other else WeightsError)(f"{error}{recipe.owner}") from error
         check_finite(model, source)
     if kept:
         reason = difference or "has another number of classes"
@@ -212,7 +218,7 @@ def create_teacher(
         key, trained_on: As of `load_checkpoint`.
 
     Raises:
-        UserError: There are no weights, or they do not fit.
+        UserError: There are no weights, or they do not fit; OtherModelError as `load_checkpoint`.
     """
     if source is None:
         check_pretrained_classes(name, num_classes)

@@ -471,13 +471,13 @@ def test_bad_checkpoints(photos, trained, tmp_path, capfd):
     (tmp_path / "cut.pth").write_bytes((trained / "last.pth").read_bytes()[:5000])
     (tmp_path / "page.pth").write_text("<html>")
     torch.save(timm.create_model("resnet10t", num_classes=3).state_dict(), tmp_path / "resnet.pth")
-    refuses(capfd, 1, "does not fit ConvNeXt", "--model", "convnext_atto", "--data_path", photos, "--eval", "--resume",
-            tmp_path / "resnet.pth")
+    refuses(capfd, 1, "does not fit convnext_atto", "--model", "convnext_atto", "--data_path", photos, "--eval",
+            "--resume", tmp_path / "resnet.pth")
     common = ["--data_path", photos, "--eval", "--resume"]
     refuses(capfd, 1, "truncated", *common, tmp_path / "cut.pth")
     refuses(capfd, 1, "not a PyTorch checkpoint", *common, tmp_path / "page.pth")
     refuses(capfd, 1, "no such checkpoint file", *common, tmp_path / "none.pth")
-    refuses(capfd, 1, "does not fit BiFormer with 3 classes: stem.conv1.weight is missing; stem", *common,
+    refuses(capfd, 1, "does not fit biformer_nano with 3 classes: stem.conv1.weight is missing; stem", *common,
             tmp_path / "resnet.pth")
     common = ["--data_path", photos, *SHORT, "--output_dir", tmp_path / "out", "--resume"]
     torch.save(weights(trained / "last.pth"), tmp_path / "bare.pth")

@@ -26,6 +26,10 @@ class TeacherClassesError(UserError):
     """The published classifier of a teacher has other classes than the data."""
 
 
+class TeacherModelError(UserError):
+    """The weights of a teacher are those of another model."""
+
+
 ADVICE = {
     datasets.UnreadableImageError: "remove it, or pass --skip_bad_images",
     datasets.MissingDataError: "or pass --download",
@@ -34,9 +38,11 @@ ADVICE = {
     networks.PretrainedWeightsError: "--finetune takes a file of weights",
     networks.PretrainedClassesError: "fine-tune them first, or give their number with --nb_classes if the data's first "
                                      "classes are the same",
+    networks.OtherModelError: "--model must be that of the weights",
     networks.UncheckedArgumentsError: "run without -O, or without --model_kwargs",
     NoTokenHeadError: "--token_label needs one",
     TeacherClassesError: "fine-tune the teacher, and give it with --teacher_path",
+    TeacherModelError: "--teacher_model must be that of the weights",
     TooFewClassesError: "raise --nb_classes, or leave it out",
     shards.ShardCacheError: "give a --shard_cache",
     shards.ShardClassError: "see --nb_classes",

@@ -23,7 +23,14 @@ from utils import UsageError
 from .. import networks
 from . import report, shown, tables, token_labels
 from .criterion import create_criterion
-from .errors import ADVICE, NoTokenHeadError, OneClassError, TeacherClassesError, TooFewClassesError
+from .errors import (
+    ADVICE,
+    NoTokenHeadError,
+    OneClassError,
+    TeacherClassesError,
+    TeacherModelError,
+    TooFewClassesError,
+)
 from .images import ImagePipeline
 from .losses import Criterion
 from .metrics import Accuracy, RecordedAccuracy
@@ -225,6 +232,8 @@ class ClassificationTask(Task):
             )
         except networks.PretrainedClassesError as error:
             raise TeacherClassesError(str(error)) from error
+        except networks.OtherModelError as error:
+            raise TeacherModelError(str(error)) from error
         self._tell(notes)
         return teacher
 

@@ -97,7 +97,7 @@ def test_classes_that_a_run_does_not_tell_are_counted(trained, tmp_path, capfd):
     code, out, _ = run(capfd, "--checkpoint", checkpoint, tmp_path / "a.png")
     assert code == 0 and all(f" {name} " in out for name in "012") and " 3 " not in out
     code, _, err = run(capfd, "--checkpoint", checkpoint, tmp_path / "a.png", "--nb_classes", "7")
-    assert code == 1 and "does not fit BiFormer with 7 classes" in err and err.count("\n") == 1
+    assert code == 1 and "does not fit biformer_nano with 7 classes" in err and err.count("\n") == 1
 
 
 def test_the_ema_weights_of_a_run_whose_best_metric_is_theirs(trained, tmp_path, capfd):

@@ -75,6 +75,29 @@ def test_published_weights_of_other_classes(complaint, data):
     assert "fine-tune them first, or give their number with --nb_classes" in text
 
 
+@pytest.mark.parametrize("way", ["--finetune", "--eval --resume", "--teacher_path"])
+def test_weights_of_another_model(complaint, data, tmp_path, way):
+    """Of the same class, so that its name said nothing."""
+    weights = timm.create_model("biformer_nano", num_classes=3).state_dict()
+    args = dict(task="classification", model="biformer_nano")
+    torch.save(dict(model=weights, args=args, classes=["class0", "class1", "class2"]), tmp_path / "nano.pth")
+    teacher = ["--distillation_type", "soft", "--teacher_model"] if way == "--teacher_path" else ["--model"]
+    code, text = complaint("--data_path", data, *teacher, "biformer_tiny", *way.split(), tmp_path / "nano.pth")
+    assert code == 1 and text.startswith("the checkpoint does not fit biformer_tiny with 3 classes: ")
+    flag = "--teacher_model" if way == "--teacher_path" else "--model"
+    assert text.endswith(f"; this is biformer_nano's with 3 classes; {flag} must be that of the weights")
+
+
+def test_weights_of_other_arguments_of_the_model(complaint, data, tmp_path):
+    """Which --model would not mend."""
+    weights = timm.create_model("biformer_nano", num_classes=3).state_dict()
+    torch.save(dict(model={"extra": weights["head.fc.bias"], **weights}, args=dict(model="biformer_nano.x")),
+               tmp_path / "other.pth")
+    code, text = complaint("--data_path", data, "--finetune", tmp_path / "other.pth")
+    assert code == 1 and text.startswith("the checkpoint does not fit biformer_nano with 3 classes: ")
+    assert text.endswith("; this is biformer_nano.x's")
+
+
 def test_a_published_teacher_of_other_classes(complaint, data):
     code, text = complaint("--data_path", data, "--distillation_type", "hard", "--teacher_model", "test_resnet")
     assert code == 1 and "1000 classes, the data has 3" in text
