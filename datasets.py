@@ -30,6 +30,8 @@ from utils import LostDataError, UserError, derive_seed, is_url, one_line, some,
 # System errors that concern one file: it is missing, or its damaged bytes made a decoder seek to an impossible place.
 # PIL's own errors have no number. All others are faults of the machine or its storage, which other images share.
 _OF_ONE_FILE = (None, errno.ENOENT, errno.EINVAL)
+# What telephones save and not every Pillow reads: the brand that such a file begins with -> its format.
+_FORMATS = {b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF", b"avif": "AVIF"}
 Transform = Callable[[Image.Image], Any]
 # Damaged EXIF is passed over; PIL would print of it in every data loading process.
 warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)
@@ -73,8 +75,22 @@ def load_image(file: str | Path | BinaryIO, exif_transpose: bool = True) -> Imag
             raise LostDataError(f"cannot read {name}: {error.strerror}; check the disk, or the mount") from None
         if isinstance(file, (str, Path)) and not Path(file).parent.is_dir():
             raise LostDataError(f"cannot read {file}: its folder is gone; was the data moved, or unmounted?") from None
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else one_line(error)
+        reason = _why_unidentified(file) if isinstance(error, UnidentifiedImageError) else one_line(error)
         raise UnreadableImageError(f"cannot read {name}: {reason}") from None
+
+
+def _why_unidentified(file: str | Path | BinaryIO) -> str:
+    """Why Pillow does not know what is in a file."""
+    if isinstance(file, (str, Path)):
+        with open(file, "rb") as opened:
+            start = opened.read(12)
+    else:
+        file.seek(0)
+        start = file.read(12)
+    kind = _FORMATS.get(start[8:]) if start[4:8] == b"ftyp" else None
+    if kind is None or f".{kind.lower()}" in Image.registered_extensions():
+        return "not an image"
+    return f"{kind} is a format that this Pillow does not read: convert it to JPEG"
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -349,6 +349,33 @@ def test_class_folder_without_images(folder):
         build_dataset("IMNET", folder, "train")
 
 
+def complaint_about(file):
+    with pytest.raises(UnreadableImageError) as raised:
+        load_image(file)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("name, format", [("x.heic", "HEIC"), ("x.HEIF", "HEIF"), ("x.jpg", "HEIC"), ("x", "AVIF")])
+def test_a_photograph_of_a_format_that_pillow_cannot_read(tmp_path, monkeypatch, name, format):
+    """As telephones save them, by their content: it was called no image."""
+    brand = dict(HEIC=b"heic", HEIF=b"mif1", AVIF=b"avif")[format]
+    content = b"\x00\x00\x00\x18ftyp" + brand + bytes(50)
+    (tmp_path / name).write_bytes(content)
+    if format == "AVIF" and ".avif" in Image.registered_extensions():
+        assert complaint_about(tmp_path / name).endswith("/x: not an image"), "where Pillow reads others of it"
+    monkeypatch.setattr("PIL.Image.ID", [kind for kind in Image.ID if kind != "AVIF"])
+    monkeypatch.delitem(Image.EXTENSION, ".avif", raising=False)
+    reason = f"{format} is a format that this Pillow does not read: convert it to JPEG"
+    assert complaint_about(tmp_path / name) == f"cannot read {tmp_path}/{name}: {reason}"
+    assert complaint_about(io.BytesIO(content)).endswith(f": {reason}"), "in a shard"
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", b"\x00\x00\x00\x18ftypqt  " + bytes(50)])
+def test_other_files_are_no_images_whatever_their_name(tmp_path, content):
+    (tmp_path / "x.heic").write_bytes(content)
+    assert complaint_about(tmp_path / "x.heic").endswith("/x.heic: not an image")
+
+
 def damaged(kind, format):
     if kind == "empty":
         return b""
