@@ -496,8 +496,9 @@ def test_classes_of_other_names(photos, whole, tmp_path, capfd):
     assert f"was trained on other classes: number 0 was {names[0]!r}" in error
     assert error.endswith("; fine-tune from it with --finetune\n")
     evaluation = [*COMMAND[:4], "--device", "cpu", "--num_workers", "0", "--data_path", str(other), "--eval"]
-    assert program.main([*evaluation, "--resume", str(whole / "last.pth")]) == 0
-    assert "warning: " in capfd.readouterr().out
+    assert program.main([*evaluation, "--resume", str(whole / "last.pth")]) == 1
+    complaint = f"{other}/val has folders that the network has no class for: Zebra; its classes are {', '.join(names)}"
+    assert f"error: {complaint}\n" in capfd.readouterr().err
 
 
 @pytest.mark.slow
