@@ -205,7 +205,7 @@ def test_another_number_of_classes_is_a_warning(trained):
 
 def test_other_arguments_than_the_runs_are_a_warning(trained):
     """They change no shape, and every result."""
-    with pytest.warns(UserWarning, match=r"was trained with num_regions=2, topk=\(1, 1, 1\)"):
+    with pytest.warns(UserWarning, match=r"was trained with num_regions=2, topk=\[1, 1, 1\]"):
         create(trained, num_classes=3)
 
 
