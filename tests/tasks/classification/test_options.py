@@ -117,6 +117,9 @@ def test_recipes_for_a_folder_of_photographs(name, epochs, peak):
     schedule = settings.schedule
     assert (schedule.epochs, schedule.min_lr, schedule.warmup_lr) == (epochs, "1%", "0.1%")
     assert settings.ema == options.EmaOptions()
+    assert schedule.total_warmup(10) == {30: 30, 100: 50}[epochs]
+    shorter = parse("--config", str(RECIPES / f"{name}.yaml"), "--epochs", "2").schedule
+    assert shorter.total_warmup(10) == 2
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
