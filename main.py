@@ -186,7 +186,7 @@ def train(task: Task, signals: SignalHandler):
         with open_log(store.folder if distributed.is_main else None, clock, settings.wandb, recipe) as log:
             if distributed.is_main:
                 options.save(recipe, store.folder / "args.yaml")
-                print_plan(task, run, scaled_lr(settings.optimizer.lr, run.global_batch), store.folder)
+                print_plan(task, run, data, scaled_lr(settings.optimizer.lr, run.global_batch), store.folder)
                 if source:
                     print(f"resuming from {source}: epoch {clock.epoch}, step {clock.step} of {clock.epoch_steps}")
                 task.preview(data.train_loader.dataset, clock)
@@ -231,7 +231,7 @@ def main(argv: Sequence[str] | None = None, tasks: TaskRegistry = TASKS) -> int:
         return fail(advice.with_advice(error, known_advice), error.exit_code)
     except Stopped as stopped:
         shutdown_distributed()
-        sys.stderr.write(f"{stopped}; resume with {command_line.resume_command(stopped.folder)}\n")
+        sys.stderr.write(f"{stopped}; {command_line.how_to_resume(stopped.folder)}\n")
         return EXIT_RESUME
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
