@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from storage.weights import read_checkpoint
 from utils import UserError, count, replace_file
 
 from .distributed import Distributed
-from .options import WandbOptions
+from .options import NOT_OF_RUN, WandbOptions
 from .run import Clock, Run
 from .task import Data, Task
 from .trackers import Tracker, open_trackers
@@ -299,6 +300,37 @@ class RunLog:
         if kind is not None:  # a picture could fail too, and would be of a step in the past
             self.undrawn = None
         self.close()
+
+
+def is_complete(
+    clock: Clock, source: Path | None, folder: Path, recipe: dict[str, Any], distributed: Distributed
+) -> bool:
+    """Whether every epoch of a run that resumes is trained, evaluated and logged; the same on all processes.
+
+    A run saves its last epoch before it evaluates it: its log tells whether that was done.
+
+    Args:
+        clock: Where the run is.
+        source: The checkpoint that it resumes from.
+        folder: Its output folder.
+        recipe: What it was asked for now; of another evaluation, the log says nothing.
+        distributed: This process.
+    """
+    if clock.run_is_over or source is None or not (clock.is_last_epoch and clock.epoch_is_over):
+        return clock.run_is_over
+    return bool(distributed.max(int(distributed.is_main and _is_logged(clock, source, folder, recipe))))
+
+
+def _is_logged(clock: Clock, source: Path, folder: Path, recipe: dict[str, Any]) -> bool:
+    file = folder / "log.txt"
+    lines = file.read_text().splitlines() if file.exists() else []
+    try:
+        last = json.loads(lines[-1]) if lines else {}
+    except json.JSONDecodeError:  # the run was ended in the middle of the line
+        return False
+    then = read_checkpoint(str(source), mmap=True)["args"]
+    differ = {name for name in then.keys() | recipe.keys() if then.get(name) != recipe.get(name)}
+    return (last.get("epoch"), last.get("step")) == (clock.epoch, clock.global_step) and not differ - NOT_OF_RUN
 
 
 def open_log(folder: Path | None, clock: Clock, wandb: WandbOptions, recipe: dict[str, Any]) -> RunLog:

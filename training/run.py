@@ -98,6 +98,13 @@ class Clock:
         """Whether every epoch is trained and evaluated."""
         return self.epoch >= self.epochs
 
+    @property
+    def position(self) -> str:
+        """Where it is, for a message."""
+        is_trained = self.is_last_epoch and self.epoch_is_over
+        rest = "; training is complete, its last epoch is evaluated and logged again" if is_trained else ""
+        return f"epoch {self.epoch}, step {self.step} of {self.epoch_steps}{rest}"
+
     def advance(self):
         """Count an optimizer step."""
         self.step += 1

@@ -502,6 +502,29 @@ def test_the_best_is_recorded_once():
     assert results_of(run, "acc1", 0.0, 1.0, 1.0, 0.5) == [True, True, False, False] and run.best == 1.0
 
 
+def test_a_complete_run_is_not_evaluated_again(photos, whole, tmp_path, capfd):
+    """But what its last evaluation did not come to is done, and said: here, the process ended before the log line."""
+    shutil.copytree(whole, tmp_path / "run", symlinks=True)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("[!.]*")}
+    assert train(photos, tmp_path / "run", "--auto_resume", "--log_every", "2") == 0
+    out = capfd.readouterr().out
+    assert f"training is already complete: nothing is left to do after {tmp_path / 'run'}" in out
+    assert "resuming" not in out and "of the network" not in out
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("[!.]*")} == before
+    log = tmp_path / "run" / "log.txt"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
+    assert train(photos, tmp_path / "run", "--auto_resume") == 0
+    out = capfd.readouterr().out
+    assert "epoch 1, step 3 of 3; training is complete, its last epoch is evaluated and logged again\n" in out
+    assert out.count("of the network on") == 1 and differences(tmp_path / "run", whole) == []
+
+
+def test_a_complete_run_is_evaluated_as_it_was_not_before(photos, whole, tmp_path, capfd):
+    shutil.copytree(whole, tmp_path / "run", symlinks=True)
+    assert train(photos, tmp_path / "run", "--auto_resume", "--best_metric", "loss") == 0
+    assert "best: loss " in capfd.readouterr().out
+
+
 def test_fewer_epochs_than_were_trained(photos, whole, tmp_path, capfd):
     shutil.copytree(whole, tmp_path / "run", symlinks=True)
     recipe = (tmp_path / "run" / "args.yaml").read_text()
