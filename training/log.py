@@ -179,6 +179,8 @@ def print_plan(task: Task, run: Run, data: Data, peak_lr: float, folder: Path):
     lr, images = settings.optimizer.lr, run.global_batch
     print(f"{task.name}: {parameters / 1e6:.2f} M parameters{of_these}{classes}, on {task.distributed.device}")
     print(_images(data, left_out=len(data.train_loader.dataset) - clock.epoch_length * images))
+    if advice := settings.advice_for(len(data.train_loader.dataset)):
+        print(advice)
     numbered = f" (0 to {clock.epochs - 1})" if clock.epochs > 1 else ""
     print(
         f"{count(clock.epochs, 'epoch')}{numbered} of {count(clock.epoch_length, 'step')} of {count(images, 'image')}"

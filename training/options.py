@@ -294,6 +294,10 @@ class Settings:
         """What the run is called: its model's name."""
         raise NotImplementedError
 
+    def advice_for(self, images: int) -> str | None:
+        """What to say about settings that do not suit so many training images; for a task to extend."""
+        return None
+
     def best_metric(self, metrics: Sequence[str]) -> str:
         """The name of the metric that decides which weights are the best, among a task's metrics; `ema_METRIC` too.
 

@@ -122,6 +122,16 @@ def test_recipes_for_a_folder_of_photographs(name, epochs, peak):
     assert shorter.total_warmup(10) == 2
 
 
+def test_few_photographs_with_the_defaults_of_imagenet_are_told_of_the_recipes_for_them():
+    few = "warning: these are the defaults of ImageNet, for 9999 images; see configs/train/finetune_small.yaml and " \
+          "scratch_small.yaml"
+    assert parse().advice_for(9999) == few
+    assert parse().advice_for(10_000) is None
+    assert parse("--repeated_aug", "false").advice_for(9999) is None and parse("--mixup", "0").advice_for(9999) is None
+    assert parse("--config", str(RECIPES / "finetune_small.yaml")).advice_for(9999) is None
+    assert parse("--data_set", "digits").advice_for(9999) is None
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
 def test_recipes(name, tmp_path):
     label_maps = ["--token_label", "maps"] if name.endswith("token_label") else []
