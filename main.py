@@ -16,7 +16,7 @@ from training import advice, command_line, flags, options
 from training.checkpoints import Checkpointer, Stopped, find_start, keep_best, open_store
 from training.command_line import CommandLine, TaskRegistry
 from training.distributed import init_distributed, shutdown_distributed
-from training.log import NonFiniteLossError, RunLog, open_log, print_end, print_plan
+from training.log import NonFiniteLossError, RunLog, is_complete, open_log, print_end, print_plan
 from training.options import Settings
 from training.precision import Precision
 from training.run import BestMetric, Clock, Run, create_ema
@@ -178,17 +178,16 @@ def train(task: Task, signals: SignalHandler):
         if source:
             run.load(source, settings.optimizer.opt, distributed.print)
             keep_best(run, source, store, distributed)
-        if clock.run_is_over:
-            if distributed.is_main:
-                print(f"training is already complete: {source} is at epoch {clock.epoch} of {clock.epochs}")
-            return
         recipe = flags.as_recipe(settings)
+        if is_complete(clock, source, store.folder, recipe, distributed):
+            distributed.print(f"training is already complete: nothing is left to do after {source}")
+            return
         with open_log(store.folder if distributed.is_main else None, clock, settings.wandb, recipe) as log:
             if distributed.is_main:
                 options.save(recipe, store.folder / "args.yaml")
-                print_plan(task, run, scaled_lr(settings.optimizer.lr, run.global_batch), store.folder)
+                print_plan(task, run, data, scaled_lr(settings.optimizer.lr, run.global_batch), store.folder)
                 if source:
-                    print(f"resuming from {source}: epoch {clock.epoch}, step {clock.step} of {clock.epoch_steps}")
+                    print(f"resuming from {source}: {clock.position}")
                 task.preview(data.train_loader.dataset, clock)
             trainer = create_trainer(task, run, log)
             saver = Checkpointer(run, store, distributed, signals, recipe, settings.checkpoint)
@@ -231,7 +230,7 @@ def main(argv: Sequence[str] | None = None, tasks: TaskRegistry = TASKS) -> int:
         return fail(advice.with_advice(error, known_advice), error.exit_code)
     except Stopped as stopped:
         shutdown_distributed()
-        sys.stderr.write(f"{stopped}; resume with {command_line.resume_command(stopped.folder)}\n")
+        sys.stderr.write(f"{stopped}; {command_line.how_to_resume(stopped.folder)}\n")
         return EXIT_RESUME
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

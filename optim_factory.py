@@ -8,7 +8,7 @@ from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRSchedu
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from utils import UsageError
+from utils import UsageError, count
 
 LR_BATCH = 512
 # Where on its tanh that schedule ends: 0.03 % of the way from `min_lr` to the peak, with timm's 3 it would be 0.25 %.
@@ -129,7 +129,7 @@ class Schedule:
             if value > lr:
                 raise ScheduleError(f"{name} {value:g} is above the learning rate of this batch size, {lr:.3g}")
         if self.warmup >= self.total:
-            raise WarmupError(f"a warm-up of {self.warmup} steps leaves nothing of the run's {self.total}")
+            raise WarmupError(f"a warm-up of {count(self.warmup, 'step')} leaves nothing of the run's {self.total}")
 
     def build(self, optimizer: torch.optim.Optimizer) -> Scheduler:
         """timm's scheduler, which `step_update(step)` moves to any step, from 0 up; it has no other state."""
@@ -144,4 +144,5 @@ class Schedule:
             "poly": (PolyLRScheduler, dict(power=self.power)),
             "tanh": (TanhLRScheduler, dict(ub=TANH_END)),
         }[self.kind]
-        return kind(optimizer, self.total, lr_min=self.min_lr, **shape, **warmup)
+        # Of one step: the first of two is the same, and timm does not warn of a schedule without effect.
+        return kind(optimizer, max(self.total, 2), lr_min=self.min_lr, **shape, **warmup)

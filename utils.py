@@ -102,6 +102,12 @@ def print_line(text: str):
     print(printable(text).encode(encoding, "backslashreplace").decode(encoding))
 
 
+def count(number: int, noun: str) -> str:
+    """A number of things for a message: "1 epoch", "2 epochs", "3 batches"; adds what a regular plural ends in."""
+    plural = "" if number == 1 else "es" if noun.endswith(("ss", "tch")) else "s"
+    return f"{number} {noun}{plural}"
+
+
 def some(items: Sequence[str], most: int = 5) -> str:
     """The first of several items, and how many more there are, for a message."""
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")

@@ -1,10 +1,10 @@
 """Draw the training curves of several runs from their log.txt.
 
-    python scripts/plot_logs.py outputs/biformer_tiny outputs/debiformer_tiny --output curves.png
+    python scripts/plot_logs.py outputs/biformer_tiny/* outputs/debiformer_tiny/* --output curves.png
 
-Each folder is the `--output_dir` of a run. The model labels its curve, with the folder's name where runs share one. The
-left panel shows the training loss of each epoch, the right one the top-1 accuracy on the validation images, which runs
-with `--disable_eval` do not have.
+Each folder is that of a run, its `--output_dir` or outputs/MODEL/DATE-TIME. The model labels its curve, with the
+folder's name where runs share one. The left panel shows the training loss of each epoch, the right one the top-1
+accuracy on the validation images, which runs with `--disable_eval` do not have.
 """
 import argparse
 import json
@@ -55,7 +55,7 @@ def labels(folders: list[Path]) -> list[str]:
 
 
 def draw(folders: list[Path]):
-    """A matplotlib Figure of the logged values against the number of epochs, one panel for each of `PANELS`.
+    """A matplotlib Figure of the logged values of each epoch, from 0 as in the log, one panel for each of `PANELS`.
 
     Raises:
         ValueError: A log is missing, or has neither of the values to plot.
@@ -69,12 +69,12 @@ def draw(folders: list[Path]):
         log = read_log(folder)
         for axes, (key, _) in zip(panels, PANELS, strict=True):
             held = [entry for entry in log if key in entry]
-            epochs, values = [entry["epoch"] + 1 for entry in held], [entry[key] for entry in held]
+            epochs, values = [entry["epoch"] for entry in held], [entry[key] for entry in held]
             axes.plot(epochs, values, marker="o", label=name)
     for axes, (_, label) in zip(panels, PANELS, strict=True):
-        axes.set_xlabel("epochs")
+        axes.set_xlabel("epoch")
         axes.set_ylabel(label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.4)
     panels[0].legend(frameon=False)
     return figure

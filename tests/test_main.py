@@ -123,7 +123,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(photos, tmp_path, capfd
         together.stdout,
     )
     code, out, _ = run(capfd, *plain, "--batch_size", "8", "--output_dir", tmp_path / "one")
-    assert code == 0 and "global batch 8 = 8 images x 1 processes" in out
+    assert code == 0 and "global batch 8 = 8 images x 1 process x 1 accumulated" in out
     torch.testing.assert_close(weights(tmp_path / "two" / "last.pth"), weights(tmp_path / "one" / "last.pth"))
 
 

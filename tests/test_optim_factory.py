@@ -156,6 +156,13 @@ def test_every_schedule_ends_at_its_minimum(name):
     assert values[500] == pytest.approx(halfway, rel=1e-5) and values[999] == pytest.approx(0.01, rel=0.1)
 
 
+@pytest.mark.parametrize("kind", ["cosine", "poly", "step", "tanh"])
+def test_a_run_of_one_step_takes_it_at_the_peak(kind, caplog):
+    """And timm does not say that its schedule has no effect."""
+    lr = rates(Schedule(kind, total=1, min_lr=0.01))
+    assert lr(0) == pytest.approx(1.0, rel=2e-3) and caplog.text == ""  # tanh nearly
+
+
 def test_cosine_is_timms_to_the_bit():
     asked = dict(total=97, warmup=13, warmup_lr=1e-6, min_lr=1e-5)
     lr = rates(Schedule("cosine", **asked), peak=1e-3)

@@ -69,6 +69,14 @@ def test_errors_of_the_system_without_a_file_are_bugs():
         utils.run_script(run)
 
 
+@pytest.mark.parametrize("number,noun,text", [
+    (1, "epoch", "1 epoch"), (0, "epoch", "0 epochs"), (12, "val image", "12 val images"), (1, "process", "1 process"),
+    (2, "process", "2 processes"), (2, "batch", "2 batches"),
+])
+def test_a_number_of_things(number, noun, text):
+    assert utils.count(number, noun) == text
+
+
 def test_some_of_many():
     assert utils.some(["a", "b"]) == "a, b"
     assert utils.some(list("abcdefg"), most=5) == "a, b, c, d, e and 2 more"

@@ -4,7 +4,9 @@ What is asked for stands above what the run had, and the run above the defaults:
 the recipe in the checkpoint (or in the folder of the run), then the defaults.
 """
 import importlib
+import os
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +22,8 @@ from .options import NO_RESULT, NOT_OF_RUN, START, Settings, TaskOptions, holds_
 from .recipes import read_recipe
 from .task import Task
 
+# The package's commands.
+_INSTALLED = ("routedvit", "routedvit-hydra")
 TaskRegistry = Mapping[str, str | type[Task]]
 
 
@@ -92,23 +96,38 @@ def understand(argv: Sequence[str], tasks: TaskRegistry, description: str) -> Co
     return CommandLine(task_class, settings, note + warning)
 
 
-def resume_command(folder: Path) -> str:
-    """The command that resumes the run in `folder`, as a shell takes it; with a launcher, what it is given."""
-    words = _program(sys.orig_argv[: len(sys.orig_argv) - len(sys.argv[1:])])
+def how_to_resume(folder: Path) -> str:
+    """What resumes the run in `folder`: a few words and, on a line of its own, the command as a shell takes it; with a
+    launcher, what it is given.
+    """
+    words = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv[1:])]
     resume = ["--config", str(folder / "args.yaml"), "--output_dir", str(folder), "--auto_resume"]
     if has_peers():
-        return f"the same launcher and {shlex.join([*words[1 if words[0] == 'python' else 0 :], *resume])}"
-    return shlex.join([*words, *resume])
+        return f"resume with the same launcher and\n{shlex.join([*_program(words), *resume])}"
+    return f"resume with\n{shlex.join([*_command(words), *resume])}"
 
 
 def _program(words: Sequence[str]) -> list[str]:
-    """How this program was started, by the words of the interpreter: as the installed command, or as main.py."""
+    """What the interpreter was given, by its words: the installed package, or main.py."""
     path = Path(words[-1] if words else "")
-    if words[-2:] == ["-m", "routedvit"]:
-        return ["python", "-m", "routedvit"]
-    if path.name in ("routedvit", "routedvit-hydra"):
-        return ["routedvit"] if not has_peers() else ["python", "-m", "routedvit"]
-    return ["python", str(path.with_name("main.py")) if path.name in ("main.py", "hydra_main.py") else "main.py"]
+    if path.name in _INSTALLED:
+        return ["-m", "routedvit"]
+    return [str(path.with_name("main.py")) if path.name in ("main.py", "hydra_main.py") else "main.py"]
+
+
+def _command(words: Sequence[str]) -> list[str]:
+    """How this program was started: as the installed command, or by the interpreter; by path where the shell does not
+    find this environment's own.
+    """
+    path = Path(words[-1] if words else "")
+    if path.name in _INSTALLED and words[-2:-1] != ["-m"]:
+        command = path.with_name("routedvit")
+        return ["routedvit" if shutil.which("routedvit") == str(command) else str(command)]
+    python = shutil.which("python")
+    is_own = python is not None and all(
+        part(python) == part(sys.executable) for part in (os.path.dirname, os.path.realpath)
+    )
+    return ["python" if is_own else sys.executable, *_program(words)]
 
 
 def _run_recipe(given: Mapping[str, Any]) -> RunRecipe:

@@ -21,6 +21,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, ClassVar, NoReturn, TypeVar, get_type_hints
 
@@ -83,6 +84,14 @@ def check_field(field: dataclasses.Field, value: Any):
     wrong = check(value) if check is not None and value is not None else None
     if wrong:
         raise UsageError(f"--{field.name} {wrong}, got {value}")
+
+
+class ContradictionError(UsageError):
+    """Values contradict each other; `names` are their flags."""
+
+    def __init__(self, message: str, names: Sequence[str]):
+        super().__init__(message)
+        self.names = names
 
 
 class Group:
@@ -316,16 +325,22 @@ def parse(
     tokens, nulls = _split_nulls([_underscored(token) for token in argv], known)
     config = _config(tokens, parser, recipe)
     typed = _typed(parser, tokens) | dict.fromkeys(known[name] for name in nulls)
-    lower = {**below, **remaining(settings_class, config, typed)}
+    of_recipe = remaining(settings_class, config, typed)
+    lower, source = {**below, **of_recipe}, given_value(tokens, "config")
     args = parser.parse_all(as_tokens(lower) + tokens)
     groups = group_classes(settings_class)
     # Every single value before what values say together: the first error is about what was typed.
     for field in (field for group_class in groups.values() for field in dataclasses.fields(group_class)):
-        check_field(field, _value(args, field))
-    return settings_class(**{
-        name: group_class(**{field.name: _value(args, field) for field in dataclasses.fields(group_class)})
-        for name, group_class in groups.items()
-    })
+        with _naming(source if field.name in of_recipe else None, field.name):
+            check_field(field, _value(args, field))
+    try:
+        return settings_class(**{
+            name: group_class(**{field.name: _value(args, field) for field in dataclasses.fields(group_class)})
+            for name, group_class in groups.items()
+        })
+    except ContradictionError as error:
+        theirs = ", ".join(f"{name}: {of_recipe[name]}" for name in error.names if name in of_recipe)
+        raise UsageError(f"{error}; {source} has {theirs}" if theirs else str(error)) from error
 
 
 def given(
@@ -392,8 +407,21 @@ def _config(
                 value = shlex.split(value)
             except ValueError as error:
                 raise UsageError(f"--config {config}: {key}: {error}") from error
+        with _naming(config, name):
+            parser.parse_all(as_tokens({name: value}) if value is not None else [])
         values[name] = value
     return values
+
+
+@contextmanager
+def _naming(config: str | None, name: str) -> Iterator[None]:
+    """Have the error of a recipe's value say in which file and under which key it stands; None is the command line."""
+    try:
+        yield
+    except UsageError as error:
+        if config is None:
+            raise
+        raise UsageError(f"--config {config}: {name}: {str(error).removeprefix(f'--{name}').lstrip(': ')}") from error
 
 
 def _typed(parser: Parser, tokens: Sequence[str]) -> dict[str, Any]:

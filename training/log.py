@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from utils import UserError, replace_file
+from storage.weights import read_checkpoint
+from utils import UserError, count, replace_file
 
 from .distributed import Distributed
-from .options import WandbOptions
+from .options import NOT_OF_RUN, WandbOptions
 from .run import Clock, Run
-from .task import Task
+from .task import Data, Task
 from .trackers import Tracker, open_trackers
 
 if TYPE_CHECKING:  # it writes what a `Meter` has measured
@@ -159,12 +160,13 @@ def log_line(values: dict[str, float], epoch: int, step: int, steps: int, second
     )
 
 
-def print_plan(task: Task, run: Run, peak_lr: float, folder: Path):
+def print_plan(task: Task, run: Run, data: Data, peak_lr: float, folder: Path):
     """Print what is going to be trained.
 
     Args:
         task: The task.
         run: Its run, at the start or where it resumes.
+        data: What it trains and is evaluated on.
         peak_lr: The learning rate after the warm-up.
         folder: Where the run writes.
     """
@@ -173,12 +175,19 @@ def print_plan(task: Task, run: Run, peak_lr: float, folder: Path):
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     of_these = "" if trained == parameters else f", of which {trained:,} are trained"
     classes = f", {task.num_classes} classes" if task.num_classes else ""
-    in_all = "" if settings.schedule.max_steps is None else f", {clock.total} steps in all"
+    in_all = "" if settings.schedule.max_steps is None else f", {count(clock.total, 'step')} in all"
     lr, images = settings.optimizer.lr, run.global_batch
     print(f"{task.name}: {parameters / 1e6:.2f} M parameters{of_these}{classes}, on {task.distributed.device}")
-    print(f"{clock.epochs} epochs of {clock.epoch_length} steps of {images} images{in_all}; writes to {folder}")
+    print(_images(data, left_out=len(data.train_loader.dataset) - clock.epoch_length * images))
+    if advice := settings.advice_for(len(data.train_loader.dataset)):
+        print(advice)
+    numbered = f" (0 to {clock.epochs - 1})" if clock.epochs > 1 else ""
     print(
-        f"global batch {images} = {settings.loader.batch_size} images x {world_size} processes "
+        f"{count(clock.epochs, 'epoch')}{numbered} of {count(clock.epoch_length, 'step')} of {count(images, 'image')}"
+        f"{in_all}; writes to {folder}"
+    )
+    print(
+        f"global batch {images} = {count(settings.loader.batch_size, 'image')} x {count(world_size, 'process')} "
         f"x {settings.optimizer.update_freq} accumulated; learning rate {peak_lr:.3e} = {lr:g} x {images} / 512"
     )
     # Where the start would still weigh 5 % at the end, if the decay did not warm up.
@@ -190,15 +199,23 @@ def print_plan(task: Task, run: Run, peak_lr: float, folder: Path):
         )
 
 
+def _images(data: Data, left_out: int) -> str:
+    """How many images there are; of those of an epoch, the ones left over by its whole steps are not trained on."""
+    rest = f" (each epoch leaves out {left_out}, too few for a step)" if left_out > 0 else ""
+    val = "" if data.val_loader is None else f", {count(len(data.val_loader.dataset), 'val image')}"
+    return f"{count(len(data.train_loader.dataset), 'training image')}{rest}{val}"
+
+
 def print_end(run: Run, store: "CheckpointStore"):
     """Print what a run that has ended leaves behind in its store."""
     clock = run.clock
     if not clock.run_is_over:
-        waited = f"{run.epochs_without_better} epochs without a better {run.best_metric.name}"
+        waited = f"{count(run.epochs_without_better, 'epoch')} without a better {run.best_metric.name}"
         print(f"ended early, after epoch {clock.epoch}: {waited}")
     print(f"log: {store.folder / 'log.txt'}\ncheckpoint: {store.last}")
     if run.best is not None:
-        print(f"best: {run.best_metric.name} {run.best:.3f} after epoch {run.best_epoch}, {store.best}")
+        among = f" of 0 to {clock.epochs - 1}" if clock.epochs > 1 else ""
+        print(f"best: {run.best_metric.name} {run.best:.3f} after epoch {run.best_epoch}{among}, {store.best}")
     print(f"time: {timedelta(seconds=round(run.total_seconds))}")
 
 
@@ -285,6 +302,37 @@ class RunLog:
         if kind is not None:  # a picture could fail too, and would be of a step in the past
             self.undrawn = None
         self.close()
+
+
+def is_complete(
+    clock: Clock, source: Path | None, folder: Path, recipe: dict[str, Any], distributed: Distributed
+) -> bool:
+    """Whether every epoch of a run that resumes is trained, evaluated and logged; the same on all processes.
+
+    A run saves its last epoch before it evaluates it: its log tells whether that was done.
+
+    Args:
+        clock: Where the run is.
+        source: The checkpoint that it resumes from.
+        folder: Its output folder.
+        recipe: What it was asked for now; of another evaluation, the log says nothing.
+        distributed: This process.
+    """
+    if clock.run_is_over or source is None or not (clock.is_last_epoch and clock.epoch_is_over):
+        return clock.run_is_over
+    return bool(distributed.max(int(distributed.is_main and _is_logged(clock, source, folder, recipe))))
+
+
+def _is_logged(clock: Clock, source: Path, folder: Path, recipe: dict[str, Any]) -> bool:
+    file = folder / "log.txt"
+    lines = file.read_text().splitlines() if file.exists() else []
+    try:
+        last = json.loads(lines[-1]) if lines else {}
+    except json.JSONDecodeError:  # the run was ended in the middle of the line
+        return False
+    then = read_checkpoint(str(source), mmap=True)["args"]
+    differ = {name for name in then.keys() | recipe.keys() if then.get(name) != recipe.get(name)}
+    return (last.get("epoch"), last.get("step")) == (clock.epoch, clock.global_step) and not differ - NOT_OF_RUN
 
 
 def open_log(folder: Path | None, clock: Clock, wandb: WandbOptions, recipe: dict[str, Any]) -> RunLog:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from utils import UsageError, replace_file
 
 from .flags import (
+    ContradictionError,
     Group,
     at_least,
     flag,
@@ -153,7 +154,10 @@ class ScheduleOptions(Group):
         length, unit = (self.epochs, "epochs") if self.max_steps is None else (self.max_steps, "max_steps")
         warmup, of = (self.warmup_epochs, "epochs") if self.warmup_steps is None else (self.warmup_steps, "steps")
         if warmup is not None and of == unit.removeprefix("max_") and warmup >= length:
-            raise UsageError(f"--warmup_{of} {warmup} must be less than --{unit} {length}")
+            raise ContradictionError(
+                f"--warmup_{of} {warmup} must be less than --{unit} {length}; --warmup_{of} 0 trains without a warm-up",
+                [f"warmup_{of}", unit],
+            )
 
 
 @dataclass(frozen=True)
@@ -289,6 +293,10 @@ class Settings:
     def name(self) -> str:
         """What the run is called: its model's name."""
         raise NotImplementedError
+
+    def advice_for(self, images: int) -> str | None:
+        """What to say about settings that do not suit so many training images; for a task to extend."""
+        return None
 
     def best_metric(self, metrics: Sequence[str]) -> str:
         """The name of the metric that decides which weights are the best, among a task's metrics; `ema_METRIC` too.

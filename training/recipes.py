@@ -22,6 +22,10 @@ class _Quoted(str):
     """A text that stands in quotes in YAML: it is no other literal."""
 
 
+class _GivenTwiceError(yaml.composer.ComposerError):
+    """A mapping has a key twice, which YAML allows."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML in which every scalar is a text but null, and no key is given twice."""
 
@@ -36,7 +40,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             name = str(key.value).replace("-", "_")
             if name in seen:
-                raise yaml.composer.ComposerError(None, None, f"{key.value} is given twice", key.start_mark)
+                raise _GivenTwiceError(None, None, f"{key.value} is given twice", key.start_mark)
             seen.add(name)
         return node
 
@@ -83,6 +87,8 @@ def read_recipe(source: str) -> dict[str, Any]:
             recipe = {key: _literals(value) if isinstance(value, dict) else value for key, value in recipe.items()}
     except OSError as error:
         raise UsageError(f"--config {source}: {error.strerror}") from error
+    except _GivenTwiceError as error:
+        raise UsageError(f"--config {source}: {error.problem}, in line {error.problem_mark.line + 1}") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"--config {source}: not YAML ({one_line(error)})") from error
     finally:

@@ -19,7 +19,7 @@ from storage.weights import (
     read_checkpoint,
     unwrap,
 )
-from utils import UserError, as_user_error
+from utils import UserError, as_user_error, count
 
 from .data.folders import HeldOut
 
@@ -97,6 +97,13 @@ class Clock:
     def run_is_over(self) -> bool:
         """Whether every epoch is trained and evaluated."""
         return self.epoch >= self.epochs
+
+    @property
+    def position(self) -> str:
+        """Where it is, for a message."""
+        is_trained = self.is_last_epoch and self.epoch_is_over
+        rest = "; training is complete, its last epoch is evaluated and logged again" if is_trained else ""
+        return f"epoch {self.epoch}, step {self.step} of {self.epoch_steps}{rest}"
 
     def advance(self):
         """Count an optimizer step."""
@@ -287,11 +294,12 @@ class Run:
         steps = self.clock.epoch_length
         if (checkpoint["steps"], checkpoint["global_batch"]) != (steps, self.global_batch):
             raise BatchMismatchError(
-                f"{path} was written in the middle of an epoch of {checkpoint['steps']} steps of "
-                f"{checkpoint['global_batch']} images, which is now one of {steps} steps of {self.global_batch} images"
+                f"{path} was written in the middle of an epoch of {count(checkpoint['steps'], 'step')} of "
+                f"{count(checkpoint['global_batch'], 'image')}, which is now one of {count(steps, 'step')} of "
+                f"{count(self.global_batch, 'image')}"
             )
         if checkpoint["ranges"] != self.ranges:
             raise ShardMismatchError(
-                f"{path} was written in the middle of an epoch of shards shared among {checkpoint['ranges']} "
-                f"process(es), which are now {self.ranges}"
+                f"{path} was written in the middle of an epoch of shards shared among "
+                f"{count(checkpoint['ranges'], 'process')}, which are now {self.ranges}"
             )

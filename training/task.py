@@ -31,7 +31,7 @@ from storage.weights import (
     read_checkpoint,
     unwrap,
 )
-from utils import UsageError, UserError, as_user_error
+from utils import UsageError, UserError, as_user_error, count
 
 from .buffers import unchanged_buffers
 from .data.folders import HeldOut
@@ -203,7 +203,7 @@ class Task(ABC):
 
     def measured_on(self, results: dict[str, float], what: str) -> str:
         """The ending of a line of results: whose they are, on how many images of which split."""
-        return f"of the {what} on {results['images']} {self.settings.evaluation.split} images"
+        return f"of the {what} on {count(results['images'], f'{self.settings.evaluation.split} image')}"
 
     def problem_of(self, results: dict[str, float], what: str) -> str | None:
         """Why an evaluation's results are none, in one line; None where they are sound. `what` as `report` takes it."""

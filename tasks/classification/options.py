@@ -9,13 +9,15 @@ from typing import Any, ClassVar
 
 from training.flags import Group, flag, fraction, key_value, not_negative, path, positive
 from training.options import Settings
-from utils import UsageError
+from utils import UsageError, count
 
 # Names that models were published under, where timm's style differs.
 PUBLISHED_NAMES = {"BViT-5": "bvit_5m", "BViT-22": "bvit_22m"}
 
 IMAGE_FOLDERS = ("image_folder", "IMNET")
 DATA_SETS = ("IMNET", "image_folder", "CIFAR10", "CIFAR100", "digits")
+# Training images below which the augmentation of ImageNet, and a third of them in an epoch, are worth a warning.
+_FEW = 10_000
 # Pixels of a token along each side of the last map, in every model that has a token head.
 TOKEN_STRIDE = 32
 
@@ -202,6 +204,13 @@ class ClassificationSettings(Settings):
     @property
     def name(self) -> str:
         return self.model.model
+
+    def advice_for(self, images: int) -> str | None:
+        is_default = self.augmentation == AugmentationOptions() and self.data.data_set in IMAGE_FOLDERS
+        if not is_default or images >= _FEW:
+            return None
+        return (f"warning: these are the defaults of ImageNet, for {count(images, 'image')}; see "
+                "configs/train/finetune_small.yaml and scratch_small.yaml")
 
     @classmethod
     def check_words(cls, given: Mapping[str, Any]):

@@ -20,8 +20,15 @@ def test_curves_are_those_of_the_logs(tmp_path):
     other = write(tmp_path / "other", [(0, 2.2, 10)])
     loss, accuracy = plot_logs.draw([one, other]).axes
     assert [line.get_label() for line in loss.lines] == ["one", "other"]
-    assert loss.lines[0].get_xydata().tolist() == [[1, 2.0], [2, 1.7], [3, 1.5]]
+    assert loss.lines[0].get_xydata().tolist() == [[0, 2.0], [1, 1.7], [2, 1.5]]
     assert accuracy.lines[0].get_ydata().tolist() == [20, 31, 40]
+
+
+def test_a_run_of_one_epoch_has_its_epoch_for_a_tick(tmp_path):
+    """And none between epochs, which there are not."""
+    loss, _ = plot_logs.draw([write(tmp_path / "run", [(0, 2.0, 20)])]).axes
+    low, high = loss.get_xlim()
+    assert [tick for tick in loss.get_xticks() if low <= tick <= high] == [0]
 
 
 def test_curves_are_labelled_by_the_model(tmp_path):
@@ -59,8 +66,8 @@ def test_a_run_without_evaluation_has_its_loss_drawn(tmp_path):
     never, later = ([(0, 2.0, None), (1, 1.7, accuracy)] for accuracy in (None, 31))
     runs = [write(tmp_path / "never", never), write(tmp_path / "later", later)]
     loss, accuracy = plot_logs.draw(runs).axes
-    assert [line.get_xydata().tolist() for line in loss.lines] == [[[1, 2.0], [2, 1.7]]] * 2
-    assert [line.get_xydata().tolist() for line in accuracy.lines] == [[], [[2, 31]]]
+    assert [line.get_xydata().tolist() for line in loss.lines] == [[[0, 2.0], [1, 1.7]]] * 2
+    assert [line.get_xydata().tolist() for line in accuracy.lines] == [[], [[1, 31]]]
     plot_logs.main([str(tmp_path / "never"), "--output", str(tmp_path / "curves.png")])
     assert (tmp_path / "curves.png").exists()
 

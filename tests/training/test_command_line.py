@@ -123,7 +123,8 @@ def test_what_was_taken_is_named_where_it_is_at_fault(trained, tmp_path):
     checkpoint = torch.load(trained / "last.pth", weights_only=True)
     checkpoint["args"].update(warmup_epochs=3, epochs=9)
     torch.save(checkpoint, tmp_path / "long.pth")
-    with pytest.raises(ValueError, match=r"--warmup_epochs 3 must be less than --epochs 2; from .*: .*warmup_epochs=3"):
+    message = r"--warmup_epochs 3 must be less than --epochs 2; .*; from .*: .*warmup_epochs=3"
+    with pytest.raises(ValueError, match=message):
         settings_of("--resume", tmp_path / "long.pth", "--epochs", "2")
     settings = settings_of("--resume", tmp_path / "long.pth", "--epochs", "2", "--warmup_epochs", "1")
     assert (settings.schedule.epochs, settings.schedule.warmup_epochs) == (2, 1)

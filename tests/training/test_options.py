@@ -63,7 +63,8 @@ def test_no_flag_is_in_two_groups():
     (["--dist_timeout", "0"], "--dist_timeout must be above 0"),
     (["--amp", "fp8"], "--amp: invalid choice: 'fp8'"),
     # the schedule
-    (["--epochs", "3", "--warmup_epochs", "5"], "--warmup_epochs 5 must be less than --epochs 3"),
+    (["--epochs", "3", "--warmup_epochs", "5"],
+     "--warmup_epochs 5 must be less than --epochs 3; --warmup_epochs 0 trains without a warm-up"),
     (["--min_lr", "101%"], "--min_lr must be 0% to 100%, got 101%"),
     (["--min_lr", "nan%"], "--min_lr must be 0% to 100%, got nan%"),
     (["--warmup_lr=-1%"], "--warmup_lr must be 0% to 100%, got -1%"),
@@ -157,3 +158,12 @@ def test_what_runs_can_be_run_again(tmp_path):
     options.save(flags.as_recipe(settings), tmp_path / "args.yaml")
     assert yaml.safe_load((tmp_path / "args.yaml").read_text())["batch_size"] == 128
     assert parse("--config", str(tmp_path / "args.yaml")) == settings
+
+
+def test_what_contradicts_a_recipe_names_it(tmp_path):
+    recipe = tmp_path / "long.yaml"
+    recipe.write_text("epochs: 9\nwarmup-epochs: 5\n")
+    with pytest.raises(UsageError) as error:
+        parse("--config", str(recipe), "--epochs", "2")
+    assert str(error.value) == ("--warmup_epochs 5 must be less than --epochs 2; --warmup_epochs 0 trains without a "
+                                f"warm-up; {recipe} has warmup_epochs: 5")

@@ -1,6 +1,7 @@
 """A run that is stopped at any step and resumed ends as one that never stopped, bit for bit."""
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -20,7 +21,7 @@ from scripts import make_shards
 from tasks.classification.metrics import Accuracy
 from tasks.classification.token_labels import label_map_path
 from training.checkpoints import Checkpointer, CheckpointStore
-from training.command_line import resume_command
+from training.command_line import how_to_resume
 from training.run import BestMetric, Clock, Run
 from training.signals import EXIT_RESUME
 
@@ -85,13 +86,14 @@ def test_stopped_at_every_step(photos, whole, tmp_path, monkeypatch, capfd):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 def test_stopped_in_the_middle_of_an_epoch(photos, whole, tmp_path, monkeypatch, number, capfd):
+    on_path(monkeypatch, sys.executable)
     with monkeypatch.context() as patch:
         taken = signal_after(patch, 2, number)
         assert train(photos, tmp_path) == EXIT_RESUME
     assert len(taken) == 2
     left = tmp_path / "checkpoint-00000002.pth"
     assert capfd.readouterr().err == (
-        f"{number.name}: stopped in epoch 0 after step 2 of 3, saved as {left}; resume with python main.py "
+        f"{number.name}: stopped in epoch 0 after step 2 of 3, saved as {left}; resume with\npython main.py "
         f"--config {tmp_path}/args.yaml --output_dir {tmp_path} --auto_resume\n"
     )
     assert train(photos, tmp_path, "--auto_resume") == 0
@@ -103,33 +105,64 @@ def test_stopped_in_the_middle_of_an_epoch(photos, whole, tmp_path, monkeypatch,
 def test_the_command_that_the_stop_message_names(photos, whole, tmp_path, monkeypatch, capfd):
     """Also where the run named its folder itself, of any name."""
     monkeypatch.chdir(tmp_path)
+    on_path(monkeypatch, sys.executable)
     with monkeypatch.context() as patch:
         signal_after(patch, 2)
         assert program.main([*COMMAND, "--data_path", str(photos)]) == EXIT_RESUME
-    command = capfd.readouterr().err.strip().rpartition("; resume with ")[2]
+    command = capfd.readouterr().err.splitlines()[-1]
     python, script, *words = shlex.split(command)
     assert (python, script) == ("python", "main.py") and program.main(words) == 0
     (folder,) = (tmp_path / "outputs" / "biformer_nano").iterdir()
     assert differences(folder, whole) == []
 
 
+def start(monkeypatch, words, processes):
+    """Have this be a program that was started by these words and some flags."""
+    arguments = ["--model", "x", "--lr", "1"]
+    monkeypatch.setattr("sys.orig_argv", [*words, *arguments])
+    monkeypatch.setattr("sys.argv", [words[-1], *arguments])
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+
+
+def on_path(monkeypatch, python):
+    """Have the shell find this interpreter, and beside it the installed commands."""
+    places = {} if python is None else {"python": python, "routedvit": str(Path(python).with_name("routedvit"))}
+    monkeypatch.setattr("shutil.which", lambda name, *_, **__: places.get(name))
+
+
 @pytest.mark.parametrize("started,processes,expected", [
-    (["python", "main.py"], 1, "python main.py --config"),
-    (["/usr/bin/python3", "-u", "../code/main.py"], 1, "python ../code/main.py --config"),
-    (["python", "hydra_main.py"], 1, "python main.py --config"),
-    (["/v/bin/python", "/v/bin/routedvit"], 1, "routedvit --config"),
-    (["/v/bin/python", "/v/bin/routedvit-hydra"], 1, "routedvit --config"),
-    (["python", "-m", "routedvit"], 1, "python -m routedvit --config"),
-    (["python", "-u", "main.py"], 2, "the same launcher and main.py --config"),
-    (["python", "-u", "-m", "routedvit"], 2, "the same launcher and -m routedvit --config"),
-    (["python", "-m", "submitit.core._submit"], 1, "python main.py --config"),
+    (["python", "main.py"], 1, "resume with\npython main.py --config"),
+    (["/usr/bin/python3", "-u", "../code/main.py"], 1, "resume with\npython ../code/main.py --config"),
+    (["python", "hydra_main.py"], 1, "resume with\npython main.py --config"),
+    ([sys.executable, str(Path(sys.executable).with_name("routedvit"))], 1, "resume with\nroutedvit --config"),
+    ([sys.executable, str(Path(sys.executable).with_name("routedvit-hydra"))], 1, "resume with\nroutedvit --config"),
+    (["python", "-m", "routedvit"], 1, "resume with\npython -m routedvit --config"),
+    (["python", "-u", "main.py"], 2, "resume with the same launcher and\nmain.py --config"),
+    (["python", "-u", "-m", "routedvit"], 2, "resume with the same launcher and\n-m routedvit --config"),
+    (["python", "-m", "submitit.core._submit"], 1, "resume with\npython main.py --config"),
 ])
 def test_the_command_that_resumes_is_named_as_the_run_was_started(monkeypatch, started, processes, expected):
-    arguments = ["--model", "x", "--lr", "1"]
-    monkeypatch.setattr("sys.orig_argv", [*started, *arguments])
-    monkeypatch.setattr("sys.argv", [started[-1], *arguments])
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
-    assert resume_command(Path("a run")) == f"{expected} 'a run/args.yaml' --output_dir 'a run' --auto_resume"
+    on_path(monkeypatch, sys.executable)
+    start(monkeypatch, started, processes)
+    assert how_to_resume(Path("a run")) == f"{expected} 'a run/args.yaml' --output_dir 'a run' --auto_resume"
+
+
+@pytest.mark.parametrize("started,processes,expected", [
+    (["/v/bin/python", "main.py"], 1, "resume with\n/v/bin/python main.py --config"),
+    (["/v/bin/python", "-m", "routedvit"], 1, "resume with\n/v/bin/python -m routedvit --config"),
+    (["/v/bin/python", "/v/bin/routedvit"], 1, "resume with\n/v/bin/routedvit --config"),
+    (["/v/bin/python", "/v/bin/routedvit-hydra"], 1, "resume with\n/v/bin/routedvit --config"),
+    (["/v/bin/python", "-u", "main.py"], 2, "resume with the same launcher and\nmain.py --config"),
+])
+@pytest.mark.parametrize("found", [None, "/usr/bin/python"])
+def test_the_command_that_resumes_runs_where_the_environment_is_not_activated(
+    monkeypatch, started, processes, expected, found
+):
+    monkeypatch.setattr("sys.executable", "/v/bin/python")
+    on_path(monkeypatch, found)
+    start(monkeypatch, started, processes)
+    said = how_to_resume(Path("run"))
+    assert said == f"{expected} run/args.yaml --output_dir run --auto_resume"
 
 
 @pytest.mark.slow
@@ -143,7 +176,7 @@ def test_the_command_that_resumes_a_program(photos, whole, tmp_path):
         running.send_signal(signal.SIGTERM)
         _, err = running.communicate()
     assert running.returncode == EXIT_RESUME
-    resume = err.strip().rpartition("; resume with ")[2]
+    resume = err.splitlines()[-1]
     path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path}
     done = subprocess.run(f"{resume} --epochs 2", shell=True, cwd=ROOT, env=environment, capture_output=True)
@@ -229,16 +262,16 @@ def test_a_resumed_run_has_the_best_of_before(photos, tmp_path, monkeypatch, cap
     keep = ["--keep_checkpoints", "9", "--epochs", "3"]
     assert train(photos, tmp_path / "whole", *keep) == 0
     out = capfd.readouterr().out
-    assert f"best: acc1 30.000 after epoch 0, {tmp_path / 'whole' / 'best.pth'}\ntime: 0:0" in out
+    assert f"best: acc1 30.000 after epoch 0 of 0 to 2, {tmp_path / 'whole' / 'best.pth'}\ntime: 0:0" in out
     second = tmp_path / "whole" / "checkpoint-00000006.pth"
     assert train(photos, tmp_path / "new", *keep, "--resume", second) == 0
-    assert f"best: acc1 30.000 after epoch 0, {tmp_path / 'new' / 'best.pth'}\n" in capfd.readouterr().out
+    assert f"best: acc1 30.000 after epoch 0 of 0 to 2, {tmp_path / 'new' / 'best.pth'}\n" in capfd.readouterr().out
     assert [line for line in differences(tmp_path / "new", tmp_path / "whole") if not line.startswith("log.txt")] == []
     (tmp_path / "whole" / "best.pth").unlink()
     assert train(photos, tmp_path / "reset", *keep, "--resume", second) == 0
     out = capfd.readouterr().out
     assert f"the best.pth of acc1 30.000 is not beside {second}: the best is reset\n" in out
-    assert "best: acc1 20.000 after epoch 1, " in out and (tmp_path / "reset" / "best.pth").exists()
+    assert "best: acc1 20.000 after epoch 1 of 0 to 2, " in out and (tmp_path / "reset" / "best.pth").exists()
 
 
 @pytest.mark.slow
@@ -390,7 +423,7 @@ def test_shards_are_shared_among_as_many_as_before(photos, half, monkeypatch, ca
     monkeypatch.setattr("training.data.loader.EpochLoader.ranges", 2)
     assert train(photos, half, "--auto_resume") == 1
     assert capfd.readouterr().err.endswith(
-        "shards shared among 1 process(es), which are now 2; keep the number of processes, or resume from the end of "
+        "shards shared among 1 process, which are now 2; keep the number of processes, or resume from the end of "
         "an epoch\n"
     )
 
@@ -410,7 +443,7 @@ def test_the_same_images_in_other_batches(photos, half, capfd):
     assert train(photos, half, "--auto_resume", "--batch_size", "6") == 1
     error = capfd.readouterr().err
     assert error.endswith(
-        "in the middle of an epoch of 3 steps of 4 images, which is now one of 1 steps of 12 images; "
+        "in the middle of an epoch of 3 steps of 4 images, which is now one of 1 step of 12 images; "
         "keep --batch_size x processes x --update_freq, or resume from the end of an epoch\n"
     )
     assert train(photos, half, "--auto_resume", "--batch_size", "4", "--update_freq", "1") == 0
@@ -467,6 +500,29 @@ def test_the_best_is_recorded_once():
     """Of equals the first; what is not the best changes nothing."""
     run = Run(None, None, None, None, Clock(1, 1), global_batch=1, best_metric=BestMetric("acc1"))
     assert results_of(run, "acc1", 0.0, 1.0, 1.0, 0.5) == [True, True, False, False] and run.best == 1.0
+
+
+def test_a_complete_run_is_not_evaluated_again(photos, whole, tmp_path, capfd):
+    """But what its last evaluation did not come to is done, and said: here, the process ended before the log line."""
+    shutil.copytree(whole, tmp_path / "run", symlinks=True)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("[!.]*")}
+    assert train(photos, tmp_path / "run", "--auto_resume", "--log_every", "2") == 0
+    out = capfd.readouterr().out
+    assert f"training is already complete: nothing is left to do after {tmp_path / 'run'}" in out
+    assert "resuming" not in out and "of the network" not in out
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("[!.]*")} == before
+    log = tmp_path / "run" / "log.txt"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
+    assert train(photos, tmp_path / "run", "--auto_resume") == 0
+    out = capfd.readouterr().out
+    assert "epoch 1, step 3 of 3; training is complete, its last epoch is evaluated and logged again\n" in out
+    assert out.count("of the network on") == 1 and differences(tmp_path / "run", whole) == []
+
+
+def test_a_complete_run_is_evaluated_as_it_was_not_before(photos, whole, tmp_path, capfd):
+    shutil.copytree(whole, tmp_path / "run", symlinks=True)
+    assert train(photos, tmp_path / "run", "--auto_resume", "--best_metric", "loss") == 0
+    assert "best: loss " in capfd.readouterr().out
 
 
 def test_fewer_epochs_than_were_trained(photos, whole, tmp_path, capfd):
@@ -578,7 +634,7 @@ def test_the_steps_of_whole_epochs_are_those_epochs(photos, whole, tmp_path):
 def test_the_last_epoch_is_cut_short(photos, tmp_path, capfd):
     assert train(photos, tmp_path, "--max_steps", "4") == 0
     out = capfd.readouterr().out
-    assert "2 epochs of 3 steps of 4 images, 4 steps in all; writes to" in out
+    assert "2 epochs (0 to 1) of 3 steps of 4 images, 4 steps in all; writes to" in out
     assert "epoch 1 [1/1]" in out and out.count("of the network on") == 2
     assert [(record["epoch"], record["step"]) for record in records(tmp_path)] == [(0, 3), (1, 4)]
     assert CheckpointStore(tmp_path).steps() == [3, 4]
@@ -586,8 +642,15 @@ def test_the_last_epoch_is_cut_short(photos, tmp_path, capfd):
     assert CheckpointStore(tmp_path).steps() == [3, 4] and len(records(tmp_path)) == 2
 
 
-def test_less_than_an_epoch(photos, tmp_path):
+def test_less_than_an_epoch(photos, tmp_path, capfd):
+    """What is said before it: of 13 images, 12 fill the steps of an epoch; and one of anything is one."""
     assert train(photos, tmp_path, "--max_steps", "2", "--warmup_steps", "1") == 0
+    out = capfd.readouterr().out
+    assert "warning: these are the defaults of ImageNet, for 13 images; see " in out
+    assert "\n13 training images (each epoch leaves out 1, too few for a step), 7 val images\n" in out
+    assert "\n1 epoch of 3 steps of 4 images, 2 steps in all; writes to " in out
+    assert "\nglobal batch 4 = 2 images x 1 process x 2 accumulated; " in out
+    assert re.search(r"\nbest: acc1 [\d.]+ after epoch 0, ", out)
     assert [record["step"] for record in records(tmp_path)] == [2] and CheckpointStore(tmp_path).steps() == [2]
 
 

@@ -117,6 +117,19 @@ def test_recipes_for_a_folder_of_photographs(name, epochs, peak):
     schedule = settings.schedule
     assert (schedule.epochs, schedule.min_lr, schedule.warmup_lr) == (epochs, "1%", "0.1%")
     assert settings.ema == options.EmaOptions()
+    assert schedule.total_warmup(10) == {30: 30, 100: 50}[epochs]
+    shorter = parse("--config", str(RECIPES / f"{name}.yaml"), "--epochs", "2").schedule
+    assert shorter.total_warmup(10) == 2
+
+
+def test_few_photographs_with_the_defaults_of_imagenet_are_told_of_the_recipes_for_them():
+    few = "warning: these are the defaults of ImageNet, for 9999 images; see configs/train/finetune_small.yaml and " \
+          "scratch_small.yaml"
+    assert parse().advice_for(9999) == few
+    assert parse().advice_for(10_000) is None
+    assert parse("--repeated_aug", "false").advice_for(9999) is None and parse("--mixup", "0").advice_for(9999) is None
+    assert parse("--config", str(RECIPES / "finetune_small.yaml")).advice_for(9999) is None
+    assert parse("--data_set", "digits").advice_for(9999) is None
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
