@@ -38,7 +38,7 @@ from training import flags
 from training.distributed import Distributed, init_distributed
 from training.options import LoaderOptions
 from training.precision import Precision
-from utils import UserError, replace_file, run_script, user_path
+from utils import UserError, count, replace_file, run_script, user_path
 
 
 def dense_logits(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -156,7 +156,7 @@ def make(args: argparse.Namespace):
                 save(path, label_map)
                 made += 1
     if dataset.bad_images:
-        print(f"skipped {dataset.bad_images} images that could not be read")
+        print(f"skipped {count(dataset.bad_images, 'image')} that could not be read")
     share = 100 * agree / max(made, 1)
     print(f"made {made} maps of {tuple(maps.shape[1:])}; {share:.1f}% of them are of their folder's class")
 

@@ -464,7 +464,7 @@ def test_an_image_that_cannot_be_read(photos, tmp_path, capfd, workers):
             "--output_dir", tmp_path / "out")
     assert (tmp_path / "out" / "last.pth").exists()  # the epoch before the evaluation is not lost
     code, out, _ = run(capfd, *SMALL, *common, "--skip_bad_images", "--output_dir", tmp_path / "skipping")
-    assert code == 0 and "skipped 1 images" in out and "on 6 val images" in out
+    assert code == 0 and "skipped 1 image that" in out and "on 6 val images" in out
 
 
 def test_bad_checkpoints(photos, trained, tmp_path, capfd):

@@ -214,7 +214,7 @@ def test_an_image_that_cannot_be_read(photos, weights, tmp_path, capfd):
     assert make(tmp_path, tmp_path / "maps", weights) == 1
     assert "not an image; remove it, or pass --skip_bad_images" in capfd.readouterr().err
     assert make(tmp_path, tmp_path / "maps", weights, "--skip_bad_images") == 0
-    assert "skipped 1 images" in (out := capfd.readouterr().out) and "made 2 maps" in out
+    assert "skipped 1 image that" in (out := capfd.readouterr().out) and "made 2 maps" in out
     assert len(list((tmp_path / "maps").rglob("*.pt"))) == 2
 
 
@@ -291,7 +291,7 @@ def test_bad_images_are_skipped_and_missing_maps_are_not(photos, maps, tmp_path,
     training = [*SMALL, *SHORT, "--model", "biformer_nano", "--data_path", tmp_path, "--epochs", "1", "--disable_eval"]
     training += ["--repeated_aug", "false", "--skip_bad_images", "--token_label"]
     assert run(*training, maps, "--output_dir", tmp_path / "run") == 0
-    assert "skipped 1 images that could not be read" in capfd.readouterr().out
+    assert "skipped 1 image that could not be read" in capfd.readouterr().out
 
     some = tmp_path / "maps"
     for path in maps.rglob("*.pt"):

@@ -19,7 +19,7 @@ import torch
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate, get_worker_info
 
-from utils import UserError, derive_seed, seed_generators
+from utils import UserError, count, derive_seed, seed_generators
 
 from ..distributed import Distributed
 from ..options import LoaderOptions
@@ -257,7 +257,7 @@ def build_loader(
     if train and len(dataset) < size * world_size:
         raise UserError(
             f"the training set has {len(dataset)} images, fewer than one batch of {size * world_size} "
-            f"({size} on each of {world_size} process(es)); use a smaller batch size"
+            f"({size} on each of {count(world_size, 'process')}); use a smaller batch size"
         )
     sampler = range(distributed.rank, len(dataset), world_size)
     if train:
@@ -294,6 +294,6 @@ def report_skipped(dataset: Dataset, shared: Distributed, is_main: bool) -> Iter
     """
     before = bad_images(dataset)
     yield
-    count = int(shared.sum(torch.tensor(bad_images(dataset) - before, device=shared.device)))
-    if is_main and count:
-        print(f"skipped {count} images that could not be read")
+    skipped = int(shared.sum(torch.tensor(bad_images(dataset) - before, device=shared.device)))
+    if is_main and skipped:
+        print(f"skipped {count(skipped, 'image')} that could not be read")
