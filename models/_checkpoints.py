@@ -4,7 +4,7 @@ import re
 import torch
 from torch import nn
 
-from ._pretrained import unwrap
+from ._pretrained import stored
 
 
 def rename_published(state_dict: dict[str, torch.Tensor], renames: list[tuple[str, str]]) -> dict[str, torch.Tensor]:
@@ -64,7 +64,7 @@ def rename_biformer(
         model: The network to load; 1 x 1 convolutions of the checkpoint that are linear layers in it are reshaped.
         renames: (pattern, replacement) of the family's own names, tried in this order after the common ones.
     """
-    state_dict = fit_token_head(unwrap(state_dict), model)
+    state_dict = fit_token_head(stored.unwrap(state_dict), model)
     if "stem.conv1.weight" in state_dict:
         return state_dict
     out = rename_published(state_dict, [*_COMMON_RENAMES, *_downsample_renames(state_dict), *renames])

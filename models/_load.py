@@ -12,16 +12,7 @@ from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_data_config
 from torch import nn
 
-from ._pretrained import (
-    MismatchError,
-    WeightsError,
-    check_finite,
-    default_weights,
-    load_weights,
-    read_checkpoint,
-    unwrap,
-    without_model_prefix,
-)
+from ._pretrained import stored
 from ._recipe import NetworkRecipe, count_classes
 
 Transform = Callable[[Image.Image], torch.Tensor]
@@ -72,7 +63,8 @@ def create_trained(
     Raises:
         WeightsError: One line: the model refuses the recipe's arguments, or the weights do not fit or are not finite.
     """
-    found = without_model_prefix(unwrap(checkpoint, weights or default_weights(checkpoint, source)[0]))
+    key = weights or stored.default_weights(checkpoint, source)[0]
+    found = stored.without_model_prefix(stored.unwrap(checkpoint, key))
     if recipe.num_classes is None:
         recipe = replace(recipe, num_classes=count_classes(found, timm.get_pretrained_cfg(recipe.model)))
     kwargs = recipe.build_kwargs
@@ -81,12 +73,12 @@ def create_trained(
     except Exception as error:  # on arguments that it does not take, a model raises nearly anything
         asked = ", ".join(f"{name}={value!r}" for name, value in kwargs.items())
         reason = " ".join(str(error).split()) or repr(error)
-        raise WeightsError(f"{source}: {recipe.model} cannot be built with {asked}: {reason}") from error
+        raise stored.WeightsError(f"{source}: {recipe.model} cannot be built with {asked}: {reason}") from error
     try:
-        load_weights(network, found, family_filter(network))
-    except MismatchError as error:
-        raise WeightsError(f"{source}: {error}{NetworkRecipe.of(checkpoint).owner}") from error
-    check_finite(network, source)
+        stored.load_weights(network, found, family_filter(network))
+    except stored.MismatchError as error:
+        raise stored.WeightsError(f"{source}: {error}{NetworkRecipe.of(checkpoint).owner}") from error
+    stored.check_finite(network, source)
     set_config(network, recipe)
     return network.eval()
 
@@ -113,11 +105,11 @@ def load(source: str, weights: str | None = None, model: str | None = None) -> t
         WeightsError: A ValueError in one line: the checkpoint cannot be read, names no model that timm knows, does not
             fit it, has arguments that it does not take, or holds NaN or infinite weights.
     """
-    checkpoint = read_checkpoint(str(source))
+    checkpoint = stored.read_checkpoint(str(source))
     recipe = NetworkRecipe.of(checkpoint, model)
     if recipe.model is None:
-        raise WeightsError(f"{source} does not say which model it belongs to; name it: load(..., model='NAME')")
+        raise stored.WeightsError(f"{source} does not say which model it belongs to; name it: load(..., model='NAME')")
     if not timm.is_model(recipe.model):
-        raise WeightsError(f"{source} is of the model {recipe.model!r}, which timm does not know")
+        raise stored.WeightsError(f"{source} is of the model {recipe.model!r}, which timm does not know")
     network = create_trained(recipe, checkpoint, str(source), weights)
     return network, transform_of(network, recipe.exif_transpose)

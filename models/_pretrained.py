@@ -10,42 +10,11 @@ from torch import nn
 
 from ._recipe import NetworkRecipe, count_classes
 
+# The other modules of this room take it from here.
 if "." in __package__:  # installed, as routedvit.models
-    from ..storage.weights import (
-        MismatchError,
-        WeightsError,
-        check_finite,
-        default_weights,
-        load_weights,
-        read_checkpoint,
-        unwrap,
-        without_model_prefix,
-    )
+    from ..storage import weights as stored
 else:  # from the checkout
-    from storage.weights import (
-        MismatchError,
-        WeightsError,
-        check_finite,
-        default_weights,
-        load_weights,
-        read_checkpoint,
-        unwrap,
-        without_model_prefix,
-    )
-
-# The other modules of this room take from here what they need of `storage`.
-__all__ = [
-    "MismatchError",
-    "WeightsError",
-    "build_with_pretrained_weights",
-    "check_finite",
-    "default_weights",
-    "imagenet_cfg",
-    "load_weights",
-    "read_checkpoint",
-    "unwrap",
-    "without_model_prefix",
-]
+    from storage import weights as stored
 
 # Tags say what weights were trained on. timm takes a config without `url` to have none, and
 # `list_models(pretrained=True)` leaves it out; those tagged "in1k" can be downloaded by hand from `origin_url`.
@@ -131,9 +100,10 @@ def _read_weights(
         RuntimeError: It cannot be read; says what to do instead.
     """
     try:
-        checkpoint = cfg.state_dict or read_checkpoint(str(cfg.file or cfg.url), cache_dir)
-        return checkpoint, without_model_prefix(unwrap(checkpoint, default_weights(checkpoint, variant)[0]))
-    except WeightsError as error:
+        checkpoint = cfg.state_dict or stored.read_checkpoint(str(cfg.file or cfg.url), cache_dir)
+        key = stored.default_weights(checkpoint, variant)[0]
+        return checkpoint, stored.without_model_prefix(stored.unwrap(checkpoint, key))
+    except stored.WeightsError as error:
         if cfg.file or cfg.state_dict:
             raise RuntimeError(f"{cfg.file or 'state_dict'} cannot be read as weights: {error}") from error
         raise RuntimeError(

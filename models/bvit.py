@@ -25,7 +25,7 @@ from torch import nn
 
 from ._checkpoints import rename_published
 from ._layers import Mlp, check_divides, split_qkv
-from ._pretrained import build_with_pretrained_weights, imagenet_cfg, unwrap
+from ._pretrained import build_with_pretrained_weights, imagenet_cfg, stored
 
 __all__ = ["BViT"]
 
@@ -349,7 +349,7 @@ def _from_published(state_dict: dict[str, torch.Tensor], stem_stride: int) -> di
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: BViT) -> dict[str, torch.Tensor]:
     """Rename the entries of a published BViT checkpoint, and resample the positions of one for another image size."""
-    state_dict = unwrap(state_dict)
+    state_dict = stored.unwrap(state_dict)
     if "pos_embedding" in state_dict:
         state_dict = _from_published(state_dict, model.stem_stride)
     pos_embed = state_dict.get("pos_embed")

@@ -19,7 +19,7 @@ from ._checkpoints import fit_token_head, rename_published
 from ._hierarchical import HierarchicalNetwork, Stage, build_hierarchical
 from ._layers import Mlp, channels_last, check_divides, check_per_stage, split_qkv
 from ._ops import conv_channels_last
-from ._pretrained import imagenet_cfg, unwrap
+from ._pretrained import imagenet_cfg, stored
 
 __all__ = ["ViTAEv2"]
 
@@ -367,7 +367,7 @@ _RENAMES = [
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Rename the entries of a published ViTAEv2 checkpoint; entries of our own checkpoints pass unchanged."""
-    state_dict = fit_token_head(unwrap(state_dict), model)
+    state_dict = fit_token_head(stored.unwrap(state_dict), model)
     if "stages.0.downsample.norm1.weight" in state_dict:
         return state_dict
     # The indices into a table of position biases, which these models do not have, are left out.
