@@ -20,9 +20,13 @@ def quickstart(tmp_path):
         (bin_folder / name).write_text(f"#!/bin/sh\n{body}\n")
         (bin_folder / name).chmod(0o755)
     command = ["make", "quickstart", f"VENV={tmp_path / 'venv'}", f"QUICKSTART_OUTPUT={tmp_path / 'out'}"]
+    # As from a shell: `make test` hands its own flags down, and a make below another says which folder it enters.
+    inherited = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+    environment = {name: value for name, value in os.environ.items() if name not in inherited}
 
     def run(stdout):
-        return subprocess.run(command, cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, check=True), log.read_text()
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=stdout, stderr=subprocess.PIPE, check=True)
+        return done, log.read_text()
 
     return run
 
