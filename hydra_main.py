@@ -34,7 +34,7 @@ from omegaconf.errors import OmegaConfBaseException
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment, clean_env, environment_variables
 
 import main as program
-from training import flags, recipes
+from training import parsing, recipes
 from training.advice import with_advice
 from training.checkpoints import open_store
 from training.command_line import choose_task
@@ -56,7 +56,7 @@ MANY = 10**6
 
 def flag_defaults() -> dict[str, Any]:
     """Every flag of main.py, of any task, with its default, as hydra's config."""
-    parsers = [flags.Parser(choose_task(["--task", name], program.TASKS).settings_class) for name in program.TASKS]
+    parsers = [parsing.Parser(choose_task(["--task", name], program.TASKS).settings_class) for name in program.TASKS]
     defaults = {name: parser.get_default(name) for parser in parsers for name in parser.names()}
     del defaults["local_rank"]
     # hydra lets None become a mapping with any keys, but adds no keys to an empty mapping.

@@ -13,8 +13,9 @@ import yaml
 import hydra_main
 from helpers import ROOT
 from tasks.classification.options import ClassificationSettings
-from training.flags import Parser, as_recipe
+from training.flags import as_recipe
 from training.options import NO_RESULT, NOT_OF_RUN
+from training.parsing import Parser
 from training.signals import EXIT_RESUME
 from training.slurm import TIME_LIMIT_SIGNAL, minutes, sbatch_parameters
 from utils import UsageError

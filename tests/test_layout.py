@@ -38,9 +38,12 @@ FORBIDDEN = {
 }
 # Files that declare flags, or say what a user of the command line can do about an error.
 NAME_FLAGS = (
-    "main.py", "hydra_main.py", "package/*", "scripts/*", "training/flags.py", "training/options.py",
-    "training/advice.py", "training/command_line.py", "training/recipes.py", "tasks/*/options.py", "tasks/*/errors.py",
+    "main.py", "hydra_main.py", "package/*", "scripts/*", "training/flags.py", "training/parsing.py",
+    "training/options.py", "training/advice.py", "training/command_line.py", "training/recipes.py",
+    "tasks/*/options.py", "tasks/*/errors.py",
 )
+# They build on argparse.
+PARSE = ("training/flags.py", "training/parsing.py")
 # Options of sbatch, srun and squeue.
 NAME_SLURMS_FLAGS = {
     "training/slurm.py": {"--cpus-per-task=", "--kill-on-bad-exit=", "--noheader", "--jobs=", "--format="},
@@ -204,7 +207,7 @@ def test_rooms(room):
     for path in files_of(room):
         names = imports_of(path)
         assert rooms_of(names) & OURS <= ALLOWED[room] | {room}, name_of(path)
-        if name_of(path) != "training/flags.py":
+        if name_of(path) not in PARSE:
             assert not [n for n in names for module in FORBIDDEN.get(room, ()) if is_within(n, module)], name_of(path)
 
 
@@ -313,7 +316,7 @@ def test_only_modules_of_the_command_line_name_flags():
 
 def test_nothing_below_main_gets_the_command_line():
     for path in sources():
-        if matches(name_of(path), ["scripts/*", "package/*", "training/flags.py"]):
+        if matches(name_of(path), ["scripts/*", "package/*", *PARSE]):
             continue
         for function in functions(ast.parse(path.read_text())):
             assert function.name != "args", name_of(path)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from storage.weights import WeightsError, read_checkpoint
 from utils import UsageError, UserError, check_name
 
-from . import flags
+from . import flags, parsing
 from .launcher import has_peers, restart_count
 from .options import NO_RESULT, NOT_OF_RUN, START, Settings, TaskOptions, holds_checkpoint
 from .recipes import read_recipe
@@ -55,7 +55,7 @@ def choose_task(
     argv: Sequence[str], tasks: TaskRegistry, recipe: Mapping[str, Any] = MappingProxyType({})
 ) -> type[Task]:
     """The task that `--task`, or else the recipe, names."""
-    name = flags.given_value(argv, "task", recipe) or TaskOptions().task
+    name = parsing.given_value(argv, "task", recipe) or TaskOptions().task
     check_name("task", name, tasks)
     if isinstance(tasks[name], type):
         return tasks[name]
@@ -69,24 +69,24 @@ def understand(argv: Sequence[str], tasks: TaskRegistry, description: str) -> Co
     Raises:
         UserError: The command line, or the recipe that it names, is wrong.
     """
-    recipe = flags.recipe_of(argv)
-    run = _run_recipe(flags.given(Settings, argv, recipe))
+    recipe = parsing.recipe_of(argv)
+    run = _run_recipe(parsing.given(Settings, argv, recipe))
     task_class = choose_task(argv, tasks, {**run.values, **recipe})
     settings_class = task_class.settings_class
-    parser = flags.Parser(settings_class, prog="main.py", description=description)
-    given = flags.given(settings_class, argv, recipe)
-    settings_class.check_words(flags.given(settings_class, argv, {}))
+    parser = parsing.Parser(settings_class, prog="main.py", description=description)
+    given = parsing.given(settings_class, argv, recipe)
+    settings_class.check_words(parsing.given(settings_class, argv, {}))
     scope = settings_class.evaluated if given.get("eval") else _resumed(parser, run)
-    of_run = {name: value for name, value in flags.typed(parser, run.values).items() if name in scope}
+    of_run = {name: value for name, value in parsing.typed(parser, run.values).items() if name in scope}
     asked = {name: parser.get_default(name) if value is None else value for name, value in given.items()}
     left = settings_class.not_taken(asked, of_run)
     taken = {
-        name: value for name, value in flags.remaining(settings_class, of_run, given).items()
+        name: value for name, value in parsing.remaining(settings_class, of_run, given).items()
         if name not in left and value != parser.get_default(name)
     }
     note = [f"from {run.source}: {_listed(taken)}"] if taken else []
     try:
-        settings = flags.parse(settings_class, argv, parser, recipe, taken)
+        settings = parsing.parse(settings_class, argv, parser, recipe, taken)
     except UsageError as error:
         if run.problem is not None:
             raise UserError(run.problem) from error
@@ -150,7 +150,7 @@ def _run_recipe(given: Mapping[str, Any]) -> RunRecipe:
     return RunRecipe(source, recipe if is_ours else {})
 
 
-def _resumed(parser: flags.Parser, run: RunRecipe) -> set[str]:
+def _resumed(parser: parsing.Parser, run: RunRecipe) -> set[str]:
     """The flags that are taken from a run that is resumed; before its first checkpoint, what it starts from too."""
     return set(parser.names()) - (NOT_OF_RUN if run.has_trained else NOT_OF_RUN - START)
 

@@ -17,17 +17,17 @@ def check_command_line(argv: Sequence[str], description: str):
     """
     from utils import UsageError, fail, user_path
 
-    from . import flags, options, recipes
+    from . import options, parsing, recipes
 
     try:
-        config = flags.given_value(argv, "config")
+        config = parsing.given_value(argv, "config")
         if config is not None and user_path(config).exists() and not user_path(config).is_file():
             return  # a pipe, which can be read once
         recipe = {} if config is None else recipes.read_recipe(config)
-        task = flags.given_value(argv, "task", recipe) or options.TaskOptions().task
+        task = parsing.given_value(argv, "task", recipe) or options.TaskOptions().task
         if not task.isidentifier() or find_spec(f"tasks.{task}") is None:
             return
         settings_class = getattr(importlib.import_module(f"tasks.{task}.options"), f"{task.title()}Settings")
-        flags.check_words(flags.Parser(settings_class, prog="main.py", description=description), argv)
+        parsing.check_words(parsing.Parser(settings_class, prog="main.py", description=description), argv)
     except UsageError as error:
         sys.exit(fail(str(error), error.exit_code))

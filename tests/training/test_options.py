@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 import pytest
 import yaml
 
-from training import flags, options
+from training import flags, options, parsing
 from training.options import OptimizerOptions, ScheduleOptions
 from utils import UsageError
 
@@ -17,7 +17,7 @@ class AnySettings(options.Settings):
 
 
 def parse(*tokens):
-    return flags.parse(AnySettings, tokens)
+    return parsing.parse(AnySettings, tokens)
 
 
 def test_defaults():

@@ -14,7 +14,7 @@ from helpers.run_state import differences
 from scripts import make_shards
 from tasks.classification.options import ClassificationSettings
 from tasks.classification.task import ClassificationTask
-from training import flags
+from training import parsing
 from training.distributed import Distributed
 from training.precision import Precision
 
@@ -31,7 +31,7 @@ def train(*arguments, code=0):
 
 
 def task_of(*arguments, rank=0):
-    settings = flags.parse(ClassificationSettings, [*MODEL[:-2], *map(str, arguments)])
+    settings = parsing.parse(ClassificationSettings, [*MODEL[:-2], *map(str, arguments)])
     return ClassificationTask(settings, Distributed(torch.device("cpu"), rank, 2), Precision())
 
 

@@ -9,14 +9,14 @@ from timm.data import create_transform, resolve_data_config
 from tasks.classification.images import ImagePipeline
 from tasks.classification.options import ClassificationSettings
 from tasks.classification.task import ClassificationTask
-from training import flags
+from training import parsing
 from training.distributed import Distributed
 from training.precision import Precision
 from utils import UsageError
 
 
 def task_of(*argv):
-    settings = flags.parse(ClassificationSettings, ["--data_set", "digits", *argv])
+    settings = parsing.parse(ClassificationSettings, ["--data_set", "digits", *argv])
     return ClassificationTask(settings, Distributed(torch.device("cpu")), Precision())
 
 

@@ -11,7 +11,7 @@ import models  # noqa: F401
 from helpers import ROOT
 from optim_factory import scaled_lr
 from tasks.classification.options import PUBLISHED_NAMES, ClassificationSettings
-from training import flags, options
+from training import flags, options, parsing
 from utils import UsageError
 
 RECIPES = ROOT / "configs" / "train"
@@ -42,8 +42,8 @@ def test_documented_commands(command, monkeypatch):
 
 
 def test_every_flag_in_both_forms():
-    for name in flags.Parser(ClassificationSettings).names():
-        assert flags._underscored(f"--{name.replace('_', '-')}=x-y") == f"--{name}=x-y"
+    for name in parsing.Parser(ClassificationSettings).names():
+        assert parsing._underscored(f"--{name.replace('_', '-')}=x-y") == f"--{name}=x-y"
 
 
 @pytest.mark.parametrize("published,ours", [("BViT-5", "bvit_5m"), ("BViT-22", "bvit_22m")])
@@ -83,7 +83,7 @@ def test_help_begins_with_what_is_used_most_and_lists_what_may_be_chosen(capsys)
     used = re.findall(r"^  --(\w+)", out[out.index("Most used:") : out.index("\nModel:")], re.M)
     assert used == list(ClassificationSettings.most_used) and used[0] == "data_path"
     listed = re.findall(r"^  --(\w+)", out, re.M)
-    assert sorted(listed) == sorted({*flags.Parser(ClassificationSettings).names()} - {"local_rank"})
+    assert sorted(listed) == sorted({*parsing.Parser(ClassificationSettings).names()} - {"local_rank"})
     assert "{cosine,poly,step,tanh}" in out and "timm.optim.list_optimizers()" in out
     named = re.search(r"--opt OPT\s+(.*?) or\s+another that", out, re.S).group(1)
     assert {re.split(r"\s", name)[0] for name in re.split(r",\s+", named)} <= set(list_optimizers())

@@ -9,7 +9,7 @@ from torch import nn
 from helpers.photos import write_noise
 from tasks.classification.options import ClassificationSettings
 from tasks.classification.task import ClassificationTask
-from training import flags
+from training import parsing
 from training.distributed import Distributed
 from training.precision import Precision
 
@@ -17,7 +17,7 @@ from training.precision import Precision
 def task_of(*argv, rank=0):
     """The task of a command line, on the CPU, in one of two processes or alone."""
     small = ["--model", "biformer_nano", "--input_size", "32", "--batch_size", "4", "--num_workers", "0"]
-    settings = flags.parse(ClassificationSettings, [*small, *map(str, argv)])
+    settings = parsing.parse(ClassificationSettings, [*small, *map(str, argv)])
     return ClassificationTask(settings, Distributed(torch.device("cpu"), rank, 1 + bool(rank)), Precision())
 
 
