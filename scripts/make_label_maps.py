@@ -35,6 +35,7 @@ from tasks.classification.images import ImagePipeline
 from tasks.classification.token_labels import label_map_dtype, label_map_path
 from tasks.networks import PretrainedClassesError, check_model, create_teacher
 from training import flags
+from training.data.images import UnreadableImageError
 from training.distributed import Distributed, init_distributed
 from training.options import LoaderOptions
 from training.precision import Precision
@@ -187,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     def run():
         try:
             make(args)
-        except datasets.UnreadableImageError as error:
+        except UnreadableImageError as error:
             raise UserError(f"{error}; remove it, or pass --skip_bad_images") from error
 
     return run_script(run)

@@ -45,6 +45,7 @@ from tasks.networks import (
 from training import flags
 from training.advice import with_advice
 from training.data import files
+from training.data.images import load_image
 from training.distributed import init_distributed
 from training.options import LoaderOptions
 from training.precision import Precision
@@ -92,7 +93,7 @@ class Images(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, int, str]:
         try:
-            return self.transform(datasets.load_image(self.paths[index], self.exif_transpose)), index, ""
+            return self.transform(load_image(self.paths[index], self.exif_transpose)), index, ""
         except UserError as error:
             return self.transform(Image.new("RGB", (256, 256))), index, str(error)
 

@@ -15,8 +15,9 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.loader import fast_collate
 
-from datasets import ImageDataset, build_dataset, build_transform, load_image
+from datasets import ImageDataset, build_dataset, build_transform
 from tasks.classification.options import AugmentationOptions
+from training.data.images import load_image
 from training.data.loader import build_loader, seeded
 from training.distributed import Distributed
 from training.options import LoaderOptions

@@ -1,6 +1,6 @@
 """The errors of this task, and what a user of the command line can do about them."""
 import datasets
-from training.data import folders, shards
+from training.data import folders, images, shards
 from utils import UsageError, UserError
 
 from .. import networks
@@ -31,7 +31,7 @@ class TeacherModelError(UserError):
 
 
 ADVICE = {
-    datasets.UnreadableImageError: "remove it, or pass --skip_bad_images",
+    images.UnreadableImageError: "remove it, or pass --skip_bad_images",
     datasets.MissingDataError: "or pass --download",
     folders.NoValFolderError: "--val_split 0.1 holds a tenth of the training images out instead",
     folders.ValFolderError: "--val_split null evaluates on that folder",

@@ -9,9 +9,9 @@ from timm.data import resolve_data_config
 
 import main as program
 import models
-from datasets import load_image
 from storage.weights import WeightsError
 from tasks.classification.images import ImagePipeline
+from training.data.images import load_image
 
 KWARGS = ["num_regions=2", "topk=(1,1,1)"]
 NAMES = ["class0", "class1", "class2"]

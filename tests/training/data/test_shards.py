@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from datasets import Reading, ShardCache, UnreadableImageError, build_dataset, load_image
+from datasets import Reading, ShardCache, build_dataset
 from helpers.loading import (
     complaint_of,
     different_images,
@@ -34,6 +34,7 @@ from helpers.photos import noise
 from storage import remote
 from storage.remote import sha256_of
 from training.data import shards
+from training.data.images import UnreadableImageError, load_image
 from training.data.shards import (
     LocalFolder,
     ShardCacheError,

@@ -1,0 +1,101 @@
+"""Reading image files, whatever their format, as PIL RGB images."""
+import errno
+import warnings
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from utils import LostDataError, UserError, one_line
+
+# System errors that concern one file: it is missing, or its damaged bytes made a decoder seek to an impossible place.
+# PIL's own errors have no number. All others are faults of the machine or its storage, which other images share.
+_OF_ONE_FILE = (None, errno.ENOENT, errno.EINVAL)
+# What telephones save and not every Pillow reads: the brand that such a file begins with -> its format.
+_FORMATS = {b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF", b"avif": "AVIF"}
+# Damaged EXIF is passed over; PIL would print of it in every data loading process.
+warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)
+
+
+class UnreadableImageError(UserError):
+    """A file is not an intact image."""
+
+
+def load_image(file: str | Path | BinaryIO, exif_transpose: bool = True) -> Image.Image:
+    """Read the image in `file`, whatever its mode, as PIL RGB.
+
+    Alpha is dropped, as in timm and torchvision. Greys of more than 8 bits are scaled to 8, see `_to_8_bits`.
+
+    Args:
+        file: Path, or open file.
+        exif_transpose: Turn and mirror the image as its EXIF orientation says, which timm and torchvision do not; one
+            that cannot be read is passed over.
+
+    Raises:
+        LostDataError: The folder in which it should be is gone, or the system cannot read the file.
+        UnreadableImageError: It is not an intact image, or has values of no known scale; names the file.
+    """
+    try:
+        with Image.open(file) as image:
+            image.load()
+            if exif_transpose:
+                with suppress(Exception):  # on damaged EXIF, PIL raises nearly anything
+                    ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image)
+    except Exception as error:  # on damaged bytes PIL's decoders raise nearly anything
+        name = file if isinstance(file, (str, Path)) else getattr(file, "name", file)  # a Path's name is its last part
+        if isinstance(error, OSError) and error.errno not in _OF_ONE_FILE:
+            raise LostDataError(f"cannot read {name}: {error.strerror}; check the disk, or the mount") from None
+        if isinstance(file, (str, Path)) and not Path(file).parent.is_dir():
+            raise LostDataError(f"cannot read {file}: its folder is gone; was the data moved, or unmounted?") from None
+        reason = _why_unidentified(file) if isinstance(error, UnidentifiedImageError) else one_line(error)
+        raise UnreadableImageError(f"cannot read {name}: {reason}") from None
+
+
+def _why_unidentified(file: str | Path | BinaryIO) -> str:
+    """Why Pillow does not know what is in a file."""
+    if isinstance(file, (str, Path)):
+        with open(file, "rb") as opened:
+            start = opened.read(12)
+    else:
+        file.seek(0)
+        start = file.read(12)
+    kind = _FORMATS.get(start[8:]) if start[4:8] == b"ftyp" else None
+    if kind is None or f".{kind.lower()}" in Image.registered_extensions():
+        return "not an image"
+    return f"{kind} is a format that this Pillow does not read: convert it to JPEG"
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):  # I, I;16 and its byte orders
+        image = Image.fromarray(_to_8_bits(np.asarray(image), image.mode))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # straight to RGB, PIL warns
+    return image.convert("RGB")
+
+
+def _to_8_bits(values: np.ndarray, mode: str) -> np.ndarray:
+    """Greys as uint8, which PIL's own conversion clips instead of scaling.
+
+    16-bit integers are 0 to 65535. 32-bit ones and floats have no scale of their own, so that their largest value has
+    to tell: integers are of 8 bits up to 255, and of 16 bits up to 65535; floats are 0 to 1 up to 1, and 0 to 255 from
+    2 to 255.
+
+    Raises:
+        ValueError: Other values.
+    """
+    low, high = values.min(), values.max()
+    if mode == "F":
+        # between 1 and 2 lie 0 to 1 with an overshoot of resampling
+        scale = 1 if high <= 1 else 255 if 2 <= high <= 255 else None
+        known = "floats are read where they are 0 to 1 or 0 to 255"
+    else:
+        scale = 65535 if mode != "I" or 255 < high <= 65535 else 255 if high <= 255 else None
+        known = "32-bit integers are read where they are of 8 or 16 bits"
+    if scale is None or not low >= 0:  # nor is NaN
+        raise ValueError(f"its values are {low:g} to {high:g}, and {known}; save it with 8 or 16 bits")
+    if mode == "F":
+        return np.rint(values * np.float32(255 / scale)).astype(np.uint8)
+    return values.astype(np.uint8) if scale == 255 else ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
