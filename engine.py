@@ -19,7 +19,7 @@ from utils import seed_everything
 
 
 class Saver(Protocol):
-    """Saves a run while it trains: `training.checkpoints.Checkpointer`, of which the engine need not know."""
+    """Saves a run while it trains: `training.checkpointer.Checkpointer`, of which the engine need not know."""
 
     def after_step(self, meter: Meter):
         """After each optimizer step; what it raises ends the epoch."""

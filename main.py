@@ -13,7 +13,8 @@ from timm.optim import list_optimizers
 import engine
 from optim_factory import OptimizerError, Schedule, ScheduleError, WarmupError, create_optimizer, scaled_lr
 from training import advice, command_line, flags, options
-from training.checkpoints import Checkpointer, Stopped, find_start, keep_best, open_store
+from training.checkpointer import Checkpointer, Stopped
+from training.checkpoints import find_start, keep_best, open_store
 from training.command_line import CommandLine, TaskRegistry
 from training.distributed import init_distributed, shutdown_distributed
 from training.log import NonFiniteLossError, RunLog, is_complete, open_log, print_end, print_plan

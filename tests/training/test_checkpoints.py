@@ -6,26 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from helpers import ROOT
 from helpers.hostile import Hostile
 from storage.weights import read_checkpoint
 from training.checkpoints import (
-    Checkpointer,
     CheckpointStore,
     FolderInUseError,
     NoFolderError,
-    Stopped,
     is_intact,
     open_store,
     save_checkpoint,
 )
-from training.distributed import Distributed
-from training.log import Meter
 from training.options import CheckpointOptions
-from training.run import Clock, Run
-from training.signals import SignalHandler
 from utils import UserError
 
 
@@ -229,79 +222,3 @@ def test_the_folder_of_another_run(store):
         open_store(CheckpointOptions(output_dir=folder), "x", started=0)
     assert open_store(CheckpointOptions(output_dir=folder, auto_resume=True), "x", 0).steps() == [3]
     assert open_store(CheckpointOptions(output_dir=folder, resume=str(store.last)), "x", 0).steps() == [3]
-
-
-# --- when to save -----------------------------------------------------------------------------------------------------
-
-
-class Together:
-    """A process of two, which notes when they agree."""
-
-    is_main = True
-
-    def __init__(self, notes):
-        self.notes = notes
-
-    def max(self, value):
-        self.notes.append("agreed")
-        return value
-
-
-def create_checkpointer(store, distributed, signals=None, clock=None, **options):
-    run = Run(nn.Linear(1, 1), None, None, None, clock or Clock(epoch_length=3, total=6), global_batch=4)
-    run.state_dict = lambda: dict(step=run.clock.step)
-    return Checkpointer(run, store, distributed, signals or SignalHandler(), {}, CheckpointOptions(**options))
-
-
-def test_nobody_leaves_before_the_main_process_has_saved(tmp_path):
-    """A launcher that sees a process end may end the others in the middle of the save."""
-    notes = []
-    store = CheckpointStore(tmp_path)
-    store.save = lambda step, state: notes.append("saved")
-    signals = SignalHandler()
-    signals.signal = "SIGTERM"
-    with pytest.raises(Stopped, match="SIGTERM: stopped in epoch 0 after step 0 of 3, saved as "):
-        create_checkpointer(store, Together(notes), signals).between_epochs()
-    assert notes == ["agreed", "saved", "agreed"]
-
-
-def test_saving_moves_no_clock(store):
-    """Only the trainer does: the clock is where it was after every call, also where the run leaves."""
-    alone, signals = Distributed(torch.device("cpu")), SignalHandler()
-    clock = Clock(epoch_length=3, total=6, epoch=1, step=1, steps_taken=4)
-    checkpointer = create_checkpointer(store, alone, signals, clock, save_every_steps=1)
-    before = Clock(**vars(clock))
-    checkpointer.after_step(Meter(alone))
-    assert store.steps() == [4] and clock == before
-    checkpointer.after_epoch(Meter(alone))
-    checkpointer.between_epochs()
-    checkpointer.save_best(dict(acc1=1.0))
-    assert clock == before and read_checkpoint(str(store.best))["step"] == 1
-    signals.signal = "SIGUSR1"
-    for leave in (lambda: checkpointer.after_step(Meter(alone)), checkpointer.between_epochs):
-        with pytest.raises(Stopped):
-            leave()
-        assert clock == before
-
-
-@pytest.mark.parametrize("epoch,saved", [(1, [2]), (2, [])])
-def test_patience_is_over_by_the_main_process_alone(store, epoch, saved):
-    """The others record no best where they do not save it, and their last digits may differ."""
-    main, peer = Together([]), Together([])
-    peer.is_main = False
-    clock = Clock(epoch_length=1, total=3, epoch=epoch, step=1, steps_taken=epoch + 1)
-    checkpointers = [create_checkpointer(store, process, clock=clock, patience=1) for process in (main, peer)]
-    checkpointers[0].run.best_epoch = epoch  # a better one, which the other process did not find
-    assert [each.ends_early() for each in checkpointers] == [False, False]
-    checkpointers[0].run.best_epoch = epoch - 1
-    # of the last epoch, there is nothing to end
-    assert checkpointers[0].ends_early() == bool(saved) and store.steps() == saved
-
-
-def test_steps_are_counted_in_all_epochs(store):
-    """A checkpoint is named after the steps taken, which a change of the batch size does not take back."""
-    clock = Clock(epoch_length=1, total=4, epoch=3, step=0, steps_taken=7)
-    signals = SignalHandler()
-    signals.signal = "SIGTERM"
-    with pytest.raises(Stopped, match=r"epoch 3 after step 0 of 1, saved as .*checkpoint-00000007"):
-        create_checkpointer(store, Distributed(torch.device("cpu")), signals, clock).between_epochs()

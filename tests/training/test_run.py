@@ -20,7 +20,8 @@ from helpers.web import served
 from scripts import make_shards
 from tasks.classification.metrics import Accuracy
 from tasks.classification.token_labels import label_map_path
-from training.checkpoints import Checkpointer, CheckpointStore
+from training.checkpointer import Checkpointer
+from training.checkpoints import CheckpointStore
 from training.command_line import how_to_resume
 from training.run import BestMetric, Clock, Run
 from training.signals import EXIT_RESUME

@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import main as program
 from tasks.classification.metrics import Accuracy
-from training.checkpoints import Checkpointer
+from training.checkpointer import Checkpointer
 from training.options import WandbOptions
 from training.signals import EXIT_RESUME
 from training.trackers import WandbError, open_trackers
