@@ -121,7 +121,7 @@ def _warn_of_differences(file: str, recipe: NetworkRecipe, num_classes: int, kwa
     """Warn where the model that is built is not the one that the weights in `file` were trained in."""
     asked = 0 if kwargs.get("features_only") else kwargs.get("num_classes", num_classes)
     if asked not in (0, num_classes):  # without a classifier, none is untrained
-        message = f"{file} has a classifier of {num_classes} classes: that of the model, of {asked}, is untrained"
+        message = f"{file} has {num_classes} classes, and the model {asked}: its classifier is untrained"
         warnings.warn(message, stacklevel=2)
     others = [f"{k}={v!r}" for k, v in recipe.kwargs.items() if _as_list(kwargs.get(k)) != _as_list(v)]
     if others:

@@ -210,9 +210,17 @@ def class_difference(checkpoint: dict[str, Any], classes: list[str] | None) -> s
         return None
     if len(trained_on) != len(classes):
         return f"was trained on {len(trained_on)} classes, the data has {len(classes)}"
-    index = next(i for i, (ours, theirs) in enumerate(zip(classes, trained_on, strict=True)) if ours != theirs)
-    kind = "the same classes in another order" if sorted(trained_on) == sorted(classes) else "other classes"
-    return f"was trained on {kind}: number {index} was {trained_on[index]!r}, and is {classes[index]!r} here"
+    if sorted(trained_on) == sorted(classes):
+        index = next(i for i, (ours, theirs) in enumerate(zip(classes, trained_on, strict=True)) if ours != theirs)
+        first = f"number {index} was {trained_on[index]!r}, and is {classes[index]!r} here"
+        return f"was trained on the same classes in another order: {first}"
+    gone, new = (sorted(set(some) - set(others)) for some, others in ((trained_on, classes), (classes, trained_on)))
+    return f"was trained on other classes: {_listed(gone)}, where the data has {_listed(new)}"
+
+
+def _listed(names: list[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(repr(name) for name in names[:most]) + more
 
 
 def held_out_difference(checkpoint: dict[str, Any], held_out: str | None) -> str | None:

@@ -38,11 +38,11 @@ ADVICE = {
     networks.PretrainedWeightsError: "--finetune takes a file of weights",
     networks.PretrainedClassesError: "fine-tune them first, or give their number with --nb_classes if the data's first "
                                      "classes are the same",
-    networks.OtherModelError: "--model must be that of the weights",
+    networks.OtherModelError: "--model must name the model of the weights",
     networks.UncheckedArgumentsError: "run without -O, or without --model_kwargs",
     NoTokenHeadError: "--token_label needs one",
     TeacherClassesError: "fine-tune the teacher, and give it with --teacher_path",
-    TeacherModelError: "--teacher_model must be that of the weights",
+    TeacherModelError: "--teacher_model must name the model of the weights",
     TooFewClassesError: "raise --nb_classes, or leave it out",
     shards.ShardCacheError: "give a --shard_cache",
     shards.ShardClassError: "see --nb_classes",

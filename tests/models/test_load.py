@@ -196,7 +196,7 @@ def test_weights_of_lightning_have_their_number_of_classes(tmp_path):
 
 
 def test_another_number_of_classes_is_a_warning(trained):
-    with pytest.warns(UserWarning, match="has a classifier of 3 classes: that of the model, of 5, is untrained"):
+    with pytest.warns(UserWarning, match="has 3 classes, and the model 5: its classifier is untrained"):
         model = create(trained, num_classes=5, num_regions=2, topk=(1, 1, 1))
     assert model.num_classes == 5
     saved = torch.load(trained, weights_only=True)["model"]

@@ -244,7 +244,11 @@ def test_class_difference():
     assert class_difference({}, ["cat"]) is class_difference(checkpoint, None) is None
     assert class_difference(checkpoint, ["cat"]) == "was trained on 2 classes, the data has 1"
     assert class_difference(checkpoint, ["cat", "cow"]) == (
-        "was trained on other classes: number 1 was 'dog', and is 'cow' here")
+        "was trained on other classes: 'dog', where the data has 'cow'")
+    seven, renamed = [f"c{i}" for i in range(7)], ["c0", *(f"d{i}" for i in range(6))]
+    assert class_difference(dict(classes=seven), renamed) == (
+        "was trained on other classes: 'c1', 'c2', 'c3', 'c4', 'c5' and 1 more, "
+        "where the data has 'd0', 'd1', 'd2', 'd3', 'd4' and 1 more")
     assert class_difference(checkpoint, ["dog", "cat"]) == (
         "was trained on the same classes in another order: number 0 was 'cat', and is 'dog' here")
 

@@ -147,7 +147,7 @@ def test_parts_of_what_is_another_are_not_taken(trained, tmp_path):
 def test_weights_of_another_model_say_whose_they_are(photos, trained, capfd):
     other = ["--model", "convnext_atto", "--model_kwargs", "null", "--data_path", photos]
     of = "num_regions=2, topk=\\[1, 1, 1\\]"
-    owner = f"and .* more; this is biformer_nano's with 3 classes, {of}; --model must be that of the weights\n"
+    owner = f"and .* more; this is biformer_nano's with 3 classes, {of}; --model must name the model of the weights\n"
     for way in (["--eval", "--resume"], ["--epochs", "1", "--warmup_epochs", "0", "--finetune"]):
         code, _, err = run(capfd, *DEVICE, *other, *way, trained / "last.pth", "--batch_size", "2", "--lr", "1e-2")
         assert code == 1 and re.search(owner, err), err

@@ -85,7 +85,7 @@ def test_weights_of_another_model(complaint, data, tmp_path, way):
     code, text = complaint("--data_path", data, *teacher, "biformer_tiny", *way.split(), tmp_path / "nano.pth")
     assert code == 1 and text.startswith("the checkpoint does not fit biformer_tiny with 3 classes: ")
     flag = "--teacher_model" if way == "--teacher_path" else "--model"
-    assert text.endswith(f"; this is biformer_nano's with 3 classes; {flag} must be that of the weights")
+    assert text.endswith(f"; this is biformer_nano's with 3 classes; {flag} must name the model of the weights")
 
 
 def test_weights_of_other_arguments_of_the_model(complaint, data, tmp_path):

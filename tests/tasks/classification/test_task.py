@@ -131,5 +131,5 @@ def test_fine_tuning_to_renamed_classes_begins_with_a_new_classifier(folder, tmp
         assert torch.equal(network.stem.conv1.weight, model.stem.conv1.weight)
         assert network.head.fc.weight.requires_grad and not network.stem.conv1.weight.requires_grad
     said = [line for line in capfd.readouterr().out.splitlines() if "re-initialised" in line]
-    reason = "was trained on other classes: number 0 was 'wasp', and is 'ant' here"
+    reason = "was trained on other classes: 'wasp', where the data has 'ant'"
     assert said == [f"{tmp_path}/wasp.pth {reason}: the classifier is re-initialised"]
