@@ -1,6 +1,5 @@
 """Numbers, recipes, commands, links and paths in the documents are those of the repository."""
 import re
-import shlex
 import sys
 from collections import Counter
 from decimal import ROUND_HALF_UP, Decimal
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 import yaml
 
 import hydra_main
@@ -16,11 +16,10 @@ import models  # noqa: F401
 from datasets import build_dataset
 from helpers import ROOT
 from helpers.costs import ALL as COSTS
+from helpers.documents import DOCUMENTS, blocks, command_lines, section
 from helpers.photos import write_photos
 from helpers.published import gmacs
 
-PATHS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
-DOCUMENTS = {str(path.relative_to(ROOT)): path.read_text() for path in PATHS}
 README, TRAINING = DOCUMENTS["README.md"], DOCUMENTS["TRAINING.md"]
 SMALLEST = "biformer_nano"
 
@@ -57,16 +56,6 @@ def table(text, first_column):
     return rows
 
 
-def section(text, heading):
-    """From a heading to the next one."""
-    return re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#+ |\Z)", text, re.M | re.S).group(1)
-
-
-def blocks(text):
-    """What stands in a document between fences without a language: commands, and what they print."""
-    return "".join(re.findall(r"^```\n(.*?)^```", text, re.M | re.S))
-
-
 def without_blocks(text):
     return re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
 
@@ -80,12 +69,10 @@ def anchors(text):
 def commands(program):
     """The words behind a program in the documents' command lines, each line once."""
     found = {}
-    for line in "\n".join(blocks(text) for text in DOCUMENTS.values()).replace("\\\n", " ").splitlines():
-        if re.match(r"(\w+=\S+ +)*(python|torchrun|routedvit) ", line):
-            words = shlex.split(line, comments=True)
-            at = words.index(program) + 1 if program in words else len(words)
-            if words[at:] not in ([], ["..."], ["--help"]):
-                found[" ".join(words)] = words[at:]
+    for line, words in (item for text in DOCUMENTS.values() for item in command_lines(text).items()):
+        at = words.index(program) + 1 if program in words else len(words)
+        if words[at:] not in ([], ["..."], ["--help"]):
+            found[line] = words[at:]
     return [pytest.param(words, id=line) for line, words in found.items()]
 
 
@@ -186,9 +173,19 @@ def test_recipe_is_as_described(name):
 # --- commands -------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """The working folder: a checkout that holds the run of README."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "mine").mkdir()
+    recipe = dict(task="classification", model="biformer_nano", data_set="digits")
+    torch.save(dict(args=recipe), tmp_path / "mine" / "best.pth")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("checkout")
 @pytest.mark.parametrize("words", commands("main.py") + routed_commands())
-def test_commands_are_understood(words, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_commands_are_understood(words):
     parse([word.replace("/MODEL.yaml", "/biformer_tiny.yaml") for word in words])
 
 
@@ -224,7 +221,7 @@ def test_evaluation_output_has_no_figures():
 
 
 def snippets(name, heading):
-    """The Python code in a section of a document."""
+    """The blocks of Python code in a section of a document."""
     return re.findall(r"^```python\n(.*?)^```", section(DOCUMENTS[name], heading), re.M | re.S)
 
 
