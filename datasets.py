@@ -20,7 +20,8 @@ from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from training.data.folders import HeldOut, ValSplit, open_folders
+from training.data.folders import open_folders
+from training.data.held_out import HeldOut, ValSplit
 from training.data.images import UnreadableImageError, load_image
 from training.data.loader import seeded, seeded_sample
 from training.data.shards import TarShards, open_shards

@@ -124,6 +124,7 @@ def create_run(task: Task, data: Data) -> Run:
     return Run(
         model, ema, optimizer, task.precision.grad_scaler(), clock, global_batch, data.train_loader.ranges,
         BestMetric(best, higher=task.metrics[best.removeprefix("ema_")]), task.classes, task.held_out,
+        len(data.train_loader.dataset),
     )
 
 
@@ -185,7 +186,7 @@ def train(task: Task, signals: SignalHandler):
             return
         with open_log(store.folder if distributed.is_main else None, clock, settings.wandb, recipe) as log:
             if distributed.is_main:
-                options.save(recipe, store.folder / "args.yaml")
+                options.save(recipe, store.folder / "args.yaml", keep=clock.is_trained)
                 print_plan(task, run, data, scaled_lr(settings.optimizer.lr, run.global_batch), store.folder)
                 if source:
                     print(f"resuming from {source}: {clock.position}")

@@ -223,32 +223,6 @@ def _listed(names: list[str], most: int = 5) -> str:
     return ", ".join(repr(name) for name in names[:most]) + more
 
 
-def held_out_difference(checkpoint: dict[str, Any], held_out: str | None) -> str | None:
-    """How what a run of ours held out of its training images differs from `held_out`, or None.
-
-    None too where the checkpoint does not say what was held out.
-    """
-    if "held_out" not in checkpoint or checkpoint["held_out"] == held_out:
-        return None
-    return f"was trained with {checkpoint['held_out'] or 'nothing'} held out for validation, here it is " \
-           f"{held_out or 'nothing'}"
-
-
-def held_out_changes(checkpoint: dict[str, Any], images: torch.Tensor) -> str | None:
-    """How the images that a run of ours held out differ from `images`, their numbers, in one line, or None.
-
-    None too where the checkpoint does not say which they were.
-    """
-    then = checkpoint.get("held_out_images")
-    if not isinstance(then, torch.Tensor):
-        return None
-    added, gone = ((~torch.isin(a, b)).sum().item() for a, b in ((images, then), (then, images)))
-    if not added and not gone:
-        return None
-    return f"the images held out for validation are others than the run's: {added} of {len(images)} were not held " \
-           f"out then, and {gone} of its {len(then)} are not now"
-
-
 def load_weights(
     model: torch.nn.Module,
     weights: dict[str, torch.Tensor],

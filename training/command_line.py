@@ -42,12 +42,14 @@ class RunRecipe(NamedTuple):
         source: Where it is; empty where no run is evaluated or resumed.
         values: Empty where there is none.
         has_trained: Whether there is a checkpoint of the run.
+        is_missing: Whether `source` is a folder that a run was to be resumed in, and holds none.
         problem: Why it could not be read.
     """
 
     source: str = ""
     values: Mapping[str, Any] = {}
     has_trained: bool = True
+    is_missing: bool = False
     problem: str | None = None
 
 
@@ -85,12 +87,13 @@ def understand(argv: Sequence[str], tasks: TaskRegistry, description: str) -> Co
         if name not in left and value != parser.get_default(name)
     }
     note = [f"from {run.source}: {_listed(taken)}"] if taken else []
+    missing = [f"{run.source} holds no run to resume"] if run.is_missing else []
     try:
         settings = parsing.parse(settings_class, argv, parser, recipe, taken)
     except UsageError as error:
         if run.problem is not None:
             raise UserError(run.problem) from error
-        raise UsageError("; ".join([str(error), *note])) from error
+        raise UsageError("; ".join([str(error), *note, *missing])) from error
     differences = _differences(settings_class, of_run, flags.as_recipe(settings), given)
     warning = [f"warning: {run.source} has {'; '.join(differences)} as asked for"] if differences else []
     return CommandLine(task_class, settings, note + warning)
@@ -138,6 +141,8 @@ def _run_recipe(given: Mapping[str, Any]) -> RunRecipe:
         path = folder / "args.yaml"
         if path.is_file():
             return RunRecipe(str(path), read_recipe(str(path)), has_trained=holds_checkpoint(folder))
+        if not given.get("resume"):
+            return RunRecipe(given["output_dir"], is_missing=True)
     source = given.get("resume") or (is_evaluation and given.get("finetune"))
     if not source:
         return RunRecipe()

@@ -318,7 +318,7 @@ def is_complete(
         recipe: What it was asked for now; of another evaluation, the log says nothing.
         distributed: This process.
     """
-    if clock.run_is_over or source is None or not (clock.is_last_epoch and clock.epoch_is_over):
+    if clock.run_is_over or source is None or not clock.is_trained:
         return clock.run_is_over
     return bool(distributed.max(int(distributed.is_main and _is_logged(clock, source, folder, recipe))))
 

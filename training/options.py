@@ -345,8 +345,10 @@ class Settings:
         """Raises UsageError where groups contradict each other; for a task to extend."""
 
 
-def save(recipe: dict[str, Any], path: Path):
-    """Write what runs, as a recipe, next to its checkpoints."""
+def save(recipe: dict[str, Any], path: Path, keep: bool = False):
+    """Write what runs, as a recipe, next to its checkpoints, or `keep` the one that is there."""
+    if keep and path.exists():
+        return
     text = dump_recipe(recipe)
     replace_file(path, lambda file: file.write(text.encode()))
 

@@ -13,15 +13,13 @@ from storage.weights import (
     MismatchError,
     WeightsError,
     class_difference,
-    held_out_changes,
-    held_out_difference,
     load_weights,
     read_checkpoint,
     unwrap,
 )
 from utils import UserError, as_user_error, count
 
-from .data.folders import HeldOut
+from .data.held_out import HeldOut, rule_difference
 
 # Current flags override these values of a checkpoint's optimizer.
 HYPERPARAMETERS = ("lr", "lr_scale", "weight_decay", "momentum", "betas", "eps", "fused")
@@ -94,6 +92,11 @@ class Clock:
         return self.epoch + 1 >= self.epochs
 
     @property
+    def is_trained(self) -> bool:
+        """Whether every epoch is trained; the evaluation of the last one may be still to come."""
+        return self.run_is_over or (self.is_last_epoch and self.epoch_is_over)
+
+    @property
     def run_is_over(self) -> bool:
         """Whether every epoch is trained and evaluated."""
         return self.epoch >= self.epochs
@@ -101,8 +104,7 @@ class Clock:
     @property
     def position(self) -> str:
         """Where it is, for a message."""
-        is_trained = self.is_last_epoch and self.epoch_is_over
-        rest = "; training is complete, its last epoch is evaluated and logged again" if is_trained else ""
+        rest = "; training is complete, its last epoch is evaluated and logged again" if self.is_trained else ""
         return f"epoch {self.epoch}, step {self.step} of {self.epoch_steps}{rest}"
 
     def advance(self):
@@ -155,6 +157,7 @@ class Run:
         best_metric: What decides which weights are the best.
         classes: Names of the classes, in order, where the data set knows them.
         held_out: What was held out of the training images for validation; see `training.task.Task`.
+        images: How many training images there are; None where that is not known.
         meter: `Meter.state_dict()` at this step.
         best: The best value of the metric so far.
         best_epoch: The epoch after which it was measured.
@@ -171,6 +174,7 @@ class Run:
     best_metric: BestMetric = BestMetric("acc1")
     classes: list[str] | None = None
     held_out: HeldOut | None = None
+    images: int | None = None
     meter: dict[str, Any] = field(default_factory=dict)
     best: float | None = None
     best_epoch: int | None = None
@@ -222,13 +226,10 @@ class Run:
             best_epoch=self.best_epoch,
             seconds=self.total_seconds,
             classes=self.classes,
-            held_out=self._held_out_rule,
+            held_out=self.held_out and self.held_out.rule,
             held_out_images=self.held_out and self.held_out.images,
+            images=self.images,
         )
-
-    @property
-    def _held_out_rule(self) -> str | None:
-        return self.held_out and self.held_out.rule
 
     def load(self, path: Path, opt: str, tell: Callable[[str], Any] = print):
         """Resume from the checkpoint `path`, with the optimizer `opt`; `tell` gets each line that its user should read.
@@ -242,15 +243,20 @@ class Run:
                 raise NoRunError(f"{path} holds only weights, no run to resume")
             if difference := class_difference(checkpoint, self.classes):
                 raise NoRunError(f"{path} {difference}")
-            if difference := held_out_difference(dict(held_out=None) | checkpoint, self._held_out_rule):
+            if difference := rule_difference(dict(held_out=None) | checkpoint, self.held_out):
                 raise HeldOutMismatchError(f"{path} {difference}")
             try:
                 self._load_weights(checkpoint, path)
             except MismatchError as error:
                 owner = checkpoint["args"].get("model")
                 raise WeightsError(f"{error}; this is {owner}'s" if owner else str(error)) from error
-        if self.held_out is not None and (changes := held_out_changes(checkpoint, self.held_out.images)):
-            tell(f"warning: {path}: {changes}; it may have been trained on some")
+        if self.held_out is not None:
+            if leak := self.held_out.leak(checkpoint):
+                tell(f"warning: {path} {leak}")
+            self.held_out = self.held_out.unseen(checkpoint)
+        then = checkpoint.get("images")
+        if None not in (then, self.images) and then != self.images:
+            tell(f"warning: {path} has trained on {count(then, 'image')}, and there are {self.images} now")
         self._load_optimizer(checkpoint["optimizer"], checkpoint["args"]["opt"], opt, path)
         if checkpoint["scaler"]:  # empty in a run without fp16
             self.scaler.load_state_dict(checkpoint["scaler"])

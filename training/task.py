@@ -34,7 +34,7 @@ from storage.weights import (
 from utils import UsageError, UserError, as_user_error, count
 
 from .buffers import unchanged_buffers
-from .data.folders import HeldOut
+from .data.held_out import HeldOut
 from .data.loader import EpochLoader
 from .distributed import Distributed
 from .options import Settings

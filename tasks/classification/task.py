@@ -11,7 +11,7 @@ from timm.layers import to_2tuple
 from torch.utils.data import Dataset
 
 import datasets
-from storage.weights import held_out_changes, held_out_difference
+from training.data.held_out import knows_images, rule_difference
 from training.data.loader import EpochLoader, build_loader
 from training.distributed import Distributed
 from training.options import LoaderOptions
@@ -172,16 +172,27 @@ class ClassificationTask(Task):
         if settings.model.grad_checkpointing:
             network.set_grad_checkpointing()
         if training:
-            if settings.checkpoint.finetune:
-                source, key = settings.checkpoint.finetune, settings.checkpoint.model_key
-                notes = networks.load_from(network, source, key, new_classifier=True, trained_on=self.classes)
-                self._tell(notes)
+            if settings.checkpoint.finetune and not settings.checkpoint.resumes_here():
+                self._fine_tune(network, settings.checkpoint.finetune)
             if settings.model.freeze_backbone:
                 networks.freeze_backbone(network)
             self.num_classes = network.num_classes
             counts, teacher = self.class_counts, self._teacher(network.num_classes)
             self.criterion = create_criterion(settings, network.num_classes, counts, teacher, self.distributed.device)
         return network
+
+    def _fine_tune(self, network: torch.nn.Module, source: str):
+        """Start from the weights in `source`; tells where these have seen what is held out now."""
+        checkpoint = networks.read(source)
+        key = self.settings.checkpoint.model_key
+        notes = networks.load_checkpoint(
+            network, checkpoint, source, key, new_classifier=True, trained_on=self.classes
+        )
+        self._tell(notes)
+        # without an image in common, that run was on others
+        is_same_data = self.held_out is not None and len(self.held_out.unseen(checkpoint).images) > 0
+        if is_same_data and (leak := self.held_out.leak(checkpoint)):
+            self._tell([f"warning: {source} {leak}"])
 
     def _model_kwargs(self, training: bool) -> dict[str, Any]:
         model = self.settings.model
@@ -198,7 +209,9 @@ class ClassificationTask(Task):
 
     def _build(self, kwargs: dict[str, Any]) -> torch.nn.Module:
         """The model; without stochastic depth if it has none."""
-        pretrained = self.settings.model.load_release
+        # A run that resumes has its weights in its checkpoint.
+        resumes = not self.settings.evaluation.eval and self.settings.checkpoint.resumes_here()
+        pretrained = self.settings.model.load_release and not resumes
         try:
             return networks.build_model(self.name, pretrained, kwargs)
         except UsageError:
@@ -217,10 +230,10 @@ class ClassificationTask(Task):
         if self.held_out is None:
             return
         # a val split that was not held out of these images has nothing to do with them
-        if difference := held_out_difference(checkpoint, self.held_out.rule):
+        if leak := self.held_out.leak(checkpoint):
+            self._tell([f"warning: {source} {leak}"])
+        elif not knows_images(checkpoint) and (difference := rule_difference(checkpoint, self.held_out)):
             self._tell([f"warning: {source} {difference}; it may have been trained on these images"])
-        elif changes := held_out_changes(checkpoint, self.held_out.images):
-            self._tell([f"warning: {source}: {changes}; it may have been trained on some"])
 
     def _teacher(self, num_classes: int) -> torch.nn.Module | None:
         options, size = self.settings.distillation, self.settings.model.input_size

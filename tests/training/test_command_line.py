@@ -287,6 +287,12 @@ def test_a_first_start_with_auto_resume_takes_nothing(photos, tmp_path):
     assert settings_of(*given).optimizer.lr == 5e-4
 
 
+def test_an_output_folder_that_holds_no_run_to_resume_is_named(tmp_path):
+    """A mistyped one was asked for its --data_path."""
+    with pytest.raises(ValueError, match=f"^--data_path is missing.*; {tmp_path}/typo holds no run to resume$"):
+        settings_of("--auto_resume", "--output_dir", tmp_path / "typo")
+
+
 def test_a_restart_by_torchrun_takes_what_the_run_had(photos, trained, monkeypatch):
     assert settings_of("--data_path", photos, "--output_dir", trained).optimizer.lr == 5e-4
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")

@@ -526,6 +526,42 @@ def test_a_complete_run_is_evaluated_as_it_was_not_before(photos, whole, tmp_pat
     assert "best: loss " in capfd.readouterr().out
 
 
+def test_settings_by_which_nothing_is_trained_are_not_recorded(photos, whole, tmp_path, capfd):
+    """A complete run is evaluated again where something else is asked for; its recipe remains what trained it."""
+    shutil.copytree(whole, tmp_path / "run", symlinks=True)
+    recipe = (tmp_path / "run" / "args.yaml").read_text()
+    assert train(photos, tmp_path / "run", "--auto_resume", "--mixup", "0.3") == 0
+    assert "warning: " in capfd.readouterr().out and (tmp_path / "run" / "args.yaml").read_text() == recipe
+    last = whole / "last.pth"
+    assert train(photos, tmp_path / "other", "--resume", last, "--mixup", "0.3") == 0
+    assert (tmp_path / "other" / "args.yaml").exists()
+
+
+def test_a_run_whose_training_images_have_changed_says_so(photos, half, capfd):
+    """The rest of the epoch is of other images then."""
+    data = half.parent / "photos"
+    shutil.copytree(photos, data)
+    changed = "warning: .*checkpoint-00000002.pth has trained on (\\d+) images, and there are (\\d+) now\n"
+    images = len(list((data / "train").rglob("*.png")))
+    next((data / "train").rglob("*.png")).unlink()
+    assert train(data, half, "--auto_resume") == 0
+    then, now = map(int, re.search(changed, capfd.readouterr().out).groups())
+    assert (then, now) == (images, images - 1)
+
+
+def test_a_resumed_run_needs_no_weights_to_start_from(photos, whole, tmp_path, capfd):
+    """The same command line again, though the file is gone; nor is anything said of its classes."""
+    checkpoint = torch.load(whole / "best.pth", weights_only=True)
+    torch.save({**checkpoint, "classes": [f"other{i}" for i in range(3)]}, tmp_path / "first.pth")
+    command = [photos, tmp_path / "run", "--finetune", tmp_path / "first.pth", "--auto_resume"]
+    assert train(*command) == 0
+    assert "the classifier is re-initialised" in capfd.readouterr().out
+    (tmp_path / "first.pth").unlink()
+    assert train(*command, "--epochs", "3") == 0
+    out = capfd.readouterr().out
+    assert "resuming from" in out and "re-initialised" not in out
+
+
 def test_fewer_epochs_than_were_trained(photos, whole, tmp_path, capfd):
     shutil.copytree(whole, tmp_path / "run", symlinks=True)
     recipe = (tmp_path / "run" / "args.yaml").read_text()
@@ -550,7 +586,7 @@ def test_classes_of_other_names(photos, whole, tmp_path, capfd):
         (other / split / names[0]).rename(other / split / "Zebra")
     assert train(other, tmp_path / "out", "--resume", whole / "last.pth", "--epochs", "3") == 1
     error = capfd.readouterr().err
-    assert f"was trained on other classes: number 0 was {names[0]!r}" in error
+    assert f"was trained on other classes: {names[0]!r}, where the data has 'Zebra'" in error
     assert error.endswith("; fine-tune from it with --finetune\n")
     evaluation = [*COMMAND[:4], "--device", "cpu", "--num_workers", "0", "--data_path", str(other), "--eval"]
     assert program.main([*evaluation, "--resume", str(whole / "last.pth")]) == 1

@@ -4,7 +4,6 @@ Where a network is evaluated whose classes have names, the folders are numbered 
 folders are named by integers, they are numbered in the order of these; where all of them are synsets
 of ImageNet and the network has ImageNet's classes, as ImageNet numbers them; else in the order of their names.
 """
-import hashlib
 import os
 import re
 from collections import Counter
@@ -19,6 +18,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from utils import UserError, nearest, some
 
 from .files import IMAGE_EXTENSIONS, describe_left_out, find_images, is_image, list_folder
+from .held_out import HeldOut, ValSplit
 
 # Folders of these names are splits, and no classes of a folder without train.
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
@@ -30,53 +30,6 @@ class NoValFolderError(UserError):
 
 class ValFolderError(UserError):
     """There is a folder val, and a part of the training images was to be held out in its place."""
-
-
-@dataclass(frozen=True)
-class ValSplit:
-    """Which images are held out of the training set for validation.
-
-    Whether an image is held out follows from its own name, the names of its class's other images, and the seed: adding
-    images moves few of those that were there from one part to the other.
-
-    Args:
-        share: How much of each class is held out, above 0 and below 1: at least one image, and not all of them.
-        seed: Another one holds out others.
-    """
-
-    share: float
-    seed: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.share:g} of each class by seed {self.seed}"
-
-    def held_out(self, paths: Sequence[str], below: Path) -> dict[str, int]:
-        """The images of a class that are held out: path -> a number of 64 bits; empty for a class of one image.
-
-        Args:
-            paths: All images of the class.
-            below: The folder of the class folders. The choice and the numbers follow from the seed and from the paths
-                relative to this folder, so that they are the same wherever it lies.
-        """
-        number = min(max(round(self.share * len(paths)), 1), len(paths) - 1)
-        keys = sorted((self._key(path.removeprefix(f"{below}/")), path) for path in paths)
-        return {path: int.from_bytes(key[:8], "big", signed=True) for key, path in keys[:number]}
-
-    def _key(self, name: str) -> bytes:
-        return hashlib.sha256(f"{self.seed}/".encode() + os.fsencode(name)).digest()
-
-
-@dataclass(frozen=True, eq=False)
-class HeldOut:
-    """What a run has held out of its training images for validation.
-
-    Args:
-        rule: Which share of them, by which seed.
-        images: The numbers of these images, see `ValSplit.held_out`; int64 (N,), sorted.
-    """
-
-    rule: str
-    images: torch.Tensor
 
 
 # --- classes ----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import timm
@@ -224,7 +225,7 @@ def test_a_part_of_the_training_images_is_held_out(flat, held_out_run, capfd):
     assert out.count(f"held out for validation: 6 of the 18 images in {flat}, 0.33 of each class by seed 5\n") == 1
     assert evaluation_of(capfd, *last, "--val_split", 0.33, "--split", "train")[1] == 12
     for part in (["--val_split", 0.5], ["--val_split", 0.33, "--seed", 6]):
-        assert "; it may have been trained on these images\n" in evaluation_of(capfd, *last, *part)[2]
+        assert "may have been trained on" in evaluation_of(capfd, *last, *part)[2]
 
 
 def test_a_run_resumes_with_the_same_part_held_out(flat, held_out_run, tmp_path, capfd):
@@ -243,7 +244,7 @@ def test_a_run_resumes_with_the_same_part_held_out(flat, held_out_run, tmp_path,
     assert loss == again
 
 
-CHANGED = "the images held out for validation are others than the run's: {} not held out then, and {} not now"
+LEAK = "may have been trained on {} images held out for validation"
 
 
 def add_photographs(flat):
@@ -253,20 +254,46 @@ def add_photographs(flat):
             shutil.copy(path, path.with_stem(f"new{path.stem}"))
 
 
-def test_a_run_whose_images_changed_says_that_others_are_held_out(flat, held_out_run, tmp_path, capfd):
+def test_a_run_whose_images_changed_may_have_trained_on_those_held_out_now(flat, held_out_run, tmp_path, capfd):
+    """Every later start and evaluation says so: what it has seen, it has seen."""
     before = set(paths(task_of("--data_path", flat, "--val_split", 0.33, "--seed", 5).dataset("val")))
     add_photographs(flat)
     now = set(paths(task_of("--data_path", flat, "--val_split", 0.33, "--seed", 5).dataset("val")))
-    new, old = len(now - before), len(before - now)
+    new = len(now - before)
     assert new and len(before) == 6 and len(now) == 12
-    line = CHANGED.format(f"{new} of 12 were", f"{old} of its 6 are")
-    last = held_out_run / "last.pth"
+    line = LEAK.format(f"{new} of the 12")
     capfd.readouterr()
-    train("--resume", last, "--data_path", flat, "--epochs", 2, "--output_dir", tmp_path / "again")
-    assert capfd.readouterr().out.count(f"{line}; it may have been trained on some\n") == 1
-    assert f"warning: {last}: {line}; " in evaluation_of(capfd, "--resume", last, "--data_path", flat)[2]
-    train("--resume", tmp_path / "again" / "last.pth", "--epochs", 3, "--output_dir", tmp_path / "third")
-    assert "held out for validation are others" not in capfd.readouterr().out, "it is this run's own now"
+    last = held_out_run / "last.pth"
+    for epochs, name in ((2, "second"), (3, "third")):
+        assert f"warning: {last} {line}\n" in evaluation_of(capfd, "--resume", last, "--data_path", flat)[2]
+        train("--resume", last, "--data_path", flat, "--epochs", epochs, "--output_dir", tmp_path / name)
+        assert capfd.readouterr().out.count(f" {line}\n") == 1
+        last = tmp_path / name / "last.pth"
+
+
+def test_images_that_were_always_held_out_are_evaluated_without_a_warning(flat, held_out_run, capfd):
+    """Some of them, or what is left of them."""
+    last = held_out_run / "last.pth"
+    assert "may have" not in evaluation_of(capfd, "--resume", last, "--val_split", 0.17)[2]
+    for path in paths(task_of("--data_path", flat, "--val_split", 0.33, "--seed", 5).dataset("train")):
+        Path(path).unlink()
+    assert "may have" not in evaluation_of(capfd, "--resume", last)[2]
+
+
+def test_fine_tuning_on_what_a_run_may_have_trained_on(flat, held_out_run, tmp_path, capfd):
+    """Of other photographs nothing is said, whatever was held out of them."""
+    capfd.readouterr()
+    best = held_out_run / "best.pth"
+    arguments = ["--data_path", flat, "--seed", 5, "--finetune", best, "--output_dir"]
+    train(*arguments, tmp_path / "same", "--val_split", 0.33)
+    assert "may have" not in capfd.readouterr().out
+    train(*arguments, tmp_path / "more", "--val_split", 0.5)
+    assert f"warning: {best} {LEAK.format('3 of the 9')}\n" in capfd.readouterr().out
+    for folder in flat.iterdir():
+        for path in list(folder.iterdir()):
+            path.rename(path.with_stem(f"new{path.stem}"))
+    train(*arguments, tmp_path / "others", "--val_split", 0.5)
+    assert "may have" not in capfd.readouterr().out
 
 
 def test_runs_from_before_their_images_were_noted_are_read_as_ever(flat, held_out_run, tmp_path, capfd):
@@ -276,7 +303,7 @@ def test_runs_from_before_their_images_were_noted_are_read_as_ever(flat, held_ou
     add_photographs(flat)
     capfd.readouterr()
     train("--resume", tmp_path / "old.pth", "--epochs", 2, "--output_dir", tmp_path / "again")
-    assert "others" not in capfd.readouterr().out + evaluation_of(capfd, "--resume", tmp_path / "old.pth")[2]
+    assert "may have" not in capfd.readouterr().out + evaluation_of(capfd, "--resume", tmp_path / "old.pth")[2]
 
 
 def test_the_same_images_elsewhere_are_the_same(flat, held_out_run, tmp_path, capfd):

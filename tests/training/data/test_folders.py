@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from timm.data import ImageNetInfo
 
-from training.data.folders import NoValFolderError, ValSplit, number_classes, open_folders
+from training.data.folders import NoValFolderError, number_classes, open_folders
+from training.data.held_out import ValSplit
 from utils import UserError
 
 FISH = ["n02102040", "n01440764", "n03888257"]
