@@ -263,4 +263,4 @@ def test_a_progress_bar_for_a_terminal_alone(trained, tmp_path, capfd, monkeypat
     write_images(tmp_path, "a.png")
     assert run(capfd, "--checkpoint", trained, tmp_path)[2] == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    assert "1/1" in run(capfd, "--checkpoint", trained, tmp_path)[2]
+    assert " 0/1 [" in run(capfd, "--checkpoint", trained, tmp_path)[2]
