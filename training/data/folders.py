@@ -3,10 +3,13 @@
 Where a network is evaluated whose classes have names, the folders are numbered by these. Elsewhere, where all class
 folders are named by integers, they are numbered in the order of these; where all of them are synsets
 of ImageNet and the network has ImageNet's classes, as ImageNet numbers them; else in the order of their names.
+
+The name of a class is its folder's in Unicode NFC: a copy from macOS may have it decomposed (NFD), with the same looks.
 """
 import hashlib
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,7 +40,7 @@ class ValSplit:
     """Which images are held out of the training set for validation.
 
     Whether an image is held out follows from its own name, the names of its class's other images, and the seed: adding
-    images moves few of those that were there from one part to the other.
+    images moves few of those that were there from one part to the other. Names count in Unicode NFC.
 
     Args:
         share: How much of each class is held out, above 0 and below 1: at least one image, and not all of them.
@@ -63,7 +66,8 @@ class ValSplit:
         return {path: int.from_bytes(key[:8], "big", signed=True) for key, path in keys[:number]}
 
     def _key(self, name: str) -> bytes:
-        return hashlib.sha256(f"{self.seed}/".encode() + os.fsencode(name)).digest()
+        composed = os.fsencode(unicodedata.normalize("NFC", name))
+        return hashlib.sha256(f"{self.seed}/".encode() + composed).digest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -261,15 +265,19 @@ def _folder_of(root: Path, split: str, has_val_split: bool) -> Path:
 
 
 def _find(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
-    """Paths of the images by name of the class folder, and lines about what else was found.
+    """Paths of the images by name of the class, and lines about what else was found.
 
     Raises:
-        UserError: There is no class folder, or one has no images.
+        UserError: There is no class folder, one has no images, or two are of the same class.
     """
     names, files = list_folder(folder)
     if not names:
         raise UserError(f"{folder} needs class folders, with images in each: there is no folder in it")
-    found = {name: find_images(folder / name) for name in names}
+    classes = Counter(unicodedata.normalize("NFC", name) for name in names)
+    if double := [name for name, number in classes.items() if number > 1]:
+        raise UserError(f"{folder} has several folders of one class: {some(double)}, composed in other ways "
+                        "(Unicode NFC and NFD); merge them")
+    found = {unicodedata.normalize("NFC", name): find_images(folder / name) for name in names}
     left_out = describe_left_out(sum((files.left_out for files in found.values()), Counter()), folder)
     empty = [name for name, files in found.items() if not files.images]
     if empty:

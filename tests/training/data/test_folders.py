@@ -1,4 +1,5 @@
 """training/data/folders.py: which folder is which class, and which images are held out."""
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -107,6 +108,31 @@ def test_what_is_held_out_is_numbered_by_a_networks_classes_too(tmp_path):
     source = open_folders(tmp_path, "val", Path, None, ValSplit(0.5), classes=["b", "a"])
     assert Counter((path.parent.name, target) for path, target in source) == {("b", 0): 2, ("a", 1): 2}
     assert not any("no images" in note for note in source.notes)
+
+
+NFC, NFD = (unicodedata.normalize(form, "Hosen (größe M)") for form in ("NFC", "NFD"))
+
+
+def test_names_of_classes_are_the_same_however_their_letters_are_composed(tmp_path):
+    """A copy from macOS was refused: "no class for Hosen (größe M); its classes are Hosen (größe M)"."""
+    write(tmp_path, {f"train/{NFC}": 6, "train/Hosen (grz)": 6})
+    source = open_folders(write(tmp_path / "other", {f"val/{NFD}": 2}), "val", Path, classes=["Hosen (grz)", NFC])
+    assert source.classes == ["Hosen (grz)", NFC] and source.folders == [NFC]
+    assert [(path.parent.name, target) for path, target in source] == [(NFD, 1)] * 2, "paths are as they are on disk"
+    write(tmp_path / "copy", {f"train/{NFD}": 6, "train/Hosen (grz)": 6})
+    for settings in ({}, dict(val_split=ValSplit(0.5))):
+        one, copy = (open_folders(root, "train", Path, **settings) for root in (tmp_path, tmp_path / "copy"))
+        assert one.classes == copy.classes == ["Hosen (grz)", NFC], "numbered alike"
+        there = {(unicodedata.normalize("NFC", path.parent.name), path.name, target) for path, target in copy}
+        assert there == {(path.parent.name, path.name, target) for path, target in one}, "and held out alike"
+
+
+def test_two_folders_of_one_class_are_refused(tmp_path):
+    write(tmp_path, {f"train/{NFC}": 1, f"train/{NFD}": 1, "train/b": 1})
+    with pytest.raises(UserError) as raised:
+        open_folders(tmp_path, "train", str)
+    assert str(raised.value) == (f"{tmp_path}/train has several folders of one class: {NFC}, composed in other ways "
+                                 "(Unicode NFC and NFD); merge them")
 
 
 # --- what is found ----------------------------------------------------------------------------------------------------
