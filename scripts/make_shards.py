@@ -21,7 +21,7 @@ from datasets import ImageDataset, Reading, ValSplit, build_dataset, check_same_
 from storage.remote import sha256_of
 from training.advice import with_advice
 from training.data.folders import NoValFolderError, ValFolderError
-from training.data.shards import INFO_NAMES
+from training.data.shard_list import INFO_NAMES
 from utils import UserError, replace_file, run_script, user_path
 
 ADVICE = {

@@ -1,6 +1,6 @@
 """The errors of this task, and what a user of the command line can do about them."""
 import datasets
-from training.data import folders, images, shards
+from training.data import folders, images, shard_list, shards
 from utils import UsageError, UserError
 
 from .. import networks
@@ -44,7 +44,7 @@ ADVICE = {
     TeacherClassesError: "fine-tune the teacher, and give it with --teacher_path",
     TeacherModelError: "--teacher_model must name the model of the weights",
     TooFewClassesError: "raise --nb_classes, or leave it out",
-    shards.ShardCacheError: "give a --shard_cache",
+    shard_list.ShardCacheError: "give a --shard_cache",
     shards.ShardClassError: "see --nb_classes",
     UnknownPolicyError: "--aa takes timm's policies, or none",
 }

@@ -1,4 +1,4 @@
-"""training/data/shards.py: samples from a folder and by HTTP, each once an epoch for any shards, processes, workers."""
+"""training/data/shards.py and shard_list.py: samples of a folder or URL, each once an epoch for any processes."""
 import io
 import json
 import os
@@ -35,15 +35,8 @@ from storage import remote
 from storage.remote import sha256_of
 from training.data import shards
 from training.data.images import UnreadableImageError, load_image
-from training.data.shards import (
-    LocalFolder,
-    ShardCacheError,
-    ShardClassError,
-    ShardError,
-    ShardSampler,
-    open_shards,
-    read_split,
-)
+from training.data.shard_list import LocalFolder, ShardCacheError, ShardError, read_split
+from training.data.shards import ShardClassError, ShardSampler, open_shards
 from utils import UserError
 
 LENGTHS = {"train": (5, 3, 0, 4, 4), "validation": (3, 1, 4, 2)}
