@@ -217,9 +217,9 @@ def build_dataset(
 ) -> ImageDataset:
     """A split of a data set, of (transformed image, class index).
 
-    Its `classes` is the list of class names, None for shards; its `num_classes` is their number, None for shards whose
-    list does not give it; its `bad_images` is how many unreadable images have been skipped so far; its `notes` are
-    lines about it that a user should read.
+    Its `classes` is the list of class names and its `num_classes` is their number, each None for shards whose list does
+    not give it; its `bad_images` is how many unreadable images have been skipped so far; its `notes` are lines about it
+    that a user should read.
 
     Args:
         name: "IMNET" or "image_folder" (root/SPLIT/CLASS/IMAGE), "CIFAR10", "CIFAR100", "digits" (scikit-learn's) or
@@ -230,7 +230,8 @@ def build_dataset(
         on_error: What to do about an image that cannot be read: "raise", "next" or "mask", see `ImageDataset`.
         most_classes: How many classes the network has: for folders, see `training.data.folders.number_classes`; shards
             whose list does not say how many there are may hold no others. None for any.
-        classes: Names of the network's classes, by which folders are numbered; None for the rules of that function.
+        classes: Names of the network's classes, by which folders, and shards whose list names its classes, are
+            numbered; None for the rules of that function, and for the numbers in the shards.
         reading: How it is found and read.
 
     Raises:
@@ -241,8 +242,9 @@ def build_dataset(
     if name.startswith("wds/"):
         root = root if root is not None and is_url(root) else _folder(root)
         splits, cache = ("val", "validation") if split == "val" else (split,), reading.shard_cache
-        shards = open_shards(root, splits, decode, cache.path, cache.gigabytes, most_classes)
-        return ImageDataset(shards, None, transform, on_error, shards.split.num_classes)
+        shards = open_shards(root, splits, decode, cache.path, cache.gigabytes, most_classes, classes)
+        number = shards.split.num_classes
+        return ImageDataset(shards, shards.classes, transform, on_error, number, tuple(shards.notes))
     if name in ("IMNET", "image_folder"):
         source = open_folders(_folder(root), split, decode, most_classes, reading.val_split, classes)
         return ImageDataset(source, source.classes, transform, on_error, notes=tuple(source.notes))

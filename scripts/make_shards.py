@@ -2,7 +2,7 @@
 
     python scripts/make_shards.py /path/to/imagenet-1k /path/to/shards --size 1000
 
-Writes SPLIT-000000.tar and so on and, at the end, the index `_info.json`: the number of classes, and the number of
+Writes SPLIT-000000.tar and so on and, at the end, the index `_info.json`: the names of the classes, and the number of
 samples and the sha256 of each shard. The images of a split are shuffled first, so that every shard has images of all
 classes; the same folder, size and seed give the same bytes. Classes are numbered as in training on the folder.
 """
@@ -99,7 +99,7 @@ def make_shards(args: argparse.Namespace) -> list[str]:
         split: write_split(split, dataset.source.samples, output, args.size, args.seed)
         for split, dataset in sources.items()
     }
-    listed = json.dumps(dict(num_classes=len(classes), splits=info), indent=1)
+    listed = json.dumps(dict(num_classes=len(classes), classes=classes, splits=info), indent=1)
     replace_file(output / INFO_NAMES[0], lambda file: file.write(listed.encode()))
     return classes
 

@@ -119,10 +119,13 @@ class ClassificationTask(Task):
         return model.nb_classes or (networks.pretrained_num_classes(self.name) if published else None)
 
     def _trained_classes(self) -> list[str] | None:
-        """Names of the classes of the checkpoint that is evaluated, by which image folders are numbered; or None."""
+        """Names of the classes of the checkpoint that is evaluated, by which folders and shards are numbered; or None.
+        """
         evaluation, asked = self.settings.evaluation, self.settings.checkpoint
         source = evaluation.eval and (asked.resume or asked.finetune)
-        return networks.trained_classes(source) if source and self.settings.data.data_set in IMAGE_FOLDERS else None
+        data_set = self.settings.data.data_set
+        is_numbered = data_set in IMAGE_FOLDERS or data_set.startswith("wds/")
+        return networks.trained_classes(source) if source and is_numbered else None
 
     def _tell(self, notes: Iterable[str]):
         """Print, in the main process, lines that were not printed yet: two splits may have some in common."""

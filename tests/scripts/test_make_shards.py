@@ -33,12 +33,12 @@ def test_shards_hold_what_the_folder_holds(photos, tmp_path):
     assert main([str(photos), str(tmp_path / "shards"), "--size", "4"]) == 0
     info = json.loads((tmp_path / "shards" / "_info.json").read_text())
     splits = info["splits"]
-    assert info["num_classes"] == 2
+    assert info["num_classes"] == 2 and info["classes"] == ["ant", "bee"]
     assert splits["train"]["shard_lengths"] == [4, 4, 2] and splits["val"]["shard_lengths"] == [4, 1]
     for split in ("train", "val"):
         shards = build_dataset("wds/photos", tmp_path / "shards", split)
         assert content(shards) == content(build_dataset("image_folder", photos, split))
-        assert shards.num_classes == 2 and shards.classes is None
+        assert shards.num_classes == 2 and shards.classes == ["ant", "bee"]
         assert splits[split]["sha256"] == [sha256_of(tmp_path / "shards" / name) for name in splits[split]["filenames"]]
     train = build_dataset("wds/photos", tmp_path / "shards", "train")
     assert len({train[i][1] for i in range(4)}) == 2, "the first shard mixes the classes"

@@ -131,21 +131,29 @@ def number_classes(names: Sequence[str], num_classes: int | None = None) -> Numb
     return plain
 
 
-def _number_by_names(names: Sequence[str], classes: list[str], folder: Path) -> Numbering:
-    """The numbers of the class folders in `folder` as a network has them, whose classes are called `classes`.
+def number_by_names(
+    names: Sequence[str], classes: list[str], place: str | Path, kind: str = "folders"
+) -> Numbering:
+    """The numbers of classes in `place` as a network has them, whose classes are called `classes`.
+
+    Args:
+        names: Names of the classes in `place`.
+        classes: Names of the network's.
+        place: Folder or URL, for messages.
+        kind: What has these names there.
 
     Raises:
-        UserError: It has no class for a folder.
+        UserError: The network has no class of a name.
     """
     unknown = [name for name in names if name not in classes]
     if unknown:
         similar = nearest(unknown[0], classes) if len(unknown) == 1 else ""
         raise UserError(
-            f"{folder} has folders that the network has no class for: {some(unknown)}"
+            f"{place} has {kind} that the network has no class for: {some(unknown)}"
             f"{similar or f'; its classes are {some(classes)}'}"
         )
     missing = [name for name in classes if name not in names]
-    note = f"no images in {folder} of {len(missing)} of the network's {len(classes)} classes: {some(missing)}"
+    note = f"no images in {place} of {len(missing)} of the network's {len(classes)} classes: {some(missing)}"
     indices = {name: index for index, name in enumerate(classes) if name in names}
     return Numbering(indices, classes, note if missing else None)
 
@@ -229,7 +237,7 @@ def open_folders(
         raise ValFolderError(f"{root} has a folder val, and a part of the training images was to be held out")
     images, notes = _find(folder)
     names = list(images)
-    numbering = number_classes(names, num_classes) if classes is None else _number_by_names(names, classes, folder)
+    numbering = number_classes(names, num_classes) if classes is None else number_by_names(names, classes, folder)
     notes += [] if numbering.note is None else [numbering.note]
     held_out = None
     if val_split and split != "test":

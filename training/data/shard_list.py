@@ -4,16 +4,18 @@
 
     {"splits": {"train": {"name": "train", "num_samples": 2, "filenames": ["train-0.tar"], "shard_lengths": [2]}}}
 
-beside which the list may give `num_classes`, and a split `sha256`, its shards' hashes in hexadecimal.
+beside which the list may give `num_classes` and `classes`, their names in order, and a split `sha256`, its shards'
+hashes in hexadecimal.
 """
 import hashlib
 import json
 import math
+import unicodedata
 import urllib.parse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from storage.remote import HashMismatchError, RemoteCache, TransferError, read_bytes
 from utils import LostDataError, some
@@ -122,7 +124,7 @@ class HttpFolder:
 class Split:
     """One split in the list of shards: for each shard its name, number of samples and, if it is known, hash.
 
-    `num_classes` is None where the list does not give it.
+    `num_classes` and `classes`, their names in Unicode NFC, are None where the list does not give them.
     """
 
     info: str
@@ -130,6 +132,7 @@ class Split:
     lengths: tuple[int, ...]
     sha256: tuple[str | None, ...]
     num_classes: int | None
+    classes: list[str] | None = None
 
 
 def read_split(folder: LocalFolder | HttpFolder, names: Sequence[str]) -> Split:
@@ -161,9 +164,7 @@ def read_split(folder: LocalFolder | HttpFolder, names: Sequence[str]) -> Split:
             f"{folder}/{info} should list, for a split {' or '.join(names)}, filenames, as many shard_lengths, "
             "and num_samples, the sum of these"
         )
-    num_classes = listed.get("num_classes")
-    if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
-        raise ShardError(f"{folder}/{info}: num_classes should be a number of at least 1, and is {num_classes!r}")
+    num_classes, classes = _classes(listed, f"{folder}/{info}")
     if split.get("alt_label"):
         raise ShardError(f"{folder}/{info} takes classes from JSON ({split['alt_label']}); write them as .cls instead")
     outside = [name for name in filenames if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
@@ -172,4 +173,18 @@ def read_split(folder: LocalFolder | HttpFolder, names: Sequence[str]) -> Split:
     missing = folder.missing(filenames)
     if missing:
         raise ShardError(f"{folder} lacks shards that {info} lists: {some(missing)}")
-    return Split(info, filenames, lengths, hashes, num_classes)
+    return Split(info, filenames, lengths, hashes, num_classes, classes)
+
+
+def _classes(listed: dict[str, Any], place: str) -> tuple[int | None, list[str] | None]:
+    """The number and the names of the classes in a list of shards; raises ShardError as `read_split` does."""
+    number, names = listed.get("num_classes"), listed.get("classes")
+    if number is not None and (not isinstance(number, int) or number < 1):
+        raise ShardError(f"{place}: num_classes should be a number of at least 1, and is {number!r}")
+    if names is None:
+        return number, None
+    if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
+        composed = [unicodedata.normalize("NFC", name) for name in names]
+        if len(set(composed)) == len(names) == (number or len(names)):
+            return len(names), composed
+    raise ShardError(f"{place}: classes should be a list of names, one for each class and no two the same")

@@ -23,6 +23,7 @@ from torch.utils.data import Sampler
 from utils import is_url
 
 from .files import IMAGE_EXTENSIONS
+from .folders import number_by_names
 from .shard_list import HttpFolder, LocalFolder, ShardError, Split, read_split
 
 # How many shards are shuffled together. With 1,000 samples in each, about as many as WebDataset's usual buffer.
@@ -101,8 +102,15 @@ class TarShards(Sequence):
         split: The list of the split's shards.
         decode: Takes an image file in memory, with its `name`; raises UserError if it cannot be read.
         most_classes: Number of classes, where the list of shards does not give it; None accepts any class index.
+        classes: Names of the network's classes, by which the samples are numbered where the list names their classes;
+            None for the numbers in the shards.
+
+    Attributes:
+        classes: Names of the classes, the network's or the list's; None where the list does not name its classes.
+        notes: What a user should know about them, a line each.
 
     Raises:
+        UserError: The network has no class for one that the list names.
         ShardError: On reading, if the shard is missing, damaged, or holds another number of samples than the list says;
             ShardClassError for a class index that is too large.
     """
@@ -113,8 +121,14 @@ class TarShards(Sequence):
         split: Split,
         decode: Callable[[BinaryIO], Image.Image],
         most_classes: int | None = None,
+        classes: list[str] | None = None,
     ):
         self.folder, self.split, self.decode = folder, split, decode
+        self.classes, self.notes, self._numbers = split.classes, [], None
+        if split.classes is not None and classes is not None:
+            numbering = number_by_names(split.classes, classes, str(folder), "classes")
+            self.classes, self.notes = classes, [] if numbering.note is None else [numbering.note]
+            self._numbers = [numbering.indices[name] for name in split.classes]
         self.most_classes = split.num_classes or most_classes or math.inf
         self.lengths = np.array(split.lengths, dtype=np.int64)
         self._ends = self.lengths.cumsum()
@@ -160,7 +174,7 @@ class TarShards(Sequence):
             else:
                 kind, source = ShardClassError, "the number of classes of the model"
             raise kind(f"{name} is of class {target}, which must be below {self.most_classes}, {source}")
-        return target
+        return target if self._numbers is None else self._numbers[target]
 
     def _shard(self, number: int) -> tuple[BinaryIO, list[Sample]]:
         if number not in self._open:
@@ -203,6 +217,7 @@ def open_shards(
     cache: Path,
     cache_gb: float | None = None,
     most_classes: int | None = None,
+    classes: list[str] | None = None,
 ) -> TarShards:
     """The shards of the first of `splits` that the folder `root`, on this machine or of a URL, has.
 
@@ -211,14 +226,15 @@ def open_shards(
         splits: Names of the split, one of which must be there.
         decode: See `TarShards`.
         cache, cache_gb: For a URL, where copies are kept, and at most how many GB (1e9 bytes) of them.
-        most_classes: See `TarShards`.
+        most_classes, classes: See `TarShards`.
 
     Raises:
         ShardError: There is no list of shards there, or it is malformed.
+        UserError: See `TarShards`.
     """
     cache_bytes = math.inf if cache_gb is None else cache_gb * 1e9
     folder = HttpFolder(str(root), cache, cache_bytes) if is_url(root) else LocalFolder(Path(root))
-    return TarShards(folder, read_split(folder, splits), decode, most_classes)
+    return TarShards(folder, read_split(folder, splits), decode, most_classes, classes)
 
 
 # --- order ------------------------------------------------------------------------------------------------------------

@@ -398,6 +398,28 @@ def test_number_of_classes_that_is_none(folder, number):
         val_set(folder)
 
 
+def test_classes_have_the_names_in_the_list(folder, server):
+    """In Unicode NFC; where a network's names are given, they have its numbers, and it may have more classes."""
+    names = [f"cla\u0308ss {i}" for i in range(10)]
+    write_info(folder, read_info(folder), classes=names)
+    network = [f"cl\u00e4ss {i}" for i in range(9, -1, -1)]
+    for root in (folder, server.url):
+        dataset = val_set(root)
+        assert dataset.classes == network[::-1] and dataset.num_classes == 10 and dataset[3][1] == 3
+        dataset = val_set(root, classes=[*network, "more"])
+        assert dataset.classes == [*network, "more"] and dataset.num_classes == 11 and dataset[3][1] == 6
+        assert dataset.notes == (f"no images in {root} of 1 of the network's 11 classes: more",)
+        with pytest.raises(UserError, match=r"has classes that the network has no class for: cl.ss 0; did you mean"):
+            val_set(root, classes=network[:-1])
+
+
+@pytest.mark.parametrize("names", [7, [], ["a", 1], ["a", "a"], ["\u00e4", "a\u0308"], ["a", "b", "c"]])
+def test_names_of_classes_that_are_none(folder, names):
+    write_info(folder, read_info(folder), classes=names, **(dict(num_classes=2) if names == ["a", "b", "c"] else {}))
+    with pytest.raises(ShardError, match="classes should be a list of names, one for each class and no two the same"):
+        val_set(folder)
+
+
 def test_shard_that_shrinks_while_it_is_open(folder):
     dataset = val_set(folder)
     dataset[0]
