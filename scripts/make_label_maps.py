@@ -35,6 +35,7 @@ from tasks.classification.images import ImagePipeline
 from tasks.classification.token_labels import label_map_dtype, label_map_path
 from tasks.networks import PretrainedClassesError, check_model, create_teacher
 from training import flags
+from training.data.folders import check_is_no_class
 from training.data.images import UnreadableImageError
 from training.distributed import Distributed, init_distributed
 from training.options import LoaderOptions
@@ -124,6 +125,7 @@ def load_teacher(args: argparse.Namespace, classes: list[str], distributed: Dist
 def make(args: argparse.Namespace):
     """Make the maps that are missing; prints how many there are, and how often they agree with the folders."""
     check_model(args.model)
+    check_is_no_class(args.output, Path(args.data_path), str(args.output))
     distributed = init_distributed(args.device)
     images = ImagePipeline(args.model, args.input_size, crop_pct=1.0, crop_mode="squash")
     # An image that is skipped gets no map, rather than the next one's.

@@ -20,7 +20,7 @@ import training.startup  # before torch  # noqa: F401  # isort: skip
 from datasets import ImageDataset, Reading, ValSplit, build_dataset, check_same_classes
 from storage.remote import sha256_of
 from training.advice import with_advice
-from training.data.folders import NoValFolderError, ValFolderError
+from training.data.folders import NoValFolderError, ValFolderError, check_is_no_class
 from training.data.shard_list import INFO_NAMES
 from utils import UserError, replace_file, run_script, user_path
 
@@ -82,9 +82,11 @@ def make_shards(args: argparse.Namespace) -> list[str]:
     """Pack the splits of a folder; returns the names of the classes.
 
     Raises:
-        UserError: A split is missing, the splits have different classes, or the output already has an index.
+        UserError: A split is missing, the splits have different classes, or the output already has an index or would
+            be taken for a class.
     """
     output = args.output
+    check_is_no_class(output, args.folder, str(output))
     existing = [output / name for name in INFO_NAMES if (output / name).exists()]
     if existing:
         raise UserError(f"{existing[0]} already exists; choose another output folder")

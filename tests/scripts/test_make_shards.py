@@ -105,6 +105,7 @@ def test_mistakes(photos, tmp_path, capsys):
         "found ant, bee; --val_split 0.1 holds a tenth of the training images out instead; or pack --splits train "
         "alone\n")
     assert complaint(photos, tmp_path / "b", "--val_split", 0.1).endswith("; leave out --val_split\n")
+    assert f"{photos}/train/x lies among the class folders of {photos}/train" in complaint(photos, photos / "train/x")
     (tmp_path / "empty").mkdir()
     assert "has no folder train" in complaint(tmp_path / "empty", tmp_path / "b")
     assert "1 classes were asked for, fewer than the 2" in complaint(photos, tmp_path / "b", "--nb_classes", 1)

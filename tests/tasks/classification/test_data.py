@@ -263,6 +263,31 @@ def test_a_run_on_shards_resumes_where_their_classes_are_the_same(shards, tmp_pa
     assert "was trained on other classes: 'c', where the data has 'd'" in capfd.readouterr().err
 
 
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asked", [[], ["--output_dir", "run1"], ["--output_dir", "."], ["--output_dir", "class0/run"],
+                                   ["--output_dir", "../run", "--show_batch", "class0/shown.png"]])
+def test_a_run_among_the_class_folders_is_refused(flat, monkeypatch, capfd, asked):
+    """It could be neither resumed nor evaluated: it was a class without images."""
+    monkeypatch.chdir(flat)
+    before = sorted(flat.rglob("*"))
+    train("--data_path", ".", "--val_split", 0.2, *asked, code=2)
+    written = " ".join(asked[-2:]) or "outputs, where a run writes without --output_dir,"
+    complaint = f"{written} lies among the class folders of . and would be taken for a class: take a folder elsewhere\n"
+    assert capfd.readouterr().err == f"error: {complaint}" and sorted(flat.rglob("*")) == before
+
+
+def test_a_report_among_the_class_folders_is_refused(data, favour, capfd):
+    """Its confusion matrix was an image of one more class."""
+    evaluation = ["--eval", "--data_path", data, "--resume", favour(3, 1), "--report"]
+    run(*evaluation, data / "val" / "report", code=2)
+    complaint = f"--report {data}/val/report lies among the class folders of {data}/val and would be taken for a class"
+    assert complaint in capfd.readouterr().err and not (data / "val" / "report").exists()
+    run(*evaluation, data / "report")
+    assert (data / "report" / "classes.csv").exists()
+
+
 # --- what is held out -------------------------------------------------------------------------------------------------
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from timm.data import ImageNetInfo
 
-from training.data.folders import NoValFolderError, ValSplit, number_classes, open_folders
-from utils import UserError
+from training.data.folders import NoValFolderError, ValSplit, check_is_no_class, number_classes, open_folders
+from utils import UsageError, UserError
 
 FISH = ["n02102040", "n01440764", "n03888257"]
 
@@ -157,6 +157,41 @@ def test_a_class_without_images_says_what_is_there(tmp_path):
     complaint = r"train needs class folders.* for the classes b; endings .*1 file .*: 1 \.heic$"
     with pytest.raises(UserError, match=complaint):
         open_folders(tmp_path, "train", str)
+
+
+@pytest.mark.parametrize("places, root, output, among", [
+    (["a", "b"], ".", "run", "."),
+    (["a", "b"], ".", "a/run", "."),
+    (["a", "b"], "link", "run/1", "link"),
+    (["a", "b"], ".", "link/run", "."),
+    (["a", "b"], ".", ".", None),
+    (["a", "b"], ".", ".runs/1", None),
+    (["a", "b"], ".", "../run", None),
+    (["train/a", "val/a"], ".", "train/run", "train"),
+    (["train/a", "val/a"], ".", "link/val/a/run", "val"),
+    (["train/a"], ".", "val/run", "val"),
+    (["train/a"], ".", "test/run", "test"),
+    (["train/a"], ".", "train", None),
+    (["train/a", "val/a"], ".", "results/1", None),
+    (["val/a"], ".", "results", None),
+    (["train/a"], "train", "run", None),
+    (["train/a"], "train", "train/run", "train"),
+    ([], ".", "run", None),
+    ([], "missing", "missing/run", None),
+])
+def test_a_folder_that_would_be_taken_for_a_class(tmp_path, places, root, output, among):
+    data = write(tmp_path / "data", dict.fromkeys(places, 1))
+    data.mkdir(exist_ok=True)
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    output, root = ((tmp_path if path.startswith("link") else data) / path for path in (output, root))
+    if among is None:
+        check_is_no_class(output, root, "it")
+        return
+    place = (root.parent if root.name == among else root) / among
+    with pytest.raises(UsageError) as raised:
+        check_is_no_class(output, root, "it")
+    assert str(raised.value) == f"it lies among the class folders of {place} and would be taken for a class: " \
+                                "take a folder elsewhere"
 
 
 # --- what is held out -------------------------------------------------------------------------------------------------
