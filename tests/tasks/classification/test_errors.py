@@ -113,7 +113,7 @@ def shards(data, tmp_path, capfd):
 
 def test_shards_of_more_classes_than_the_model(complaint, shards):
     info = json.loads((shards / "_info.json").read_text())
-    del info["num_classes"]
+    del info["num_classes"], info["classes"]
     (shards / "_info.json").write_text(json.dumps(info))
     code, text = complaint("--data_set", "wds/x", "--data_path", shards, "--nb_classes", "2")
     assert code == 1 and "is of class 2, which must be below 2, the number of classes of the model" in text
