@@ -14,6 +14,10 @@ class TooFewClassesError(UsageError):
     """Fewer classes were asked for than the data holds."""
 
 
+class NothingToEvaluateError(UserError):
+    """There are no images of the split to evaluate on."""
+
+
 class OneClassError(UserError):
     """A training set of one class, of which any answer is right."""
 
@@ -34,6 +38,7 @@ ADVICE = {
     images.UnreadableImageError: "remove it, or pass --skip_bad_images",
     datasets.MissingDataError: "or pass --download",
     folders.NoValFolderError: "--val_split 0.1 holds a tenth of the training images out instead",
+    NothingToEvaluateError: "--split train evaluates on all of these images, --val_split 0.1 on a tenth of each class",
     folders.ValFolderError: "--val_split null evaluates on that folder",
     networks.PretrainedWeightsError: "--finetune takes a file of weights",
     networks.PretrainedClassesError: "fine-tune them first, or give their number with --nb_classes if the data's first "

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 import datasets
 from storage.weights import held_out_changes, held_out_difference
+from training.data.folders import NoValFolderError
 from training.data.loader import EpochLoader, build_loader
 from training.distributed import Distributed
 from training.options import LoaderOptions
@@ -25,6 +26,7 @@ from . import report, shown, tables, token_labels
 from .criterion import create_criterion
 from .errors import (
     ADVICE,
+    NothingToEvaluateError,
     NoTokenHeadError,
     OneClassError,
     TeacherClassesError,
@@ -87,16 +89,19 @@ class ClassificationTask(Task):
             val_split=data.val_split and datasets.ValSplit(data.val_split, self.settings.machine.seed),
             exif_transpose=data.exif_transpose,
         )
-        dataset = datasets.build_dataset(
-            data.data_set,
-            data.data_path,
-            split,
-            self.images.augmented(self.settings.augmentation) if train else self.images.transform(),
-            on_error="raise" if not data.skip_bad_images else "next" if train else "mask",
-            most_classes=self._most_classes(),
-            classes=self._trained_classes(),
-            reading=reading,
-        )
+        try:
+            dataset = datasets.build_dataset(
+                data.data_set,
+                data.data_path,
+                split,
+                self.images.augmented(self.settings.augmentation) if train else self.images.transform(),
+                on_error="raise" if not data.skip_bad_images else "next" if train else "mask",
+                most_classes=self._most_classes(),
+                classes=self._trained_classes(),
+                reading=reading,
+            )
+        except NoValFolderError as error:
+            raise NothingToEvaluateError(str(error)) if self.settings.evaluation.eval else error from None
         self.held_out = dataset.held_out
         self._tell(dataset.notes)
         if train:

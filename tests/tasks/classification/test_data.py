@@ -452,6 +452,18 @@ def test_a_split_that_is_not_there_is_one_line(data, tmp_path, favour, capfd):
         assert capfd.readouterr().err.endswith(complaint)
 
 
+def test_without_val_all_images_are_advised_to_be_evaluated(flat, favour, capfd):
+    """Holding out a part of them was advised alone, of which a run that never saw these images has no need."""
+    run("--eval", "--data_path", flat, "--resume", favour(3, 1), code=1)
+    assert capfd.readouterr().err.endswith(
+        "found class0, class1, class2; --split train evaluates on all of these images, --val_split 0.1 on a tenth of "
+        "each class\n")
+    assert evaluation_of(capfd, "--data_path", flat, "--resume", favour(3, 1), "--split", "train")[1] == 18
+    train("--data_path", flat, code=1)
+    advice = "--val_split 0.1 holds a tenth of the training images out instead\n"
+    assert capfd.readouterr().err.endswith(f"found class0, class1, class2; {advice}")
+
+
 def test_the_folder_of_a_split_is_no_data_folder(data, favour, capfd):
     run("--eval", "--data_path", data / "val", "--resume", favour(3, 1), code=1)
     complaint = "is the folder of one split, with no folder val in it: give the folder above it"
