@@ -35,7 +35,8 @@ class TeacherModelError(UserError):
 
 
 ADVICE = {
-    images.UnreadableImageError: "remove it, or pass --skip_bad_images",
+    images.UnreadableFileError: "remove it, or pass --skip_bad_images",
+    images.UnreadableMemberError: "pass --skip_bad_images, or make the shards again without it",
     datasets.MissingDataError: "or pass --download",
     folders.NoValFolderError: "--val_split 0.1 holds a tenth of the training images out instead",
     NothingToEvaluateError: "--split train evaluates on all of these images, --val_split 0.1 on a tenth of each class",

@@ -68,6 +68,27 @@ def test_what_is_no_photograph_is_not_packed(photos, tmp_path, capsys):
     assert len(shards) == 11 and content(shards) == content(build_dataset("image_folder", photos, "train"))
 
 
+def test_images_that_cannot_be_read(photos, tmp_path, capsys):
+    """They were packed without a word. All are named; left out, the others have the same names as ever."""
+    whole, output = tmp_path / "whole", tmp_path / "shards"
+    main([str(photos), str(whole), "--size", "4"])
+    bad = [photos / "train" / "ant" / "a.1.b.PNG", photos / "train" / "bee" / "a.4.b.PNG"]
+    bad[0].write_bytes(bad[0].read_bytes()[:50])
+    bad[1].write_bytes(b"")
+    for asked, code in ((["--skip_bad_images"], 0), ([], 1)):
+        capsys.readouterr()
+        arguments = [str(photos), str(output if not code else tmp_path / "refused"), "--size", "4", *asked]
+        assert main(arguments) == code
+        err = capsys.readouterr().err
+        assert err.count("cannot read") == 2 and all(f"cannot read {path}: " in err for path in bad)
+    assert err.endswith("error: 2 images could not be read: remove what is named, or pass --skip_bad_images\n")
+    assert not (tmp_path / "refused" / "_info.json").exists()
+    splits = json.loads((output / "_info.json").read_text())["splits"]
+    assert splits["train"]["num_samples"] == 8 and splits["val"]["num_samples"] == 5
+    images, all_images = (build_dataset("wds/x", root, "train").names() for root in (output, whole))
+    assert set(images) < set(all_images) and len(images) == 8
+
+
 def test_a_part_is_held_out_as_in_training(photos, tmp_path, capsys):
     (photos / "train").rename(tmp_path / "flat")
     assert main([str(tmp_path / "flat"), str(tmp_path / "shards"), "--val_split", "0.4", "--seed", "3"]) == 0

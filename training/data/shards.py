@@ -144,14 +144,27 @@ class TarShards(Sequence):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        shard = int(self._ends.searchsorted(index, side="right"))
+        shard, place = self._locate(index)
         file, samples = self._shard(shard)
-        sample = samples[index - int(self._ends[shard] - self.lengths[shard])]
+        sample = samples[place]
         name = f"{sample.name} in {self.folder}/{self.split.filenames[shard]}"
         target = self._target(_read(file, sample.target, name), name)
         image = BytesIO(_read(file, sample.image, name))
         image.name = name
         return self.decode(image), target
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        """The number of a sample's shard, and the sample's in it."""
+        shard = int(self._ends.searchsorted(index, side="right"))
+        return shard, index - int(self._ends[shard] - self.lengths[shard])
+
+    def name(self, index: int) -> str:
+        """SHARD/IMAGE of a sample; of a URL, whose copies may be gone again, its number in its shard."""
+        number, place = self._locate(index)
+        shard = self.split.filenames[number]
+        if isinstance(self.folder, HttpFolder):
+            return f"image {place} of {shard}"
+        return f"{shard}/{self._shard(number)[1][place].name}"
 
     def names(self) -> list[str] | None:
         """SHARD/IMAGE of every sample; None for shards of a URL, whose copies may be gone again."""

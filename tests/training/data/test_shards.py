@@ -315,7 +315,7 @@ def test_unreadable_images_in_evaluation(folder, num_workers):
     assert complaint_of(loader, UnreadableImageError) == expected
     dataset = val_set(folder, on_error="mask")
     _, targets = read_all(loader_of(dataset, train=False, num_workers=num_workers))
-    assert targets.tolist() == [-1, 1, -1, *range(3, 10)] and dataset.bad_images == 2
+    assert targets.tolist() == [-1, 1, -1, *range(3, 10)] and dataset.bad_images.sum() == 2
 
 
 def test_unreadable_images_in_training(folder):
@@ -324,7 +324,17 @@ def test_unreadable_images_in_training(folder):
     spoil_images(folder)
     dataset = train_set(folder, on_error="next")
     assert sorted(read_all(loader_of(dataset, batch_size=5))[1].tolist()) == [1, 1, 3, 3, *range(4, 10)]
-    assert dataset.bad_images == 2
+    assert dataset.bad_images.sum() == 2
+
+
+def test_images_of_shards_have_names(folder, server):
+    """Of a URL without opening a shard, whose copy may be gone."""
+    dataset = val_set(folder)
+    assert [dataset.name(i) for i in range(10)] == dataset.names() and dataset.name(9) == "validation-3.tar/009.png"
+    remote = val_set(server.url)
+    assert [remote.name(i) for i in (0, 3, 9)] == ["image 0 of validation-0.tar", "image 0 of validation-1.tar",
+                                                   "image 1 of validation-3.tar"]
+    assert set(server.seen) == {"_info.json"}
 
 
 def wrong_count(path):
