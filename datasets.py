@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +95,13 @@ class ImageDataset(Dataset):
             that should not be read in any order has a method `sampler`, as `TarShards`.
         classes: Names of the classes; None where they are not known.
         transform: Takes a PIL RGB image; None returns it as it is.
-        on_error: What to do about an image that cannot be read: "raise" its error; or count it in `bad_images`, each
-            time that it is tried, and give the "next" good image, or "mask" it: a black one with target -1.
+        on_error: What to do about an image that cannot be read: "raise" its error; or mark it in `bad_images`, and give
+            the "next" good image, or "mask" it: a black one with target -1.
         num_classes: How many classes there are where `classes` is None; None where that is not known either.
         notes: What a user should know about the data set, a line each.
+
+    Attributes:
+        bad_images: bool (N,), which images could not be read, in whatever process; None where that raises an error.
     """
 
     source: Sequence[tuple[Image.Image, int]]
@@ -115,13 +117,8 @@ class ImageDataset(Dataset):
         assert self.on_error in ("raise", "next", "mask"), self.on_error
         # of a source that should not be read in any order; see `training.data.loader.training_sampler`
         self.sampler = getattr(self.source, "sampler", None)
-        # a Value of the fork context cannot be passed to spawned workers; this one reaches forked ones too
-        self._bad = None if self.on_error == "raise" else get_context("spawn").Value("q", 0)
-
-    @property
-    def bad_images(self) -> int:
-        """How many images could not be read so far, in all worker processes."""
-        return self._bad.value if self._bad else 0
+        bad = None if self.on_error == "raise" else torch.zeros(len(self.source), dtype=torch.bool)
+        self.bad_images = bad if bad is None else bad.share_memory_()  # with forked and spawned workers
 
     @property
     def held_out(self) -> HeldOut | None:
@@ -135,6 +132,12 @@ class ImageDataset(Dataset):
             return [path for path, _ in self.source.samples]
         names = self.source.names() if isinstance(self.source, TarShards) else None
         return names or [str(index) for index in range(len(self))]
+
+    def name(self, index: int) -> str:
+        """What one image is called: as in `names`; in shards from a URL, where it lies in its shard."""
+        if hasattr(self.source, "samples"):
+            return self.source.samples[index][0]
+        return self.source.name(index) if isinstance(self.source, TarShards) else str(index)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -157,15 +160,15 @@ class ImageDataset(Dataset):
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
         for offset in range(len(self)):
+            place = (index + offset) % len(self)
             try:
-                return self.source[(index + offset) % len(self)]
+                return self.source[place]
             except LostDataError:
                 raise
             except UnreadableImageError:
                 if self.on_error == "raise":
                     raise
-                with self._bad.get_lock():
-                    self._bad.value += 1
+                self.bad_images[place] = True
                 if self.on_error == "mask":
                     return Image.new("RGB", (256, 256)), -1
         raise UserError(f"none of the {len(self)} images can be read")
@@ -218,9 +221,9 @@ def build_dataset(
 ) -> ImageDataset:
     """A split of a data set, of (transformed image, class index).
 
-    Its `classes` is the list of class names, None for shards; its `num_classes` is their number, None for shards whose
-    list does not give it; its `bad_images` is how many unreadable images have been skipped so far; its `notes` are
-    lines about it that a user should read.
+    Its `classes` is the list of class names and its `num_classes` is their number, each None for shards whose list does
+    not give it; its `bad_images` are the unreadable ones that were skipped; its `notes` are lines about it that a user
+    should read.
 
     Args:
         name: "IMNET" or "image_folder" (root/SPLIT/CLASS/IMAGE), "CIFAR10", "CIFAR100", "digits" (scikit-learn's) or
@@ -231,7 +234,8 @@ def build_dataset(
         on_error: What to do about an image that cannot be read: "raise", "next" or "mask", see `ImageDataset`.
         most_classes: How many classes the network has: for folders, see `training.data.folders.number_classes`; shards
             whose list does not say how many there are may hold no others. None for any.
-        classes: Names of the network's classes, by which folders are numbered; None for the rules of that function.
+        classes: Names of the network's classes, by which folders, and shards whose list names its classes, are
+            numbered; None for the rules of that function, and for the numbers in the shards.
         reading: How it is found and read.
 
     Raises:
@@ -242,8 +246,9 @@ def build_dataset(
     if name.startswith("wds/"):
         root = root if root is not None and is_url(root) else _folder(root)
         splits, cache = ("val", "validation") if split == "val" else (split,), reading.shard_cache
-        shards = open_shards(root, splits, decode, cache.path, cache.gigabytes, most_classes)
-        return ImageDataset(shards, None, transform, on_error, shards.split.num_classes)
+        shards = open_shards(root, splits, decode, cache.path, cache.gigabytes, most_classes, classes)
+        number = shards.split.num_classes
+        return ImageDataset(shards, shards.classes, transform, on_error, number, tuple(shards.notes))
     if name in ("IMNET", "image_folder"):
         source = open_folders(_folder(root), split, decode, most_classes, reading.val_split, classes)
         return ImageDataset(source, source.classes, transform, on_error, notes=tuple(source.notes))

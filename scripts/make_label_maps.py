@@ -35,11 +35,13 @@ from tasks.classification.images import ImagePipeline
 from tasks.classification.token_labels import label_map_dtype, label_map_path
 from tasks.networks import PretrainedClassesError, check_model, create_teacher
 from training import flags
+from training.data.folders import check_is_no_class
 from training.data.images import UnreadableImageError
+from training.data.loader import report_skipped
 from training.distributed import Distributed, init_distributed
 from training.options import LoaderOptions
 from training.precision import Precision
-from utils import UserError, count, replace_file, run_script, user_path
+from utils import UserError, replace_file, run_script, user_path
 
 
 def dense_logits(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -124,6 +126,7 @@ def load_teacher(args: argparse.Namespace, classes: list[str], distributed: Dist
 def make(args: argparse.Namespace):
     """Make the maps that are missing; prints how many there are, and how often they agree with the folders."""
     check_model(args.model)
+    check_is_no_class(args.output, Path(args.data_path), str(args.output))
     distributed = init_distributed(args.device)
     images = ImagePipeline(args.model, args.input_size, crop_pct=1.0, crop_mode="squash")
     # An image that is skipped gets no map, rather than the next one's.
@@ -146,18 +149,18 @@ def make(args: argparse.Namespace):
     loader = images.loader(Subset(dataset, indices), loader_options, distributed)
     precision = Precision.on(distributed.device, args.amp)
     made = agree = 0
-    for batch, (pictures, targets) in enumerate(tqdm(loader, desc="label maps", disable=not sys.stderr.isatty())):
-        with precision.autocast():
-            logits = dense_logits(teacher, pictures)
-        agree += int((logits.float().mean(dim=(2, 3)).argmax(dim=1) == targets).sum())
-        maps = label_maps(logits, args.topk).cpu()
-        start = batch * args.batch_size
-        for path, label_map, target in zip(paths[start : start + len(maps)], maps, targets.tolist(), strict=True):
-            if target >= 0:
-                save(path, label_map)
-                made += 1
-    if dataset.bad_images:
-        print(f"skipped {count(dataset.bad_images, 'image')} that could not be read")
+    bar = tqdm(loader, desc="label maps", disable=not sys.stderr.isatty())
+    with report_skipped(dataset, distributed.alone(), is_main=True), bar:
+        for batch, (pictures, targets) in enumerate(bar):
+            with precision.autocast():
+                logits = dense_logits(teacher, pictures)
+            agree += int((logits.float().mean(dim=(2, 3)).argmax(dim=1) == targets).sum())
+            maps = label_maps(logits, args.topk).cpu()
+            start = batch * args.batch_size
+            for path, label_map, target in zip(paths[start : start + len(maps)], maps, targets.tolist(), strict=True):
+                if target >= 0:
+                    save(path, label_map)
+                    made += 1
     share = 100 * agree / max(made, 1)
     print(f"made {made} maps of {tuple(maps.shape[1:])}; {share:.1f}% of them are of their folder's class")
 

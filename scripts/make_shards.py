@@ -2,9 +2,11 @@
 
     python scripts/make_shards.py /path/to/imagenet-1k /path/to/shards --size 1000
 
-Writes SPLIT-000000.tar and so on and, at the end, the index `_info.json`: the number of classes, and the number of
+Writes SPLIT-000000.tar and so on and, at the end, the index `_info.json`: the names of the classes, and the number of
 samples and the sha256 of each shard. The images of a split are shuffled first, so that every shard has images of all
 classes; the same folder, size and seed give the same bytes. Classes are numbered as in training on the folder.
+
+Each image is decoded once, so that none is packed that training could not read.
 """
 import argparse
 import io
@@ -12,6 +14,8 @@ import json
 import random
 import sys
 import tarfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -20,14 +24,35 @@ import training.startup  # before torch  # noqa: F401  # isort: skip
 from datasets import ImageDataset, Reading, ValSplit, build_dataset, check_same_classes
 from storage.remote import sha256_of
 from training.advice import with_advice
-from training.data.folders import NoValFolderError, ValFolderError
-from training.data.shards import INFO_NAMES
-from utils import UserError, replace_file, run_script, user_path
+from training.data.folders import NoValFolderError, ValFolderError, check_is_no_class
+from training.data.images import UnreadableImageError, load_image
+from training.data.shard_list import INFO_NAMES
+from utils import UserError, count, printable, replace_file, run_script, user_path
 
 ADVICE = {
     NoValFolderError: "--val_split 0.1 holds a tenth of the training images out instead; or pack --splits train alone",
     ValFolderError: "leave out --val_split",
 }
+
+
+def why_unreadable(image: Path) -> str | None:
+    """Why training could not read an image; None where it can."""
+    try:
+        load_image(image, exif_transpose=False)
+    except UnreadableImageError as error:
+        return str(error)
+    return None
+
+
+def readable(samples: list[tuple[int, Path, int]], errors: Iterable[str | None]) -> list[tuple[int, Path, int]]:
+    """The samples without an error; the errors of the others are printed."""
+    found = []
+    for sample, error in zip(samples, errors, strict=True):
+        if error is None:
+            found.append(sample)
+        else:
+            print(f"\r{printable(error)}", file=sys.stderr)  # over the progress
+    return found
 
 
 def write_shard(path: Path, samples: list[tuple[int, Path, int]]):
@@ -45,21 +70,28 @@ def write_shard(path: Path, samples: list[tuple[int, Path, int]]):
 
 
 def write_split(name: str, images: list[tuple[str, int]], output: Path, size: int, seed: int) -> dict:
-    """Write the shards of a split, of `size` samples each but the last; returns the split's entry of the index."""
+    """Write the shards of a split, of `size` samples each but the last; returns the split's entry of the index.
+
+    Images that cannot be read are left out, and named on standard error. To decode an image takes several times as long
+    as to pack it, and is all that finds a JPEG cut off: threads share it, since Pillow decodes without Python's lock.
+    """
     images = sorted(images)
     random.Random(seed).shuffle(images)
     samples = [(number, Path(image), target) for number, (image, target) in enumerate(images)]
     parts = [samples[start:start + size] for start in range(0, len(samples), size)]
     paths = [output / f"{name}-{number:06d}.tar" for number in range(len(parts))]
     hashes = []
-    for path, part in zip(paths, parts, strict=True):
-        write_shard(path, part)
-        hashes.append(sha256_of(path))
-        print(f"\r{name}: {len(hashes)} of {len(parts)} shards", end="", flush=True)
+    with ThreadPoolExecutor() as threads:
+        for number, path in enumerate(paths):
+            errors = threads.map(why_unreadable, (image for _, image, _ in parts[number]))
+            parts[number] = readable(parts[number], errors)
+            write_shard(path, parts[number])
+            hashes.append(sha256_of(path))
+            print(f"\r{name}: {len(hashes)} of {len(parts)} shards", end="", flush=True)
     print()
     return dict(
         name=name,
-        num_samples=len(samples),
+        num_samples=sum(map(len, parts)),
         filenames=[path.name for path in paths],
         shard_lengths=[len(part) for part in parts],
         sha256=hashes,
@@ -82,9 +114,11 @@ def make_shards(args: argparse.Namespace) -> list[str]:
     """Pack the splits of a folder; returns the names of the classes.
 
     Raises:
-        UserError: A split is missing, the splits have different classes, or the output already has an index.
+        UserError: A split is missing, the splits have different classes, the output already has an index or would be
+            taken for a class, or images cannot be read and are not to be skipped.
     """
     output = args.output
+    check_is_no_class(output, args.folder, str(output))
     existing = [output / name for name in INFO_NAMES if (output / name).exists()]
     if existing:
         raise UserError(f"{existing[0]} already exists; choose another output folder")
@@ -99,7 +133,10 @@ def make_shards(args: argparse.Namespace) -> list[str]:
         split: write_split(split, dataset.source.samples, output, args.size, args.seed)
         for split, dataset in sources.items()
     }
-    listed = json.dumps(dict(num_classes=len(classes), splits=info), indent=1)
+    bad = sum(len(dataset) - info[split]["num_samples"] for split, dataset in sources.items())
+    if bad and not args.skip_bad_images:
+        raise UserError(f"{count(bad, 'image')} could not be read: remove what is named, or pass --skip_bad_images")
+    listed = json.dumps(dict(num_classes=len(classes), classes=classes, splits=info), indent=1)
     replace_file(output / INFO_NAMES[0], lambda file: file.write(listed.encode()))
     return classes
 
@@ -114,6 +151,7 @@ def main(argv: list[str] | None = None) -> int:
                         help="share of each class that is held out as val, where there is no folder val")
     parser.add_argument("--nb_classes", type=int, help="classes of the network, if it has more than there are folders: "
                                                        "ImageNet's for folders of some of its synsets")
+    parser.add_argument("--skip_bad_images", action="store_true", help="leave out images that cannot be read")
     parser.add_argument("--size", type=int, default=1000, help="samples per shard")
     parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle, and of --val_split")
     args = parser.parse_args(argv)

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import datasets
 from models import NetworkRecipe, create_trained
-from storage.weights import default_weights
+from storage import weights
 from tasks.classification.images import ImagePipeline
 from tasks.classification.options import image_size
 from tasks.classification.tables import complete, prediction_cells, prediction_columns, write_csv
@@ -148,8 +148,8 @@ def recipe_of(checkpoint: dict[str, Any], args: argparse.Namespace) -> NetworkRe
 
 def class_names(checkpoint: dict[str, Any], num_classes: int) -> list[str]:
     """The checkpoint's classes, and numbers for those without a name; or else ImageNet's where they are as many."""
-    if checkpoint.get("classes"):
-        return complete(checkpoint["classes"], num_classes)
+    if names := weights.class_names(checkpoint):
+        return complete(names, num_classes)
     subset = infer_imagenet_subset(dict(num_classes=num_classes))
     if subset is None:
         return [str(index) for index in range(num_classes)]
@@ -168,7 +168,7 @@ def load_network(args: argparse.Namespace) -> tuple[torch.nn.Module, NetworkReci
             raise UserError(f"{error}; --checkpoint takes a file of weights") from error
     checkpoint = read(args.checkpoint)
     recipe = recipe_of(checkpoint, args)
-    key, notes = (args.model_key, []) if args.model_key else default_weights(checkpoint, args.checkpoint)
+    key, notes = (args.model_key, []) if args.model_key else weights.default_weights(checkpoint, args.checkpoint)
     for note in notes:
         print(note, file=sys.stderr)
     with reading_weights():

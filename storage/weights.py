@@ -2,6 +2,7 @@
 import hashlib
 import pickle
 import sys
+import unicodedata
 import zipfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -195,9 +196,14 @@ def without_model_prefix(weights: dict[str, torch.Tensor], expected: Iterable[st
 
 
 def class_names(checkpoint: dict[str, Any]) -> list[str] | None:
-    """The names of the classes that a checkpoint was trained on, in order; None where it does not say."""
+    """The names of the classes that a checkpoint was trained on, in order; None where it does not say.
+
+    They are in Unicode NFC, as data sets have them; older runs kept those of folders as they were on disk.
+    """
     names = checkpoint.get("classes")  # others keep their number there
-    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return None
+    return [unicodedata.normalize("NFC", name) for name in names]
 
 
 def class_difference(checkpoint: dict[str, Any], classes: list[str] | None) -> str | None:

@@ -16,7 +16,7 @@ from storage.weights import HostileFileError, WeightsError, fetch, read_file
 from utils import UserError, as_user_error, replace_file
 
 from .distributed import Distributed
-from .options import CheckpointOptions
+from .options import OUTPUTS, CheckpointOptions
 from .run import Run
 
 
@@ -244,7 +244,7 @@ def open_store(options: CheckpointOptions, name: str, started: float) -> Checkpo
     if options.output_dir is None:
         if options.resumes:
             raise NoFolderError("torchrun restarted the run, which can only resume in a folder that was named")
-        folder = Path("outputs") / name / time.strftime("%Y%m%d-%H%M%S", time.localtime(started))
+        folder = OUTPUTS / name / time.strftime("%Y%m%d-%H%M%S", time.localtime(started))
         return CheckpointStore(folder, options.keep_checkpoints)
     store = CheckpointStore(Path(options.output_dir), options.keep_checkpoints)
     resumed_here = options.resume and Path(options.resume).resolve().parent == store.folder.resolve()

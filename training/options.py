@@ -184,6 +184,10 @@ class EvaluationOptions(Group):
             raise UsageError(f"--split {self.split} is for --eval; training evaluates on val")
 
 
+# Where runs write, each in a folder of its own, without an output folder.
+OUTPUTS = Path("outputs")
+
+
 @dataclass(frozen=True)
 class CheckpointOptions(Group):
     """Checkpoints, logs and resuming"""

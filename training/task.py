@@ -129,7 +129,7 @@ class Task(ABC):
     def dataset(self, split: str) -> Dataset:
         """The data set of a split, "train" or "val", in an evaluation also "test"; augmented where it is trained on.
 
-        One that skips unreadable images counts them in `bad_images`.
+        One that skips unreadable images marks them in `bad_images`; see `training.data.loader.report_skipped`.
 
         Raises:
             UserError: It cannot be opened, or does not fit the other split.

@@ -1,6 +1,6 @@
 """The errors of this task, and what a user of the command line can do about them."""
 import datasets
-from training.data import folders, images, shards
+from training.data import folders, images, shard_list, shards
 from utils import UsageError, UserError
 
 from .. import networks
@@ -12,6 +12,10 @@ class UnknownPolicyError(UsageError):
 
 class TooFewClassesError(UsageError):
     """Fewer classes were asked for than the data holds."""
+
+
+class NothingToEvaluateError(UserError):
+    """There are no images of the split to evaluate on."""
 
 
 class OneClassError(UserError):
@@ -31,9 +35,11 @@ class TeacherModelError(UserError):
 
 
 ADVICE = {
-    images.UnreadableImageError: "remove it, or pass --skip_bad_images",
+    images.UnreadableFileError: "remove it, or pass --skip_bad_images",
+    images.UnreadableMemberError: "pass --skip_bad_images, or make the shards again without it",
     datasets.MissingDataError: "or pass --download",
     folders.NoValFolderError: "--val_split 0.1 holds a tenth of the training images out instead",
+    NothingToEvaluateError: "--split train evaluates on all of these images, --val_split 0.1 on a tenth of each class",
     folders.ValFolderError: "--val_split null evaluates on that folder",
     networks.PretrainedWeightsError: "--finetune takes a file of weights",
     networks.PretrainedClassesError: "fine-tune them first, or give their number with --nb_classes if the data's first "
@@ -44,7 +50,7 @@ ADVICE = {
     TeacherClassesError: "fine-tune the teacher, and give it with --teacher_path",
     TeacherModelError: "--teacher_model must name the model of the weights",
     TooFewClassesError: "raise --nb_classes, or leave it out",
-    shards.ShardCacheError: "give a --shard_cache",
+    shard_list.ShardCacheError: "give a --shard_cache",
     shards.ShardClassError: "see --nb_classes",
     UnknownPolicyError: "--aa takes timm's policies, or none",
 }

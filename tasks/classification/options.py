@@ -1,14 +1,15 @@
 """The command-line options that only classification has."""
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+from training.data.folders import check_is_no_class
 from training.flags import Group, flag, fraction, key_value, not_negative, path, positive
-from training.options import Settings
+from training.options import OUTPUTS, Settings
 from utils import UsageError, count
 
 # Names that models were published under, where timm's style differs.
@@ -237,6 +238,23 @@ class ClassificationSettings(Settings):
             self._check_training()
         if self.data.data_path is None and self.data.data_set != "digits":
             raise UsageError(f"--data_path is missing: the folder of the data set {self.data.data_set}")
+        if self.data.data_set in IMAGE_FOLDERS:
+            for folder, name in self._written():
+                check_is_no_class(folder, Path(self.data.data_path), name)
+
+    def _written(self) -> Iterator[tuple[Path, str]]:
+        """Folders that are written to, or in which folders are made, and what they are for messages."""
+        output, shown, report = self.checkpoint.output_dir, self.report.show_batch, self.report.report
+        if report is not None:
+            yield Path(report), f"--report {report}"
+        if self.evaluation.eval:
+            return
+        if shown is not None:
+            yield Path(shown).parent, f"--show_batch {shown}"
+        if output is None:
+            yield OUTPUTS, f"{OUTPUTS}, where a run writes without --output_dir,"
+        else:
+            yield Path(output) / "tensorboard", f"--output_dir {output}"
 
     def _check_training(self):
         if self.report.report is not None:

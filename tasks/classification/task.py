@@ -11,6 +11,7 @@ from timm.layers import to_2tuple
 from torch.utils.data import Dataset
 
 import datasets
+from training.data.folders import NoValFolderError
 from training.data.held_out import knows_images, rule_difference
 from training.data.loader import EpochLoader, build_loader
 from training.distributed import Distributed
@@ -25,6 +26,7 @@ from . import report, shown, tables, token_labels
 from .criterion import create_criterion
 from .errors import (
     ADVICE,
+    NothingToEvaluateError,
     NoTokenHeadError,
     OneClassError,
     TeacherClassesError,
@@ -87,16 +89,19 @@ class ClassificationTask(Task):
             val_split=data.val_split and datasets.ValSplit(data.val_split, self.settings.machine.seed),
             exif_transpose=data.exif_transpose,
         )
-        dataset = datasets.build_dataset(
-            data.data_set,
-            data.data_path,
-            split,
-            self.images.augmented(self.settings.augmentation) if train else self.images.transform(),
-            on_error="raise" if not data.skip_bad_images else "next" if train else "mask",
-            most_classes=self._most_classes(),
-            classes=self._trained_classes(),
-            reading=reading,
-        )
+        try:
+            dataset = datasets.build_dataset(
+                data.data_set,
+                data.data_path,
+                split,
+                self.images.augmented(self.settings.augmentation) if train else self.images.transform(),
+                on_error="raise" if not data.skip_bad_images else "next" if train else "mask",
+                most_classes=self._most_classes(),
+                classes=self._trained_classes(),
+                reading=reading,
+            )
+        except NoValFolderError as error:
+            raise NothingToEvaluateError(str(error)) if self.settings.evaluation.eval else error from None
         self.held_out = dataset.held_out
         self._tell(dataset.notes)
         if train:
@@ -119,10 +124,13 @@ class ClassificationTask(Task):
         return model.nb_classes or (networks.pretrained_num_classes(self.name) if published else None)
 
     def _trained_classes(self) -> list[str] | None:
-        """Names of the classes of the checkpoint that is evaluated, by which image folders are numbered; or None."""
+        """Names of the classes of the checkpoint that is evaluated, by which folders and shards are numbered; or None.
+        """
         evaluation, asked = self.settings.evaluation, self.settings.checkpoint
         source = evaluation.eval and (asked.resume or asked.finetune)
-        return networks.trained_classes(source) if source and self.settings.data.data_set in IMAGE_FOLDERS else None
+        data_set = self.settings.data.data_set
+        is_numbered = data_set in IMAGE_FOLDERS or data_set.startswith("wds/")
+        return networks.trained_classes(source) if source and is_numbered else None
 
     def _tell(self, notes: Iterable[str]):
         """Print, in the main process, lines that were not printed yet: two splits may have some in common."""

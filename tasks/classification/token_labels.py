@@ -82,7 +82,7 @@ class LabelledFolder:
     """
 
     def __init__(self, images: ImageFolder, root: Path):
-        self.images, self.root = images, root
+        self.images, self.root, self.samples = images, root, images.samples
 
     def __len__(self) -> int:
         return len(self.images)

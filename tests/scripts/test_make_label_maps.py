@@ -198,6 +198,13 @@ def test_published_weights_of_other_classes(photos, tmp_path, capfd):
     assert message in capfd.readouterr().err
 
 
+def test_maps_among_the_class_folders_are_refused(photos, weights, capfd):
+    """The folder of maps was a class without images."""
+    assert make(photos, photos / "train" / "maps", weights) == 2
+    assert f"{photos}/train/maps lies among the class folders of {photos}/train and would be" in capfd.readouterr().err
+    assert not (photos / "train" / "maps").exists()
+
+
 def test_two_images_of_one_name(tmp_path, weights, capfd):
     for name in ("a.png", "a.jpg"):
         (tmp_path / "train" / "x").mkdir(parents=True, exist_ok=True)

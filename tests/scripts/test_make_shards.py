@@ -33,12 +33,12 @@ def test_shards_hold_what_the_folder_holds(photos, tmp_path):
     assert main([str(photos), str(tmp_path / "shards"), "--size", "4"]) == 0
     info = json.loads((tmp_path / "shards" / "_info.json").read_text())
     splits = info["splits"]
-    assert info["num_classes"] == 2
+    assert info["num_classes"] == 2 and info["classes"] == ["ant", "bee"]
     assert splits["train"]["shard_lengths"] == [4, 4, 2] and splits["val"]["shard_lengths"] == [4, 1]
     for split in ("train", "val"):
         shards = build_dataset("wds/photos", tmp_path / "shards", split)
         assert content(shards) == content(build_dataset("image_folder", photos, split))
-        assert shards.num_classes == 2 and shards.classes is None
+        assert shards.num_classes == 2 and shards.classes == ["ant", "bee"]
         assert splits[split]["sha256"] == [sha256_of(tmp_path / "shards" / name) for name in splits[split]["filenames"]]
     train = build_dataset("wds/photos", tmp_path / "shards", "train")
     assert len({train[i][1] for i in range(4)}) == 2, "the first shard mixes the classes"
@@ -66,6 +66,27 @@ def test_what_is_no_photograph_is_not_packed(photos, tmp_path, capsys):
     assert out.count("left out") == 1 and f"left out 1 file in {photos}/train that is no image: 1 .txt\n" in out
     shards = build_dataset("wds/photos", tmp_path / "shards", "train")
     assert len(shards) == 11 and content(shards) == content(build_dataset("image_folder", photos, "train"))
+
+
+def test_images_that_cannot_be_read(photos, tmp_path, capsys):
+    """They were packed without a word. All are named; left out, the others have the same names as ever."""
+    whole, output = tmp_path / "whole", tmp_path / "shards"
+    main([str(photos), str(whole), "--size", "4"])
+    bad = [photos / "train" / "ant" / "a.1.b.PNG", photos / "train" / "bee" / "a.4.b.PNG"]
+    bad[0].write_bytes(bad[0].read_bytes()[:50])
+    bad[1].write_bytes(b"")
+    for asked, code in ((["--skip_bad_images"], 0), ([], 1)):
+        capsys.readouterr()
+        arguments = [str(photos), str(output if not code else tmp_path / "refused"), "--size", "4", *asked]
+        assert main(arguments) == code
+        err = capsys.readouterr().err
+        assert err.count("cannot read") == 2 and all(f"cannot read {path}: " in err for path in bad)
+    assert err.endswith("error: 2 images could not be read: remove what is named, or pass --skip_bad_images\n")
+    assert not (tmp_path / "refused" / "_info.json").exists()
+    splits = json.loads((output / "_info.json").read_text())["splits"]
+    assert splits["train"]["num_samples"] == 8 and splits["val"]["num_samples"] == 5
+    images, all_images = (build_dataset("wds/x", root, "train").names() for root in (output, whole))
+    assert set(images) < set(all_images) and len(images) == 8
 
 
 def test_a_part_is_held_out_as_in_training(photos, tmp_path, capsys):
@@ -105,6 +126,7 @@ def test_mistakes(photos, tmp_path, capsys):
         "found ant, bee; --val_split 0.1 holds a tenth of the training images out instead; or pack --splits train "
         "alone\n")
     assert complaint(photos, tmp_path / "b", "--val_split", 0.1).endswith("; leave out --val_split\n")
+    assert f"{photos}/train/x lies among the class folders of {photos}/train" in complaint(photos, photos / "train/x")
     (tmp_path / "empty").mkdir()
     assert "has no folder train" in complaint(tmp_path / "empty", tmp_path / "b")
     assert "1 classes were asked for, fewer than the 2" in complaint(photos, tmp_path / "b", "--nb_classes", 1)

@@ -242,6 +242,7 @@ def test_class_difference():
     for others in (7, [7], {"cat": 0}):
         assert class_difference(dict(classes=others), ["cat"]) is None, "others mean their number"
     assert class_difference({}, ["cat"]) is class_difference(checkpoint, None) is None
+    assert class_difference(dict(classes=["gro\u0308\u00dfe"]), ["gr\u00f6\u00dfe"]) is None, "Unicode NFD and NFC"
     assert class_difference(checkpoint, ["cat"]) == "was trained on 2 classes, the data has 1"
     assert class_difference(checkpoint, ["cat", "cow"]) == (
         "was trained on other classes: 'dog', where the data has 'cow'")

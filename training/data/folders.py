@@ -3,9 +3,12 @@
 Where a network is evaluated whose classes have names, the folders are numbered by these. Elsewhere, where all class
 folders are named by integers, they are numbered in the order of these; where all of them are synsets
 of ImageNet and the network has ImageNet's classes, as ImageNet numbers them; else in the order of their names.
+
+The name of a class is its folder's in Unicode NFC: a copy from macOS may have it decomposed (NFD), with the same looks.
 """
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,11 +18,12 @@ import torch
 from PIL import Image
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
-from utils import UserError, nearest, some
+from utils import UsageError, UserError, nearest, some
 
-from .files import IMAGE_EXTENSIONS, describe_left_out, find_images, is_image, list_folder
+from .files import IMAGE_EXTENSIONS, describe_left_out, find_images, is_hidden, is_image, list_folder
 from .held_out import HeldOut, ValSplit
 
+SPLITS = ("train", "val", "test")
 # Folders of these names are splits, and no classes of a folder without train.
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
@@ -80,21 +84,29 @@ def number_classes(names: Sequence[str], num_classes: int | None = None) -> Numb
     return plain
 
 
-def _number_by_names(names: Sequence[str], classes: list[str], folder: Path) -> Numbering:
-    """The numbers of the class folders in `folder` as a network has them, whose classes are called `classes`.
+def number_by_names(
+    names: Sequence[str], classes: list[str], place: str | Path, kind: str = "folders"
+) -> Numbering:
+    """The numbers of classes in `place` as a network has them, whose classes are called `classes`.
+
+    Args:
+        names: Names of the classes in `place`.
+        classes: Names of the network's.
+        place: Folder or URL, for messages.
+        kind: What has these names there.
 
     Raises:
-        UserError: It has no class for a folder.
+        UserError: The network has no class of a name.
     """
     unknown = [name for name in names if name not in classes]
     if unknown:
         similar = nearest(unknown[0], classes) if len(unknown) == 1 else ""
         raise UserError(
-            f"{folder} has folders that the network has no class for: {some(unknown)}"
+            f"{place} has {kind} that the network has no class for: {some(unknown)}"
             f"{similar or f'; its classes are {some(classes)}'}"
         )
     missing = [name for name in classes if name not in names]
-    note = f"no images in {folder} of {len(missing)} of the network's {len(classes)} classes: {some(missing)}"
+    note = f"no images in {place} of {len(missing)} of the network's {len(classes)} classes: {some(missing)}"
     indices = {name: index for index, name in enumerate(classes) if name in names}
     return Numbering(indices, classes, note if missing else None)
 
@@ -178,7 +190,7 @@ def open_folders(
         raise ValFolderError(f"{root} has a folder val, and a part of the training images was to be held out")
     images, notes = _find(folder)
     names = list(images)
-    numbering = number_classes(names, num_classes) if classes is None else _number_by_names(names, classes, folder)
+    numbering = number_classes(names, num_classes) if classes is None else number_by_names(names, classes, folder)
     notes += [] if numbering.note is None else [numbering.note]
     held_out = None
     if val_split and split != "test":
@@ -198,7 +210,7 @@ def _folder_of(root: Path, split: str, has_val_split: bool) -> Path:
     if (root / split).is_dir():
         return root / split
     folders, files = list_folder(root)
-    if split == "train" and folders and not SPLIT_NAMES & {name.lower() for name in folders}:
+    if split == "train" and _are_classes(folders):
         return root
     above = Path(os.path.abspath(root)).parent
     if os.path.basename(os.path.abspath(root)).lower() in SPLIT_NAMES and (above / split).is_dir():
@@ -213,16 +225,47 @@ def _folder_of(root: Path, split: str, has_val_split: bool) -> Path:
     raise kind(f"{root} has no folder {split}: expected {split}/CLASS/IMAGE, found {found}")
 
 
-def _find(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
-    """Paths of the images by name of the class folder, and lines about what else was found.
+def _are_classes(folders: list[str]) -> bool:
+    """Whether the folders in a data folder without train are those of classes."""
+    return bool(folders) and not SPLIT_NAMES & {name.lower() for name in folders}
+
+
+def check_is_no_class(folder: Path, root: Path, name: str):
+    """Check that images of `root` can still be read once something is written to `folder`.
+
+    Args:
+        folder: It need not be there.
+        root: A folder of images, as of `open_folders`.
+        name: What is written there, for the message.
 
     Raises:
-        UserError: There is no class folder, or one has no images.
+        UsageError: It would be taken for a class, or for a part of one.
+    """
+    if not root.is_dir():
+        return
+    is_flat = not (root / "train").is_dir() and _are_classes(list_folder(root)[0])
+    for place in [root] if is_flat else [root / split for split in SPLITS]:
+        below, above = Path(os.path.realpath(folder)), os.path.realpath(place)
+        parts = below.relative_to(above).parts if below.is_relative_to(above) else ()
+        if parts and not any(map(is_hidden, parts)):
+            raise UsageError(f"{name} lies among the class folders of {place} and would be taken for a class: "
+                             "take a folder elsewhere")
+
+
+def _find(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
+    """Paths of the images by name of the class, and lines about what else was found.
+
+    Raises:
+        UserError: There is no class folder, one has no images, or two are of the same class.
     """
     names, files = list_folder(folder)
     if not names:
         raise UserError(f"{folder} needs class folders, with images in each: there is no folder in it")
-    found = {name: find_images(folder / name) for name in names}
+    classes = Counter(unicodedata.normalize("NFC", name) for name in names)
+    if double := [name for name, number in classes.items() if number > 1]:
+        raise UserError(f"{folder} has several folders of one class: {some(double)}, composed in other ways "
+                        "(Unicode NFC and NFD); merge them")
+    found = {unicodedata.normalize("NFC", name): find_images(folder / name) for name in names}
     left_out = describe_left_out(sum((files.left_out for files in found.values()), Counter()), folder)
     empty = [name for name, files in found.items() if not files.images]
     if empty:

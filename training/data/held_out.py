@@ -1,6 +1,7 @@
 """What is held out of the training images for validation, and what of it another run may have trained on."""
 import hashlib
 import os
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ class ValSplit:
     """Which images are held out of the training set for validation.
 
     Whether an image is held out follows from its own name, the names of its class's other images, and the seed: adding
-    images moves few of those that were there from one part to the other.
+    images moves few of those that were there from one part to the other. Names count in Unicode NFC.
 
     Args:
         share: How much of each class is held out, above 0 and below 1: at least one image, and not all of them.
@@ -40,7 +41,8 @@ class ValSplit:
         return {path: int.from_bytes(key[:8], "big", signed=True) for key, path in keys[:number]}
 
     def _key(self, name: str) -> bytes:
-        return hashlib.sha256(f"{self.seed}/".encode() + os.fsencode(name)).digest()
+        composed = os.fsencode(unicodedata.normalize("NFC", name))
+        return hashlib.sha256(f"{self.seed}/".encode() + composed).digest()
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,15 @@ warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)
 
 
 class UnreadableImageError(UserError):
-    """A file is not an intact image."""
+    """What should be an image is not an intact one."""
+
+
+class UnreadableFileError(UnreadableImageError):
+    """A file of its own, which can be removed."""
+
+
+class UnreadableMemberError(UnreadableImageError):
+    """A part of a file, which holds other images too."""
 
 
 def load_image(file: str | Path | BinaryIO, exif_transpose: bool = True) -> Image.Image:
@@ -35,7 +43,8 @@ def load_image(file: str | Path | BinaryIO, exif_transpose: bool = True) -> Imag
 
     Raises:
         LostDataError: The folder in which it should be is gone, or the system cannot read the file.
-        UnreadableImageError: It is not an intact image, or has values of no known scale; names the file.
+        UnreadableFileError, for an open file UnreadableMemberError: It is not an intact image, or has values of no
+            known scale; names the file.
     """
     try:
         with Image.open(file) as image:
@@ -51,7 +60,8 @@ def load_image(file: str | Path | BinaryIO, exif_transpose: bool = True) -> Imag
         if isinstance(file, (str, Path)) and not Path(file).parent.is_dir():
             raise LostDataError(f"cannot read {file}: its folder is gone; was the data moved, or unmounted?") from None
         reason = _why_unidentified(file) if isinstance(error, UnidentifiedImageError) else one_line(error)
-        raise UnreadableImageError(f"cannot read {name}: {reason}") from None
+        kind = UnreadableFileError if isinstance(file, (str, Path)) else UnreadableMemberError
+        raise kind(f"cannot read {name}: {reason}") from None
 
 
 def _why_unidentified(file: str | Path | BinaryIO) -> str:

@@ -19,12 +19,14 @@ import torch
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate, get_worker_info
 
-from utils import UserError, count, derive_seed, seed_generators
+from utils import UserError, count, derive_seed, printable, seed_generators
 
 from ..distributed import Distributed
 from ..options import LoaderOptions
 
 _PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
+# How many of the images that were skipped are named.
+_NAMED = 5
 
 
 # --- randomness -------------------------------------------------------------------------------------------------------
@@ -278,22 +280,23 @@ def build_loader(
     return EpochLoader(loader, transfer or (lambda loader: ToDevice(loader, device)), seed, distributed.rank)
 
 
-def bad_images(dataset: Dataset) -> int:
-    """How many images a data set has skipped so far, if it counts them."""
-    return getattr(dataset, "bad_images", 0)
-
-
 @contextmanager
 def report_skipped(dataset: Dataset, shared: Distributed, is_main: bool) -> Iterator[None]:
-    """Print, at the end, how many images were skipped since the start.
+    """Print, at the end, how many different images were skipped since the start, and the names of the first.
 
     Args:
-        dataset: What is read.
+        dataset: What is read. One that skips images marks them in `bad_images`, as `datasets.ImageDataset`.
         shared: This process, among those that share the images.
         is_main: Whether this process prints.
     """
-    before = bad_images(dataset)
+    bad = getattr(dataset, "bad_images", None)
+    if bad is None:
+        yield
+        return
+    bad.zero_()
     yield
-    skipped = int(shared.sum(torch.tensor(bad_images(dataset) - before, device=shared.device)))
+    skipped = shared.sum(bad.to(shared.device, torch.int32)).nonzero().flatten().tolist()
     if is_main and skipped:
-        print(f"skipped {count(skipped, 'image')} that could not be read")
+        first = [dataset.name(index) for index in skipped[:_NAMED]]
+        more = f" and {len(skipped) - _NAMED} more" if len(skipped) > _NAMED else ""
+        print(f"skipped {count(len(skipped), 'image')} that could not be read: {printable(', '.join(first))}{more}")

@@ -2,24 +2,15 @@
 
 A shard is an uncompressed tar file. Members which follow one another and are named alike up to the first dot are a
 sample: `KEY.jpg`, or another of `IMAGE_EXTENSIONS`, and `KEY.cls`, the class index as text; others are passed over.
-`_info.json` or `info.json`, as timm writes it, lists the shards of each split and the number of samples in each:
-
-    {"splits": {"train": {"name": "train", "num_samples": 2, "filenames": ["train-0.tar"], "shard_lengths": [2]}}}
-
-beside which the list may give `num_classes`, and a split `sha256`, its shards' hashes in hexadecimal. The format is
-WebDataset's (https://github.com/webdataset/webdataset). That package reads streams, which have no positions to resume
-from, and runs the command in an address that starts with `pipe:`; here a sample has an index, and is read from its
-position in the tar file.
+`shard_list.py` reads which shards there are. The format is WebDataset's (https://github.com/webdataset/webdataset).
+That package reads streams, which have no positions to resume from, and runs the command in an address that starts with
+`pipe:`; here a sample has an index, and is read from its position in the tar file.
 """
-import hashlib
-import json
 import math
 import os
 import tarfile
-import urllib.parse
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from io import BytesIO
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -29,114 +20,20 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Sampler
 
-from storage.remote import HashMismatchError, RemoteCache, TransferError, read_bytes
-from utils import LostDataError, is_url, some
+from utils import is_url
 
 from .files import IMAGE_EXTENSIONS
+from .folders import number_by_names
+from .shard_list import HttpFolder, LocalFolder, ShardError, Split, read_split
 
-INFO_NAMES = ("_info.json", "info.json")
 # How many shards are shuffled together. With 1,000 samples in each, about as many as WebDataset's usual buffer.
 WINDOW_SHARDS = 8
 # Workers read ahead, from one window into the next.
 OPEN_SHARDS = 2 * WINDOW_SHARDS
 
 
-class ShardError(LostDataError):
-    """A shard or the list of shards is missing or wrong: more than one unreadable image, which could be skipped."""
-
-
-class ShardCacheError(ShardError):
-    """The folder for copies of shards cannot be written."""
-
-
 class ShardClassError(ShardError):
     """A sample is of a class beyond those of the model."""
-
-
-# --- where shards lie -------------------------------------------------------------------------------------------------
-
-
-class LocalFolder:
-    """Shards in a folder of this machine."""
-
-    def __init__(self, root: Path):
-        self.root = root
-
-    def __str__(self) -> str:
-        return str(self.root)
-
-    def read(self, name: str) -> bytes | None:
-        """The bytes of a small file, or None if there is no such file."""
-        path = self.root / name
-        return path.read_bytes() if path.is_file() else None
-
-    def missing(self, names: Sequence[str]) -> list[str]:
-        """The `names` of which there is no file."""
-        return [name for name in names if not (self.root / name).is_file()]
-
-    def open(self, name: str, sha256: str | None) -> BinaryIO:
-        """A shard, opened for reading. Its hash is not checked, which would read all of it."""
-        try:
-            return open(self.root / name, "rb")
-        except OSError as error:
-            raise ShardError(f"{self.root / name} cannot be opened: {error.strerror}") from None
-
-
-class HttpFolder:
-    """Shards in a folder of a web server, each copied into `cache` when it is first opened; see `RemoteCache`.
-
-    A copy's name holds a hash of its address and its `sha256`, so that where a list gives hashes an old copy never
-    stands for a new shard.
-
-    Args:
-        url: The folder.
-        cache: Folder for the copies.
-        cache_bytes: How much they may take; those opened longest ago are removed.
-    """
-
-    def __init__(self, url: str, cache: Path, cache_bytes: float = math.inf):
-        self.url, self.cache = url.rstrip("/"), RemoteCache(cache, cache_bytes)
-
-    def __str__(self) -> str:
-        return self.url
-
-    def read(self, name: str) -> bytes | None:
-        """The bytes of a small file, or None if there is no such file."""
-        try:
-            return read_bytes(self._url(name))
-        except TransferError as error:
-            if error.status == 404:
-                return None
-            raise self._unreachable(name, error) from None
-
-    def missing(self, names: Sequence[str]) -> list[str]:
-        """Always empty: asking the server for each would take long."""
-        return []
-
-    def open(self, name: str, sha256: str | None) -> BinaryIO:
-        """A shard, opened for reading; it stays readable when its copy is removed."""
-        try:
-            return self.cache.open(self._url(name), self._copy(name, sha256), sha256)
-        except HashMismatchError:
-            raise ShardError(f"{self._url(name)} is not the file whose sha256 the list of shards gives") from None
-        except TransferError as error:
-            raise self._unreachable(name, error) from None
-        except OSError as error:
-            raise ShardCacheError(f"{name} cannot be kept in {self.cache.folder}: {error.strerror}") from None
-
-    def discard(self, name: str, sha256: str | None):
-        """Remove a copy that turned out to be unusable, so that the next run downloads it again."""
-        self.cache.discard(self._copy(name, sha256))
-
-    def _unreachable(self, name: str, error: TransferError) -> ShardError:
-        return ShardError(f"{self._url(name)} cannot be fetched: {error}; see that the server has it, then start again")
-
-    def _url(self, name: str) -> str:
-        return f"{self.url}/{urllib.parse.quote(name)}"
-
-    def _copy(self, name: str, sha256: str | None) -> str:
-        key = hashlib.sha256(f"{self._url(name)} {sha256}".encode()).hexdigest()[:16]
-        return f"{PurePosixPath(name).name}-{key}.shard"
 
 
 # --- what a shard holds -----------------------------------------------------------------------------------------------
@@ -195,63 +92,6 @@ def _sample(members: dict[str, tarfile.TarInfo]) -> Sample | None:
     return Sample(image.name, (image.offset_data, image.size), (target.offset_data, target.size))
 
 
-@dataclass(frozen=True)
-class Split:
-    """One split in the list of shards: for each shard its name, number of samples and, if it is known, hash.
-
-    `num_classes` is None where the list does not give it.
-    """
-
-    info: str
-    filenames: tuple[str, ...]
-    lengths: tuple[int, ...]
-    sha256: tuple[str | None, ...]
-    num_classes: int | None
-
-
-def read_split(folder: LocalFolder | HttpFolder, names: Sequence[str]) -> Split:
-    """The first of the splits `names` that the list of shards in `folder` has.
-
-    Raises:
-        ShardError: There is no such list or split, or it is malformed.
-    """
-    found = ((name, content) for name in INFO_NAMES if (content := folder.read(name)) is not None)
-    info, content = next(found, (None, b""))
-    if info is None:
-        raise ShardError(f"{folder} has no _info.json, which lists the shards of each split")
-    try:
-        listed = json.loads(content)
-        splits = listed["splits"]
-        known = splits.keys()
-        split = splits[next(name for name in names if name in known)]
-        filenames, lengths = tuple(map(str, split["filenames"])), tuple(map(int, split["shard_lengths"]))
-        hashes = tuple(split.get("sha256") or [None] * len(filenames))
-        consistent = len(filenames) == len(lengths) == len(hashes) and sum(lengths) == split["num_samples"]
-    except StopIteration:
-        raise ShardError(
-            f"{folder}/{info} lists no split {' or '.join(names)}; it lists {some(sorted(known)) or 'none'}"
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        consistent = False
-    if not consistent or min(lengths, default=0) < 0:
-        raise ShardError(
-            f"{folder}/{info} should list, for a split {' or '.join(names)}, filenames, as many shard_lengths, "
-            "and num_samples, the sum of these"
-        )
-    num_classes = listed.get("num_classes")
-    if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
-        raise ShardError(f"{folder}/{info}: num_classes should be a number of at least 1, and is {num_classes!r}")
-    if split.get("alt_label"):
-        raise ShardError(f"{folder}/{info} takes classes from JSON ({split['alt_label']}); write them as .cls instead")
-    outside = [name for name in filenames if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
-    if outside:
-        raise ShardError(f"{folder}/{info} lists a shard outside of its folder: {outside[0]}")
-    missing = folder.missing(filenames)
-    if missing:
-        raise ShardError(f"{folder} lacks shards that {info} lists: {some(missing)}")
-    return Split(info, filenames, lengths, hashes, num_classes)
-
-
 class TarShards(Sequence):
     """(decoded image, class index) by index over all shards of a split, which are opened when they are needed.
 
@@ -262,8 +102,15 @@ class TarShards(Sequence):
         split: The list of the split's shards.
         decode: Takes an image file in memory, with its `name`; raises UserError if it cannot be read.
         most_classes: Number of classes, where the list of shards does not give it; None accepts any class index.
+        classes: Names of the network's classes, by which the samples are numbered where the list names their classes;
+            None for the numbers in the shards.
+
+    Attributes:
+        classes: Names of the classes, the network's or the list's; None where the list does not name its classes.
+        notes: What a user should know about them, a line each.
 
     Raises:
+        UserError: The network has no class for one that the list names.
         ShardError: On reading, if the shard is missing, damaged, or holds another number of samples than the list says;
             ShardClassError for a class index that is too large.
     """
@@ -274,8 +121,14 @@ class TarShards(Sequence):
         split: Split,
         decode: Callable[[BinaryIO], Image.Image],
         most_classes: int | None = None,
+        classes: list[str] | None = None,
     ):
         self.folder, self.split, self.decode = folder, split, decode
+        self.classes, self.notes, self._numbers = split.classes, [], None
+        if split.classes is not None and classes is not None:
+            numbering = number_by_names(split.classes, classes, str(folder), "classes")
+            self.classes, self.notes = classes, [] if numbering.note is None else [numbering.note]
+            self._numbers = [numbering.indices[name] for name in split.classes]
         self.most_classes = split.num_classes or most_classes or math.inf
         self.lengths = np.array(split.lengths, dtype=np.int64)
         self._ends = self.lengths.cumsum()
@@ -291,14 +144,27 @@ class TarShards(Sequence):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        shard = int(self._ends.searchsorted(index, side="right"))
+        shard, place = self._locate(index)
         file, samples = self._shard(shard)
-        sample = samples[index - int(self._ends[shard] - self.lengths[shard])]
+        sample = samples[place]
         name = f"{sample.name} in {self.folder}/{self.split.filenames[shard]}"
         target = self._target(_read(file, sample.target, name), name)
         image = BytesIO(_read(file, sample.image, name))
         image.name = name
         return self.decode(image), target
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        """The number of a sample's shard, and the sample's in it."""
+        shard = int(self._ends.searchsorted(index, side="right"))
+        return shard, index - int(self._ends[shard] - self.lengths[shard])
+
+    def name(self, index: int) -> str:
+        """SHARD/IMAGE of a sample; of a URL, whose copies may be gone again, its number in its shard."""
+        number, place = self._locate(index)
+        shard = self.split.filenames[number]
+        if isinstance(self.folder, HttpFolder):
+            return f"image {place} of {shard}"
+        return f"{shard}/{self._shard(number)[1][place].name}"
 
     def names(self) -> list[str] | None:
         """SHARD/IMAGE of every sample; None for shards of a URL, whose copies may be gone again."""
@@ -321,7 +187,7 @@ class TarShards(Sequence):
             else:
                 kind, source = ShardClassError, "the number of classes of the model"
             raise kind(f"{name} is of class {target}, which must be below {self.most_classes}, {source}")
-        return target
+        return target if self._numbers is None else self._numbers[target]
 
     def _shard(self, number: int) -> tuple[BinaryIO, list[Sample]]:
         if number not in self._open:
@@ -364,6 +230,7 @@ def open_shards(
     cache: Path,
     cache_gb: float | None = None,
     most_classes: int | None = None,
+    classes: list[str] | None = None,
 ) -> TarShards:
     """The shards of the first of `splits` that the folder `root`, on this machine or of a URL, has.
 
@@ -372,14 +239,15 @@ def open_shards(
         splits: Names of the split, one of which must be there.
         decode: See `TarShards`.
         cache, cache_gb: For a URL, where copies are kept, and at most how many GB (1e9 bytes) of them.
-        most_classes: See `TarShards`.
+        most_classes, classes: See `TarShards`.
 
     Raises:
         ShardError: There is no list of shards there, or it is malformed.
+        UserError: See `TarShards`.
     """
     cache_bytes = math.inf if cache_gb is None else cache_gb * 1e9
     folder = HttpFolder(str(root), cache, cache_bytes) if is_url(root) else LocalFolder(Path(root))
-    return TarShards(folder, read_split(folder, splits), decode, most_classes)
+    return TarShards(folder, read_split(folder, splits), decode, most_classes, classes)
 
 
 # --- order ------------------------------------------------------------------------------------------------------------

@@ -89,6 +89,7 @@ def test_one_class_is_nothing_to_learn(data, tmp_path, favour, capfd):
     for source in (["--data_path", data], ["--data_path", data, "--nb_classes", "1000"]):
         train(*source, "--output_dir", tmp_path / "out", code=1)
         assert "error: the training set has one class, class1: there is nothing to learn\n" in capfd.readouterr().err
+    rename_classes(tmp_path / "shards", None)
     train("--data_set", "wds/x", "--data_path", tmp_path / "shards", "--output_dir", tmp_path / "out", code=1)
     assert "error: the training set has one class: there is nothing to learn\n" in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -195,14 +196,97 @@ def test_a_folder_without_a_class_in_the_checkpoint_is_one_line(data, favour, ca
     assert capfd.readouterr().err.startswith(f"error: {complaint}")
 
 
+def rename_classes(shards, classes):
+    """Have the list of shards call the classes so, or not at all."""
+    info = json.loads((shards / "_info.json").read_text())
+    named = {} if classes is None else dict(classes=classes)
+    others = {key: value for key, value in info.items() if key != "classes"}
+    (shards / "_info.json").write_text(json.dumps(others | named))
+
+
+@pytest.fixture
+def shards(data, tmp_path):
+    """The flags of shards of three classes."""
+    assert make_shards.main([str(data), str(tmp_path / "shards")]) == 0
+    return ["--data_set", "wds/x", "--data_path", tmp_path / "shards"]
+
+
 def test_shards_and_checkpoints_of_no_names_are_evaluated_as_ever(data, favour, tmp_path, capfd):
     shutil.rmtree(data / "val" / "class2")
     accuracy, images, out = evaluation_of(capfd, "--data_path", data, "--resume", favour(2, 1, classes=7))
     assert images == 6 and accuracy == 50 and "no images" not in out
     assert make_shards.main([str(data), str(tmp_path / "shards"), "--splits", "val"]) == 0
+    rename_classes(tmp_path / "shards", None)
     weights = favour(2, 1, classes=["class1", "class0"])
     shards = ["--data_set", "wds/x", "--data_path", tmp_path / "shards"]
     assert evaluation_of(capfd, *shards, "--resume", weights)[:2] == (50, 6)
+
+
+def test_shards_are_evaluated_by_the_checkpoints_names(data, favour, tmp_path, capfd):
+    """As the folder that they were packed from; without a remark, their numbers were taken for the network's."""
+    (data / "val" / "class2" / "2.png").unlink()
+    shutil.rmtree(data / "val" / "class0")
+    assert make_shards.main([str(data), str(tmp_path / "shards"), "--splits", "val"]) == 0
+    weights = ["--resume", favour(4, 1, classes=["class3", "class2", "class1", "class0"])]
+    folder = evaluation_of(capfd, "--data_path", data, *weights, "--report", tmp_path / "report")
+    shards = evaluation_of(capfd, "--data_set", "wds/x", "--data_path", tmp_path / "shards", *weights, "--report",
+                           tmp_path / "of shards")
+    assert shards[:2] == folder[:2] == (40, 5) and "warning" not in shards[2]
+    assert f"no images in {tmp_path}/shards of 2 of the network's 4 classes: class3, class0\n" in shards[2]
+    for name in ("classes.csv", "confusion.csv"):
+        assert (tmp_path / "of shards" / name).read_text() == (tmp_path / "report" / name).read_text()
+    rename_classes(tmp_path / "shards", ["class1", "other"])
+    run("--eval", "--data_set", "wds/x", "--data_path", tmp_path / "shards", *weights, code=1)
+    complaint = f"{tmp_path}/shards has classes that the network has no class for: other; its classes are class3, "
+    assert complaint in capfd.readouterr().err
+
+
+def test_fine_tuning_on_shards_of_other_classes_begins_with_a_new_classifier(shards, favour, tmp_path, capfd):
+    weights = favour(3, 1, classes=["class0", "class1", "other"])
+    train(*shards, "--finetune", weights, "--output_dir", tmp_path / "run")
+    reason = "was trained on other classes: 'other', where the data has 'class2'"
+    assert f"{weights} {reason}: the classifier is re-initialised\n" in capfd.readouterr().out
+    checkpoint = torch.load(tmp_path / "run" / "last.pth", weights_only=True)
+    assert checkpoint["classes"] == ["class0", "class1", "class2"]
+
+
+def test_a_run_on_shards_resumes_where_their_classes_are_the_same(shards, tmp_path, capfd):
+    """One from before they had names too."""
+    rename_classes(tmp_path / "shards", None)
+    train(*shards, "--output_dir", tmp_path / "run")
+    assert torch.load(tmp_path / "run" / "last.pth", weights_only=True)["classes"] is None
+    rename_classes(tmp_path / "shards", ["a", "b", "c"])
+    again = ["--auto_resume", "--output_dir", tmp_path / "run", "--epochs"]
+    train(*shards, *again, 2)
+    assert torch.load(tmp_path / "run" / "last.pth", weights_only=True)["classes"] == ["a", "b", "c"]
+    rename_classes(tmp_path / "shards", ["a", "b", "d"])
+    train(*shards, *again, 3, code=1)
+    assert "was trained on other classes: 'c', where the data has 'd'" in capfd.readouterr().err
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asked", [[], ["--output_dir", "run1"], ["--output_dir", "."], ["--output_dir", "class0/run"],
+                                   ["--output_dir", "../run", "--show_batch", "class0/shown.png"]])
+def test_a_run_among_the_class_folders_is_refused(flat, monkeypatch, capfd, asked):
+    """It could be neither resumed nor evaluated: it was a class without images."""
+    monkeypatch.chdir(flat)
+    before = sorted(flat.rglob("*"))
+    train("--data_path", ".", "--val_split", 0.2, *asked, code=2)
+    written = " ".join(asked[-2:]) or "outputs, where a run writes without --output_dir,"
+    complaint = f"{written} lies among the class folders of . and would be taken for a class: take a folder elsewhere\n"
+    assert capfd.readouterr().err == f"error: {complaint}" and sorted(flat.rglob("*")) == before
+
+
+def test_a_report_among_the_class_folders_is_refused(data, favour, capfd):
+    """Its confusion matrix was an image of one more class."""
+    evaluation = ["--eval", "--data_path", data, "--resume", favour(3, 1), "--report"]
+    run(*evaluation, data / "val" / "report", code=2)
+    complaint = f"--report {data}/val/report lies among the class folders of {data}/val and would be taken for a class"
+    assert complaint in capfd.readouterr().err and not (data / "val" / "report").exists()
+    run(*evaluation, data / "report")
+    assert (data / "report" / "classes.csv").exists()
 
 
 # --- what is held out -------------------------------------------------------------------------------------------------
@@ -393,6 +477,18 @@ def test_a_split_that_is_not_there_is_one_line(data, tmp_path, favour, capfd):
         capfd.readouterr()
         run(*evaluation, *source, code=1)
         assert capfd.readouterr().err.endswith(complaint)
+
+
+def test_without_val_all_images_are_advised_to_be_evaluated(flat, favour, capfd):
+    """Holding out a part of them was advised alone, of which a run that never saw these images has no need."""
+    run("--eval", "--data_path", flat, "--resume", favour(3, 1), code=1)
+    assert capfd.readouterr().err.endswith(
+        "found class0, class1, class2; --split train evaluates on all of these images, --val_split 0.1 on a tenth of "
+        "each class\n")
+    assert evaluation_of(capfd, "--data_path", flat, "--resume", favour(3, 1), "--split", "train")[1] == 18
+    train("--data_path", flat, code=1)
+    advice = "--val_split 0.1 holds a tenth of the training images out instead\n"
+    assert capfd.readouterr().err.endswith(f"found class0, class1, class2; {advice}")
 
 
 def test_the_folder_of_a_split_is_no_data_folder(data, favour, capfd):

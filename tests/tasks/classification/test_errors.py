@@ -42,6 +42,17 @@ def test_an_unreadable_image(complaint, data, num_workers):
     assert told == (1, f"cannot read {path}: not an image; remove it, or pass --skip_bad_images")
 
 
+def test_an_unreadable_image_in_a_shard(complaint, data, tmp_path, capfd):
+    """Which cannot be removed."""
+    assert make_shards.main([str(data), str(tmp_path / "shards"), "--size", "100"]) == 0
+    capfd.readouterr()
+    path = tmp_path / "shards" / "train-000000.tar"
+    path.write_bytes(path.read_bytes().replace(b"PNG", b"xyz"))
+    code, text = complaint("--data_set", "wds/x", "--data_path", tmp_path / "shards")
+    assert code == 1 and text.startswith("cannot read 000000")
+    assert text.endswith(f".png in {path}: not an image; pass --skip_bad_images, or make the shards again without it")
+
+
 def test_cifar_that_is_missing(complaint, tmp_path):
     code, text = complaint("--data_set", "CIFAR10", "--data_path", tmp_path)
     assert code == 1 and text.startswith(f"CIFAR10 is not in {tmp_path}, or incomplete; unpack https://")
@@ -113,7 +124,7 @@ def shards(data, tmp_path, capfd):
 
 def test_shards_of_more_classes_than_the_model(complaint, shards):
     info = json.loads((shards / "_info.json").read_text())
-    del info["num_classes"]
+    del info["num_classes"], info["classes"]
     (shards / "_info.json").write_text(json.dumps(info))
     code, text = complaint("--data_set", "wds/x", "--data_path", shards, "--nb_classes", "2")
     assert code == 1 and "is of class 2, which must be below 2, the number of classes of the model" in text

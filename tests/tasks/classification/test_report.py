@@ -113,12 +113,12 @@ def test_images_of_shards_and_of_the_digits_have_names_too(photos, weights, tmp_
     arguments = ["--data_set", "wds/photos", "--data_path", tmp_path / "shards", "--report", tmp_path / "report"]
     assert evaluate(weights, *arguments) == 0
     rows = rows_of(tmp_path / "report" / "predictions.csv")
-    assert len({row["image"] for row in rows}) == 7 and {row["true_class"] for row in rows} == {"0", "1", "2"}
+    assert len({row["image"] for row in rows}) == 7 and len({row["true_class"] for row in rows}) == 3
     for row in rows:
         shard, _, member = row["image"].partition("/")
         with tarfile.open(tmp_path / "shards" / shard) as archive:
             label = Path(member).with_suffix(".cls").name
-            assert archive.extractfile(label).read().decode() == row["true_class"]
+            assert f"class{archive.extractfile(label).read().decode()}" == row["true_class"]
     assert build_dataset("digits", None, "val").names() == [str(index) for index in range(360)]
 
 

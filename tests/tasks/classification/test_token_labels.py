@@ -238,7 +238,8 @@ def test_the_data_set_without_maps_stays_as_it_is(position_map):
     (root / "train" / "a" / "map.png").write_bytes(b"")
     with pytest.raises(UserError, match="none of the 1 images"):
         labelled[0]
-    assert (labelled.bad_images, plain.bad_images) == (1, 0)
+    assert (labelled.bad_images.tolist(), plain.bad_images.tolist()) == ([True], [False])
+    assert labelled.name(0) == str(root / "train" / "a" / "map.png")
 
 
 # --- mixing -----------------------------------------------------------------------------------------------------------

@@ -1,13 +1,14 @@
 """training/data/folders.py: which folder is which class, and which images are held out."""
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from timm.data import ImageNetInfo
 
-from training.data.folders import NoValFolderError, number_classes, open_folders
+from training.data.folders import NoValFolderError, check_is_no_class, number_classes, open_folders
 from training.data.held_out import ValSplit
-from utils import UserError
+from utils import UsageError, UserError
 
 FISH = ["n02102040", "n01440764", "n03888257"]
 
@@ -110,6 +111,31 @@ def test_what_is_held_out_is_numbered_by_a_networks_classes_too(tmp_path):
     assert not any("no images" in note for note in source.notes)
 
 
+NFC, NFD = (unicodedata.normalize(form, "Hosen (größe M)") for form in ("NFC", "NFD"))
+
+
+def test_names_of_classes_are_the_same_however_their_letters_are_composed(tmp_path):
+    """A copy from macOS was refused: "no class for Hosen (größe M); its classes are Hosen (größe M)"."""
+    write(tmp_path, {f"train/{NFC}": 6, "train/Hosen (grz)": 6})
+    source = open_folders(write(tmp_path / "other", {f"val/{NFD}": 2}), "val", Path, classes=["Hosen (grz)", NFC])
+    assert source.classes == ["Hosen (grz)", NFC] and source.folders == [NFC]
+    assert [(path.parent.name, target) for path, target in source] == [(NFD, 1)] * 2, "paths are as they are on disk"
+    write(tmp_path / "copy", {f"train/{NFD}": 6, "train/Hosen (grz)": 6})
+    for settings in ({}, dict(val_split=ValSplit(0.5))):
+        one, copy = (open_folders(root, "train", Path, **settings) for root in (tmp_path, tmp_path / "copy"))
+        assert one.classes == copy.classes == ["Hosen (grz)", NFC], "numbered alike"
+        there = {(unicodedata.normalize("NFC", path.parent.name), path.name, target) for path, target in copy}
+        assert there == {(path.parent.name, path.name, target) for path, target in one}, "and held out alike"
+
+
+def test_two_folders_of_one_class_are_refused(tmp_path):
+    write(tmp_path, {f"train/{NFC}": 1, f"train/{NFD}": 1, "train/b": 1})
+    with pytest.raises(UserError) as raised:
+        open_folders(tmp_path, "train", str)
+    assert str(raised.value) == (f"{tmp_path}/train has several folders of one class: {NFC}, composed in other ways "
+                                 "(Unicode NFC and NFD); merge them")
+
+
 # --- what is found ----------------------------------------------------------------------------------------------------
 
 
@@ -132,6 +158,41 @@ def test_a_class_without_images_says_what_is_there(tmp_path):
     complaint = r"train needs class folders.* for the classes b; endings .*1 file .*: 1 \.heic$"
     with pytest.raises(UserError, match=complaint):
         open_folders(tmp_path, "train", str)
+
+
+@pytest.mark.parametrize("places, root, output, among", [
+    (["a", "b"], ".", "run", "."),
+    (["a", "b"], ".", "a/run", "."),
+    (["a", "b"], "link", "run/1", "link"),
+    (["a", "b"], ".", "link/run", "."),
+    (["a", "b"], ".", ".", None),
+    (["a", "b"], ".", ".runs/1", None),
+    (["a", "b"], ".", "../run", None),
+    (["train/a", "val/a"], ".", "train/run", "train"),
+    (["train/a", "val/a"], ".", "link/val/a/run", "val"),
+    (["train/a"], ".", "val/run", "val"),
+    (["train/a"], ".", "test/run", "test"),
+    (["train/a"], ".", "train", None),
+    (["train/a", "val/a"], ".", "results/1", None),
+    (["val/a"], ".", "results", None),
+    (["train/a"], "train", "run", None),
+    (["train/a"], "train", "train/run", "train"),
+    ([], ".", "run", None),
+    ([], "missing", "missing/run", None),
+])
+def test_a_folder_that_would_be_taken_for_a_class(tmp_path, places, root, output, among):
+    data = write(tmp_path / "data", dict.fromkeys(places, 1))
+    data.mkdir(exist_ok=True)
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    output, root = ((tmp_path if path.startswith("link") else data) / path for path in (output, root))
+    if among is None:
+        check_is_no_class(output, root, "it")
+        return
+    place = (root.parent if root.name == among else root) / among
+    with pytest.raises(UsageError) as raised:
+        check_is_no_class(output, root, "it")
+    assert str(raised.value) == f"it lies among the class folders of {place} and would be taken for a class: " \
+                                "take a folder elsewhere"
 
 
 # --- what is held out -------------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from datasets import ImageDataset, build_dataset
 from helpers.loading import different_images, draw, loader_of, process, random_states, read_all, same, transform
 from helpers.photos import write_noise
 from training.data import loader
-from training.data.loader import ToDevice, _follow_main_process, seeded
+from training.data.loader import ToDevice, _follow_main_process, report_skipped, seeded
+from training.distributed import Distributed
 from utils import UserError
 
 
@@ -245,3 +246,48 @@ def test_a_worker_says_nothing_of_a_main_process_that_stopped_reading(capfd):
     assert capfd.readouterr().err == ""
     loader._report_error(ValueError, ValueError("a mistake"), None)
     assert "a mistake" in capfd.readouterr().err
+
+
+# --- skipped images ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad, named", [
+    ([3], "1 image that could not be read: ant/3.png"),
+    ([0, 1, 2, 3, 4, 5], "6 images that could not be read: ant/0.png, ant/1.png, ant/2.png, ant/3.png, ant/4.png and 1 "
+                         "more"),
+])
+@pytest.mark.parametrize("num_workers, repeats", [(0, 1), (0, 3), (2, 3)])
+def test_skipped_images_are_named_and_counted_once_an_epoch(folder, capsys, bad, named, num_workers, repeats):
+    """Repeated augmentation tries an image several times, and an image before it leads to it too."""
+    ant = folder / "train" / "ant"
+    for i in bad:
+        (ant.parent / ("ant" if i < 5 else "bee") / f"{i}.png").write_bytes(b"")
+    dataset = build_dataset("IMNET", folder, "train", transform(True), on_error="next")
+    loader = loader_of(dataset, batch_size=10, num_workers=num_workers, repeats=repeats)
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        with report_skipped(dataset, process(), is_main=True):
+            list(loader)
+            for index in bad:  # whichever images a third of them are
+                dataset[index]
+        assert capsys.readouterr().out == f"skipped {named.replace('ant', str(ant))}\n"
+    with report_skipped(dataset, process(), is_main=False):
+        dataset[bad[0]]
+    with report_skipped(dataset, process(), is_main=True):
+        dataset[9]
+    assert capsys.readouterr().out == ""
+
+
+def test_skipped_images_are_counted_once_over_all_processes(folder, capsys):
+    """Each of which has tried its own, and one of them both."""
+
+    class Two(Distributed):
+        def sum(self, values):
+            return values + torch.tensor([1, 1] + [0] * 8)
+
+    (folder / "train" / "ant" / "0.png").write_bytes(b"")
+    dataset = build_dataset("IMNET", folder, "train", on_error="mask")
+    with report_skipped(dataset, Two(torch.device("cpu"), 0, 2), is_main=True):
+        dataset[0]
+    ant = folder / "train" / "ant"
+    assert capsys.readouterr().out == f"skipped 2 images that could not be read: {ant}/0.png, {ant}/1.png\n"

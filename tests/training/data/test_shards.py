@@ -1,4 +1,4 @@
-"""training/data/shards.py: samples from a folder and by HTTP, each once an epoch for any shards, processes, workers."""
+"""training/data/shards.py and shard_list.py: samples of a folder or URL, each once an epoch for any processes."""
 import io
 import json
 import os
@@ -35,15 +35,8 @@ from storage import remote
 from storage.remote import sha256_of
 from training.data import shards
 from training.data.images import UnreadableImageError, load_image
-from training.data.shards import (
-    LocalFolder,
-    ShardCacheError,
-    ShardClassError,
-    ShardError,
-    ShardSampler,
-    open_shards,
-    read_split,
-)
+from training.data.shard_list import LocalFolder, ShardCacheError, ShardError, read_split
+from training.data.shards import ShardClassError, ShardSampler, open_shards
 from utils import UserError
 
 LENGTHS = {"train": (5, 3, 0, 4, 4), "validation": (3, 1, 4, 2)}
@@ -322,7 +315,7 @@ def test_unreadable_images_in_evaluation(folder, num_workers):
     assert complaint_of(loader, UnreadableImageError) == expected
     dataset = val_set(folder, on_error="mask")
     _, targets = read_all(loader_of(dataset, train=False, num_workers=num_workers))
-    assert targets.tolist() == [-1, 1, -1, *range(3, 10)] and dataset.bad_images == 2
+    assert targets.tolist() == [-1, 1, -1, *range(3, 10)] and dataset.bad_images.sum() == 2
 
 
 def test_unreadable_images_in_training(folder):
@@ -331,7 +324,17 @@ def test_unreadable_images_in_training(folder):
     spoil_images(folder)
     dataset = train_set(folder, on_error="next")
     assert sorted(read_all(loader_of(dataset, batch_size=5))[1].tolist()) == [1, 1, 3, 3, *range(4, 10)]
-    assert dataset.bad_images == 2
+    assert dataset.bad_images.sum() == 2
+
+
+def test_images_of_shards_have_names(folder, server):
+    """Of a URL without opening a shard, whose copy may be gone."""
+    dataset = val_set(folder)
+    assert [dataset.name(i) for i in range(10)] == dataset.names() and dataset.name(9) == "validation-3.tar/009.png"
+    remote = val_set(server.url)
+    assert [remote.name(i) for i in (0, 3, 9)] == ["image 0 of validation-0.tar", "image 0 of validation-1.tar",
+                                                   "image 1 of validation-3.tar"]
+    assert set(server.seen) == {"_info.json"}
 
 
 def wrong_count(path):
@@ -402,6 +405,28 @@ def test_class_beyond_those_that_there_are(folder, listed, given, most, source):
 def test_number_of_classes_that_is_none(folder, number):
     write_info(folder, read_info(folder), num_classes=number)
     with pytest.raises(ShardError, match=f"num_classes should be a number of at least 1, and is {number!r}"):
+        val_set(folder)
+
+
+def test_classes_have_the_names_in_the_list(folder, server):
+    """In Unicode NFC; where a network's names are given, they have its numbers, and it may have more classes."""
+    names = [f"cla\u0308ss {i}" for i in range(10)]
+    write_info(folder, read_info(folder), classes=names)
+    network = [f"cl\u00e4ss {i}" for i in range(9, -1, -1)]
+    for root in (folder, server.url):
+        dataset = val_set(root)
+        assert dataset.classes == network[::-1] and dataset.num_classes == 10 and dataset[3][1] == 3
+        dataset = val_set(root, classes=[*network, "more"])
+        assert dataset.classes == [*network, "more"] and dataset.num_classes == 11 and dataset[3][1] == 6
+        assert dataset.notes == (f"no images in {root} of 1 of the network's 11 classes: more",)
+        with pytest.raises(UserError, match=r"has classes that the network has no class for: cl.ss 0; did you mean"):
+            val_set(root, classes=network[:-1])
+
+
+@pytest.mark.parametrize("names", [7, [], ["a", 1], ["a", "a"], ["\u00e4", "a\u0308"], ["a", "b", "c"]])
+def test_names_of_classes_that_are_none(folder, names):
+    write_info(folder, read_info(folder), classes=names, **(dict(num_classes=2) if names == ["a", "b", "c"] else {}))
+    with pytest.raises(ShardError, match="classes should be a list of names, one for each class and no two the same"):
         val_set(folder)
 
 
