@@ -596,7 +596,7 @@ def test_a_key_that_interrupts_before_the_run(monkeypatch, capfd):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(program, "run_task", interrupted)
-    assert run(capfd, *SMALL, "--data_set", "digits") == (130, "", "interrupted\n")
+    assert run(capfd, *SMALL, "--data_set", "digits") == (130, "", "error: interrupted\n")
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("a bug"), OSError(2, "a bug")])
