@@ -135,6 +135,12 @@ class AugmentationOptions(Group):
         if self.scale[1] > 1:
             raise UsageError(f"--scale is the cropped part of the image, at most 1, got {self.scale[1]}")
 
+    def as_for_imagenet(self) -> list[str]:
+        """What is as strong as in ImageNet's recipes: repeated augmentation, and mixing in every batch."""
+        mixing = [name for name in ("mixup", "cutmix") if self.mixup_prob == 1 and
+                  getattr(self, name) >= getattr(AugmentationOptions, name)]
+        return [f"{name} {getattr(self, name):g}" for name in mixing] + ["repeated_aug"] * self.repeated_aug
+
 
 @dataclass(frozen=True)
 class DistillationOptions(Group):
@@ -206,11 +212,11 @@ class ClassificationSettings(Settings):
         return self.model.model
 
     def advice_for(self, images: int) -> str | None:
-        is_default = self.augmentation == AugmentationOptions() and self.data.data_set in IMAGE_FOLDERS
-        if not is_default or images >= _FEW:
+        strong = self.augmentation.as_for_imagenet()
+        if not strong or images >= _FEW or self.data.data_set not in IMAGE_FOLDERS:
             return None
-        return (f"warning: these are the defaults of ImageNet, for {count(images, 'image')}; see "
-                "configs/train/finetune_small.yaml and scratch_small.yaml")
+        return (f"warning: the augmentation is that of ImageNet ({', '.join(strong)}), for {count(images, 'image')}; "
+                "see configs/train/finetune_small.yaml and scratch_small.yaml")
 
     @classmethod
     def check_words(cls, given: Mapping[str, Any]):

@@ -122,14 +122,25 @@ def test_recipes_for_a_folder_of_photographs(name, epochs, peak):
     assert shorter.total_warmup(10) == 2
 
 
-def test_few_photographs_with_the_defaults_of_imagenet_are_told_of_the_recipes_for_them():
-    few = "warning: these are the defaults of ImageNet, for 9999 images; see configs/train/finetune_small.yaml and " \
-          "scratch_small.yaml"
-    assert parse().advice_for(9999) == few
-    assert parse().advice_for(10_000) is None
-    assert parse("--repeated_aug", "false").advice_for(9999) is None and parse("--mixup", "0").advice_for(9999) is None
-    assert parse("--config", str(RECIPES / "finetune_small.yaml")).advice_for(9999) is None
-    assert parse("--data_set", "digits").advice_for(9999) is None
+NOT_REPEATED = ["--repeated_aug", "false"]
+
+
+@pytest.mark.parametrize("tokens,strong", [
+    ([], "mixup 0.8, cutmix 1, repeated_aug"),
+    (NOT_REPEATED, "mixup 0.8, cutmix 1"),
+    ([*NOT_REPEATED, "--mixup", "0"], "cutmix 1"),
+    ([*NOT_REPEATED, "--cutmix", "0", "--mixup", "1.5"], "mixup 1.5"),
+    (["--mixup", "0", "--cutmix", "0"], "repeated_aug"),
+    ([*NOT_REPEATED, "--mixup", "0.2", "--cutmix", "0"], None),
+    ([*NOT_REPEATED, "--mixup_prob", "0.5"], None),
+    (["--data_set", "digits"], None),
+    *((["--config", str(RECIPES / f"{name}_small.yaml")], None) for name in ("finetune", "scratch")),
+])
+def test_few_photographs_with_the_augmentation_of_imagenet_are_told_of_the_recipes_for_them(tokens, strong):
+    few = f"warning: the augmentation is that of ImageNet ({strong}), for 9999 images; see " \
+          "configs/train/finetune_small.yaml and scratch_small.yaml"
+    assert parse(*tokens).advice_for(9999) == (few if strong else None)
+    assert parse(*tokens).advice_for(10_000) is None
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
