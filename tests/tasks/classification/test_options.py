@@ -67,8 +67,9 @@ def test_every_path_begins_at_home(monkeypatch, tmp_path):
              if f.metadata["argument"].get("metavar") in ("FOLDER", "CHECKPOINT", "FILE")}
     assert paths == set(PATHS)
     for name in paths:
-        others = dict(data_path="x") | (dict(eval="true", load_release="true") if name == "report" else {})
-        recipe = {**others, name: "~/x.png"}
+        others = dict(report=dict(eval="true", load_release="true"),
+                      teacher_path=dict(distillation_type="soft", teacher_model="biformer_nano"))
+        recipe = {"data_path": "x", **others.get(name, {}), name: "~/x.png"}
         (tmp_path / "r.yaml").write_text("".join(f"{key}: {value}\n" for key, value in recipe.items()))
         for line in ([f"--{key}={value}" for key, value in recipe.items()], ["--config", str(tmp_path / "r.yaml")]):
             assert flags.as_recipe(program.parse(line)[1])[name] == "/home/me/x.png"
@@ -187,6 +188,7 @@ def test_recipes(name, tmp_path):
         (["--batch_size", "3"], "--batch_size must be even, got 3"),
         (["--distillation_type", "soft"], "needs a --teacher_model"),
         (["--teacher_model", "x"], "needs --distillation_type"),
+        (["--teacher_path", "x"], "--teacher_path needs --distillation_type soft or hard"),
         (["--distillation_tau", "0"], "--distillation_tau must be above 0"),
         (["--finetune", "a", "--load_release"], "mutually exclusive"),
         (["--data_set", "cifar"], "unknown data set 'cifar'; choose from IMNET"),
