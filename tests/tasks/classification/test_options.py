@@ -12,7 +12,7 @@ from helpers import ROOT
 from optim_factory import scaled_lr
 from tasks.classification.options import PUBLISHED_NAMES, ClassificationSettings
 from training import flags, options, parsing
-from utils import UsageError
+from utils import UsageError, nearest
 
 RECIPES = ROOT / "configs" / "train"
 REQUIRED = ["--data_path", "data"]
@@ -221,3 +221,9 @@ def test_saved_recipe_is_plain_yaml(tmp_path):
     options.save(flags.as_recipe(parse()), tmp_path / "args.yaml")
     recipe = yaml.safe_load((tmp_path / "args.yaml").read_text())
     assert recipe["batch_size"] == 128 and recipe["task"] == "classification" and "config" not in recipe
+
+
+def test_what_others_call_a_flag_is_no_flag_and_leads_to_one():
+    names = parsing.Parser(ClassificationSettings).names()
+    assert set(parsing.OTHER_NAMES.values()) <= set(names) and not parsing.OTHER_NAMES.keys() & set(names)
+    assert not [name for name, ours in parsing.OTHER_NAMES.items() if nearest(name, names) == f"; did you mean {ours}?"]
