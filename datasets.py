@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from timm.data import create_transform
 from timm.data.auto_augment import NAME_TO_OP
 from timm.data.loader import PrefetchLoader
 from timm.data.random_erasing import RandomErasing
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from training.data.folders import HeldOut, ValSplit, open_folders
@@ -84,9 +85,6 @@ def build_transform(
 
 # --- data sets --------------------------------------------------------------------------------------------------------
 
-# More than a data set has workers.
-_COUNTERS = 1024
-
 
 @dataclass(eq=False, repr=False)
 class ImageDataset(Dataset):
@@ -116,14 +114,13 @@ class ImageDataset(Dataset):
         assert self.on_error in ("raise", "next", "mask"), self.on_error
         # of a source that should not be read in any order; see `training.data.loader.training_sampler`
         self.sampler = getattr(self.source, "sampler", None)
-        # one number for each worker, which forked and spawned ones share, and no lock: its semaphore would outlive a
-        # process that is ended at once, and Python warns of that
-        self._bad = None if self.on_error == "raise" else torch.zeros(_COUNTERS, dtype=torch.int64).share_memory_()
+        # a Value of the fork context cannot be passed to spawned workers; this one reaches forked ones too
+        self._bad = None if self.on_error == "raise" else get_context("spawn").Value("q", 0)
 
     @property
     def bad_images(self) -> int:
         """How many images could not be read so far, in all worker processes."""
-        return 0 if self._bad is None else int(self._bad.sum())
+        return self._bad.value if self._bad else 0
 
     @property
     def held_out(self) -> HeldOut | None:
@@ -166,8 +163,8 @@ class ImageDataset(Dataset):
             except UnreadableImageError:
                 if self.on_error == "raise":
                     raise
-                worker = get_worker_info()
-                self._bad[0 if worker is None else 1 + worker.id % (_COUNTERS - 1)] += 1
+                with self._bad.get_lock():
+                    self._bad.value += 1
                 if self.on_error == "mask":
                     return Image.new("RGB", (256, 256)), -1
         raise UserError(f"none of the {len(self)} images can be read")
