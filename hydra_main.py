@@ -137,7 +137,7 @@ def check_overrides(overrides: list[Override]):
             if not has_cluster:
                 raise UsageError(f"{text} needs +slurm=NAME; there are: {cluster_names()}")
         elif key != "slurm" and key.split(".")[0] not in known:
-            raise UsageError(f"unknown key {key}{nearest(key, known)}")
+            raise UsageError(f"unknown key {key}{parsing.similar(key, known)}")
 
 
 def as_recipe(config: DictConfig, overrides: list[Override]) -> dict[str, Any]:

@@ -235,8 +235,7 @@ def main(argv: Sequence[str] | None = None, tasks: TaskRegistry = TASKS) -> int:
         sys.stderr.write(f"{stopped}; {command_line.how_to_resume(stopped.folder)}\n")
         return EXIT_RESUME
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        return fail("interrupted", 130)
     except (OSError, RuntimeError) as error:
         fault = fault_of(error)
         if fault is None:

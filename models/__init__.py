@@ -3,6 +3,7 @@
 `models.load("best.pth")` gives the network of a run, and the transform of its images.
 """
 from ._load import create_trained, family_filter, load
+from ._pretrained import NoWeightsError
 from ._recipe import NetworkRecipe, size_kwargs
 from ._routing import collect_routing
 from .biformer import BiFormer
@@ -15,6 +16,7 @@ __all__ = [
     "BiFormer",
     "DeBiFormer",
     "NetworkRecipe",
+    "NoWeightsError",
     "ViTAEv2",
     "collect_routing",
     "create_trained",

@@ -21,6 +21,21 @@ else:  # from the checkout
 UNTRAINED = "untrained"
 
 
+class NoWeightsError(RuntimeError):
+    """There are no weights to download, or they cannot be downloaded; the text ends with what to pass instead.
+
+    Attributes:
+        reason: The text without that.
+    """
+
+    def __init__(self, variant: str, reason: str):
+        super().__init__(
+            f"{reason}; pass a file: timm.create_model({variant!r}, pretrained=True, "
+            "pretrained_cfg_overlay=dict(file='/path/to/file.pth'))"
+        )
+        self.reason = reason
+
+
 def imagenet_cfg(**kwargs) -> dict:
     """A default config of timm for ImageNet-1K at 224; `kwargs` extend or override it.
 
@@ -41,22 +56,16 @@ def imagenet_cfg(**kwargs) -> dict:
     return common | kwargs
 
 
-def _pass_the_file(variant: str) -> str:
-    return (
-        f"pass the file: timm.create_model({variant!r}, pretrained=True, "
-        "pretrained_cfg_overlay=dict(file='/path/to/file.pth'))"
-    )
-
-
 def _check_has_weights(variant: str, cfg: PretrainedCfg):
-    """Raises RuntimeError, which says where to get weights, where the config has none."""
+    """Raises NoWeightsError, which says where to get weights, where the config has none."""
     if cfg.has_weights or cfg.state_dict:
         return
     if cfg.tag == UNTRAINED:
-        raise RuntimeError(f"no weights of {variant} were released; train it, and {_pass_the_file(variant)}")
-    raise RuntimeError(
-        f"no program can download the weights of {variant}. Get them by hand, from the page where its authors offer "
-        f"them, {cfg.origin_url}, and {_pass_the_file(variant)}"
+        raise NoWeightsError(variant, f"no weights of {variant} were released")
+    raise NoWeightsError(
+        variant,
+        f"no program can download the weights of {variant}: get them by hand, from the page where its authors offer "
+        f"them, {cfg.origin_url}",
     )
 
 
@@ -69,7 +78,7 @@ def build_with_pretrained_weights(model_cls: type[nn.Module], variant: str, pret
     and of arguments that the run had.
 
     Raises:
-        RuntimeError: There are no weights to download, or they cannot be downloaded or read; says what to do instead.
+        RuntimeError: The file cannot be read; NoWeightsError where there are no weights to download, or they cannot be.
     """
     if not pretrained:
         return build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
@@ -97,7 +106,7 @@ def _read_weights(
     """The checkpoint in memory, in the file, or behind the URL, of a config; and the weights in it.
 
     Raises:
-        RuntimeError: It cannot be read; says what to do instead.
+        RuntimeError: It cannot be read; NoWeightsError where it cannot be downloaded.
     """
     try:
         checkpoint = cfg.state_dict or stored.read_checkpoint(str(cfg.file or cfg.url), cache_dir)
@@ -106,10 +115,8 @@ def _read_weights(
     except stored.WeightsError as error:
         if cfg.file or cfg.state_dict:
             raise RuntimeError(f"{cfg.file or 'state_dict'} cannot be read as weights: {error}") from error
-        raise RuntimeError(
-            f"the weights of {variant} could not be loaded ({error}). Download them by hand, from {cfg.origin_url}, "
-            f"and {_pass_the_file(variant)}"
-        ) from error
+        reason = f"the weights of {variant} could not be loaded ({error}): download them by hand, from {cfg.origin_url}"
+        raise NoWeightsError(variant, reason) from error
 
 
 def _as_list(value: Any) -> Any:

@@ -169,19 +169,23 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_path", required=True, type=flags.path,
                         help="the image folder, with train/CLASS/IMAGE or CLASS/IMAGE")
-    parser.add_argument("--split", default="train", choices=["train", "val"])
+    parser.add_argument("--split", default="train", choices=["train", "val"],
+                        help="of which images (default: %(default)s)")
     parser.add_argument("--output", required=True, type=user_path, metavar="FOLDER", help="where the maps go")
     parser.add_argument("--model", required=True, help="the teacher: any model that timm knows, ours included")
     parser.add_argument("--checkpoint", type=flags.path, help="its weights, file or URL (default: its published ones)")
     parser.add_argument("--model_key", help="which weights of a checkpoint to take, for example model_ema")
-    parser.add_argument("--input_size", default=576, type=int, help="side that the images are resized to")
-    parser.add_argument("--topk", default=5, type=int, help="classes to keep at each position")
-    parser.add_argument("--batch_size", default=32, type=int)
-    parser.add_argument("--num_workers", default=min(8, os.cpu_count() or 1), type=int)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"])
+    parser.add_argument("--input_size", default=576, type=int,
+                        help="side that the images are resized to (default: %(default)s)")
+    parser.add_argument("--topk", default=5, type=int, help="classes to keep at each position (default: %(default)s)")
+    parser.add_argument("--batch_size", default=32, type=int, help="images of a forward pass (default: %(default)s)")
+    parser.add_argument("--num_workers", default=min(8, os.cpu_count() or 1), type=int,
+                        help="data loading processes (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1 or cpu (default: %(default)s)")
+    parser.add_argument("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"],
+                        help="mixed precision; auto: bf16 if the GPU has it (default: %(default)s)")
     parser.add_argument("--exif_transpose", default=True, type=flags.boolean, metavar="BOOL",
-                        help="turn images upright by their EXIF orientation, as main.py does by default")
+                        help="turn images upright by their EXIF orientation, as main.py does (default: true)")
     parser.add_argument("--skip_bad_images", action="store_true", help="make no map of an image that cannot be read")
     args = parser.parse_args(argv)
     for name in ("input_size", "topk", "batch_size"):

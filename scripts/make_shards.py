@@ -146,14 +146,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", type=user_path,
                         help="folder of SPLIT/CLASS/IMAGE or, with --val_split, of CLASS/IMAGE")
     parser.add_argument("output", type=user_path, help="folder for the shards")
-    parser.add_argument("--splits", nargs="+", choices=["train", "val", "test"], default=["train", "val"])
+    parser.add_argument("--splits", nargs="+", choices=["train", "val", "test"], default=["train", "val"],
+                        help="which to pack (default: train val)")
     parser.add_argument("--val_split", type=float, metavar="SHARE",
                         help="share of each class that is held out as val, where there is no folder val")
     parser.add_argument("--nb_classes", type=int, help="classes of the network, if it has more than there are folders: "
                                                        "ImageNet's for folders of some of its synsets")
     parser.add_argument("--skip_bad_images", action="store_true", help="leave out images that cannot be read")
-    parser.add_argument("--size", type=int, default=1000, help="samples per shard")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle, and of --val_split")
+    parser.add_argument("--size", type=int, default=1000, help="samples per shard (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="seed of the shuffle, and of --val_split (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.size < 1:
         parser.error(f"--size must be at least 1, got {args.size}")

@@ -82,8 +82,9 @@ def draw(folders: list[Path]):
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=user_path)
-    parser.add_argument("--output", type=user_path, default=Path("curves.png"))
+    parser.add_argument("folders", nargs="+", type=user_path, metavar="FOLDER", help="of a run")
+    parser.add_argument("--output", type=user_path, default=Path("curves.png"), metavar="FILE",
+                        help="the figure, in the format of its ending (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
         draw(args.folders).savefig(args.output)

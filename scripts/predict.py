@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.data.loader import fast_collate
+from timm.layers import to_2tuple
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -50,7 +51,7 @@ from training.distributed import init_distributed
 from training.options import LoaderOptions
 from training.precision import Precision
 from training.signals import OutOfMemoryFault, WorkerFault, fault_of
-from training.task import reading_weights
+from training.task import reading_weights, refusal
 from utils import UsageError, UserError, print_line, printable, run_script, user_path
 
 ADVICE = {OutOfMemoryFault: "lower --batch_size", WorkerFault: "give fewer --num_workers or more memory"}
@@ -110,7 +111,7 @@ def find_images(places: list[Path]) -> list[Path]:
     Raises:
         UserError: There is none.
     """
-    found = []
+    found, empty = [], []
     for place in places:
         if not place.exists():
             raise UserError(f"{place}: no such file or folder")
@@ -119,10 +120,14 @@ def find_images(places: list[Path]) -> list[Path]:
             continue
         inside = files.find_images(place)
         found += map(Path, inside.images)
+        empty += [] if inside.images else [place]
         if left_out := files.describe_left_out(inside.left_out, place):
             print(left_out, file=sys.stderr)
+    no_image = f"no image in {', '.join(map(str, empty))}; endings are {', '.join(files.IMAGE_EXTENSIONS)}"
     if not found:
-        raise UserError(f"no image in {', '.join(map(str, places))}; endings are {', '.join(files.IMAGE_EXTENSIONS)}")
+        raise UserError(no_image)
+    if empty:
+        print(printable(no_image), file=sys.stderr)
     return found
 
 
@@ -170,9 +175,16 @@ def load_network(args: argparse.Namespace) -> tuple[torch.nn.Module, NetworkReci
     recipe = recipe_of(checkpoint, args)
     key, notes = (args.model_key, []) if args.model_key else weights.default_weights(checkpoint, args.checkpoint)
     for note in notes:
-        print(note, file=sys.stderr)
+        tqdm.write(note, file=sys.stderr)
     with reading_weights():
         return create_trained(recipe, checkpoint, args.checkpoint, key), recipe, checkpoint
+
+
+def check_input(model: torch.nn.Module, name: str, input_size: int | tuple[int, int], precision: Precision):
+    """Raises UsageError where a network, here called `name`, cannot take images of a size."""
+    height, width = to_2tuple(input_size)
+    with precision.autocast(), refusal(UsageError, f"{name} cannot take images of 3 x {height} x {width}"):
+        model(torch.zeros(1, 3, height, width, device=next(model.parameters()).device))
 
 
 @torch.inference_mode()
@@ -180,7 +192,7 @@ def predict(args: argparse.Namespace, paths: list[Path]) -> Iterator[Prediction]
     """The predictions of images, in order; each names `args.topk` classes, or all where there are fewer.
 
     Raises:
-        UserError: The weights cannot be read.
+        UserError: The weights cannot be read; UsageError where the network cannot take images of their size.
     """
     distributed = init_distributed(args.device)
     model, recipe, checkpoint = load_network(args)
@@ -189,6 +201,8 @@ def predict(args: argparse.Namespace, paths: list[Path]) -> Iterator[Prediction]
     images = ImagePipeline(recipe.model, recipe.input_size, recipe.crop_pct)
     loader_options = LoaderOptions(batch_size=args.batch_size, num_workers=args.num_workers)
     precision = Precision.on(distributed.device, args.amp)
+    check_input(model, recipe.model, images.input_size, precision)
+    tqdm.write(f"evaluated at {images.description}", file=sys.stderr)
     dataset = Images(paths, images.transform(), recipe.exif_transpose)
     for batch, places in images.loader(dataset, loader_options, distributed, collate):
         with precision.autocast():
@@ -269,12 +283,14 @@ def main(argv: list[str] | None = None) -> int:
                         help="side of the image, or HEIGHTxWIDTH (default: the checkpoint's)")
     parser.add_argument("--use_test_size", action="store_true",
                         help="the image size and the crop that timm's validate.py takes, instead of the checkpoint's")
-    parser.add_argument("--topk", default=5, type=int, help="classes to name for each image")
+    parser.add_argument("--topk", default=5, type=int, help="classes to name for each image (default: %(default)s)")
     parser.add_argument("--output", type=user_path, metavar="FILE", help="write them as CSV too")
-    parser.add_argument("--batch_size", default=32, type=int)
-    parser.add_argument("--num_workers", default=min(8, os.cpu_count() or 1), type=int)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"])
+    parser.add_argument("--batch_size", default=32, type=int, help="images of a forward pass (default: %(default)s)")
+    parser.add_argument("--num_workers", default=min(8, os.cpu_count() or 1), type=int,
+                        help="data loading processes (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1 or cpu (default: %(default)s)")
+    parser.add_argument("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"],
+                        help="mixed precision; auto: bf16 if the GPU has it (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.use_test_size and args.input_size is not None:
         parser.error("--use_test_size and --input_size are mutually exclusive")

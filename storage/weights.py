@@ -214,13 +214,14 @@ def class_difference(checkpoint: dict[str, Any], classes: list[str] | None) -> s
     trained_on = class_names(checkpoint)
     if trained_on is None or classes is None or trained_on == classes:
         return None
+    gone, new = (sorted(set(some) - set(others)) for some, others in ((trained_on, classes), (classes, trained_on)))
     if len(trained_on) != len(classes):
-        return f"was trained on {len(trained_on)} classes, the data has {len(classes)}"
+        changes = [f"without {_listed(gone)}"] * bool(gone) + [f"with {_listed(new)} added"] * bool(new)
+        return f"was trained on {len(trained_on)} classes, the data has {len(classes)}, {' and '.join(changes)}"
     if sorted(trained_on) == sorted(classes):
         index = next(i for i, (ours, theirs) in enumerate(zip(classes, trained_on, strict=True)) if ours != theirs)
         first = f"number {index} was {trained_on[index]!r}, and is {classes[index]!r} here"
         return f"was trained on the same classes in another order: {first}"
-    gone, new = (sorted(set(some) - set(others)) for some, others in ((trained_on, classes), (classes, trained_on)))
     return f"was trained on other classes: {_listed(gone)}, where the data has {_listed(new)}"
 
 

@@ -5,7 +5,7 @@ import timm
 import torch
 from timm.data import resolve_data_config
 
-from models import NetworkRecipe, family_filter, size_kwargs
+from models import NetworkRecipe, NoWeightsError, family_filter, size_kwargs
 from storage.weights import (
     MismatchError,
     WeightsError,
@@ -40,7 +40,7 @@ class PretrainedClassesError(UserError):
 def check_model(name: str):
     """Raises UsageError where timm has no model, or no weights, of this name."""
     architecture, _, tag = name.partition(".")
-    check_name("model", architecture, timm.list_models())
+    check_name("model", architecture if architecture.isidentifier() else name, timm.list_models())
     if tag:
         check_name("weights", name, timm.list_models(f"{architecture}.*", include_tags=True))
 
@@ -59,6 +59,8 @@ def build_model(name: str, pretrained: bool, kwargs: dict[str, Any]) -> torch.nn
         raise UsageError(f"{name} cannot be built: {error}") from error
     except (ArithmeticError, AssertionError, AttributeError, LookupError) as error:  # whose text alone may say little
         raise UsageError(f"{name} cannot be built: {error!r}") from error
+    except NoWeightsError as error:  # not its text, which tells programs what to pass
+        raise PretrainedWeightsError(error.reason) from error
     except (RuntimeError, OSError) as error:
         raise (PretrainedWeightsError if pretrained else UserError)(f"{name} cannot be built: {error}") from error
 

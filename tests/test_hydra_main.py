@@ -163,6 +163,7 @@ def test_the_runs_of_a_sweep_do_not_share_a_folder(run, passed, tmp_path):
     "words,message",
     [
         ("drop_pth=0.1", "unknown key drop_pth; did you mean drop_path?"),
+        ("learning_rate=0.1", "unknown key learning_rate; did you mean lr?"),
         ("+drop_pth=0.1", "unknown key drop_pth; did you mean drop_path?"),
         ("lr.x=1", "Could not override 'lr.x'"),
         ("~lr", "keys cannot be deleted; lr=null restores the default"),

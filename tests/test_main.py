@@ -253,7 +253,8 @@ def test_fine_tuning_with_other_classes_and_size(photos, trained, tmp_path, capf
     code, out, _ = run(capfd, *SMALL, *SHORT, "--data_set", "digits", "--finetune", trained / "last.pth",
                        "--input_size", "32x64", "--batch_size", "512", "--lr", "1e-9", "--min_lr", "0",
                        "--warmup_lr", "0", "--output_dir", tmp_path, "--model_ema", "false")
-    reason = "was trained on 3 classes, the data has 10"
+    reason = ("was trained on 3 classes, the data has 10, without 'class0', 'class1', 'class2' and with '0', '1', '2', "
+              "'3', '4' and 5 more added")
     message = f"{trained / 'last.pth'} {reason}: the classifier is re-initialised\n"
     assert code == 0 and message in out
     before, after = weights(trained / "last.pth"), weights(tmp_path / "last.pth")
@@ -596,7 +597,7 @@ def test_a_key_that_interrupts_before_the_run(monkeypatch, capfd):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(program, "run_task", interrupted)
-    assert run(capfd, *SMALL, "--data_set", "digits") == (130, "", "interrupted\n")
+    assert run(capfd, *SMALL, "--data_set", "digits") == (130, "", "error: interrupted\n")
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("a bug"), OSError(2, "a bug")])

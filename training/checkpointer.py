@@ -26,7 +26,7 @@ class Checkpointer:
         run: The run.
         store: Where the main process writes.
         distributed: This process.
-        signals: Whether a signal has come.
+        signals: Whether a signal has come; where another ends the run, it says what the store holds.
         recipe: What was asked for, to be saved with the run.
         options: How often to save.
     """
@@ -42,6 +42,7 @@ class Checkpointer:
     ):
         self.run, self.store, self.distributed, self.signals = run, store, distributed, signals
         self.recipe, self.options = recipe, options
+        signals.kept = store.kept
         self.saved_at = time.monotonic()
 
     def after_step(self, meter: Meter):

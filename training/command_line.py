@@ -77,7 +77,8 @@ def understand(argv: Sequence[str], tasks: TaskRegistry, description: str) -> Co
     settings_class = task_class.settings_class
     parser = parsing.Parser(settings_class, prog="main.py", description=description)
     given = parsing.given(settings_class, argv, recipe)
-    settings_class.check_words(parsing.given(settings_class, argv, {}))
+    words = parsing.given(settings_class, argv, {})
+    settings_class.check_words(words)
     scope = settings_class.evaluated if given.get("eval") else _resumed(parser, run)
     of_run = {name: value for name, value in parsing.typed(parser, run.values).items() if name in scope}
     asked = {name: parser.get_default(name) if value is None else value for name, value in given.items()}
@@ -96,7 +97,7 @@ def understand(argv: Sequence[str], tasks: TaskRegistry, description: str) -> Co
         raise UsageError("; ".join([str(error), *note, *missing])) from error
     differences = _differences(settings_class, of_run, flags.as_recipe(settings), given)
     warning = [f"warning: {run.source} has {'; '.join(differences)} as asked for"] if differences else []
-    return CommandLine(task_class, settings, note + warning)
+    return CommandLine(task_class, settings, note + warning + _without_effect(settings, words))
 
 
 def how_to_resume(folder: Path) -> str:
@@ -172,6 +173,14 @@ def _differences(
         if (name_then, then) != (name_now, value):
             found[names] = f"{name_then}={then}, not {'' if name_now == name_then else f'{name_now}='}{value}"
     return list(found.values())
+
+
+def _without_effect(settings: Settings, words: Mapping[str, Any]) -> list[str]:
+    """A warning of each flag on the command line itself that can have no effect; recipes of runs hold all flags."""
+    return [
+        f"warning: --{name} has no effect {why}" for name, (has_effect, why) in settings.needs().items()
+        if not has_effect and words.get(name) not in (None, False)
+    ]
 
 
 def _counting(names: Sequence[str], recipe: Mapping[str, Any]) -> tuple[str, Any]:

@@ -25,6 +25,8 @@ from utils import UsageError
 from .recipes import literal
 
 Check = Callable[[Any], str | None]
+# Flag -> (whether it has an effect, "without --that").
+Needs = Mapping[str, tuple[Any, str]]
 
 # --- what a field says of its flag ------------------------------------------------------------------------------------
 
@@ -110,6 +112,10 @@ class Group:
 
     def check(self):
         """Raises UsageError where fields contradict each other."""
+
+    def needs(self) -> Needs:
+        """Of the flags that have an effect beside certain others alone, whether they have it, and what prevents it."""
+        return {}
 
 
 # --- types of values --------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 import re
 import sys
 from pathlib import Path
-from types import TracebackType
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("requirements.txt", "requirements-slurm.txt", "requirements-dev.txt")
@@ -35,16 +34,3 @@ def _listed(file: Path) -> set[str]:
     """The distributions in a requirements file; none where there is no such file, as in an installed package."""
     lines = file.read_text().splitlines() if file.is_file() else []
     return {match.group() for line in lines if (match := re.match(r"[\w-]+(?=[>=\s]|$)", line))}
-
-
-def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None):
-    message = missing_package(error)
-    if message is None:
-        sys.__excepthook__(kind, error, trace)
-    else:
-        sys.stderr.write(f"error: {message}\n")
-
-
-def report_missing_packages():
-    """Let Python end with that line where nothing catches the error, and with a traceback after any other."""
-    sys.excepthook = _report

@@ -15,6 +15,7 @@ from utils import UsageError, replace_file
 from .flags import (
     ContradictionError,
     Group,
+    Needs,
     at_least,
     flag,
     fraction,
@@ -133,6 +134,15 @@ class ScheduleOptions(Group):
             if min(values) < 1 or sorted(set(values)) != values:
                 raise UsageError(f"--{name} must be positive and strictly increasing, got {values}")
 
+    def needs(self) -> Needs:
+        warmup = self.warmup_epochs if self.warmup_steps is None else self.warmup_steps
+        return {
+            "poly_power": (self.sched == "poly", "without --sched poly"),
+            "decay_rate": (self.sched == "step", "without --sched step"),
+            "min_lr": (self.sched != "step", "with --sched step"),
+            "warmup_lr": (warmup != 0, "without a warm-up"),
+        }
+
     def total_steps(self, epoch_length: int) -> int:
         """Optimizer steps of the run, for epochs of `epoch_length` steps."""
         return self.epochs * epoch_length if self.max_steps is None else self.max_steps
@@ -168,6 +178,9 @@ class EmaOptions(Group):
     model_ema_decay: float = flag(0.99996, "decay of the EMA; it warms up, so that a short run averages its last tenth",
                                   type=float, check=fraction)
     model_ema_eval: bool = flag(False, "evaluate the EMA weights too, after every epoch")
+
+    def needs(self) -> Needs:
+        return dict.fromkeys(("model_ema_decay", "model_ema_eval"), (self.model_ema, "without --model_ema"))
 
 
 @dataclass(frozen=True)
@@ -234,6 +247,9 @@ class WandbOptions(Group):
 
     enable_wandb: bool = flag(False, "log to Weights & Biases too, beside TensorBoard")
     project: str = flag("routedvit", "project there")
+
+    def needs(self) -> Needs:
+        return {"project": (self.enable_wandb, "without --enable_wandb")}
 
     def check_installed(self):
         """Raises UsageError where it is asked for and not installed; evaluation needs none."""
@@ -315,6 +331,16 @@ class Settings:
         if best.startswith("ema_") and not (self.ema.model_ema and self.ema.model_ema_eval):
             raise UsageError(f"--best_metric {best} needs --model_ema and --model_ema_eval")
         return best
+
+    def needs(self) -> Needs:
+        """`Group.needs` of all groups and among them; of an evaluation, for a task to extend."""
+        if self.evaluation.eval:
+            return {}
+        of_groups = {k: v for name in group_classes(type(self)) for k, v in getattr(self, name).needs().items()}
+        return of_groups | {
+            "best_metric": (not self.evaluation.disable_eval, "with --disable_eval"),
+            "model_key": (self.checkpoint.finetune, "without --finetune or --eval"),
+        }
 
     @classmethod
     def check_words(cls, given: Mapping[str, Any]):

@@ -17,6 +17,22 @@ from .flags import ContradictionError, boolean, check_field, default_of, group_c
 from .recipes import as_tokens, read_recipe
 
 SettingsT = TypeVar("SettingsT")
+# What other programs call a flag, where no spelling leads to ours.
+OTHER_NAMES = {
+    "auto_augment": "aa", "base_lr": "lr", "batch": "batch_size", "bs": "batch_size", "checkpoint": "resume",
+    "data": "data_path", "data_dir": "data_path", "early_stopping": "patience", "ema": "model_ema",
+    "grad_clip": "clip_grad", "gradient_accumulation_steps": "update_freq", "learning_rate": "lr", "optimizer": "opt",
+    "pretrained": "load_release", "random_erasing": "reprob", "warmup": "warmup_epochs", "wd": "weight_decay",
+    "weights": "finetune",
+}
+
+
+def similar(name: str, known: Collection[str], prefix: str = "") -> str:
+    """`utils.nearest` among flags, with what other programs call them; all of them behind `prefix` in the message."""
+    meant = OTHER_NAMES.get(name)
+    if meant in known:
+        return f"; did you mean {prefix}{meant}?"
+    return nearest(prefix + name, [prefix + flag for flag in known])
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -74,7 +90,7 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             name = unknown[0].partition("=")[0]
             if name.startswith("--"):
-                raise UsageError(f"unknown flag {name}{nearest(name, [f'--{flag}' for flag in self.names()])}")
+                raise UsageError(f"unknown flag {name}{similar(name.removeprefix('--'), self.names(), '--')}")
             raise UsageError(f"unexpected argument {unknown[0]!r}")
         return args
 
@@ -243,7 +259,7 @@ def _config(
         name = known.get(key)
         if name in (None, "config"):
             if strict:
-                raise UsageError(f"--config {config}: unknown key {key!r}{nearest(key, parser.names())}")
+                raise UsageError(f"--config {config}: unknown key {key!r}{similar(key, parser.names())}")
             continue
         if name in keys:
             raise UsageError(f"--config {config}: {keys[name]} and {key} are the same flag")

@@ -92,16 +92,23 @@ def run_and_exit(run: Callable[[], int]) -> NoReturn:
 
 
 class SignalHandler:
-    """Notes a SIGTERM, SIGINT or SIGUSR1 that asks the run to leave. A SIGINT after any of them ends it at once."""
+    """Notes a SIGTERM, SIGINT or SIGUSR1 that asks the run to leave. A SIGINT after any of them ends it at once.
+
+    Attributes:
+        signal: The name of the last one; None before.
+        kept: What to say then of the run's checkpoints; None before there can be one.
+    """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __init__(self):
         self.signal: str | None = None
+        self.kept: Callable[[], str] | None = None
 
     def _note(self, number: int, frame: Any):
         if number == signal.SIGINT and self.signal is not None:
-            os.write(2, b"\nended at once; the last checkpoint is intact\n")  # a bar may stand on this line
+            line = "; ".join(["ended at once", *([self.kept()] if self.kept else [])])
+            os.write(2, f"\n{line}\n".encode(errors="backslashreplace"))  # a bar may stand on this line
             os._exit(128 + number)
         self.signal = signal.Signals(number).name
 

@@ -1,13 +1,37 @@
 """What a program does before its other imports."""
 import importlib
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from types import TracebackType
+from typing import Any
 
 from . import missing, threads
 
+
+def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None):
+    """Ctrl-C, as of a program that is still importing, and a missing package in one line; all else as Python does."""
+    if isinstance(error, KeyboardInterrupt):
+        sys.stderr.write("error: interrupted\n")
+        sys.stderr.flush()
+        # Python would call what libraries want called, which takes a while that a second Ctrl-C falls into, and then
+        # end with 1 or by the signal.
+        os._exit(130)
+    if message := missing.missing_package(error):
+        sys.stderr.write(f"error: {message}\n")
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+def _quiet_after_interrupts(unraisable: Any, otherwise: Callable[[Any], None] = sys.unraisablehook):
+    """Say nothing of Ctrl-C where Python goes on in spite of it, as in what a process calls when it ends."""
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+        otherwise(unraisable)
+
+
 threads.limit_spinning()
-missing.report_missing_packages()
+sys.excepthook, sys.unraisablehook = _report, _quiet_after_interrupts
 
 
 def check_command_line(argv: Sequence[str], description: str):

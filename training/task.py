@@ -84,6 +84,17 @@ class Evaluator(Protocol):
         """
 
 
+@contextmanager
+def refusal(kind: type[UserError], message: str) -> Iterator[None]:
+    """Raise the error of a network that does not take its input as one of ours."""
+    try:
+        yield
+    except torch.OutOfMemoryError:  # the machine's fault, as in any later batch
+        raise
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise kind(f"{message}: {error}") from error
+
+
 class Task(ABC):
     """A task, for one run.
 
@@ -231,27 +242,16 @@ class Task(ABC):
             UsageError: The network cannot take its input.
         """
         with torch.no_grad(), self.precision.autocast():
-            with self._refusal(UsageError, f"{self.name} cannot take {self.input_description}"):
+            with refusal(UsageError, f"{self.name} cannot take {self.input_description}"):
                 self.evaluator().update(network.eval(), self.dummy_batch(1, train=False))
             if self.settings.evaluation.eval:
                 return
             size = min(2, self.settings.loader.batch_size)
             kind, number = (UsageError, "two") if size == 2 else (SingleImageError, "one")
             message = f"{self.name} cannot be trained on {self.input_description}, {number} at a time"
-            with self._refusal(kind, message), unchanged_buffers(network):
+            with refusal(kind, message), unchanged_buffers(network):
                 self.train_mode(network)
                 self.loss(network, self.dummy_batch(size, train=True))
-
-    @staticmethod
-    @contextmanager
-    def _refusal(kind: type[UserError], message: str) -> Iterator[None]:
-        """Raise the error of a network that does not take its input as one of ours."""
-        try:
-            yield
-        except torch.OutOfMemoryError:  # the machine's fault, as in any later batch
-            raise
-        except (AssertionError, RuntimeError, ValueError) as error:
-            raise kind(f"{message}: {error}") from error
 
 
 @dataclass(frozen=True)

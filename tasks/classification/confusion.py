@@ -1,10 +1,9 @@
 """The confusion matrix of a classifier, and a picture of it."""
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
-from utils import printable
+from .lettering import drawable, load_font
 
 # At most so many classes have their names on the axes, and their counts in the cells.
 _NAMED, _COUNTED = 60, 20
@@ -15,11 +14,6 @@ def confusion_matrix(targets: np.ndarray, predicted: np.ndarray, num_classes: in
     known = targets >= 0
     cells = targets[known] * num_classes + predicted[known]
     return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
-
-
-def can_draw() -> bool:
-    """Whether matplotlib is installed, which this repository needs for pictures alone."""
-    return find_spec("matplotlib") is not None
 
 
 def confusion_figure(matrix: np.ndarray, classes: list[str]) -> Any:
@@ -43,7 +37,9 @@ def confusion_figure(matrix: np.ndarray, classes: list[str]) -> Any:
     figure.colorbar(image, shrink=0.8, label="share of the true class")
     axes.set(xlabel="predicted class", ylabel="true class")
     if count <= _NAMED:
-        names = [name if len(name) <= 24 else f"{name[:23]}\u2026" for name in map(printable, classes)]
+        letters = load_font(with_matplotlib=True)[1]
+        names = [drawable(name, letters) for name in classes]
+        names = [name if len(name) <= 24 else f"{name[:23]}\u2026" for name in names]
         # a class name may hold a $, which is no formula
         axes.set_xticks(range(count), names, rotation=90, parse_math=False)
         axes.set_yticks(range(count), names, parse_math=False)

@@ -30,6 +30,10 @@ class TeacherClassesError(UserError):
     """The published classifier of a teacher has other classes than the data."""
 
 
+class TeacherWeightsError(UserError):
+    """The published weights of a teacher cannot be loaded."""
+
+
 class TeacherModelError(UserError):
     """The weights of a teacher are those of another model."""
 
@@ -48,6 +52,7 @@ ADVICE = {
     networks.UncheckedArgumentsError: "run without -O, or without --model_kwargs",
     NoTokenHeadError: "--token_label needs one",
     TeacherClassesError: "fine-tune the teacher, and give it with --teacher_path",
+    TeacherWeightsError: "--teacher_path takes a file of weights",
     TeacherModelError: "--teacher_model must name the model of the weights",
     TooFewClassesError: "raise --nb_classes, or leave it out",
     shard_list.ShardCacheError: "give a --shard_cache",

@@ -8,9 +8,9 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from training.data.folders import check_is_no_class
-from training.flags import Group, flag, fraction, key_value, not_negative, path, positive
+from training.flags import Group, Needs, flag, fraction, key_value, not_negative, path, positive
 from training.options import OUTPUTS, Settings
-from utils import UsageError, count
+from utils import UsageError, count, is_url
 
 # Names that models were published under, where timm's style differs.
 PUBLISHED_NAMES = {"BViT-5": "bvit_5m", "BViT-22": "bvit_22m"}
@@ -96,6 +96,13 @@ class DataOptions(Group):
         if self.val_split is not None and self.data_set not in IMAGE_FOLDERS:
             raise UsageError(f"--val_split is for folders of images; {self.data_set} has a val split of its own")
 
+    def needs(self) -> Needs:
+        remote = self.data_set.startswith("wds/") and is_url(self.data_path or "")
+        return {
+            "download": (self.data_set.startswith("CIFAR"), "without --data_set CIFAR10 or CIFAR100"),
+            **dict.fromkeys(("shard_cache", "shard_cache_gb"), (remote, "without shards from a URL")),
+        }
+
 
 def _range(value: list[float]) -> str | None:
     low, high = value
@@ -136,6 +143,21 @@ class AugmentationOptions(Group):
         if self.scale[1] > 1:
             raise UsageError(f"--scale is the cropped part of the image, at most 1, got {self.scale[1]}")
 
+    def needs(self) -> Needs:
+        return {
+            # timm's 3-Augment has colour jitter of its own
+            "color_jitter": (self.aa == "none" or "3a" in self.aa, "without --aa none"),
+            "remode": (self.reprob, "without --reprob"),
+            "mixup_prob": (self.mixup or self.cutmix, "without --mixup or --cutmix"),
+            "mixup_switch_prob": (self.mixup and self.cutmix, "without both --mixup and --cutmix"),
+        }
+
+    def as_for_imagenet(self) -> list[str]:
+        """What is as strong as in ImageNet's recipes: repeated augmentation, and mixing in every batch."""
+        mixing = [name for name in ("mixup", "cutmix") if self.mixup_prob == 1 and
+                  getattr(self, name) >= getattr(AugmentationOptions, name)]
+        return [f"{name} {getattr(self, name):g}" for name in mixing] + ["repeated_aug"] * self.repeated_aug
+
 
 @dataclass(frozen=True)
 class DistillationOptions(Group):
@@ -155,8 +177,15 @@ class DistillationOptions(Group):
     def check(self):
         if self.distillation_type != "none" and self.teacher_model is None:
             raise UsageError(f"--distillation_type {self.distillation_type} needs a --teacher_model")
-        if self.distillation_type == "none" and self.teacher_model is not None:
-            raise UsageError("--teacher_model needs --distillation_type soft or hard")
+        for name in ("teacher_model", "teacher_path"):
+            if self.distillation_type == "none" and getattr(self, name) is not None:
+                raise UsageError(f"--{name} needs --distillation_type soft or hard")
+
+    def needs(self) -> Needs:
+        return {
+            "distillation_alpha": (self.distillation_type != "none", "without --distillation_type"),
+            "distillation_tau": (self.distillation_type == "soft", "without --distillation_type soft"),
+        }
 
 
 @dataclass(frozen=True)
@@ -207,11 +236,16 @@ class ClassificationSettings(Settings):
         return self.model.model
 
     def advice_for(self, images: int) -> str | None:
-        is_default = self.augmentation == AugmentationOptions() and self.data.data_set in IMAGE_FOLDERS
-        if not is_default or images >= _FEW:
+        strong = self.augmentation.as_for_imagenet()
+        if not strong or images >= _FEW or self.data.data_set not in IMAGE_FOLDERS:
             return None
-        return (f"warning: these are the defaults of ImageNet, for {count(images, 'image')}; see "
-                "configs/train/finetune_small.yaml and scratch_small.yaml")
+        return (f"warning: the augmentation is that of ImageNet ({', '.join(strong)}), for {count(images, 'image')}; "
+                "see configs/train/finetune_small.yaml and scratch_small.yaml")
+
+    def needs(self) -> Needs:
+        if self.evaluation.eval:
+            return {**self.data.needs(), "show_batch": (False, "with --eval")}
+        return {**super().needs(), "drop_path": (not self.model.freeze_backbone, "with --freeze_backbone")}
 
     @classmethod
     def check_words(cls, given: Mapping[str, Any]):

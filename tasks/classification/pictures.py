@@ -4,11 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from timm.data.mixup import Mixup
 from torchvision.utils import make_grid
 
-from utils import UserError, printable, replace_file
+from utils import UserError, replace_file
+
+from .lettering import can_draw, drawable, load_font
 
 # Pixels: the least width of an image, which a title needs; and the height of a line of its title.
 _WIDTH, _LINE = 128, 13
@@ -31,10 +33,9 @@ def _tile(image: np.ndarray, title: Title) -> np.ndarray:
     height, width = image.shape[:2]
     tile = Image.new("RGB", (width, height + 2 + _LINE * len(title)), "white")
     tile.paste(Image.fromarray(image))
-    draw, font = ImageDraw.Draw(tile), ImageFont.load_default()
+    draw, (font, letters) = ImageDraw.Draw(tile), load_font(can_draw())
     for row, line in enumerate(title):
-        # PIL's own font has Latin letters alone
-        text = printable(line).encode("latin-1", "replace").decode("latin-1")
+        text = drawable(line, letters)
         while text and draw.textlength(text, font) > width:
             text = text[:-1]
         draw.text((1, height + 1 + _LINE * row), text, fill="black", font=font)

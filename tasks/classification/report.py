@@ -9,7 +9,8 @@ import numpy as np
 
 from utils import UserError, replace_file
 
-from .confusion import can_draw, confusion_figure, confusion_matrix
+from .confusion import confusion_figure, confusion_matrix
+from .lettering import can_draw
 from .metrics import RecordedAccuracy
 from .tables import complete, prediction_cells, prediction_columns, write_csv
 

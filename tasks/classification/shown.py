@@ -11,7 +11,7 @@ from training.distributed import Distributed
 from training.run import Clock
 from utils import derive_seed
 
-from . import confusion, pictures
+from . import confusion, lettering, pictures
 from .metrics import RecordedAccuracy
 
 # How many images are shown, and of at most how many classes an evaluation in training draws the confusion matrix.
@@ -54,7 +54,7 @@ def evaluation_pictures(
     ]
     images = torch.stack(recorded.images)
     shown = dict(predictions=pictures.draw_grid(images, titles, config["mean"], config["std"]))
-    if len(names) <= DRAWN and confusion.can_draw():
+    if len(names) <= DRAWN and lettering.can_draw():
         targets, predicted = recorded.targets.numpy(), recorded.classes[:, 0].numpy()
         matrix = confusion.confusion_matrix(targets, predicted, len(names))
         shown["confusion"] = confusion.as_pixels(confusion.confusion_figure(matrix, list(names)))

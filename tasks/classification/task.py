@@ -31,6 +31,7 @@ from .errors import (
     OneClassError,
     TeacherClassesError,
     TeacherModelError,
+    TeacherWeightsError,
     TooFewClassesError,
 )
 from .images import ImagePipeline
@@ -253,6 +254,8 @@ class ClassificationTask(Task):
             )
         except networks.PretrainedClassesError as error:
             raise TeacherClassesError(str(error)) from error
+        except networks.PretrainedWeightsError as error:
+            raise TeacherWeightsError(str(error)) from error
         except networks.OtherModelError as error:
             raise TeacherModelError(str(error)) from error
         self._tell(notes)

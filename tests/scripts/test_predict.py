@@ -3,6 +3,7 @@ import argparse
 import csv
 import io
 import os
+import re
 import sys
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 
 import main as program
 from datasets import build_transform
-from scripts import predict
+from scripts import make_label_maps, make_shards, plot_logs, predict
 from tasks.networks import model_data_config
 from training.data.images import load_image
 
@@ -28,11 +29,15 @@ def trained(photos, tmp_path_factory):
     return folder / "last.pth"
 
 
+# Said before the first prediction, on standard error.
+EVALUATED = r"^evaluated at \d+ x \d+, crop .*\n"
+
+
 def run(capfd, *arguments):
     capfd.readouterr()
     code = predict.main([*map(str, arguments), "--num_workers", "0", "--device", "cpu"])
     out, err = capfd.readouterr()
-    return code, out, err
+    return code, out, re.sub(EVALUATED, "", err, count=1, flags=re.MULTILINE)
 
 
 def write_images(folder, *names):
@@ -139,6 +144,45 @@ def test_mistakes_are_one_line(trained, tmp_path, capfd):
     ):
         code, _, err = run(capfd, *arguments)
         assert code in (1, 2) and message in err and len(err.splitlines()) == 1
+
+
+def test_size_crop_and_interpolation_are_told_beside_the_predictions(trained, tmp_path, capfd):
+    write_images(tmp_path, "a.png")
+    arguments = ["--checkpoint", str(trained), str(tmp_path / "a.png"), "--num_workers", "0", "--device", "cpu"]
+    for more, line in (([], "evaluated at 32 x 48, crop 0.875, bicubic\n"),
+                       (["--input_size", "16"], "evaluated at 16 x 16, crop 0.875, bicubic\n"),
+                       (["--use_test_size"], "evaluated at 224 x 224, crop 0.875, bicubic\n")):
+        assert predict.main([*arguments, *more]) == 0
+        out, err = capfd.readouterr()
+        assert err == line and len(out.splitlines()) == 1
+
+
+def test_images_that_are_too_small_for_a_network_are_one_line(tmp_path, capfd):
+    write_images(tmp_path, "a.png")
+    torch.save(timm.create_model("convnext_atto", num_classes=2).state_dict(), tmp_path / "w.pth")
+    given = ["--checkpoint", tmp_path / "w.pth", "--model", "convnext_atto", tmp_path / "a.png", "--input_size"]
+    assert run(capfd, *given, "32")[0] == 0
+    code, out, err = run(capfd, *given, "16")
+    assert code == 2 and out == "" and err.startswith("error: convnext_atto cannot take images of 3 x 16 x 16: ")
+    assert err.count("\n") == 1
+
+
+def test_a_folder_without_an_image_is_named_beside_others_too(trained, tmp_path, capfd):
+    write_images(tmp_path, "a.png")
+    (tmp_path / "empty").mkdir()
+    code, out, err = run(capfd, "--checkpoint", trained, tmp_path / "empty", tmp_path / "a.png")
+    assert code == 0 and len(out.splitlines()) == 1
+    assert err.startswith(f"no image in {tmp_path}/empty; endings are ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", [predict, plot_logs, make_label_maps, make_shards])
+def test_help_tells_every_default(script, monkeypatch):
+    asked = []
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda self, argv: asked.append(self) or sys.exit())
+    with pytest.raises(SystemExit):
+        script.main([])
+    flags = [action for action in asked[0]._actions if action.default not in (None, False, argparse.SUPPRESS)]
+    assert flags and not [action.dest for action in flags if "(default: " not in (action.help or "")]
 
 
 def test_images_in_a_folder_are_those_that_training_takes(tmp_path, capfd):

@@ -243,7 +243,11 @@ def test_class_difference():
         assert class_difference(dict(classes=others), ["cat"]) is None, "others mean their number"
     assert class_difference({}, ["cat"]) is class_difference(checkpoint, None) is None
     assert class_difference(dict(classes=["gro\u0308\u00dfe"]), ["gr\u00f6\u00dfe"]) is None, "Unicode NFD and NFC"
-    assert class_difference(checkpoint, ["cat"]) == "was trained on 2 classes, the data has 1"
+    assert class_difference(checkpoint, ["cat"]) == "was trained on 2 classes, the data has 1, without 'dog'"
+    assert class_difference(checkpoint, ["cat", "cow", "dog"]) == (
+        "was trained on 2 classes, the data has 3, with 'cow' added")
+    assert class_difference(checkpoint, ["cow"]) == (
+        "was trained on 2 classes, the data has 1, without 'cat', 'dog' and with 'cow' added")
     assert class_difference(checkpoint, ["cat", "cow"]) == (
         "was trained on other classes: 'dog', where the data has 'cow'")
     seven, renamed = [f"c{i}" for i in range(7)], ["c0", *(f"d{i}" for i in range(6))]

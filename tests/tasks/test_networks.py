@@ -63,7 +63,7 @@ def heads_of(model):
     (["cat", "dog"], None),
     (["cat", "elk"], "was trained on other classes: 'elk', where the data has 'dog'"),
     (["dog", "cat"], "was trained on the same classes in another order: number 0 was 'dog', and is 'cat' here"),
-    (["cat"], "was trained on 1 classes, the data has 2"),  # of a network for more
+    (["cat"], "was trained on 1 classes, the data has 2, with 'dog' added"),  # of a network for more
     (None, None),
 ])
 def test_a_classifier_of_other_classes_is_re_initialised(name, classes, reason):

@@ -89,3 +89,11 @@ def test_steps_are_counted_in_all_epochs(store):
     signals.signal = "SIGTERM"
     with pytest.raises(Stopped, match=r"epoch 3 after step 0 of 1, saved as .*checkpoint-00000007"):
         create_checkpointer(store, Distributed(torch.device("cpu")), signals, clock).between_epochs()
+
+
+def test_a_run_that_is_ended_at_once_says_what_it_leaves(store):
+    signals = SignalHandler()
+    checkpointer = create_checkpointer(store, Distributed(torch.device("cpu")), signals)
+    assert signals.kept() == "no checkpoint was written yet"
+    checkpointer._write()
+    assert signals.kept() == f"the last checkpoint is {store.path(0)}"

@@ -210,7 +210,7 @@ def test_a_resumed_run_has_the_settings_of_the_run(photos, tmp_path, capfd):
         code, out, err = run(capfd, *DEVICE, *way)
         assert code == 0, err
         taken = next(line for line in out.splitlines() if line.startswith(f"from {source}: "))
-        assert "mixup=0.3" in taken and "seed=7" in taken and "device" not in taken and "warning" not in out
+        assert "mixup=0.3" in taken and "seed=7" in taken and "device" not in taken and "as asked for" not in out
         assert "epoch 1, step 0 of 3" in out or "epoch 0, step 3 of 3" in out
         assert [line for line in differences(way[-1], tmp_path / "whole") if not line.startswith("log.txt")] == []
     recipe = yaml.safe_load((tmp_path / "named" / "args.yaml").read_text())
@@ -325,3 +325,53 @@ def test_a_recipe_comes_from_a_pipe(tmp_path):
     settings = settings_of("--config", f"/dev/fd/{reading}", "--data_path", "photos", "--lr", "2e-3")
     os.close(reading)
     assert (settings.model.model, settings.data.val_split, settings.optimizer.lr) == ("biformer_nano", 0.2, 2e-3)
+
+
+# --- flags without an effect ------------------------------------------------------------------------------------------
+
+DISTIL = ["--distillation_type", "hard", "--teacher_model", "biformer_nano"]
+IDLE = [
+    (["--distillation_alpha", "0.7"], "--distillation_alpha has no effect without --distillation_type", DISTIL),
+    ([*DISTIL, "--distillation_tau", "2"], "--distillation_tau has no effect without --distillation_type soft",
+     ["--distillation_type", "soft"]),
+    (["--mixup", "0", "--cutmix", "0", "--mixup_prob", "0.5"],
+     "--mixup_prob has no effect without --mixup or --cutmix", ["--cutmix", "1"]),
+    (["--mixup", "0", "--mixup_switch_prob", "0.5"],
+     "--mixup_switch_prob has no effect without both --mixup and --cutmix", ["--mixup", "1"]),
+    (["--reprob", "0", "--remode", "const"], "--remode has no effect without --reprob", ["--reprob", "0.1"]),
+    (["--color_jitter", "0.2"], "--color_jitter has no effect without --aa none", ["--aa", "none"]),
+    (["--project", "mine"], "--project has no effect without --enable_wandb", None),
+    (["--poly_power", "2"], "--poly_power has no effect without --sched poly", ["--sched", "poly"]),
+    (["--decay_rate", "0.5"], "--decay_rate has no effect without --sched step",
+     ["--sched", "step", "--decay_epochs", "3"]),
+    (["--min_lr", "2%", "--sched", "step", "--decay_epochs", "3"], "--min_lr has no effect with --sched step", None),
+    (["--warmup_epochs", "0", "--warmup_lr", "1%"], "--warmup_lr has no effect without a warm-up",
+     ["--warmup_epochs", "1"]),
+    (["--model_ema", "false", "--model_ema_decay", "0.9"], "--model_ema_decay has no effect without --model_ema",
+     ["--model_ema"]),
+    (["--disable_eval", "--best_metric", "loss"], "--best_metric has no effect with --disable_eval",
+     ["--disable_eval", "false"]),
+    (["--model_key", "model_ema"], "--model_key has no effect without --finetune or --eval", ["--finetune", "w.pth"]),
+    (["--download"], "--download has no effect without --data_set CIFAR10 or CIFAR100", ["--data_set", "CIFAR10"]),
+    (["--shard_cache", "x"], "--shard_cache has no effect without shards from a URL",
+     ["--data_set", "wds/a", "--data_path", "https://a.b/c"]),
+    (["--freeze_backbone", "--load_release", "--drop_path", "0.1"],
+     "--drop_path has no effect with --freeze_backbone", ["--freeze_backbone", "false"]),
+    (["--eval", "--load_release", "--show_batch", "x.png"], "--show_batch has no effect with --eval",
+     ["--eval", "false"]),
+]
+
+
+@pytest.mark.parametrize("tokens,warning,remedy", IDLE)
+def test_a_flag_that_can_have_no_effect_is_a_warning(tokens, warning, remedy):
+    assert notes_of("--data_path", "photos", *tokens) == [f"warning: {warning}"]
+    if remedy is not None:
+        assert notes_of("--data_path", "photos", *tokens, *remedy) == []
+
+
+def test_a_recipe_holds_all_flags_and_needs_no_warning(tmp_path):
+    """That of a run, whose values of these flags are defaults; and a flag that is turned off has no effect rightly."""
+    off = ["--mixup", "0", "--cutmix", "0", "--reprob", "0", "--model_ema", "false", "--disable_eval"]
+    options.save(flags.as_recipe(settings_of("--data_path", "photos", *off)), tmp_path / "args.yaml")
+    assert notes_of("--config", tmp_path / "args.yaml") == []
+    assert notes_of("--data_path", "photos", "--download", "false", "--best_metric", "null", "--disable_eval") == []

@@ -142,6 +142,9 @@ def test_pairs_of_key_and_value():
 
 @pytest.mark.parametrize("tokens,message", [
     (["--btach_size", "3"], "unknown flag --btach_size; did you mean --batch_size?"),
+    (["--learning-rate", "3"], "unknown flag --learning_rate; did you mean --lr?"),
+    (["--batch", "3"], "unknown flag --batch; did you mean --batch_size?"),
+    (["--weights", "x"], "unknown flag --weights"),
     (["--pin-mme=0"], "unknown flag --pin_mme; did you mean --pin_mem?"),
     (["stray"], "unexpected argument 'stray'"),
     (["--batch_size", "many"], "--batch_size: invalid int value: 'many'"),
@@ -298,6 +301,7 @@ def test_values_that_look_like_flags():
 
 @pytest.mark.parametrize("text,message", [
     ("lrr: 1", "unknown key 'lrr'; did you mean lr?"),
+    ("learning_rate: 3", "unknown key 'learning_rate'; did you mean lr?"),
     ("config: x.yaml", "unknown key 'config'"),
     ("- a\n- b", "must be lines of `flag: value`"),
     ("a: [", "not YAML"),

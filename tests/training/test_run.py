@@ -683,7 +683,7 @@ def test_less_than_an_epoch(photos, tmp_path, capfd):
     """What is said before it: of 13 images, 12 fill the steps of an epoch; and one of anything is one."""
     assert train(photos, tmp_path, "--max_steps", "2", "--warmup_steps", "1") == 0
     out = capfd.readouterr().out
-    assert "warning: these are the defaults of ImageNet, for 13 images; see " in out
+    assert "warning: the augmentation is that of ImageNet (mixup 0.8, cutmix 1, repeated_aug), for 13 images; " in out
     assert "\n13 training images (each epoch leaves out 1, too few for a step), 7 val images\n" in out
     assert "\n1 epoch of 3 steps of 4 images, 2 steps in all; writes to " in out
     assert "\nglobal batch 4 = 2 images x 1 process x 2 accumulated; " in out

@@ -1,4 +1,5 @@
-"""--help and words that no settings could make right are answered before torch is imported, which takes seconds."""
+"""--help and words that no settings could make right are answered before torch is imported, which takes seconds; and
+Ctrl-C in these seconds is one line."""
 import subprocess
 import sys
 
@@ -57,3 +58,38 @@ def test_a_recipe_from_a_pipe_is_left_to_the_program():
     done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: --config /dev/fd/")
     assert done.stderr.endswith(": lr: must be above 0 and finite, got -3.0\n")
+
+
+# A program in which Ctrl-C comes while it imports a package, after one in a destructor, of which Python only tells.
+INTERRUPTED = """
+import builtins, runpy, sys
+package, script, *sys.argv[1:] = sys.argv[1:]
+sys.argv[0] = script
+find = builtins.__import__
+class Dropped:
+    def __del__(self):
+        raise KeyboardInterrupt
+def interrupted(name, *arguments, **kwargs):
+    if name.partition(".")[0] == package:
+        Dropped()
+        raise KeyboardInterrupt
+    return find(name, *arguments, **kwargs)
+builtins.__import__ = interrupted
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("package,command", [
+    ("torch", ["main.py", "--eval"]), ("yaml", ["main.py", "--help"]), ("torch", ["scripts/predict.py", "cat.jpg"]),
+    ("hydra", ["hydra_main.py"]),
+])
+def test_ctrl_c_in_the_imports_is_one_line(package, command):
+    command = [sys.executable, "-c", INTERRUPTED, package, *command]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted\n")
+
+
+def test_errors_in_destructors_are_still_told():
+    script = "import training.startup\nclass A:\n    def __del__(self):\n        1 / 0\nA()"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert "ZeroDivisionError" in done.stderr

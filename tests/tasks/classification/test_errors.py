@@ -80,6 +80,14 @@ def test_weights_that_cannot_be_downloaded(complaint, data, monkeypatch):
     assert told == (1, "biformer_nano cannot be built: no route to host; --finetune takes a file of weights")
 
 
+def test_weights_that_were_never_released(complaint, data):
+    """No Python is told to who types a command."""
+    none = "no weights of biformer_nano were released"
+    assert complaint("--data_path", data, "--load_release") == (1, f"{none}; --finetune takes a file of weights")
+    teacher = ["--distillation_type", "soft", "--teacher_model", "biformer_nano", "--nb_classes", "1000"]
+    assert complaint("--data_path", data, *teacher) == (1, f"{none}; --teacher_path takes a file of weights")
+
+
 def test_published_weights_of_other_classes(complaint, data):
     code, text = complaint("--data_path", data, "--model", "biformer_tiny", "--eval", "--load_release")
     assert code == 1 and text.startswith("the published weights of biformer_tiny have 1000 classes, the data has 3; ")
@@ -146,3 +154,9 @@ def test_a_loss_that_is_lost_names_the_last_checkpoint(complaint, data, tmp_path
     assert code == 1 and text.startswith("the loss became nan in epoch 0 at step 0, learning rate ")
     assert "; no checkpoint was written yet; try a lower --lr" in text
     assert not list((tmp_path / "out").glob("*.pth"))
+
+
+@pytest.mark.parametrize("name", ["./foo", "photos/best.pth", ".hidden"])
+def test_a_model_that_is_a_file_is_named_as_it_was(complaint, data, name):
+    code, text = complaint("--data_path", data, "--model", name)
+    assert code == 2 and text.startswith(f"unknown model {name!r}")

@@ -12,7 +12,7 @@ from helpers import ROOT
 from optim_factory import scaled_lr
 from tasks.classification.options import PUBLISHED_NAMES, ClassificationSettings
 from training import flags, options, parsing
-from utils import UsageError
+from utils import UsageError, nearest
 
 RECIPES = ROOT / "configs" / "train"
 REQUIRED = ["--data_path", "data"]
@@ -67,8 +67,9 @@ def test_every_path_begins_at_home(monkeypatch, tmp_path):
              if f.metadata["argument"].get("metavar") in ("FOLDER", "CHECKPOINT", "FILE")}
     assert paths == set(PATHS)
     for name in paths:
-        others = dict(data_path="x") | (dict(eval="true", load_release="true") if name == "report" else {})
-        recipe = {**others, name: "~/x.png"}
+        others = dict(report=dict(eval="true", load_release="true"),
+                      teacher_path=dict(distillation_type="soft", teacher_model="biformer_nano"))
+        recipe = {"data_path": "x", **others.get(name, {}), name: "~/x.png"}
         (tmp_path / "r.yaml").write_text("".join(f"{key}: {value}\n" for key, value in recipe.items()))
         for line in ([f"--{key}={value}" for key, value in recipe.items()], ["--config", str(tmp_path / "r.yaml")]):
             assert flags.as_recipe(program.parse(line)[1])[name] == "/home/me/x.png"
@@ -122,14 +123,25 @@ def test_recipes_for_a_folder_of_photographs(name, epochs, peak):
     assert shorter.total_warmup(10) == 2
 
 
-def test_few_photographs_with_the_defaults_of_imagenet_are_told_of_the_recipes_for_them():
-    few = "warning: these are the defaults of ImageNet, for 9999 images; see configs/train/finetune_small.yaml and " \
-          "scratch_small.yaml"
-    assert parse().advice_for(9999) == few
-    assert parse().advice_for(10_000) is None
-    assert parse("--repeated_aug", "false").advice_for(9999) is None and parse("--mixup", "0").advice_for(9999) is None
-    assert parse("--config", str(RECIPES / "finetune_small.yaml")).advice_for(9999) is None
-    assert parse("--data_set", "digits").advice_for(9999) is None
+NOT_REPEATED = ["--repeated_aug", "false"]
+
+
+@pytest.mark.parametrize("tokens,strong", [
+    ([], "mixup 0.8, cutmix 1, repeated_aug"),
+    (NOT_REPEATED, "mixup 0.8, cutmix 1"),
+    ([*NOT_REPEATED, "--mixup", "0"], "cutmix 1"),
+    ([*NOT_REPEATED, "--cutmix", "0", "--mixup", "1.5"], "mixup 1.5"),
+    (["--mixup", "0", "--cutmix", "0"], "repeated_aug"),
+    ([*NOT_REPEATED, "--mixup", "0.2", "--cutmix", "0"], None),
+    ([*NOT_REPEATED, "--mixup_prob", "0.5"], None),
+    (["--data_set", "digits"], None),
+    *((["--config", str(RECIPES / f"{name}_small.yaml")], None) for name in ("finetune", "scratch")),
+])
+def test_few_photographs_with_the_augmentation_of_imagenet_are_told_of_the_recipes_for_them(tokens, strong):
+    few = f"warning: the augmentation is that of ImageNet ({strong}), for 9999 images; see " \
+          "configs/train/finetune_small.yaml and scratch_small.yaml"
+    assert parse(*tokens).advice_for(9999) == (few if strong else None)
+    assert parse(*tokens).advice_for(10_000) is None
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
@@ -176,6 +188,7 @@ def test_recipes(name, tmp_path):
         (["--batch_size", "3"], "--batch_size must be even, got 3"),
         (["--distillation_type", "soft"], "needs a --teacher_model"),
         (["--teacher_model", "x"], "needs --distillation_type"),
+        (["--teacher_path", "x"], "--teacher_path needs --distillation_type soft or hard"),
         (["--distillation_tau", "0"], "--distillation_tau must be above 0"),
         (["--finetune", "a", "--load_release"], "mutually exclusive"),
         (["--data_set", "cifar"], "unknown data set 'cifar'; choose from IMNET"),
@@ -208,3 +221,9 @@ def test_saved_recipe_is_plain_yaml(tmp_path):
     options.save(flags.as_recipe(parse()), tmp_path / "args.yaml")
     recipe = yaml.safe_load((tmp_path / "args.yaml").read_text())
     assert recipe["batch_size"] == 128 and recipe["task"] == "classification" and "config" not in recipe
+
+
+def test_what_others_call_a_flag_is_no_flag_and_leads_to_one():
+    names = parsing.Parser(ClassificationSettings).names()
+    assert set(parsing.OTHER_NAMES.values()) <= set(names) and not parsing.OTHER_NAMES.keys() & set(names)
+    assert not [name for name, ours in parsing.OTHER_NAMES.items() if nearest(name, names) == f"; did you mean {ours}?"]
