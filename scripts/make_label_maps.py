@@ -35,9 +35,9 @@ from tasks.classification.images import ImagePipeline
 from tasks.classification.token_labels import label_map_dtype, label_map_path
 from tasks.networks import PretrainedClassesError, check_model, create_teacher
 from training import flags
-from training.data.folders import check_is_no_class
 from training.data.images import UnreadableImageError
 from training.data.loader import report_skipped
+from training.data.splits import check_is_no_class
 from training.distributed import Distributed, init_distributed
 from training.options import LoaderOptions
 from training.precision import Precision

@@ -24,9 +24,10 @@ import training.startup  # before torch  # noqa: F401  # isort: skip
 from datasets import ImageDataset, Reading, ValSplit, build_dataset, check_same_classes
 from storage.remote import sha256_of
 from training.advice import with_advice
-from training.data.folders import NoValFolderError, ValFolderError, check_is_no_class
+from training.data.folders import NoValFolderError, ValFolderError
 from training.data.images import UnreadableImageError, load_image
 from training.data.shard_list import INFO_NAMES
+from training.data.splits import check_is_no_class
 from utils import UserError, count, printable, replace_file, run_script, user_path
 
 ADVICE = {

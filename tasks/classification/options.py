@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-from training.data.folders import check_is_no_class
+from training.data.splits import check_is_no_class
 from training.flags import Group, Needs, flag, fraction, key_value, not_negative, path, positive
 from training.options import OUTPUTS, Settings
 from utils import UsageError, count, is_url

@@ -159,7 +159,7 @@ def test_a_run_that_is_stopped_in_an_epoch_shows_no_picture_of_the_last_one(phot
 
 @pytest.mark.parametrize("what", ["main.create_trainer", "training.options.save"])
 def test_trackers_are_closed_where_a_run_cannot_begin(photos, tmp_path, wandb, closed, monkeypatch, what):
-    def fail(*args):
+    def fail(*_, **__):
         raise UserError("no")
 
     monkeypatch.setattr(what, fail)

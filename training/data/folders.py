@@ -18,14 +18,11 @@ import torch
 from PIL import Image
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
-from utils import UsageError, UserError, nearest, some
+from utils import UserError, nearest, some
 
-from .files import IMAGE_EXTENSIONS, describe_left_out, find_images, is_hidden, is_image, list_folder
+from .files import IMAGE_EXTENSIONS, describe_left_out, find_images, is_image, list_folder
 from .held_out import HeldOut, ValSplit
-
-SPLITS = ("train", "val", "test")
-# Folders of these names are splits, and no classes of a folder without train.
-SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
+from .splits import SPLIT_NAMES, are_classes
 
 
 class NoValFolderError(UserError):
@@ -210,7 +207,7 @@ def _folder_of(root: Path, split: str, has_val_split: bool) -> Path:
     if (root / split).is_dir():
         return root / split
     folders, files = list_folder(root)
-    if split == "train" and _are_classes(folders):
+    if split == "train" and are_classes(folders):
         return root
     above = Path(os.path.abspath(root)).parent
     if os.path.basename(os.path.abspath(root)).lower() in SPLIT_NAMES and (above / split).is_dir():
@@ -223,33 +220,6 @@ def _folder_of(root: Path, split: str, has_val_split: bool) -> Path:
                         f"expected train/CLASS/IMAGE or CLASS/IMAGE, found {found}")
     kind = NoValFolderError if split == "val" else UserError
     raise kind(f"{root} has no folder {split}: expected {split}/CLASS/IMAGE, found {found}")
-
-
-def _are_classes(folders: list[str]) -> bool:
-    """Whether the folders in a data folder without train are those of classes."""
-    return bool(folders) and not SPLIT_NAMES & {name.lower() for name in folders}
-
-
-def check_is_no_class(folder: Path, root: Path, name: str):
-    """Check that images of `root` can still be read once something is written to `folder`.
-
-    Args:
-        folder: It need not be there.
-        root: A folder of images, as of `open_folders`.
-        name: What is written there, for the message.
-
-    Raises:
-        UsageError: It would be taken for a class, or for a part of one.
-    """
-    if not root.is_dir():
-        return
-    is_flat = not (root / "train").is_dir() and _are_classes(list_folder(root)[0])
-    for place in [root] if is_flat else [root / split for split in SPLITS]:
-        below, above = Path(os.path.realpath(folder)), os.path.realpath(place)
-        parts = below.relative_to(above).parts if below.is_relative_to(above) else ()
-        if parts and not any(map(is_hidden, parts)):
-            raise UsageError(f"{name} lies among the class folders of {place} and would be taken for a class: "
-                             "take a folder elsewhere")
 
 
 def _find(folder: Path) -> tuple[dict[str, list[str]], list[str]]:

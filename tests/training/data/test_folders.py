@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from timm.data import ImageNetInfo
 
-from training.data.folders import NoValFolderError, check_is_no_class, number_classes, open_folders
+from training.data.folders import NoValFolderError, number_classes, open_folders
 from training.data.held_out import ValSplit
+from training.data.splits import check_is_no_class
 from utils import UsageError, UserError
 
 FISH = ["n02102040", "n01440764", "n03888257"]
