@@ -43,7 +43,8 @@ ADVICE = {
     images.UnreadableMemberError: "pass --skip_bad_images, or make the shards again without it",
     datasets.MissingDataError: "or pass --download",
     folders.NoValFolderError: "--val_split 0.1 holds a tenth of the training images out instead",
-    NothingToEvaluateError: "--split train evaluates on all of these images, --val_split 0.1 on a tenth of each class",
+    NothingToEvaluateError: "--split train evaluates on all of these images, --val_split and --seed as of a run on "
+                          "those that it held out",
     folders.ValFolderError: "--val_split null evaluates on that folder",
     networks.PretrainedWeightsError: "--finetune takes a file of weights",
     networks.PretrainedClassesError: "fine-tune them first, or give their number with --nb_classes if the data's first "

@@ -244,7 +244,8 @@ class ClassificationSettings(Settings):
 
     def needs(self) -> Needs:
         if self.evaluation.eval:
-            return {**self.data.needs(), "show_batch": (False, "with --eval")}
+            none = dict.fromkeys(("show_batch", "output_dir"), (False, "with --eval"))
+            return {**self.data.needs(), **none}
         return {**super().needs(), "drop_path": (not self.model.freeze_backbone, "with --freeze_backbone")}
 
     @classmethod

@@ -53,7 +53,8 @@ def write_report(folder: Path, recorded: RecordedAccuracy, images: Sequence[str]
         replace_file(folder / "confusion.png", lambda file: figure.savefig(file, format="png", dpi=120))
     else:
         print("no confusion.png is drawn: pip install matplotlib")
-    mean = np.mean([row[2] for row in by_class if row[1]])
+    images = matrix.sum(axis=1)
+    mean = 100 * np.mean(np.diag(matrix)[images > 0] / images[images > 0])
     print(f"report: {folder}, mean accuracy of the classes {mean:.3f}")
 
 

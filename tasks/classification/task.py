@@ -199,9 +199,11 @@ class ClassificationTask(Task):
         )
         self._tell(notes)
         # without an image in common, that run was on others
-        is_same_data = self.held_out is not None and len(self.held_out.unseen(checkpoint).images) > 0
-        if is_same_data and (leak := self.held_out.leak(checkpoint)):
-            self._tell([f"warning: {source} {leak}"])
+        unseen = self.held_out and self.held_out.unseen(checkpoint)
+        if unseen is not None and len(unseen.images) > 0:
+            leak = self.held_out.leak(checkpoint)
+            self._tell([f"warning: {source} {leak}"] if leak else [])
+            self.held_out = unseen
 
     def _model_kwargs(self, training: bool) -> dict[str, Any]:
         model = self.settings.model
@@ -242,7 +244,8 @@ class ClassificationTask(Task):
         if leak := self.held_out.leak(checkpoint):
             self._tell([f"warning: {source} {leak}"])
         elif not knows_images(checkpoint) and (difference := rule_difference(checkpoint, self.held_out)):
-            self._tell([f"warning: {source} {difference}; it may have been trained on these images"])
+            said = difference if checkpoint["held_out"] else "does not say that images of this folder were held out"
+            self._tell([f"warning: {source} {said}; it may have been trained on these images"])
 
     def _teacher(self, num_classes: int) -> torch.nn.Module | None:
         options, size = self.settings.distillation, self.settings.model.input_size

@@ -215,9 +215,9 @@ def _folder_of(root: Path, split: str, has_val_split: bool) -> Path:
             f"{root} is the folder of one split, with no folder {split} in it: give the folder above it, {above}"
         )
     found = some(sorted(folders + files)) or "nothing"
-    if has_val_split and split == "train" and not folders:
-        raise UserError(f"{root} has no folder train and no class folders: "
-                        f"expected train/CLASS/IMAGE or CLASS/IMAGE, found {found}")
+    if not folders and split == ("train" if has_val_split else "val"):
+        expected = "train/CLASS/IMAGE or CLASS/IMAGE" if split == "train" else f"{split}/CLASS/IMAGE"
+        raise UserError(f"{root} has no folder {split} and no class folders: expected {expected}, found {found}")
     kind = NoValFolderError if split == "val" else UserError
     raise kind(f"{root} has no folder {split}: expected {split}/CLASS/IMAGE, found {found}")
 

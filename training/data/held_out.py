@@ -33,16 +33,17 @@ class ValSplit:
 
         Args:
             paths: All images of the class.
-            below: The folder of the class folders. The choice and the numbers follow from the seed and from the paths
-                relative to this folder, so that they are the same wherever it lies.
+            below: The folder of the class folders. The choice follows from the seed and from the paths relative to this
+                folder, the numbers from these paths alone: they are the same wherever it lies.
         """
-        number = min(max(round(self.share * len(paths)), 1), len(paths) - 1)
-        keys = sorted((self._key(path.removeprefix(f"{below}/")), path) for path in paths)
-        return {path: int.from_bytes(key[:8], "big", signed=True) for key, path in keys[:number]}
+        count = min(max(round(self.share * len(paths)), 1), len(paths) - 1)
+        names = {path: os.fsencode(unicodedata.normalize("NFC", path.removeprefix(f"{below}/"))) for path in paths}
+        order = sorted(paths, key=lambda path: _hash(f"{self.seed}/".encode() + names[path]))
+        return {path: int.from_bytes(_hash(names[path])[:8], "big", signed=True) for path in order[:count]}
 
-    def _key(self, name: str) -> bytes:
-        composed = os.fsencode(unicodedata.normalize("NFC", name))
-        return hashlib.sha256(f"{self.seed}/".encode() + composed).digest()
+
+def _hash(name: bytes) -> bytes:
+    return hashlib.sha256(name).digest()
 
 
 @dataclass(frozen=True, eq=False)

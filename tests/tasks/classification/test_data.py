@@ -373,6 +373,15 @@ def test_fine_tuning_on_what_a_run_may_have_trained_on(flat, held_out_run, tmp_p
     assert "may have" not in capfd.readouterr().out
     train(*arguments, tmp_path / "more", "--val_split", 0.5)
     assert f"warning: {best} {LEAK.format('3 of the 9')}\n" in capfd.readouterr().out
+    more = tmp_path / "more" / "best.pth"
+    assert f"warning: {more} {LEAK.format('3 of the 9')}\n" in evaluation_of(capfd, "--resume", more)[2], "it still may"
+    train(*arguments, tmp_path / "seed", "--val_split", 0.5, "--seed", 6)
+    then, now = (
+        set(paths(task_of("--data_path", flat, "--val_split", share, "--seed", seed).dataset("val")))
+        for share, seed in ((0.33, 5), (0.5, 6))
+    )
+    seen = f"{len(now - then)} of the 9"
+    assert now & then and f"warning: {best} {LEAK.format(seen)}\n" in capfd.readouterr().out, "by another seed"
     for folder in flat.iterdir():
         for path in list(folder.iterdir()):
             path.rename(path.with_stem(f"new{path.stem}"))
@@ -483,8 +492,8 @@ def test_without_val_all_images_are_advised_to_be_evaluated(flat, favour, capfd)
     """Holding out a part of them was advised alone, of which a run that never saw these images has no need."""
     run("--eval", "--data_path", flat, "--resume", favour(3, 1), code=1)
     assert capfd.readouterr().err.endswith(
-        "found class0, class1, class2; --split train evaluates on all of these images, --val_split 0.1 on a tenth of "
-        "each class\n")
+        "found class0, class1, class2; --split train evaluates on all of these images, --val_split and --seed as of a "
+        "run on those that it held out\n")
     assert evaluation_of(capfd, "--data_path", flat, "--resume", favour(3, 1), "--split", "train")[1] == 18
     train("--data_path", flat, code=1)
     advice = "--val_split 0.1 holds a tenth of the training images out instead\n"

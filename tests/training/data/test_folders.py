@@ -260,6 +260,7 @@ def test_test_images_are_no_part_of_the_training_images(tmp_path):
     (["Training/a", "Validation/a"], "train", 0.1, r"has no folder train: .* found Training, Validation$"),
     (["Training/a", "Validation/a"], "val", 0.1, r"has no folder train: .* found Training, Validation$"),
     ([], "train", None, r"has no folder train: expected train/CLASS/IMAGE, found nothing$"),
+    ([""], "val", None, r"has no folder val and no class folders: expected val/CLASS/IMAGE, found 0\.jpg, 1\.jpg$"),
     ([], "train", 0.1, r"has no folder train and no class folders: expected train/CLASS/IMAGE or CLASS/IMAGE, "
                        r"found nothing$"),
     ([], "test", 0.1, r"has no folder test: expected test/CLASS/IMAGE, found nothing$"),
