@@ -106,7 +106,7 @@ def test_a_dead_link_says_what_to_do(content, monkeypatch, tmp_path):
     page = tmp_path / "content"
     if content is not None:
         page.write_bytes(content)
-    with pytest.raises(RuntimeError, match=r"Download them by hand.*pretrained_cfg_overlay=dict\(file="):
+    with pytest.raises(RuntimeError, match=r"download them by hand.*pretrained_cfg_overlay=dict\(file="):
         timm.create_model("biformer_small", pretrained=True, pretrained_cfg_overlay=dict(url=page.as_uri()))
     assert not list((tmp_path / "hub").rglob("*content"))
 
@@ -114,7 +114,7 @@ def test_a_dead_link_says_what_to_do(content, monkeypatch, tmp_path):
 def test_a_dead_link_costs_no_other_file(published_file, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     timm.create_model("biformer_tiny", pretrained=True, pretrained_cfg_overlay=dict(url=published_file.as_uri()))
-    with pytest.raises(RuntimeError, match="Download them by hand"):
+    with pytest.raises(RuntimeError, match="download them by hand"):
         timm.create_model("biformer_tiny", pretrained=True, pretrained_cfg_overlay=dict(url="file:///nowhere/x.pth"))
     assert len(list((tmp_path / "hub").rglob("*-biformer_tiny.pth"))) == 1
 
