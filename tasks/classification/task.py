@@ -239,8 +239,11 @@ class ClassificationTask(Task):
         key = self.settings.checkpoint.model_key
         self._tell(networks.load_checkpoint(network, checkpoint, source, key, trained_on=self.classes))
         if self.held_out is None:
+            # a folder val is a set of its own; shards may be of the images that the run was trained on
+            if knows_images(checkpoint) and self.settings.data.data_set.startswith("wds/"):
+                told = "was trained on a part of a folder: shards do not tell whether on these images"
+                self._tell([f"warning: {source} {told}"])
             return
-        # a val split that was not held out of these images has nothing to do with them
         if leak := self.held_out.leak(checkpoint):
             self._tell([f"warning: {source} {leak}"])
         elif not knows_images(checkpoint) and (difference := rule_difference(checkpoint, self.held_out)):

@@ -364,6 +364,13 @@ def test_images_that_were_always_held_out_are_evaluated_without_a_warning(flat, 
     assert "may have" not in evaluation_of(capfd, "--resume", last)[2]
 
 
+def test_shards_do_not_tell_what_of_them_was_held_out(flat, held_out_run, tmp_path, capfd):
+    assert make_shards.main([str(flat), str(tmp_path / "shards"), "--val_split", "0.33"]) == 0
+    last = held_out_run / "last.pth"
+    _, _, out = evaluation_of(capfd, "--resume", last, "--data_set", "wds/x", "--data_path", tmp_path / "shards")
+    assert f"warning: {last} was trained on a part of a folder: shards do not tell whether on these images\n" in out
+
+
 def test_fine_tuning_on_what_a_run_may_have_trained_on(flat, held_out_run, tmp_path, capfd):
     """Of other photographs nothing is said, whatever was held out of them."""
     capfd.readouterr()
