@@ -94,7 +94,7 @@ class Clock:
     @property
     def is_trained(self) -> bool:
         """Whether every epoch is trained; the evaluation of the last one may be still to come."""
-        return self.run_is_over or (self.is_last_epoch and self.epoch_is_over)
+        return self.is_last_epoch and self.epoch_is_over
 
     @property
     def run_is_over(self) -> bool:

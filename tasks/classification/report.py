@@ -53,8 +53,8 @@ def write_report(folder: Path, recorded: RecordedAccuracy, images: Sequence[str]
         replace_file(folder / "confusion.png", lambda file: figure.savefig(file, format="png", dpi=120))
     else:
         print("no confusion.png is drawn: pip install matplotlib")
-    images = matrix.sum(axis=1)
-    mean = 100 * np.mean(np.diag(matrix)[images > 0] / images[images > 0])
+    there = matrix.any(axis=1)  # of the others no accuracy is defined
+    mean = 100 * np.mean(np.diag(matrix)[there] / matrix.sum(axis=1)[there])
     print(f"report: {folder}, mean accuracy of the classes {mean:.3f}")
 
 
