@@ -123,6 +123,18 @@ def _token_positions(count: int, like: torch.Tensor) -> torch.Tensor:
     return _cell_centres(1, like) if count == 1 else torch.linspace(-1, 1, count, device=like.device, dtype=like.dtype)
 
 
+def _sample(maps: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) maps at a (B, Ho, Wo, 2) grid of (x, y) from -1 to 1 -> (B, C, Ho, Wo), as `F.grid_sample` does.
+
+    Where PyTorch is to be deterministic, cuDNN is left out: it samples with corners aligned, and says nothing of the
+    order in which it adds up gradients. PyTorch's own kernel raises RuntimeError then.
+    """
+    if torch.are_deterministic_algorithms_enabled():
+        bilinear, zeros = 0, 0
+        return torch.grid_sampler_2d(maps, grid, bilinear, zeros, True)
+    return F.grid_sample(maps, grid, align_corners=True)
+
+
 def _recomputed(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """The function, which eager autograd computes again for its gradients instead of keeping what is in between."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or is_traced_or_transformed():
@@ -207,7 +219,7 @@ class DeformableAgentAttention(nn.Module):
         rows, cols = (_cell_centres(count, offsets) for count in offsets.shape[2:])
         points = torch.stack([rows[:, None] + offsets, cols + offsets], dim=-1).clamp(-1, 1)
         groups = x.to(points.dtype).unflatten(-1, (self.num_groups, -1)).permute(0, 3, 4, 1, 2).flatten(0, 1)
-        agents = F.grid_sample(groups, points.flip(-1).flatten(0, 1), align_corners=True)
+        agents = _sample(groups, points.flip(-1).flatten(0, 1))
         agents = agents.unflatten(0, (-1, self.num_groups)).permute(0, 3, 4, 1, 2).flatten(3)
         return agents.to(x.dtype), points
 
@@ -251,7 +263,7 @@ class DeformableAgentAttention(nn.Module):
         rows = (rows[:, None] - agent_rows[:, :, None]) / 2
         cols = (cols[:, None] - agent_cols[:, :, None]) / 2
         grid = torch.stack(torch.broadcast_tensors(cols[:, :, None], rows[:, :, :, None]), dim=-1)
-        bias = F.grid_sample(table, grid.flatten(2, 3).flatten(0, 1), align_corners=True)
+        bias = _sample(table, grid.flatten(2, 3).flatten(0, 1))
         return bias.unflatten(0, (-1, self.num_groups)).flatten(1, 2)
 
     def _attend_band(
