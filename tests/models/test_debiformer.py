@@ -260,3 +260,17 @@ def test_points_are_precise_under_autocast():
         agents, points = module.make_agents(x, module.qkv(x)[..., :64])
     assert points.dtype == torch.float32
     assert agents.isfinite().all()
+
+
+def test_deterministic_runs_sample_by_pytorchs_own_kernel(monkeypatch):
+    """F.grid_sample may choose cuDNN, whose gradient is in no fixed order and raises no error."""
+    torch.manual_seed(0)
+    attention = DeformableAgentAttention(64, num_groups=1, stride=4, offset_kernel=5, table_side=14)
+    x = torch.randn(2, 14, 14, 64)
+    expected = attention(x)
+    monkeypatch.setattr(F, "grid_sample", lambda *args, **kwargs: pytest.fail("F.grid_sample was called"))
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.equal(attention(x), expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
