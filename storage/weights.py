@@ -2,6 +2,7 @@
 import errno
 import hashlib
 import pickle
+import re
 import sys
 import unicodedata
 import zipfile
@@ -14,10 +15,13 @@ from urllib.parse import urlparse
 import torch
 
 from .plain import PLAIN, NotPlainError, as_numpy
-from .remote import RemoteCache, TransferError
+from .remote import RemoteCache, TransferError, public
 
 # Prefixes that torch.compile and DistributedDataParallel put before parameter names, in either order.
 _WRAPPERS = ("_orig_mod.", "module.", "_orig_mod.")
+# torch.save does not compress. Whoever did may have saved a tenth, and zeros that need next to nothing.
+_MOST_COMPRESSED = 10
+_MOST_ZEROS = 2**26
 
 
 class WeightsError(ValueError):
@@ -25,7 +29,7 @@ class WeightsError(ValueError):
 
 
 class HostileFileError(WeightsError):
-    """A file that would run code, or read memory of its own choice, if it were unpickled as it asks."""
+    """A file that would run code, read memory of its own choice, or fill it, if it were unpacked as it asks."""
 
 
 class UnreadableError(WeightsError):
@@ -41,12 +45,16 @@ class MismatchError(WeightsError):
 
 
 def _is_url(source: str) -> bool:
-    return urlparse(source).scheme in ("http", "https", "file")
+    with suppress(ValueError):
+        return urlparse(source).scheme in ("http", "https", "file")
+    return False
 
 
 def _copy_name(source: str) -> str:
     # The last part of the address would not do: file-sharing services serve every file under the same one.
-    return f"{hashlib.sha256(source.encode()).hexdigest()[:16]}-{Path(urlparse(source).path).name}"
+    url, has_hash, _ = source.partition("#")
+    key = hashlib.sha256((public(source) if has_hash else url).encode()).hexdigest()[:16]
+    return f"{key}-{Path(urlparse(url).path).name[-100:]}"
 
 
 def _cache(cache_dir: str | Path | None) -> RemoteCache:
@@ -57,7 +65,8 @@ def _cache(cache_dir: str | Path | None) -> RemoteCache:
 def fetch(source: str, cache_dir: str | Path | None = None) -> Path:
     """The local file of a path or URL; a URL is downloaded once for all processes of the machine.
 
-    A URL that ends in `#sha256=` and (the beginning of) the file's hash is downloaded and compared with it.
+    A URL may end in `#sha256=` and the file's hash, or at least the first 8 hexadecimal digits of it; the download and,
+    at the start of each later run, its copy is compared with it. Without, a copy is compared with what was downloaded.
 
     Args:
         source: Path or URL.
@@ -75,12 +84,16 @@ def fetch(source: str, cache_dir: str | Path | None = None) -> Path:
         except OSError as error:  # a folder that may not be entered, or a disk that does not answer
             raise UnreadableError(f"{source}: the system cannot read it: {error.strerror}") from error
         raise WeightsError(f"{source}: no such checkpoint file")
-    url, _, fragment = source.partition("#")
-    expected = fragment.removeprefix("sha256=") if fragment.startswith("sha256=") else None
+    url, has_fragment, fragment = source.partition("#")
+    expected = re.fullmatch("sha256=([0-9a-fA-F]{8,64})", fragment)
+    if has_fragment and expected is None:
+        raise WeightsError(
+            f"{public(source)}: after # must stand sha256= and the file's SHA-256, or at least its first 8 digits"
+        )
     try:
-        return _cache(cache_dir).path(url, _copy_name(source), expected)
+        return _cache(cache_dir).path(url, _copy_name(source), expected and expected[1])
     except (OSError, TransferError) as error:
-        raise WeightsError(f"{source}: cannot be downloaded: {error}") from error
+        raise WeightsError(f"{public(source)}: cannot be downloaded: {error}") from error
 
 
 def read_checkpoint(source: str, cache_dir: str | Path | None = None, mmap: bool = False) -> dict[str, Any]:
@@ -111,14 +124,21 @@ def read_checkpoint(source: str, cache_dir: str | Path | None = None, mmap: bool
 def read_file(path: Path, mmap: bool = False) -> dict[str, Any]:
     """`read_checkpoint` of a local file."""
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix == ".safetensors":  # which neither compresses nor lets tensors overlap
             import safetensors.torch
 
             return safetensors.torch.load_file(path)
+        if unpacked := _unpacked_size(path):
+            size, full = (f"{length / 1e6:,.1f} MB" for length in (path.stat().st_size, unpacked))
+            raise HostileFileError(
+                f"{path}: refused, since its {size} unpack to {full}; ask its author for a file that is not compressed"
+            )
         with torch.serialization.safe_globals(PLAIN):
             # Files of old formats cannot be mapped.
             mmap = mmap and zipfile.is_zipfile(path)
             checkpoint = as_numpy(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
+    except HostileFileError:
+        raise
     except Exception as error:  # on damaged bytes the unpickler raises nearly anything
         fault = _system_fault(error)
         if fault is not None:
@@ -131,6 +151,16 @@ def read_file(path: Path, mmap: bool = False) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise WeightsError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
     return checkpoint
+
+
+def _unpacked_size(path: Path) -> int | None:
+    """Bytes that a zip file unpacks to, where that is more than a checkpoint would; None where it is not, or no zip."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+    except Exception:  # another format, or damaged: torch says what
+        return None
+    return size if size > _MOST_COMPRESSED * path.stat().st_size + _MOST_ZEROS else None
 
 
 def _system_fault(error: Exception) -> str | None:
@@ -202,7 +232,7 @@ def default_weights(checkpoint: dict[str, Any], source: str) -> tuple[str | None
     metrics = best if isinstance(best, dict) and _holds_weights(checkpoint.get("model_ema")) else ()
     for name in metrics:
         if str(name).startswith("ema_"):
-            return "model_ema", [f"{source}: the EMA weights are taken, since the run's best metric is {name}"]
+            return "model_ema", [f"{public(source)}: the EMA weights are taken, since the run's best metric is {name}"]
     return None, []
 
 
@@ -316,7 +346,7 @@ def check_finite(model: torch.nn.Module, source: str):
     """
     for name, value in model.state_dict().items():
         if value.is_floating_point() and not value.isfinite().all():
-            raise WeightsError(f"{source}: weights are NaN or infinite, {name} first")
+            raise WeightsError(f"{public(source)}: weights are NaN or infinite, {name} first")
 
 
 def _mismatches(expected: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> list[str]:
@@ -326,6 +356,12 @@ def _mismatches(expected: dict[str, torch.Tensor], weights: dict[str, torch.Tens
         *(
             f"{name} is {tuple(value.shape)} instead of {tuple(expected[name].shape)}"
             for name, value in weights.items()
-            if name in expected and value.shape != expected[name].shape
+            if name in expected and _is_dense(value) and value.shape != expected[name].shape
         ),
+        *(f"{name} is no dense tensor" for name, value in weights.items() if name in expected and not _is_dense(value)),
     ]
+
+
+def _is_dense(value: torch.Tensor) -> bool:
+    """Whether a tensor holds a number for each element, which can be copied."""
+    return value.layout == torch.strided and not (value.is_quantized or value.is_meta or value.is_nested)

@@ -4,13 +4,14 @@ import errno
 import hashlib
 import multiprocessing
 import os
-import subprocess
+import resource
 import sys
 import threading
 import time
 import zipfile
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,6 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from helpers import ROOT
 from helpers.hostile import Hostile
 from helpers.web import served
 from storage import remote
@@ -27,10 +27,12 @@ from storage.weights import (
     UnreadableError,
     WeightsError,
     WeightsKeyError,
+    check_finite,
     class_difference,
     fetch,
     load_weights,
     read_checkpoint,
+    read_file,
     unwrap,
 )
 
@@ -134,30 +136,28 @@ def test_truncated_checkpoint(tmp_path, suffix):
         read_checkpoint(str(path))
 
 
-SHORT_OF_MEMORY = """
-import resource, sys, safetensors.torch
-from pathlib import Path
-from storage.weights import UnreadableError, read_file
-
-size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (size + 2**26,) * 2)
-for path, mmap in ((sys.argv[1], False), (sys.argv[1], True), (sys.argv[2], False)):
-    try:
-        read_file(Path(path), mmap)
-    except UnreadableError as error:
-        print(error)
-"""
+def read_with_little_memory(found, *reads):
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + 2**24,) * 2)
+    for path, mmap in reads:
+        try:
+            read_file(path, mmap)
+        except WeightsError as error:
+            found.put((type(error), str(error)))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits memory")
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
 def test_short_memory_says_nothing_about_a_file(tmp_path):
-    weights, paths = {"w": torch.zeros(2**25)}, [str(tmp_path / "c.pth"), str(tmp_path / "c.safetensors")]
-    torch.save(weights, paths[0])
-    safetensors.torch.save_file(weights, paths[1])
-    command = [sys.executable, "-c", SHORT_OF_MEMORY, *paths]
-    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    path, other = paths
-    assert lines == [f"{name}: the system cannot read it: out of memory" for name in (path, path, other)]
+    weights, path, other = {"w": torch.zeros(2**24)}, tmp_path / "c.pth", tmp_path / "c.safetensors"
+    torch.save(weights, path)
+    safetensors.torch.save_file(weights, other)
+    context, reads = multiprocessing.get_context("fork"), [(path, False), (path, True), (other, False)]
+    found = context.Queue()
+    process = context.Process(target=read_with_little_memory, args=(found, *reads))
+    process.start()
+    for name, _ in reads:
+        assert found.get(timeout=30) == (UnreadableError, f"{name}: the system cannot read it: out of memory")
+    process.join(10)
 
 
 @pytest.mark.parametrize("number,is_of_the_file", [
@@ -200,6 +200,35 @@ def test_a_file_in_a_folder_that_may_not_be_entered(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "stat", refuse)
     with pytest.raises(UnreadableError, match="cannot read it: Permission denied"):
         fetch(str(tmp_path / "c.pth"))
+
+
+@pytest.mark.parametrize("size,is_refused", [(2**27, True), (2**22, False)])
+def test_a_file_that_would_fill_memory_is_refused(tmp_path, size, is_refused):
+    """Zeros of a thousand times the file's size; a few may be of weights that were not trained."""
+    torch.save({"model": {"w": torch.zeros(size // 2, dtype=torch.bfloat16)}}, tmp_path / "c.pth")
+    path = tmp_path / "d.pth"
+    with zipfile.ZipFile(tmp_path / "c.pth") as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+        for entry in old.namelist():
+            new.writestr(entry, old.read(entry))
+    if not is_refused:
+        assert unwrap(read_file(path))["w"].shape == (size // 2,)
+        return
+    with pytest.raises(HostileFileError, match=r"refused, since its 0\.1 MB unpack to 134\.2 MB; ask its author"):
+        read_file(path)
+
+
+def test_views_of_one_number_take_no_memory(tmp_path):
+    torch.save({"model": {"weight": torch.ones(1).expand(10**15), "bias": torch.ones(1)}}, tmp_path / "c.pth")
+    weights = unwrap(read_checkpoint(str(tmp_path / "c.pth")))
+    with pytest.raises(WeightsError, match=r"weight is \(1000000000000000,\) instead of \(1, 2\)"):
+        load_weights(nn.Linear(2, 1), weights)
+
+
+@pytest.mark.parametrize("convert", [torch.Tensor.to_sparse, lambda tensor: tensor.to("meta")])
+def test_tensors_that_are_no_weights_are_named(tmp_path, convert):
+    torch.save({"model": {"weight": convert(torch.ones(1, 2)), "bias": torch.ones(1)}}, tmp_path / "c.pth")
+    with pytest.raises(WeightsError, match="weight is no dense tensor"):
+        load_weights(nn.Linear(2, 1), unwrap(read_checkpoint(str(tmp_path / "c.pth"))))
 
 
 def test_not_a_dictionary(tmp_path):
@@ -387,6 +416,50 @@ def test_a_download_is_compared_with_its_hash(tmp_path, hub):
             assert read_checkpoint(f"{url}#sha256={expected}")["epoch"] == 1
         with pytest.raises(WeightsError, match=r"cannot be downloaded: .*invalid hash value"):
             read_checkpoint(f"{url}#sha256={digest[::-1]}")
+
+
+@pytest.mark.parametrize("fragment", [
+    "", "sha256:{}", "SHA256={}", "md5={}", "sha256=", "sha256={:.2}", "sha256={:.7}", "sha256={}0", "sha256={:.7}g",
+    " sha256={}", "sha256={} ", "sha256={}#", "{}",
+])
+def test_a_hash_in_any_other_form_is_refused(hub, fragment):
+    """And is not passed over: whoever gives one relies on it."""
+    digest = hashlib.sha256(b"").hexdigest()
+    with pytest.raises(WeightsError, match=r"^http://host/c.pth#.*: after # must stand sha256= and the file's SHA-256"):
+        fetch(f"http://host/c.pth#{fragment.format(digest)}")
+    assert not hub.exists()
+
+
+def test_a_damaged_copy_is_downloaded_again_at_the_next_start(tmp_path, hub, monkeypatch, capfd):
+    torch.save({"epoch": 1}, tmp_path / "c.pth")
+    digest = hashlib.sha256((tmp_path / "c.pth").read_bytes()).hexdigest()
+    with served(tmp_path) as url:
+        for source in (f"{url}/c.pth", f"{url}/c.pth#sha256={digest[:8]}"):
+            copy = fetch(source)
+            os.truncate(copy, 3)
+            monkeypatch.setattr(remote, "_STARTED", time.time_ns())
+            assert read_checkpoint(source)["epoch"] == 1
+    assert capfd.readouterr().err.count("downloading") == 4
+
+
+def test_a_signature_is_not_shown_and_need_not_be_given_again(tmp_path, hub, monkeypatch, capfd):
+    """Where a hash says which file it is; without, another query may be another file."""
+    torch.save({"epoch": 1}, tmp_path / "c.pth")
+    digest = hashlib.sha256((tmp_path / "c.pth").read_bytes()).hexdigest()
+    with served(tmp_path) as url:
+        signed = url.replace("//", "//user:secret@")
+        copies = {fetch(f"{signed}/c.pth?secret={number}#sha256={digest}") for number in range(2)}
+        others = {fetch(f"{signed}/c.pth?secret={number}") for number in range(2)}
+        assert len(copies) == 1 and len(others) == 2
+        assert fetch(remote.public(f"{signed}/c.pth?secret=2#sha256={digest}")) in copies
+        with pytest.raises(WeightsError) as error:
+            fetch(f"{signed}/d.pth?secret=1")
+    model = nn.Linear(1, 1)
+    model.bias.data.fill_(torch.nan)
+    with pytest.raises(WeightsError) as other:
+        check_finite(model, f"{signed}/c.pth?secret=1")
+    shown = f"{capfd.readouterr().err} {error.value} {other.value} {copies} {others}"
+    assert "secret" not in shown and "c.pth?***" in shown
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, hub):
