@@ -29,6 +29,7 @@ MOST_OF_UNKNOWN_SIZE = 16 * 10**9
 _STARTED = time.time_ns()
 # What is left out of an address that is shown or kept.
 _HIDDEN = "***"
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _RECORD = re.compile(rb"([0-9a-f]{64}) (\d{1,20})\n")
 
 
@@ -69,10 +70,15 @@ def public(source: str) -> str:
     """What may be shown and kept of an address: `***` stands for user info and query, which may be a password and a
     signature. What is no address, a path for example, is returned as it is.
     """
-    if not re.match(r"[a-z][a-z0-9+.-]*://", source, re.IGNORECASE):
+    if not _ADDRESS.match(source):
         return source
     without_user = re.sub(r"(?<=://)[^/?#]*@", f"{_HIDDEN}@", source, count=1)
     return re.sub(r"\?[^#]+", f"?{_HIDDEN}", without_user, count=1)
+
+
+def is_shortened(source: str) -> bool:
+    """Whether this is what `public` left of an address."""
+    return _ADDRESS.match(source) is not None and _HIDDEN in source and source == public(source)
 
 
 def _request(url: str) -> urllib.request.Request:
@@ -136,7 +142,7 @@ def download(url: str, file: BinaryIO, size: int | None = None, room: float = ma
         TransferError: The last attempt failed, or the file is too large.
         OSError: `file` cannot be written.
     """
-    if _HIDDEN in url and url == public(url):
+    if is_shortened(url):
         raise TransferError("its password or signature is not kept: give the whole address again", transient=False)
     for pause in (*RETRY_SECONDS, None):
         file.seek(0)

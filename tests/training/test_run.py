@@ -20,6 +20,7 @@ from helpers.web import served
 from scripts import make_shards
 from tasks.classification.metrics import Accuracy
 from tasks.classification.token_labels import label_map_path
+from training import flags, options
 from training.checkpointer import Checkpointer
 from training.checkpoints import CheckpointStore
 from training.command_line import how_to_resume
@@ -164,6 +165,21 @@ def test_the_command_that_resumes_runs_where_the_environment_is_not_activated(
     start(monkeypatch, started, processes)
     said = how_to_resume(Path("run"))
     assert said == f"{expected} run/args.yaml --output_dir run --auto_resume"
+
+
+def test_the_command_that_resumes_says_what_was_not_kept(monkeypatch, tmp_path):
+    """A password or signature of what a resumed run reads again, and not of what it started from."""
+    on_path(monkeypatch, sys.executable)
+    start(monkeypatch, ["python", "main.py"], 1)
+    settings = program.parse(["--data_path", "https://me:secret@host/x?sig=secret", "--data_set", "wds/x",
+                              "--finetune", "https://host/w.pth?sig=secret", "--output_dir", str(tmp_path)])[1]
+    options.save(flags.as_recipe(settings), tmp_path / "args.yaml")
+    assert how_to_resume(tmp_path) == (
+        "put the password or signature into --data_path, and resume with\n"
+        f"python main.py --config {tmp_path}/args.yaml --output_dir {tmp_path} --auto_resume "
+        "--data_path 'https://***@host/x?***'"
+    )
+    assert "secret" not in (tmp_path / "args.yaml").read_text()
 
 
 @pytest.mark.slow
@@ -418,6 +434,26 @@ def test_shards_of_a_web_server(photos, tmp_path, monkeypatch):
                 break
     assert code == 0 and start >= 2
     assert differences(tmp_path / "left", tmp_path / "whole") == []
+
+
+@pytest.mark.slow
+def test_passwords_and_signatures_are_neither_shown_nor_kept(photos, tmp_path, monkeypatch, capfd):
+    """A run that resumes needs them again, and says so."""
+    assert make_shards.main([str(photos), str(tmp_path / "shards"), "--size", "4"]) == 0
+    folder, shards = tmp_path / "run", ["--data_set", "wds/photos", "--shard_cache", tmp_path / "cache"]
+    with served(tmp_path / "shards") as url:
+        signed = f"{url.replace('//', '//me:secret@')}?sig=secret"
+        signal_after(monkeypatch, 1)
+        assert train(signed, folder, *shards) == EXIT_RESUME
+        out, err = capfd.readouterr()
+        assert "put the password or signature into --data_path, and resume with" in err
+        code = program.main(["--auto_resume", "--output_dir", str(folder), "--device", "cpu", "--num_workers", "0"])
+        more = capfd.readouterr()
+        assert code == 1 and "signature is not kept: give the whole address again" in more.err
+        assert train(signed.replace("secret", "new-secret"), folder, *shards, "--auto_resume") in (0, EXIT_RESUME)
+    shown = "".join([out, err, *more, *capfd.readouterr()])
+    written = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    assert "secret" not in shown and b"secret" not in written and b"data_path" in written
 
 
 def test_shards_are_shared_among_as_many_as_before(photos, half, monkeypatch, capfd):
