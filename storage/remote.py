@@ -25,8 +25,6 @@ RETRY_SECONDS = (1, 2, 4, 8)  # pauses between attempts, of which there is one m
 MOST_IN_MEMORY = 64 * 10**6
 # Bytes of a file whose size neither the server nor its caller knows, and which might have no end.
 MOST_OF_UNKNOWN_SIZE = 16 * 10**9
-# Copies are compared with their hashes once after this, which is inherited by processes that load data.
-_STARTED = time.time_ns()
 # What is left out of an address that is shown or kept.
 _HIDDEN = "***"
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
@@ -182,9 +180,10 @@ class RemoteCache:
     A copy is there intact or not at all, and is made by one process while others wait for it; where the file system has
     no locks, each process downloads for itself. The caller names the copies: one name for each address and hash.
 
-    A disk may lose what was written long ago. Whoever first opens a copy after its program has started compares it with
-    the hash that was asked for, or else with that of the download. The file that processes lock holds this hash and the
-    time, so that others do not compare again. A damaged copy is removed, and downloaded again.
+    A disk may lose what was written long ago: a copy that was not compared with its hash since this object was made is
+    compared when it is opened, with the hash that was asked for, or else with that of the download. The file that
+    processes lock holds this hash and the time, so that those that share this object, or made theirs before, need not
+    compare again. A damaged copy is removed, and downloaded again.
 
     Args:
         folder: Where copies are kept, best on a disk of this machine. Other files in it are left alone.
@@ -196,7 +195,7 @@ class RemoteCache:
         self, folder: Path, max_bytes: float = math.inf, on_download: Callable[[str], None] | None = None
     ):
         self.folder, self.max_bytes, self.on_download = folder, max_bytes, on_download
-        self.started = _STARTED
+        self.started = time.time_ns()
         self._checked: set[str] = set()
 
     def open(self, url: str, name: str, sha256: str | None = None, size: int | None = None) -> BinaryIO:
@@ -243,7 +242,7 @@ class RemoteCache:
         (self.folder / name).unlink(missing_ok=True)
 
     def _is_checked(self, name: str, lock: Path) -> bool:
-        """Whether this run has compared a copy with its hash, or downloaded it."""
+        """Whether a copy was compared with its hash, or downloaded, since this object was made."""
         record = _read_record(lock)
         return name in self._checked or (record is not None and record[1] >= self.started)
 

@@ -8,6 +8,7 @@ import unicodedata
 import zipfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -58,7 +59,11 @@ def _copy_name(source: str) -> str:
 
 
 def _cache(cache_dir: str | Path | None) -> RemoteCache:
-    folder = Path(cache_dir or torch.hub.get_dir()) / "checkpoints"
+    return _cache_in(Path(cache_dir or torch.hub.get_dir()) / "checkpoints")
+
+
+@cache  # a program reads a checkpoint several times, and compares its copy with its hash the first time
+def _cache_in(folder: Path) -> RemoteCache:
     return RemoteCache(folder, on_download=lambda url: print(f"downloading {url} to {folder}", file=sys.stderr))
 
 

@@ -12,6 +12,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from storage.locks import open_lock
+from storage.remote import public
 from storage.weights import HostileFileError, WeightsError, fetch, read_file
 from utils import UserError, as_user_error, replace_file
 
@@ -132,7 +134,7 @@ class CheckpointStore:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = open(self.folder / ".lock", "wb")  # noqa: SIM115, closed below
+            lock = open_lock(self.folder / ".lock")
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error.strerror}") from error
         with lock as file:
@@ -275,7 +277,7 @@ def _named_start(source: str, store: CheckpointStore) -> Path:
         path = fetch(source).resolve()
     # Files of other formats hold no run; reading them says so.
     if zipfile.is_zipfile(path) and not is_intact(path):
-        raise DamagedCheckpointError(f"{source}: damaged or truncated")
+        raise DamagedCheckpointError(f"{public(source)}: damaged or truncated")
     steps = store.steps()
     if path.parent == store.folder.resolve() and steps and path != store.path(steps[-1]).resolve():
         raise LaterCheckpointsError(f"{store.folder} holds later checkpoints than {path.name}")

@@ -7,7 +7,6 @@ import os
 import pickle
 import shutil
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -113,13 +112,6 @@ def _open_and_close(url, cache, number):
 # --- copies that a disk has damaged -----------------------------------------------------------------------------------
 
 
-def later(folder, **settings):
-    """The cache of a run that starts now."""
-    cache = RemoteCache(folder, **settings)
-    cache.started = time.time_ns()
-    return cache
-
-
 def truncate(path):
     os.truncate(path, 3)
 
@@ -136,7 +128,7 @@ def test_a_damaged_copy_is_downloaded_again_by_the_next_run(server, tmp_path, da
     copy = RemoteCache(folder).path(f"{server}/a", "a.x", digest)
     damage(copy)
     downloads = []
-    cache = later(folder, on_download=downloads.append)
+    cache = RemoteCache(folder, on_download=downloads.append)
     for _ in range(2):
         with cache.open(f"{server}/a", "a.x", digest) as file:
             assert file.read() == b"content"
@@ -147,7 +139,7 @@ def test_a_copy_is_compared_once_by_all_processes_of_a_run(server, tmp_path, mon
     RemoteCache(tmp_path / "cache").path(f"{server}/a", "a.x")
     compared, compare = [], remote._sha256
     monkeypatch.setattr(remote, "_sha256", lambda file: compared.append(file) or compare(file))
-    run = later(tmp_path / "cache")
+    run = RemoteCache(tmp_path / "cache")
     processes = [pickle.loads(pickle.dumps(run)) for _ in range(3)]
     for process in processes:
         assert process.path(f"{server}/a", "a.x").exists()
@@ -160,9 +152,9 @@ def test_a_copy_whose_hash_was_never_noted_is_kept(server, tmp_path):
     folder.mkdir()
     (folder / "a.x").write_bytes(b"by hand")
     for _ in range(2):
-        assert later(folder, on_download=downloads.append).path(f"{server}/a", "a.x").read_bytes() == b"by hand"
+        assert RemoteCache(folder, on_download=downloads.append).path(f"{server}/a", "a.x").read_bytes() == b"by hand"
     truncate(folder / "a.x")
-    assert later(folder, on_download=downloads.append).path(f"{server}/a", "a.x").read_bytes() == b"content"
+    assert RemoteCache(folder, on_download=downloads.append).path(f"{server}/a", "a.x").read_bytes() == b"content"
     assert len(downloads) == 1
 
 
@@ -174,7 +166,7 @@ def test_a_cache_that_can_only_be_read_serves_as_well(server, tmp_path, monkeypa
 
     for module in (locks, remote):
         monkeypatch.setattr(module, "open_lock", refuse)
-    run = later(copy.parent)
+    run = RemoteCache(copy.parent)
     assert run.path(f"{server}/a", "a.x").read_bytes() == b"content"
     monkeypatch.setattr(remote, "_sha256", None)
     assert run.path(f"{server}/a", "a.x").exists(), "compared once a process"
@@ -202,7 +194,7 @@ def test_a_lock_keeps_what_it_holds(server, tmp_path):
     folder.mkdir()
     (folder / "a.lock").write_bytes(b"precious")
     for _ in range(2):
-        assert later(folder).path(f"{server}/a", "a.x").read_bytes() == b"content"
+        assert RemoteCache(folder).path(f"{server}/a", "a.x").read_bytes() == b"content"
     assert (folder / "a.lock").read_bytes() == b"precious"
 
 

@@ -190,6 +190,17 @@ def test_what_a_killed_run_left_half_written_is_swept_up(store):
 
 
 @pytest.mark.slow
+def test_the_lock_of_a_folder_is_not_written_through_a_link(tmp_path):
+    others = tmp_path / "of somebody else"
+    others.write_bytes(b"precious")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".lock").symlink_to(others)
+    with pytest.raises(UserError, match=rf"cannot write to {folder}: .lock is a symbolic link; remove it"):
+        CheckpointStore(folder).locked().__enter__()
+    assert others.read_bytes() == b"precious"
+
+
 def test_two_runs_do_not_share_a_folder(store):
     code = (
         "import sys, pathlib; from training import checkpoints\n"
