@@ -120,7 +120,7 @@ def read_file(path: Path, mmap: bool = False) -> dict[str, Any]:
             mmap = mmap and zipfile.is_zipfile(path)
             checkpoint = as_numpy(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
     except Exception as error:  # on damaged bytes the unpickler raises nearly anything
-        fault = _system_fault(error)
+        fault = system_fault(error)
         if fault is not None:
             raise UnreadableError(f"{path}: the system cannot read it: {fault}") from error
         why = _why_refused(path, error)
@@ -133,13 +133,13 @@ def read_file(path: Path, mmap: bool = False) -> dict[str, Any]:
     return checkpoint
 
 
-def _system_fault(error: Exception) -> str | None:
+def system_fault(error: Exception) -> str | None:
     """Why the system could not read a file; None where an error is of what is in the file."""
     if isinstance(error, MemoryError) or "allocate memory" in str(error):  # torch has no class for that of a CPU
         return "out of memory"
     # Damaged offsets in a zip file ask for places before its beginning, which is an invalid argument.
-    if isinstance(error, OSError) and error.errno != errno.EINVAL:
-        return error.strerror or str(error)
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        return error.strerror
     return None
 
 
