@@ -145,7 +145,7 @@ def read_file(path: Path, mmap: bool = False) -> dict[str, Any]:
     except HostileFileError:
         raise
     except Exception as error:  # on damaged bytes the unpickler raises nearly anything
-        fault = _system_fault(error)
+        fault = system_fault(error)
         if fault is not None:
             raise UnreadableError(f"{path}: the system cannot read it: {fault}") from error
         why = _why_refused(path, error)
@@ -168,13 +168,13 @@ def _unpacked_size(path: Path) -> int | None:
     return size if size > _MOST_COMPRESSED * path.stat().st_size + _MOST_ZEROS else None
 
 
-def _system_fault(error: Exception) -> str | None:
+def system_fault(error: Exception) -> str | None:
     """Why the system could not read a file; None where an error is of what is in the file."""
     if isinstance(error, MemoryError) or "allocate memory" in str(error):  # torch has no class for that of a CPU
         return "out of memory"
     # Damaged offsets in a zip file ask for places before its beginning, which is an invalid argument.
-    if isinstance(error, OSError) and error.errno != errno.EINVAL:
-        return error.strerror or str(error)
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        return error.strerror
     return None
 
 

@@ -7,6 +7,7 @@ That package reads streams, which have no positions to resume from, and runs the
 `pipe:`; here a sample has an index, and is read from its position in the tar file.
 """
 import errno
+import hashlib
 import math
 import os
 import re
@@ -194,6 +195,12 @@ class TarShards(Sequence):
             return None
         shards = enumerate(self.split.filenames)
         return [f"{shard}/{sample.name}" for number, shard in shards for sample in self._shard(number)[1]]
+
+    def fingerprint(self) -> str:
+        """A hash of what the list of shards says of them: names, lengths, hashes and classes."""
+        split = self.split
+        listed = split.filenames, split.lengths, split.sha256, split.num_classes, split.classes
+        return hashlib.sha256(repr(listed).encode(errors="backslashreplace")).hexdigest()
 
     def sampler(self, num_replicas: int, rank: int, repeats: int) -> "ShardSampler":
         """The order in which process `rank` of `num_replicas` trains on the samples; see `ShardSampler`."""
