@@ -3,10 +3,11 @@ import fcntl
 import os
 import re
 import shutil
+import socket
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -128,23 +129,32 @@ class CheckpointStore:
         """Lock the folder for this process, and remove what a killed run left half written.
 
         Raises:
-            UserError: Another process writes there.
+            UserError: Another process writes there; says which.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = open(self.folder / ".lock", "wb")  # noqa: SIM115, closed below
+            # Not "w": the file names the process that has locked it. A link may lead to a file of somebody's.
+            lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except OSError as error:
-            raise UserError(f"cannot write to {self.folder}: {error.strerror}") from error
-        with lock as file:
+            raise UserError(f"cannot write to {error.filename}: {error.strerror}") from error
+        with open(lock, "r+b", buffering=0) as file:
             try:
                 # This lock is the process's own: data loading processes inherit open files, and outlive it by seconds.
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"another run is writing to {self.folder}; stop it, or take another folder") from None
+                holder = file.read(200).decode(errors="replace").strip() or "not known which"
+                raise UserError(
+                    f"another run is writing to {self.folder} ({holder}); stop it, or take another folder"
+                ) from None
             except OSError:
                 pass  # a file system without locks
-            for path in self.folder.glob(".*.pth.*"):
-                path.unlink()
+            with suppress(OSError):  # a full disk
+                file.truncate()
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            # What `replace_file` names so; an editor's files are named otherwise.
+            for pattern in (".*.pth.*", ".args.yaml.????????", ".log.txt.????????"):
+                for path in self.folder.glob(pattern):
+                    path.unlink()
             yield
 
     def newest_intact(self) -> int | None:

@@ -1,4 +1,6 @@
+import os
 import resource
+import socket
 import subprocess
 import sys
 from functools import partial
@@ -183,10 +185,11 @@ def test_what_cannot_be_written_leaves_the_last(store, size):
 
 def test_what_a_killed_run_left_half_written_is_swept_up(store):
     store.save(3, state(3))
-    half = store.folder / ".checkpoint-00000006.pth.abc"
-    half.write_bytes(b"half")
+    of_others = {".args.yaml.swp", ".args.yaml.backup-of-mine"}
+    for name in (".checkpoint-00000006.pth.abc", ".args.yaml.k3x_81ab", ".log.txt.k3x_81ab", *of_others):
+        (store.folder / name).write_bytes(b"half")
     with store.locked():
-        assert not half.exists() and store.steps() == [3]
+        assert {p.name for p in store.folder.glob(".*")} == {".lock", *of_others} and store.steps() == [3]
 
 
 @pytest.mark.slow
@@ -199,9 +202,20 @@ def test_two_runs_do_not_share_a_folder(store):
         subprocess.run, [sys.executable, "-c", code, str(store.folder)], cwd=ROOT, capture_output=True, text=True
     )
     with store.locked():
-        refused = other()
-    assert refused.returncode == 1 and "another run is writing to" in refused.stderr
+        for _ in range(2):  # the first one that is refused leaves the name of the holder as it is
+            refused = other()
+            which = f"(process {os.getpid()} on {socket.gethostname()})"
+            assert refused.returncode == 1 and f"another run is writing to {store.folder} {which};" in refused.stderr
     assert other().stdout == "mine\n"
+
+
+def test_a_lock_that_is_a_link_leaves_the_users_file_as_it_is(store, tmp_path):
+    store.folder.mkdir()
+    (tmp_path / "thesis").write_text("mine")
+    (store.folder / ".lock").symlink_to(tmp_path / "thesis")
+    with pytest.raises(UserError, match=r"cannot write to .*/\.lock: "), store.locked():
+        pass
+    assert (tmp_path / "thesis").read_text() == "mine"
 
 
 # --- where a run writes -----------------------------------------------------------------------------------------------
