@@ -239,13 +239,13 @@ class CheckpointStore:
 # --- where a run writes, and what it resumes from ---------------------------------------------------------------------
 
 
-def open_store(options: CheckpointOptions, name: str, started: float) -> CheckpointStore:
+def open_store(options: CheckpointOptions, name: str, started: int) -> CheckpointStore:
     """The checkpoints of the output folder or, by default, of a folder named after the model and the start time.
 
     Args:
         options: What was asked for.
         name: The model's.
-        started: When the run started, in seconds since 1970; the same on every process.
+        started: When the run started, in nanoseconds since 1970; the same on every process.
 
     Raises:
         FolderInUseError: The folder holds another run.
@@ -254,8 +254,10 @@ def open_store(options: CheckpointOptions, name: str, started: float) -> Checkpo
     if options.output_dir is None:
         if options.resumes:
             raise NoFolderError("torchrun restarted the run, which can only resume in a folder that was named")
-        folder = OUTPUTS / name / time.strftime("%Y%m%d-%H%M%S", time.localtime(started))
-        return CheckpointStore(folder, options.keep_checkpoints)
+        # A script may start several runs in one second.
+        seconds, microseconds = divmod(started // 1000, 10**6)
+        date = time.strftime("%Y%m%d-%H%M%S", time.localtime(seconds))
+        return CheckpointStore(OUTPUTS / name / f"{date}-{microseconds:06}", options.keep_checkpoints)
     store = CheckpointStore(Path(options.output_dir), options.keep_checkpoints)
     resumed_here = options.resume and Path(options.resume).resolve().parent == store.folder.resolve()
     if store.holds_run() and not options.resumes and not resumed_here:

@@ -1,4 +1,5 @@
 import os
+import re
 import resource
 import socket
 import subprocess
@@ -224,9 +225,15 @@ def test_a_lock_that_is_a_link_leaves_the_users_file_as_it_is(store, tmp_path):
 def test_a_folder_of_its_own(monkeypatch):
     store = open_store(CheckpointOptions(keep_checkpoints=5), "biformer_tiny", started=0)
     assert store.folder.parent == Path("outputs/biformer_tiny") and store.keep == 5
+    assert re.fullmatch(r"\d{8}-\d{6}-000000", store.folder.name)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with pytest.raises(NoFolderError, match="torchrun restarted the run"):
         open_store(CheckpointOptions(), "biformer_tiny", started=0)
+
+
+def test_runs_that_start_in_one_second_have_folders_of_their_own():
+    folders = [open_store(CheckpointOptions(), "x", started).folder for started in (10**18, 10**18 + 1000)]
+    assert folders[0] != folders[1] and folders[0].name[:15] == folders[1].name[:15]
 
 
 def test_the_folder_of_another_run(store):
