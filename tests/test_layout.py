@@ -297,7 +297,7 @@ def test_every_import_is_in_a_requirements_file():
     text = "".join(path.read_text() for path in ROOT.glob("requirements*.txt"))
     listed = {line.partition("#")[0].strip().partition(">")[0].lower() for line in text.splitlines()}
     paths = [p for p in ROOT.rglob("*.py") if ".venv" not in p.parts]
-    local = OURS | {p.stem for p in paths} | {"helpers", "routedvit"}
+    local = OURS | {p.stem for p in paths} | {"helpers", "routedvit", "tests"}
     for path in paths:
         for name in rooms_of(imports_of(path)):
             if name not in STANDARD and name not in local:
