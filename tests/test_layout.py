@@ -49,7 +49,10 @@ NAME_SLURMS_FLAGS = {
     "training/slurm.py": {"--cpus-per-task=", "--kill-on-bad-exit=", "--noheader", "--jobs=", "--format="},
 }
 # Errors of torch and gloo that have no class of their own; in scripts/bench memory that ran out.
-READ_ERRORS = {"training/signals.py:fault_of", "storage/weights.py:_foreign_objects", "scripts/bench/*"}
+READ_ERRORS = {
+    "training/signals.py:fault_of", "storage/weights.py:_foreign_objects", "storage/weights.py:_system_fault",
+    "scripts/bench/*",
+}
 FUSED = ("ops/impl/triton/*", "ops/fused/*")
 OPERATORS = (*FUSED, "ops/impl/blocks/op.py")
 NETWORKS = ("models/*", "ops/bra.py")
