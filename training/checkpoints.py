@@ -79,6 +79,8 @@ def is_intact(path: Path) -> bool:
     Raises:
         UserError: The system cannot read the file, or it holds code.
     """
+    if path.exists() and not path.is_file():  # reading a pipe or a device may never end
+        raise UserError(f"{path} is no file")
     try:
         with open(path, "rb") as file:
             while file.read(2**24):
@@ -129,7 +131,8 @@ class CheckpointStore:
         """Lock the folder for this process, and remove what a killed run left half written.
 
         Raises:
-            UserError: Another process writes there; says which.
+            UserError: Another process writes there; says which. Or, meanwhile, something in the folder could not be
+                read or written.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -155,7 +158,13 @@ class CheckpointStore:
             for pattern in (".*.pth.*", ".args.yaml.????????", ".log.txt.????????"):
                 for path in self.folder.glob(pattern):
                     path.unlink()
-            yield
+            try:
+                yield
+            except OSError as error:  # a folder in the place of a file, a circle of links, or nothing any more
+                path = error.filename2 or error.filename  # the second is what a file was to replace
+                if path is None or not Path(os.fsdecode(path)).is_relative_to(self.folder):
+                    raise
+                raise UserError(f"{path}: {error.strerror}; {self.kept()}") from error
 
     def newest_intact(self) -> int | None:
         """The step of the newest intact checkpoint; later ones are renamed to `*.damaged`, with a line about each.
@@ -259,7 +268,9 @@ def open_store(options: CheckpointOptions, name: str, started: int) -> Checkpoin
         date = time.strftime("%Y%m%d-%H%M%S", time.localtime(seconds))
         return CheckpointStore(OUTPUTS / name / f"{date}-{microseconds:06}", options.keep_checkpoints)
     store = CheckpointStore(Path(options.output_dir), options.keep_checkpoints)
-    resumed_here = options.resume and Path(options.resume).resolve().parent == store.folder.resolve()
+    # `Path.resolve` raises where links lead in a circle.
+    source = options.resume and os.path.realpath(options.resume)
+    resumed_here = source and os.path.dirname(source) == os.path.realpath(store.folder)
     if store.holds_run() and not options.resumes and not resumed_here:
         raise FolderInUseError(f"{store.folder} already holds a run")
     return store

@@ -1,6 +1,7 @@
 import os
 import re
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from training.checkpoints import (
     CheckpointStore,
     FolderInUseError,
     NoFolderError,
+    find_start,
     is_intact,
     open_store,
     save_checkpoint,
@@ -103,6 +105,35 @@ def test_what_the_system_cannot_read_is_not_called_damaged(store, monkeypatch):
     with pytest.raises(UserError, match="cannot be read: Stale file handle"):
         store.newest_intact()
     assert store.steps() == [3]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
+def test_what_could_be_read_for_ever_is_no_checkpoint(store, make):
+    store.folder.mkdir()
+    make(store.path(3))
+    with pytest.raises(UserError, match=r"checkpoint-00000003\.pth is no file"):
+        store.newest_intact()
+
+
+def test_a_folder_that_is_in_the_way_or_gone_is_told_in_one_line(store):
+    store.save(3, state(3))
+    store.last.unlink()
+    store.last.mkdir()
+    with pytest.raises(UserError, match=r"/last\.pth: Is a directory; the last checkpoint is .*03"), store.locked():
+        store.newest_intact()
+    with pytest.raises(UserError, match=r"log\.txt: No such file or directory; no checkpoint was"), store.locked():
+        shutil.rmtree(store.folder)
+        (store.folder / "log.txt").touch()
+    with pytest.raises(FileNotFoundError), store.locked():  # of other files it knows nothing
+        (store.folder.parent / "nowhere").read_text()
+
+
+def test_a_checkpoint_that_is_a_link_to_itself(store):
+    store.folder.mkdir()
+    store.last.symlink_to(store.last.name)
+    options = CheckpointOptions(output_dir=str(store.folder), resume=str(store.last))
+    with pytest.raises(UserError, match="no such checkpoint file"):
+        find_start(options, open_store(options, "x", 0), None)
 
 
 def test_a_file_system_without_links(store, monkeypatch):
