@@ -172,7 +172,7 @@ def train(task: Task, signals: SignalHandler):
     if settings.machine.deterministic:
         use_deterministic_algorithms()
     # One time for all processes, whose clocks differ.
-    store = open_store(settings.checkpoint, task.name, started=distributed.max(int(time.time())))
+    store = open_store(settings.checkpoint, task.name, started=distributed.max(time.time_ns()))
     data = Data.of(task)
     run = create_run(task, data)
     clock, recipe = run.clock, flags.as_recipe(settings)

@@ -3,10 +3,11 @@ import fcntl
 import os
 import re
 import shutil
+import socket
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -87,6 +88,8 @@ def is_intact(path: Path) -> bool:
         UserError: The system cannot read the file or has no memory for it, which says nothing about the file; or it
             holds code.
     """
+    if path.exists() and not path.is_file():  # reading a pipe or a device may never end
+        raise UserError(f"{path} is no file")
     try:
         with open(path, "rb") as file:
             while file.read(2**24):
@@ -140,33 +143,55 @@ class CheckpointStore:
         """Lock the folder for this process, remove what a killed run left half written, and finish at the end.
 
         Raises:
-            UserError: Another process writes there; FolderInUseError where one has written since `open_store` looked.
+            UserError: Another process writes there; says which. FolderInUseError where one has written since
+                `open_store` looked. Or, meanwhile, something in the folder could not be read or written.
             SpoiledRunError: One that is raised within says in addition which checkpoint there is.
         """
+        with self._lock():
+            if self.is_new and self.holds_run():
+                raise FolderInUseError(f"{self.folder} already holds a run")
+            # What `replace_file` names so; an editor's files are named otherwise.
+            for pattern in (".*.pth.*", ".args.yaml.????????", ".log.txt.????????"):
+                for path in self.folder.glob(pattern):
+                    path.unlink()
+            try:
+                yield
+                self.finish()
+            except SpoiledRunError as error:
+                self.finish()
+                raise type(error)(f"{error}; {self.kept()}") from error
+            except OSError as error:  # a folder in the place of a file, a circle of links, or nothing any more
+                path = error.filename2 or error.filename  # the second is what a file was to replace
+                if path is None or not Path(os.fsdecode(path)).is_relative_to(self.folder):
+                    raise
+                raise UserError(f"{path}: {error.strerror}; {self.kept()}") from error
+            finally:
+                self.finish()
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = open_lock(self.folder / ".lock")
+            file = open_lock(self.folder / ".lock")
         except OSError as error:
-            raise UserError(f"cannot write to {self.folder}: {error.strerror}") from error
-        with lock as file:
+            raise UserError(f"cannot write to {error.filename or self.folder}: {error.strerror}") from error
+        with file:
             try:
                 # This lock is the process's own: data loading processes inherit open files, and outlive it by seconds.
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"another run is writing to {self.folder}; stop it, or take another folder") from None
+                file.seek(0)
+                holder = file.read(200).decode(errors="replace").strip() or "not known which"
+                raise UserError(
+                    f"another run is writing to {self.folder} ({holder}); stop it, or take another folder"
+                ) from None
             except OSError:
                 pass  # a file system without locks
-            if self.is_new and self.holds_run():
-                raise FolderInUseError(f"{self.folder} already holds a run")
-            for path in self.folder.glob(".*.pth.*"):
-                path.unlink()
-            try:
-                yield
-            except SpoiledRunError as error:
-                self.finish()
-                raise type(error)(f"{error}; {self.kept()}") from error
-            finally:
-                self.finish()
+            with suppress(OSError):  # a full disk
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+                file.flush()
+            yield
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
@@ -312,13 +337,13 @@ def _set_aside(path: Path):
 # --- where a run writes, and what it resumes from ---------------------------------------------------------------------
 
 
-def open_store(options: CheckpointOptions, name: str, started: float) -> CheckpointStore:
+def open_store(options: CheckpointOptions, name: str, started: int) -> CheckpointStore:
     """The checkpoints of the output folder or, by default, of a folder named after the model and the start time.
 
     Args:
         options: What was asked for.
         name: The model's.
-        started: When the run started, in seconds since 1970; the same on every process.
+        started: When the run started, in nanoseconds since 1970; the same on every process.
 
     Raises:
         FolderInUseError: The folder holds another run.
@@ -327,10 +352,14 @@ def open_store(options: CheckpointOptions, name: str, started: float) -> Checkpo
     if options.output_dir is None:
         if options.resumes:
             raise NoFolderError("torchrun restarted the run, which can only resume in a folder that was named")
-        folder = OUTPUTS / name / time.strftime("%Y%m%d-%H%M%S", time.localtime(started))
-        return CheckpointStore(folder, options.keep_checkpoints, is_new=True)
+        # A script may start several runs in one second.
+        seconds, microseconds = divmod(started // 1000, 10**6)
+        date = time.strftime("%Y%m%d-%H%M%S", time.localtime(seconds))
+        return CheckpointStore(OUTPUTS / name / f"{date}-{microseconds:06}", options.keep_checkpoints, is_new=True)
     folder = Path(options.output_dir)
-    resumed_here = options.resume and Path(options.resume).resolve().parent == folder.resolve()
+    # `Path.resolve` raises where links lead in a circle.
+    source = options.resume and os.path.realpath(options.resume)
+    resumed_here = source and os.path.dirname(source) == os.path.realpath(folder)
     store = CheckpointStore(folder, options.keep_checkpoints, is_new=not options.resumes and not resumed_here)
     if store.is_new and store.holds_run():
         raise FolderInUseError(f"{store.folder} already holds a run")

@@ -146,14 +146,16 @@ def _command(words: Sequence[str]) -> list[str]:
 def _run_recipe(given: Mapping[str, Any]) -> RunRecipe:
     """The recipe of the run that these flags evaluate or resume; fine-tuning is a run of its own."""
     is_evaluation = given.get("eval")
+    source = given.get("resume") or (is_evaluation and given.get("finetune"))
     if (given.get("auto_resume") or restart_count()) and not is_evaluation and given.get("output_dir"):
         folder = Path(given["output_dir"])
         path = folder / "args.yaml"
-        if path.is_file():
-            return RunRecipe(str(path), read_recipe(str(path)), has_trained=holds_checkpoint(folder))
-        if not given.get("resume"):
+        if os.path.lexists(path):
+            return RunRecipe(str(path), _recipe_left_in(path), has_trained=holds_checkpoint(folder))
+        # Without it, the newest checkpoint says the same.
+        source = max(map(str, folder.glob("checkpoint-*.pth")), default=source)
+        if not source:
             return RunRecipe(given["output_dir"], is_missing=True)
-    source = given.get("resume") or (is_evaluation and given.get("finetune"))
     if not source:
         return RunRecipe()
     try:
@@ -163,6 +165,14 @@ def _run_recipe(given: Mapping[str, Any]) -> RunRecipe:
     # Checkpoints of others hold other things by this name.
     is_ours = isinstance(recipe, dict) and "task" in recipe
     return RunRecipe(public(source), recipe if is_ours else {})
+
+
+def _recipe_left_in(path: Path) -> dict[str, Any]:
+    """The recipe that a run has left in its folder. Raises UserError where something else is there."""
+    recipe = read_recipe(str(path)) if path.is_file() else {}
+    if "task" not in recipe:
+        raise UserError(f"{path} is no recipe of a run; once it is moved away, the newest checkpoint says what it said")
+    return recipe
 
 
 def _resumed(parser: parsing.Parser, run: RunRecipe) -> set[str]:

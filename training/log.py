@@ -1,6 +1,7 @@
 """Losses and times of a run: on the device, on the terminal, in log.txt and in trackers."""
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from storage.weights import read_checkpoint
-from utils import count, replace_file
+from utils import UserError, count, replace_file
 
 from .distributed import Distributed
 from .options import NOT_OF_RUN, WandbOptions
@@ -232,6 +233,27 @@ def is_watched(distributed: Distributed) -> bool:
     return distributed.is_main and sys.stderr.isatty()
 
 
+def _lines(file: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
+    """The lines of a run's `log.txt`, each with its end, and the record of an epoch in it; None where it is no record.
+
+    Raises:
+        UserError: There is no file, but something else.
+    """
+    if not os.path.lexists(file):
+        return []
+    if not file.is_file():  # reading a pipe or a device may never end
+        raise UserError(f"{file} is no file")
+    return [(line + b"\n", _record(line)) for line in file.read_bytes().split(b"\n") if line]
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    with suppress(ValueError, RecursionError):
+        record = json.loads(line)
+        if isinstance(record, dict) and isinstance(record.get("epoch"), int):
+            return record
+    return None
+
+
 class RunLog:
     """One line of JSON per epoch in `log.txt`, and curves and pictures by `training.trackers`.
 
@@ -252,14 +274,15 @@ class RunLog:
             self._remove_from(epoch)
 
     def _remove_from(self, epoch: int):
-        lines = self.file.read_text().splitlines() if self.file.exists() else []
-        kept = []
-        for line in lines:
-            with suppress(json.JSONDecodeError):  # the run was ended in the middle of the line
-                if json.loads(line)["epoch"] < epoch:
-                    kept.append(line)
-        if kept != lines:
-            replace_file(self.file, lambda file: file.write("".join(f"{line}\n" for line in kept).encode()))
+        lines = _lines(self.file)
+        kept = [line for line, record in lines if record is not None and record["epoch"] < epoch]
+        if foreign := [line for line, record in lines if record is None]:  # or half a line, of a run that was killed
+            aside = self.file.with_name(f"{self.file.name}.damaged")
+            with open(aside, "ab") as file:
+                file.writelines(foreign)
+            print(f"{self.file}: {count(len(foreign), 'line')} without the record of an epoch, moved to {aside}")
+        if lines and b"".join(kept) != self.file.read_bytes():
+            replace_file(self.file, lambda file: file.writelines(kept))
 
     def scalars(self, group: str, values: dict[str, float], step: int):
         """Points of the curves `group/NAME` at an optimizer step."""
@@ -332,12 +355,7 @@ def is_complete(
 
 
 def _is_logged(clock: Clock, source: Path, folder: Path, recipe: dict[str, Any]) -> bool:
-    file = folder / "log.txt"
-    lines = file.read_text().splitlines() if file.exists() else []
-    try:
-        last = json.loads(lines[-1]) if lines else {}
-    except json.JSONDecodeError:  # the run was ended in the middle of the line
-        return False
+    last = next((record for _, record in reversed(_lines(folder / "log.txt")) if record is not None), {})
     then = read_checkpoint(str(source), mmap=True)["args"]
     differ = {name for name in then.keys() | recipe.keys() if then.get(name) != recipe.get(name)}
     return (last.get("epoch"), last.get("step")) == (clock.epoch, clock.global_step) and not differ - NOT_OF_RUN

@@ -1,6 +1,9 @@
 import errno
 import os
+import re
 import resource
+import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -131,6 +134,35 @@ def test_short_memory_and_a_failed_read_are_no_damage(store, monkeypatch, error,
     assert store.steps() == [3, 6]
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
+def test_what_could_be_read_for_ever_is_no_checkpoint(store, make):
+    store.folder.mkdir()
+    make(store.path(3))
+    with pytest.raises(UserError, match=r"checkpoint-00000003\.pth is no file"):
+        store.newest_intact()
+
+
+def test_a_folder_that_is_in_the_way_or_gone_is_told_in_one_line(store):
+    save(store, 3)
+    store.last.unlink()
+    store.last.mkdir()
+    with pytest.raises(UserError, match=r"/last\.pth: Is a directory; the last checkpoint is .*03"), store.locked():
+        store.newest_intact()
+    with pytest.raises(UserError, match=r"log\.txt: No such file or directory; no checkpoint was"), store.locked():
+        shutil.rmtree(store.folder)
+        (store.folder / "log.txt").touch()
+    with pytest.raises(FileNotFoundError), store.locked():  # of other files it knows nothing
+        (store.folder.parent / "nowhere").read_text()
+
+
+def test_a_checkpoint_that_is_a_link_to_itself(store):
+    store.folder.mkdir()
+    store.last.symlink_to(store.last.name)
+    options = CheckpointOptions(output_dir=str(store.folder), resume=str(store.last))
+    with pytest.raises(UserError, match="no such checkpoint file"):
+        find_start(options, open_store(options, "x", 0), None)
+
+
 def test_a_file_system_without_links(store, monkeypatch):
     def refuse(*arguments):
         raise OSError(1, "Operation not permitted")
@@ -212,10 +244,11 @@ def test_what_cannot_be_written_leaves_the_last(store, size):
 
 def test_what_a_killed_run_left_half_written_is_swept_up(store):
     save(store, 3)
-    half = store.folder / ".checkpoint-00000006.pth.abc"
-    half.write_bytes(b"half")
+    of_others = {".args.yaml.swp", ".args.yaml.backup-of-mine"}
+    for name in (".checkpoint-00000006.pth.abc", ".args.yaml.k3x_81ab", ".log.txt.k3x_81ab", *of_others):
+        (store.folder / name).write_bytes(b"half")
     with store.locked():
-        assert not half.exists() and store.steps() == [3]
+        assert {p.name for p in store.folder.glob(".*")} == {".lock", *of_others} and store.steps() == [3]
 
 
 def test_the_lock_of_a_folder_is_not_written_through_a_link(tmp_path):
@@ -224,7 +257,7 @@ def test_the_lock_of_a_folder_is_not_written_through_a_link(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / ".lock").symlink_to(others)
-    with pytest.raises(UserError, match=rf"cannot write to {folder}: .lock is a symbolic link; remove it"):
+    with pytest.raises(UserError, match=rf"cannot write to {folder}/.lock: .lock is a symbolic link; remove it"):
         CheckpointStore(folder).locked().__enter__()
     assert others.read_bytes() == b"precious"
 
@@ -239,8 +272,10 @@ def test_two_runs_do_not_share_a_folder(store):
         subprocess.run, [sys.executable, "-c", code, str(store.folder)], cwd=ROOT, capture_output=True, text=True
     )
     with store.locked():
-        refused = other()
-    assert refused.returncode == 1 and "another run is writing to" in refused.stderr
+        for _ in range(2):  # the first one that is refused leaves the name of the holder as it is
+            refused = other()
+            which = f"(process {os.getpid()} on {socket.gethostname()})"
+            assert refused.returncode == 1 and f"another run is writing to {store.folder} {which};" in refused.stderr
     assert other().stdout == "mine\n"
 
 
@@ -341,9 +376,15 @@ def test_the_best_on_a_file_system_where_a_file_has_one_name(store, monkeypatch)
 def test_a_folder_of_its_own(monkeypatch):
     store = open_store(CheckpointOptions(keep_checkpoints=5), "biformer_tiny", started=0)
     assert store.folder.parent == Path("outputs/biformer_tiny") and store.keep == 5
+    assert re.fullmatch(r"\d{8}-\d{6}-000000", store.folder.name)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with pytest.raises(NoFolderError, match="torchrun restarted the run"):
         open_store(CheckpointOptions(), "biformer_tiny", started=0)
+
+
+def test_runs_that_start_in_one_second_have_folders_of_their_own():
+    folders = [open_store(CheckpointOptions(), "x", started).folder for started in (10**18, 10**18 + 1000)]
+    assert folders[0] != folders[1] and folders[0].name[:15] == folders[1].name[:15]
 
 
 def test_the_folder_of_another_run(store):

@@ -1,7 +1,6 @@
 """Data loading that is seeded and can resume at any batch: every random choice about a sample follows from (seed,
 epoch, position in the epoch), never from what was read before or by which process.
 """
-import ctypes
 import os
 import random
 import re
@@ -23,9 +22,9 @@ from utils import UserError, count, derive_seed, printable, seed_generators
 
 from ..distributed import Distributed
 from ..options import LoaderOptions
+from ..process import end_with_parent
 from ..tensors import map_tensors
 
-_PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
 # How many of the images that were skipped are named.
 _NAMED = 5
 
@@ -188,13 +187,13 @@ def _report_error(kind: type[BaseException], error: BaseException, traceback: Tr
 def _follow_main_process(worker: int):
     sys.excepthook = _report_error
     # A terminal and Slurm send signals to every process; the run's main process decides what comes of them.
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_exit_on_sigterm_of_main, daemon=True).start()
         # A worker that waits for a lock which a killed process held would outlive the main process forever.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        end_with_parent()
 
 
 def _exit_on_sigterm_of_main():
