@@ -48,8 +48,11 @@ PARSE = ("training/flags.py", "training/parsing.py")
 NAME_SLURMS_FLAGS = {
     "training/slurm.py": {"--cpus-per-task=", "--kill-on-bad-exit=", "--noheader", "--jobs=", "--format="},
 }
-# Errors of torch and gloo that have no class of their own; in scripts/bench memory that ran out.
-READ_ERRORS = {"training/signals.py:fault_of", "storage/weights.py:_foreign_objects", "scripts/bench/*"}
+# Errors of torch, gloo and Pillow that have no class of their own; in scripts/bench memory that ran out.
+READ_ERRORS = {
+    "training/signals.py:fault_of", "training/data/images.py:_is_out_of_memory", "storage/weights.py:_foreign_objects",
+    "scripts/bench/*",
+}
 FUSED = ("ops/impl/triton/*", "ops/fused/*")
 OPERATORS = (*FUSED, "ops/impl/blocks/op.py")
 NETWORKS = ("models/*", "ops/bra.py")
