@@ -66,7 +66,7 @@ test-gpu:  ## run the tests that need a CUDA GPU, with the Python that is there
 	exit $$status
 
 test-faults: $(VENV)/.requirements-dev  ## kill, starve and damage training runs, resume them, and compare them with undisturbed ones
-	$(BIN)/python tests/helpers/faults.py --output benchmarks/faults.md
+	PYTHONPATH=.:tests $(BIN)/python -m helpers.faults --output benchmarks/faults.md
 
 lint: $(VENV)/.requirements-dev  ## check the style
 	$(BIN)/ruff check .

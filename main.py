@@ -236,7 +236,7 @@ def main(argv: Sequence[str] | None = None, tasks: TaskRegistry = TASKS) -> int:
         return EXIT_RESUME
     except KeyboardInterrupt:
         return fail("interrupted", 130)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, MemoryError) as error:
         fault = fault_of(error)
         if fault is None:
             raise

@@ -1,4 +1,5 @@
 """Weights of networks: checkpoint files from paths and URLs, read without running anything that is in them."""
+import errno
 import hashlib
 import pickle
 import sys
@@ -25,6 +26,10 @@ class WeightsError(ValueError):
 
 class HostileFileError(WeightsError):
     """A file that would run code, or read memory of its own choice, if it were unpickled as it asks."""
+
+
+class UnreadableError(WeightsError):
+    """The system could not read a file: memory was short, or an I/O error. This says nothing about the file."""
 
 
 class WeightsKeyError(WeightsError):
@@ -59,13 +64,17 @@ def fetch(source: str, cache_dir: str | Path | None = None) -> Path:
         cache_dir: Copies are kept in the folder `checkpoints` of this one; by default in torch.hub's.
 
     Raises:
-        WeightsError: There is no such file, the download failed, or it is another file than the hash says.
+        WeightsError: There is no such file, the download failed, or it is another file than the hash says;
+            UnreadableError where the system cannot say whether there is one.
     """
     if not _is_url(source):
         path = Path(source)
-        if not path.is_file():
-            raise WeightsError(f"{source}: no such checkpoint file")
-        return path
+        try:
+            if path.is_file():
+                return path
+        except OSError as error:  # a folder that may not be entered, or a disk that does not answer
+            raise UnreadableError(f"{source}: the system cannot read it: {error.strerror}") from error
+        raise WeightsError(f"{source}: no such checkpoint file")
     url, _, fragment = source.partition("#")
     expected = fragment.removeprefix("sha256=") if fragment.startswith("sha256=") else None
     try:
@@ -86,11 +95,13 @@ def read_checkpoint(source: str, cache_dir: str | Path | None = None, mmap: bool
 
     Raises:
         WeightsError: It is missing, truncated, or no checkpoint; HostileFileError where reading it would run code, or
-            where it holds other data of NumPy than numbers and texts.
+            where it holds other data of NumPy than numbers and texts; UnreadableError where the system failed.
     """
     path = fetch(source, cache_dir)
     try:
         return read_file(path, mmap)
+    except UnreadableError:
+        raise
     except WeightsError:
         if _is_url(source):  # a page that says no, or half a file
             _cache(cache_dir).discard(path.name)
@@ -109,6 +120,9 @@ def read_file(path: Path, mmap: bool = False) -> dict[str, Any]:
             mmap = mmap and zipfile.is_zipfile(path)
             checkpoint = as_numpy(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
     except Exception as error:  # on damaged bytes the unpickler raises nearly anything
+        fault = _system_fault(error)
+        if fault is not None:
+            raise UnreadableError(f"{path}: the system cannot read it: {fault}") from error
         why = _why_refused(path, error)
         if why is not None:
             message = f"{path}: refused, since {why}; ask its author for a file of tensors alone"
@@ -117,6 +131,16 @@ def read_file(path: Path, mmap: bool = False) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise WeightsError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
     return checkpoint
+
+
+def _system_fault(error: Exception) -> str | None:
+    """Why the system could not read a file; None where an error is of what is in the file."""
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):  # torch has no class for that of a CPU
+        return "out of memory"
+    # Damaged offsets in a zip file ask for places before its beginning, which is an invalid argument.
+    if isinstance(error, OSError) and error.errno != errno.EINVAL:
+        return error.strerror or str(error)
+    return None
 
 
 def _why_refused(path: Path, error: Exception) -> str | None:

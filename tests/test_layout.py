@@ -50,7 +50,8 @@ NAME_SLURMS_FLAGS = {
 }
 # Errors of torch, gloo and Pillow that have no class of their own; in scripts/bench memory that ran out.
 READ_ERRORS = {
-    "training/signals.py:fault_of", "training/data/images.py:_is_out_of_memory", "storage/weights.py:_foreign_objects",
+    "training/signals.py:fault_of", "storage/weights.py:_foreign_objects", "storage/weights.py:_system_fault",
+    "training/data/images.py:_is_out_of_memory",
     "scripts/bench/*",
 }
 FUSED = ("ops/impl/triton/*", "ops/fused/*")
@@ -300,7 +301,7 @@ def test_every_import_is_in_a_requirements_file():
     text = "".join(path.read_text() for path in ROOT.glob("requirements*.txt"))
     listed = {line.partition("#")[0].strip().partition(">")[0].lower() for line in text.splitlines()}
     paths = [p for p in ROOT.rglob("*.py") if ".venv" not in p.parts]
-    local = OURS | {p.stem for p in paths} | {"helpers", "routedvit"}
+    local = OURS | {p.stem for p in paths} | {"helpers", "routedvit", "tests"}
     for path in paths:
         for name in rooms_of(imports_of(path)):
             if name not in STANDARD and name not in local:

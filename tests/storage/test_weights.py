@@ -1,8 +1,10 @@
 """storage/weights.py: checkpoints of many kinds, from files and URLs, and nothing run that is in them."""
 import argparse
+import errno
 import hashlib
 import multiprocessing
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -16,11 +18,13 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from helpers import ROOT
 from helpers.hostile import Hostile
 from helpers.web import served
 from storage import remote
 from storage.weights import (
     HostileFileError,
+    UnreadableError,
     WeightsError,
     WeightsKeyError,
     class_difference,
@@ -128,6 +132,74 @@ def test_truncated_checkpoint(tmp_path, suffix):
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(WeightsError, match="truncated"):
         read_checkpoint(str(path))
+
+
+SHORT_OF_MEMORY = """
+import resource, sys, safetensors.torch
+from pathlib import Path
+from storage.weights import UnreadableError, read_file
+
+size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + 2**26,) * 2)
+for path, mmap in ((sys.argv[1], False), (sys.argv[1], True), (sys.argv[2], False)):
+    try:
+        read_file(Path(path), mmap)
+    except UnreadableError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory")
+def test_short_memory_says_nothing_about_a_file(tmp_path):
+    weights, paths = {"w": torch.zeros(2**25)}, [str(tmp_path / "c.pth"), str(tmp_path / "c.safetensors")]
+    torch.save(weights, paths[0])
+    safetensors.torch.save_file(weights, paths[1])
+    command = [sys.executable, "-c", SHORT_OF_MEMORY, *paths]
+    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    path, other = paths
+    assert lines == [f"{name}: the system cannot read it: out of memory" for name in (path, path, other)]
+
+
+@pytest.mark.parametrize("number,is_of_the_file", [
+    (errno.EIO, False), (errno.ESTALE, False), (errno.EACCES, False), (errno.EINVAL, True),
+])
+def test_a_failed_read_says_nothing_about_a_file(tmp_path, monkeypatch, number, is_of_the_file):
+    """Damaged offsets in a zip file are the file's own, and an invalid argument."""
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    torch.save({"epoch": 1}, tmp_path / "c.pth")
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(WeightsError) as error:
+        read_checkpoint(str(tmp_path / "c.pth"))
+    assert isinstance(error.value, UnreadableError) != is_of_the_file
+    assert is_of_the_file or str(error.value).endswith(f"the system cannot read it: {os.strerror(number)}")
+
+
+def test_damage_is_never_taken_for_a_fault_of_the_system(tmp_path):
+    torch.save({"model": {"w": torch.zeros(9)}, "epoch": 1}, tmp_path / "c.pth")
+    whole, random = (tmp_path / "c.pth").read_bytes(), np.random.default_rng(0)
+    damaged = 0
+    for _ in range(200):
+        content = bytearray(whole)
+        for _ in range(random.integers(1, 4)):
+            content[random.integers(len(content))] = random.choice([0, 255, random.integers(256)])
+        (tmp_path / "c.pth").write_bytes(content)
+        try:
+            read_checkpoint(str(tmp_path / "c.pth"), mmap=bool(random.integers(2)))
+        except WeightsError as error:
+            damaged += 1
+            assert not isinstance(error, UnreadableError)
+    assert damaged > 50
+
+
+def test_a_file_in_a_folder_that_may_not_be_entered(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "stat", refuse)
+    with pytest.raises(UnreadableError, match="cannot read it: Permission denied"):
+        fetch(str(tmp_path / "c.pth"))
 
 
 def test_not_a_dictionary(tmp_path):
@@ -290,6 +362,20 @@ def test_a_bad_download_is_not_kept(tmp_path, hub):
             read_checkpoint(f"{url}/c.pth")
         torch.save({"epoch": 1}, page)
         assert read_checkpoint(f"{url}/c.pth")["epoch"] == 1
+
+
+def test_a_copy_that_the_system_cannot_read_is_kept(tmp_path, hub, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    torch.save({"epoch": 1}, tmp_path / "c.pth")
+    with served(tmp_path) as url:
+        copy = fetch(f"{url}/c.pth")
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "load", fail)
+            with pytest.raises(UnreadableError):
+                read_checkpoint(f"{url}/c.pth")
+    assert copy.exists() and read_checkpoint(f"{url}/c.pth")["epoch"] == 1
 
 
 def test_a_download_is_compared_with_its_hash(tmp_path, hub):

@@ -2,6 +2,7 @@
 epoch, position in the epoch), never from what was read before or by which process.
 """
 import ctypes
+import errno
 import os
 import random
 import re
@@ -11,20 +12,25 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from multiprocessing import parent_process
+from multiprocessing.queues import Queue
 from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from timm.data.distributed_sampler import RepeatAugSampler
+from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate, get_worker_info
 
 from utils import UserError, count, derive_seed, printable, seed_generators
 
 from ..distributed import Distributed
 from ..options import LoaderOptions
+from ..waits import GaveUpWaiting, NoDataFault, wait_for
 
 _PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
+# Loaders whose batches did not come. Their processes end with this one.
+_abandoned: list[DataLoader] = []
 # How many of the images that were skipped are named.
 _NAMED = 5
 
@@ -134,10 +140,19 @@ class EpochLoader:
         transfer: DataLoader -> `Transfer`.
         seed: The run's.
         rank: This process's.
+        timeout: Seconds that a batch may take; 0 for no limit.
     """
 
-    def __init__(self, loader: DataLoader, transfer: Callable[[DataLoader], Transfer], seed: int = 0, rank: int = 0):
+    def __init__(
+        self,
+        loader: DataLoader,
+        transfer: Callable[[DataLoader], Transfer],
+        seed: int = 0,
+        rank: int = 0,
+        timeout: float = 0.0,
+    ):
         self.loader, self.transfer, self.seed, self.rank = loader, transfer(loader), seed, rank
+        self.timeout = timeout
         self.set_epoch(0)
 
     def __len__(self) -> int:
@@ -162,10 +177,17 @@ class EpochLoader:
         self.epoch, self.first_batch = epoch, first_batch
 
     def __iter__(self) -> Iterator[Any]:
+        """Raises `NoDataFault` or `GaveUpWaiting` as `wait_for` does."""
         self._start_epoch()
         try:
-            yield from self.transfer
+            batches = wait_for(lambda: iter(self.transfer), self.timeout)
+            while (batch := wait_for(lambda: next(batches, None), self.timeout)) is not None:
+                yield batch
             return
+        except (NoDataFault, GaveUpWaiting):
+            # Else its processes, some of which may never answer, would be waited for before this one ends.
+            _abandoned.append(self.loader)
+            raise
         except UserError as error:
             # From a worker its text is a traceback that ends in the line we want, and its frames hold the iterator in
             # a cycle. Left to the garbage collector, the iterator would wait five seconds for each of its workers.
@@ -186,13 +208,23 @@ class EpochLoader:
 
 
 def _report_error(kind: type[BaseException], error: BaseException, traceback: TracebackType | None):
-    # The thread that hands batches over finds its connection closed where the main process stops before the last one.
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        os._exit(error.errno)  # the thread that hands batches over would try again for ever
+    # That thread finds its connection closed where the main process stops before the last one.
     if not issubclass(kind, ConnectionError | EOFError):
         sys.__excepthook__(kind, error, traceback)
 
 
+def _hand_over_error(queue: Queue, error: Exception, batch: tuple[int, Any] | bytes):
+    # In place of the batch that cannot be handed over, for which the main process would wait for ever.
+    if isinstance(batch, bytes):  # pickled: the connection itself is at fault
+        os._exit(1)
+    wrapped = ExceptionWrapper((RuntimeError, error, error.__traceback__), f"in data loading process {os.getpid()}")
+    queue.put((batch[0], wrapped))
+
+
 def _follow_main_process(worker: int):
-    sys.excepthook = _report_error
+    sys.excepthook, Queue._on_queue_feeder_error = _report_error, _hand_over_error
     # A terminal and Slurm send signals to every process; the run's main process decides what comes of them.
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -277,7 +309,8 @@ def build_loader(
         generator=torch.Generator(),  # the global one would otherwise be drawn from each epoch
         worker_init_fn=_follow_main_process,
     )
-    return EpochLoader(loader, transfer or (lambda loader: ToDevice(loader, device)), seed, distributed.rank)
+    on_device = transfer or (lambda loader: ToDevice(loader, device))
+    return EpochLoader(loader, on_device, seed, distributed.rank, options.loader_timeout)
 
 
 @contextmanager
