@@ -194,7 +194,8 @@ def train(task: Task, signals: SignalHandler):
             trainer = create_trainer(task, run, log)
             saver = Checkpointer(run, store, distributed, signals, recipe, settings.checkpoint)
             try:
-                train_until_over(trainer, data, saver)
+                with saver.leaving_without_data():
+                    train_until_over(trainer, data, saver)
             except NonFiniteLossError as error:
                 raise NonFiniteLossError(f"{error}; {store.kept()}") from error
         if distributed.is_main:

@@ -24,8 +24,6 @@ _OF_PEERS = re.compile(
     r"gloo/|gloo timeout|caused pair closure|connection (reset|closed|refused)|nccl.*(remote|time|abort|connection)",
     re.IGNORECASE | re.DOTALL,
 )
-# The exit code of a data loading process, see `training.data.loader`.
-_OUT_OF_FILES = re.compile(rf"DataLoader worker .* exit code ({errno.EMFILE}|{errno.ENFILE})\b")
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
 
 
@@ -89,10 +87,10 @@ def _too_little(error: Exception, text: str) -> UserError | None:
     """The fault of a process, mostly of one that loads data, that has too little of something other than a GPU."""
     if isinstance(error, MemoryError) or "MemoryError" in text or getattr(error, "errno", None) == errno.ENOMEM:
         return HostMemoryFault(f"out of memory ({_first_line(text or 'MemoryError')})")
+    if os.strerror(errno.EMFILE) in text or os.strerror(errno.ENFILE) in text:
+        return OpenFilesFault(f"too many open files ({_first_line(text)})")
     if "shared memory" in text or "</torch_" in text:
         return SharedMemoryFault(f"shared memory, /dev/shm, is too small or full ({_first_line(text)})")
-    if os.strerror(errno.EMFILE) in text or os.strerror(errno.ENFILE) in text or _OUT_OF_FILES.search(text):
-        return OpenFilesFault(f"too many open files ({_first_line(text)})")
     if "AF_UNIX path too long" in text:
         return TemporaryFolderFault(f"the path of the temporary folder {tempfile.gettempdir()} is too long for sockets")
     return None

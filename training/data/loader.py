@@ -26,11 +26,15 @@ from utils import UserError, count, derive_seed, printable, seed_generators
 
 from ..distributed import Distributed
 from ..options import LoaderOptions
+from ..signals import OpenFilesFault, SharedMemoryFault
 from ..waits import GaveUpWaiting, NoDataFault, wait_for
 
 _PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
-# Loaders whose batches did not come. Their processes end with this one.
-_abandoned: list[DataLoader] = []
+# Errors that end the run, whose frames hold the loader. Freed, it would wait for each of its processes, of which some
+# may never answer, and that have nothing left to say; as it is, they end with this one.
+_of_ended_loaders: list[Exception] = []
+# Errors, with which a data loading process also exits.
+_TOO_MANY_FILES = {errno.EMFILE, errno.ENFILE}
 # How many of the images that were skipped are named.
 _NAMED = 5
 
@@ -184,10 +188,9 @@ class EpochLoader:
             while (batch := wait_for(lambda: next(batches, None), self.timeout)) is not None:
                 yield batch
             return
-        except (NoDataFault, GaveUpWaiting):
-            # Else its processes, some of which may never answer, would be waited for before this one ends.
-            _abandoned.append(self.loader)
-            raise
+        except (NoDataFault, GaveUpWaiting, OSError, RuntimeError, MemoryError) as error:
+            _of_ended_loaders.append(error)
+            raise self._cause(error) or error
         except UserError as error:
             # From a worker its text is a traceback that ends in the line we want, and its frames hold the iterator in
             # a cycle. Left to the garbage collector, the iterator would wait five seconds for each of its workers.
@@ -195,6 +198,16 @@ class EpochLoader:
             kind = type(error)
             error.__traceback__ = None
         raise kind(line)
+
+    def _cause(self, error: Exception) -> UserError | None:
+        """What is known of an error beyond what it says."""
+        workers = getattr(getattr(self.loader, "_iterator", None), "_workers", [])
+        if _TOO_MANY_FILES & {worker.exitcode for worker in workers}:
+            return OpenFilesFault("too many open files in a data loading process")
+        # The semaphores of its processes lie there too.
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+            return SharedMemoryFault(f"shared memory, /dev/shm, is too small or full ({error.strerror})")
+        return None
 
     def _start_epoch(self):
         key = self.seed, self.epoch, self.rank
@@ -208,7 +221,7 @@ class EpochLoader:
 
 
 def _report_error(kind: type[BaseException], error: BaseException, traceback: TracebackType | None):
-    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+    if isinstance(error, OSError) and error.errno in _TOO_MANY_FILES:
         os._exit(error.errno)  # the thread that hands batches over would try again for ever
     # That thread finds its connection closed where the main process stops before the last one.
     if not issubclass(kind, ConnectionError | EOFError):
