@@ -190,7 +190,9 @@ class EpochLoader:
             return
         except (NoDataFault, GaveUpWaiting, OSError, RuntimeError, MemoryError) as error:
             _of_ended_loaders.append(error)
-            raise self._cause(error) or error
+            if cause := self._cause(error):
+                raise cause from error
+            raise
         except UserError as error:
             # From a worker its text is a traceback that ends in the line we want, and its frames hold the iterator in
             # a cycle. Left to the garbage collector, the iterator would wait five seconds for each of its workers.

@@ -1,4 +1,4 @@
-"""Data that do not come: data loading processes that do not answer, and what they need to hand over batches is short."""
+"""Data that do not come: data loading processes do not answer, or lack what they need to hand over batches."""
 import ctypes
 import multiprocessing
 import os
@@ -8,7 +8,6 @@ import signal
 import tempfile
 import time
 from functools import partial
-from pathlib import Path
 
 from training import waits
 from training.signals import EXIT_RESUME
@@ -97,14 +96,9 @@ def _forget_temporary_folder():
 
 
 def _lengthen_temporary_folder(course: Course, rng: random.Random) -> Verdict:
-    folder = Path(tempfile.mkdtemp(prefix="x" * rng.randint(90, 200)))
-    try:
-        attempt = course.start(
-            "--num_workers", "1", environment=dict(TMPDIR=str(folder)), prepare=_forget_temporary_folder
-        )
+    with tempfile.TemporaryDirectory(prefix="x" * rng.randint(90, 200)) as folder:
+        attempt = course.start("--num_workers", "1", environment=dict(TMPDIR=folder), prepare=_forget_temporary_folder)
         return expect(attempt, {1}, f"the path of the temporary folder {folder} is too long")
-    finally:
-        folder.rmdir()
 
 
 def _limit_open_files(more: int):
