@@ -14,7 +14,7 @@ from training.signals import EXIT_RESUME
 
 from .runs import Attempt, Course, Fault, TooLate, Verdict, expect, reach_step
 
-SOON = 20  # seconds within which a run that waits for data leaves when it is asked to
+SOON = 30  # seconds within which a run leaves, five for each of its processes that does not answer
 _CLONE_NEWNS, _MS_REC, _MS_PRIVATE = 0x20000, 0x4000, 0x40000  # of Linux's sched.h and sys/mount.h
 
 
