@@ -194,7 +194,8 @@ def train(task: Task, signals: SignalHandler):
                 task.preview(data.train_loader.dataset, clock)
             trainer = create_trainer(task, run, log)
             saver = Checkpointer(run, store, distributed, signals, recipe, settings.checkpoint)
-            train_until_over(trainer, data, saver)
+            with saver.leaving_without_data():
+                train_until_over(trainer, data, saver)
     if distributed.is_main:
         print_end(run, store)
 
@@ -234,7 +235,7 @@ def main(argv: Sequence[str] | None = None, tasks: TaskRegistry = TASKS) -> int:
         return EXIT_RESUME
     except KeyboardInterrupt:
         return fail("interrupted", 130)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, MemoryError) as error:
         fault = fault_of(error)
         if fault is None:
             raise

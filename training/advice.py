@@ -16,6 +16,7 @@ from . import (
     signals,
     task,
     trackers,
+    waits,
 )
 
 ADVICE: Mapping[type[UserError], str] = {
@@ -52,6 +53,11 @@ ADVICE: Mapping[type[UserError], str] = {
                               "--grad_checkpointing",
     signals.NondeterministicFault: "leave out --deterministic",
     signals.WorkerFault: "give fewer --num_workers or more memory",
+    signals.HostMemoryFault: "give fewer --num_workers, a smaller --batch_size, or more memory",
+    signals.SharedMemoryFault: "make it larger, by docker run --shm-size 8g for example, or give fewer --num_workers",
+    signals.OpenFilesFault: "raise the limit, by ulimit -n 65536 for example, or give fewer --num_workers",
+    signals.TemporaryFolderFault: "set TMPDIR to a short one",
+    waits.NoDataFault: "--loader_timeout says how long a run waits for data",
     signals.PeerFault: "--dist_timeout says how long a process waits for another",
     signals.MachineFault: "what was saved is intact, resume with --auto_resume and the run's --output_dir",
 }

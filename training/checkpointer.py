@@ -1,5 +1,7 @@
 """Saves a run when a save is due, and ends it when it is asked to leave."""
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,11 @@ from .log import Meter, check_finite
 from .options import CheckpointOptions
 from .run import Run
 from .signals import SignalHandler
+from .waits import GaveUpWaiting
 
 
 class Stopped(Exception):
-    """The run was asked to leave, and has saved itself in `folder`."""
+    """The run was asked to leave, and resumes from what is saved in `folder`."""
 
     def __init__(self, message: str, folder: Path):
         super().__init__(message)
@@ -45,6 +48,7 @@ class Checkpointer:
         self.recipe, self.options = recipe, options
         signals.kept = store.kept
         self.saved_at = time.monotonic()
+        self.meter: Meter | None = None  # of an epoch, from its first step to its end
 
     def after_step(self, meter: Meter):
         """Save, and leave, where it is time to.
@@ -54,15 +58,13 @@ class Checkpointer:
             UserError: What was last saved could not be written.
         """
         self.store.check()
-        clock = self.run.clock
-        if clock.epoch_is_over:
+        self.meter = meter
+        if self.run.clock.epoch_is_over:
             return  # saved by `after_epoch`, once the processes have shared batch norm's statistics
         agreed = self._agree()
         if agreed:
-            meter.gather(clock.epoch)
-            check_finite(self.run.model, clock.epoch)
+            self._read_meter()
             check_same_weights(self.run.model, self.distributed)
-            self.run.meter = meter.state_dict()
             self._write()
         if agreed >= 2:
             self._leave()
@@ -73,7 +75,7 @@ class Checkpointer:
         Also called where a run resumes from there; then, in a new folder, that is its first checkpoint.
         """
         clock = self.run.clock
-        self.run.meter = meter.state_dict()  # for `save_best` too, whether or not a save is due
+        self.run.meter, self.meter = meter.state_dict(), None  # for `save_best` too, whether or not a save is due
         if self._agree() or clock.is_last_epoch or (clock.epoch + 1) % self.options.save_every == 0:
             check_same_weights(self.run.model, self.distributed)
             self._write_once()
@@ -86,6 +88,24 @@ class Checkpointer:
         """
         if self.distributed.max(self.signals.signal is not None):
             self._write()
+            self._leave()
+
+    @contextmanager
+    def leaving_without_data(self) -> Iterator[None]:
+        """Leave where a signal came while this process waited for data, which did not come.
+
+        A run of one process saves itself as it was after its last step; several cannot agree on a step.
+
+        Raises:
+            Stopped: So it was.
+        """
+        try:
+            yield
+        except GaveUpWaiting:
+            if self.distributed.is_distributed:
+                raise self._stopped(f"without data, {self.store.kept()}") from None
+            self._read_meter()
+            self._write_once()
             self._leave()
 
     def ends_early(self) -> bool:
@@ -116,9 +136,16 @@ class Checkpointer:
         return by_steps or (by_time and self.distributed.is_main)
 
     def _write_once(self):
-        """Write a checkpoint of the end of an epoch, where there is none yet."""
+        """Write a checkpoint of this step, where there is none yet."""
         if not self.store.has(self.run.clock.steps_taken):
             self._write()
+
+    def _read_meter(self):
+        """Where an epoch is being trained, have the run hold what was measured; raises NonFiniteLossError."""
+        if self.meter is not None:
+            self.meter.gather(self.run.clock.epoch)
+            check_finite(self.run.model, self.run.clock.epoch)
+            self.run.meter = self.meter.state_dict()
 
     def _write(self):
         if self.distributed.is_main:
@@ -129,10 +156,9 @@ class Checkpointer:
         # A launcher that sees one process end may end the others: not before the main one has written what it saved.
         self.store.finish()
         self.distributed.max(0)
-        clock = self.run.clock
-        by = self.signals.signal or "a signal to another process"
-        raise Stopped(
-            f"{by}: stopped in epoch {clock.epoch} after step {clock.step} of {clock.epoch_steps}, "
-            f"saved as {self.store.path(clock.steps_taken)}",
-            self.store.folder,
-        )
+        raise self._stopped(f"saved as {self.store.path(self.run.clock.steps_taken)}")
+
+    def _stopped(self, how: str) -> Stopped:
+        clock, by = self.run.clock, self.signals.signal or "a signal to another process"
+        place = f"in epoch {clock.epoch} after step {clock.step} of {clock.epoch_steps}"
+        return Stopped(f"{by}: stopped {place}, {how}", self.store.folder)

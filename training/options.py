@@ -31,7 +31,8 @@ from .recipes import dump_recipe
 
 # Flags that say where a run is and how it starts.
 _PLACE = frozenset({
-    "auto_resume", "device", "dist_timeout", "num_workers", "output_dir", "pin_mem", "resume", "show_batch",
+    "auto_resume", "device", "dist_timeout", "loader_timeout", "num_workers", "output_dir", "pin_mem", "resume",
+    "show_batch",
 })  # fmt: skip
 # Flags that say which weights a run starts from.
 START = frozenset({"finetune", "load_release", "resume"})
@@ -71,6 +72,8 @@ class LoaderOptions(Group):
     num_workers: int = flag(min(8, os.cpu_count() or 1), "data loading processes for each GPU", type=int,
                             check=not_negative)
     pin_mem: bool = flag(True, "pin host memory")
+    loader_timeout: float = flag(600.0, "seconds after which a run that waits for data ends; 0 for no limit",
+                                 type=float, metavar="SECONDS", check=not_negative)
 
 
 @dataclass(frozen=True)

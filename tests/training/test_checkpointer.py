@@ -11,6 +11,7 @@ from training.log import Meter
 from training.options import CheckpointOptions
 from training.run import Clock, Run
 from training.signals import SignalHandler
+from training.waits import GaveUpWaiting
 
 
 @pytest.fixture
@@ -103,3 +104,30 @@ def test_a_run_that_is_ended_at_once_says_what_it_leaves(store):
     checkpointer._write()
     store.finish()
     assert signals.kept() == f"the last checkpoint is {store.path(0)}"
+
+
+def test_a_run_that_gave_up_waiting_for_data_saves_its_last_step(store):
+    signals, clock = SignalHandler(), Clock(epoch_length=3, total=6, epoch=1, step=1, steps_taken=4)
+    signals.signal = "SIGTERM"
+    alone = Distributed(torch.device("cpu"))
+    checkpointer, meter = create_checkpointer(store, alone, clock=clock), Meter(alone)
+    meter.add(dict(loss=torch.tensor(3.0)), 4, 0.0, 3, 0.1)
+    checkpointer.after_step(meter)
+    checkpointer.signals = signals
+    stopped = pytest.raises(Stopped, match=r"SIGTERM: stopped in epoch 1 after step 1 of 3, saved as .*0004.pth")
+    with stopped, checkpointer.leaving_without_data():
+        raise GaveUpWaiting
+    assert store.steps() == [4] and checkpointer.run.meter["losses"] == [3.0]
+
+
+def test_several_processes_that_gave_up_waiting_for_data_agree_on_nothing(store):
+    """The others wait for this one: it saves nothing, and says what there is."""
+    signals, notes = SignalHandler(), []
+    signals.signal = "SIGTERM"
+    peer = Together(notes)
+    peer.is_distributed = True
+    checkpointer = create_checkpointer(store, peer, signals)
+    stopped = pytest.raises(Stopped, match="after step 0 of 3, without data, no checkpoint was written yet")
+    with stopped, checkpointer.leaving_without_data():
+        raise GaveUpWaiting
+    assert notes == [] and store.steps() == []

@@ -24,8 +24,10 @@ from training import flags, options
 from training.checkpointer import Checkpointer
 from training.checkpoints import CheckpointStore
 from training.command_line import how_to_resume
+from training.data import loader
 from training.run import BestMetric, Clock, Run
 from training.signals import EXIT_RESUME
+from training.waits import GaveUpWaiting
 
 # With mixup, cutmix, random erasing, repeated augmentation, stochastic depth and EMA weights, as by default; batch norm
 # is in the stem.
@@ -100,6 +102,34 @@ def test_stopped_in_the_middle_of_an_epoch(photos, whole, tmp_path, monkeypatch,
     )
     assert train(photos, tmp_path, "--auto_resume") == 0
     assert f"resuming from {left}: epoch 0, step 2 of 3" in capfd.readouterr().out
+    assert differences(tmp_path, whole) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch,saved", [(1, 0), (4, 1), (5, 2), (7, 3)])
+def test_stopped_while_waiting_for_data(photos, whole, tmp_path, monkeypatch, capfd, batch, saved):
+    """Before the first step; after one of a step's two batches, which has changed the statistics of batch norm; between
+    two steps; and in the evaluation."""
+    wait_for = loader.wait_for
+    given = []
+
+    def wait(get, seconds):
+        value = wait_for(get, seconds)
+        if hasattr(value, "__next__"):
+            return value
+        given.append(value)
+        if len(given) == batch:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise GaveUpWaiting
+        return value
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loader, "wait_for", wait)
+        assert train(photos, tmp_path) == EXIT_RESUME
+    loader._of_ended_loaders.clear()
+    assert CheckpointStore(tmp_path).steps() == [saved]
+    assert f"stopped in epoch 0 after step {saved} of 3, saved as" in capfd.readouterr().err
+    assert train(photos, tmp_path, "--auto_resume") == 0
     assert differences(tmp_path, whole) == []
 
 
