@@ -70,7 +70,7 @@ class Trainer:
 
         Raises:
             NonFiniteLossError: At the first log line after the loss became NaN or infinite, or at the end of the epoch
-                if a weight did.
+                if a weight or the optimizer's state did.
         """
         meter = Meter(self.task.distributed, self.run.meter)
         if not self.run.clock.epoch_is_over:
@@ -100,7 +100,7 @@ class Trainer:
                     self._write_log_line(meter)
                 if saver is not None:
                     saver.after_step(meter)
-        check_finite(self.run.model, clock.epoch)
+        check_finite(self.run)
 
     def _train_step(self, batches: Iterator[Batch], meter: Meter):
         """Take one optimizer step, on `update_freq` batches."""

@@ -57,7 +57,7 @@ class Checkpointer:
         agreed = self._agree()
         if agreed:
             meter.gather(clock.epoch)
-            check_finite(self.run.model, clock.epoch)
+            check_finite(self.run)
             self.run.meter = meter.state_dict()
             self._write()
         if agreed >= 2:

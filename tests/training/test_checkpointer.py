@@ -32,7 +32,9 @@ class Together:
 
 
 def create_checkpointer(store, distributed, signals=None, clock=None, **options):
-    run = Run(nn.Linear(1, 1), None, None, None, clock or Clock(epoch_length=3, total=6), global_batch=4)
+    model = nn.Linear(1, 1)
+    optimizer, clock = torch.optim.SGD(model.parameters()), clock or Clock(epoch_length=3, total=6)
+    run = Run(model, None, optimizer, None, clock, global_batch=4)
     run.state_dict = lambda: dict(step=run.clock.step)
     return Checkpointer(run, store, distributed, signals or SignalHandler(), {}, CheckpointOptions(**options))
 
