@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from training.data.loader import EpochLoader, report_skipped
 from training.distributed import share_statistics
+from training.health import check_loss_scale
 from training.log import Meter, RunLog, check_finite, is_watched, log_line
 from training.run import Run
 from training.task import Batch, Evaluator, Task
@@ -69,8 +70,8 @@ class Trainer:
             "lr".
 
         Raises:
-            NonFiniteLossError: At the first log line after the loss became NaN or infinite, or at the end of the epoch
-                if a weight or the optimizer's state did.
+            NonFiniteLossError: At the first log line after the loss became NaN or infinite, at the end of the epoch if
+                a weight or the optimizer's state did, or where float16 overflows at every step.
         """
         meter = Meter(self.task.distributed, self.run.meter)
         if not self.run.clock.epoch_is_over:
@@ -95,6 +96,7 @@ class Trainer:
             while not clock.epoch_is_over:
                 self._train_step(batches, meter)
                 clock.advance()
+                check_loss_scale(self.run.scaler, clock)
                 bar.update()
                 if clock.step % self.log_every == 0 or clock.epoch_is_over:
                     self._write_log_line(meter)
