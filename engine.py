@@ -14,6 +14,7 @@ from training.data.loader import EpochLoader, report_skipped
 from training.distributed import share_statistics
 from training.health import check_loss_scale
 from training.log import Meter, RunLog, check_finite, is_watched, log_line
+from training.progress import Doing
 from training.run import Run
 from training.task import Batch, Evaluator, Task
 from utils import seed_everything
@@ -106,9 +107,10 @@ class Trainer:
 
     def _train_step(self, batches: Iterator[Batch], meter: Meter):
         """Take one optimizer step, on `update_freq` batches."""
-        clock = self.run.clock
+        clock, progress = self.run.clock, self.task.distributed.progress
         for micro_batch in range(self.update_freq):
             start = time.perf_counter()
+            progress.note(Doing.LOADING)
             batch = next(batches)
             data_seconds = time.perf_counter() - start
             if micro_batch == 0:
@@ -116,13 +118,16 @@ class Trainer:
                 self.schedule.step_update(clock.global_step)
             losses = self._backward(batch, is_last=micro_batch == self.update_freq - 1)
             meter.add(losses, self.task.count(batch), data_seconds, clock.global_step, self._learning_rate())
+        progress.note(Doing.UPDATING)
         self._update_weights()
 
     def _backward(self, batch: Batch, is_last: bool) -> dict[str, torch.Tensor]:
         """Add the gradients of one batch, all-reduced with the last micro-batch of a step; returns its losses."""
         with self.network.no_sync() if self.task.distributed.is_distributed and not is_last else nullcontext():
+            self.task.distributed.progress.note(Doing.LOSS)
             with self.task.precision.autocast():
                 loss, parts = self.task.loss(self.network, batch)
+            self.task.distributed.progress.note(Doing.GRADIENTS)
             self.run.scaler.scale(loss / self.update_freq).backward()
         return dict(parts, loss=loss.detach())
 
@@ -164,10 +169,12 @@ def evaluate(task: Task, network: torch.nn.Module, loader: EpochLoader) -> tuple
     """
     network.eval()
     evaluator = task.evaluator()
+    task.distributed.progress.note(Doing.EVALUATING)
     is_main = task.distributed.is_main
     bar = tqdm(loader, desc="evaluation", leave=False, disable=not is_watched(task.distributed))
     with report_skipped(loader.dataset, task.eval_processes, is_main), bar:
         for batch in bar:
+            task.distributed.progress.note(Doing.EVALUATING)
             with task.precision.autocast():
                 evaluator.update(network, batch)
     return evaluator.compute(task.eval_processes), evaluator

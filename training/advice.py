@@ -3,7 +3,7 @@ from collections.abc import Mapping
 
 from utils import UserError
 
-from . import checkpoints, compiler, cuda_graphs, distributed, launcher, log, run, signals, task, trackers
+from . import checkpoints, compiler, cuda_graphs, distributed, launcher, log, run, signals, task, trackers, watchdog
 
 ADVICE: Mapping[type[UserError], str] = {
     distributed.DeviceError: "--device auto takes what is there",
@@ -35,6 +35,7 @@ ADVICE: Mapping[type[UserError], str] = {
     signals.NondeterministicFault: "leave out --deterministic",
     signals.WorkerFault: "give fewer --num_workers or more memory",
     signals.PeerFault: "--dist_timeout says how long a process waits for another",
+    watchdog.HangFault: "--hang_timeout says how long a run may take for nothing",
     signals.MachineFault: "what was saved is intact, resume with --auto_resume and the run's --output_dir",
 }
 

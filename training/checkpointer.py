@@ -7,6 +7,7 @@ from .checkpoints import CheckpointStore
 from .distributed import Distributed
 from .log import Meter, check_finite
 from .options import CheckpointOptions
+from .progress import Doing
 from .run import Run
 from .signals import SignalHandler
 
@@ -94,6 +95,7 @@ class Checkpointer:
 
     def save_best(self, metrics: dict[str, float]):
         """Save the run as its best, with the metrics of its evaluation."""
+        self.distributed.progress.note(Doing.SAVING)
         if self.distributed.is_main:
             self.store.save_best(dict(self._state(), metrics=metrics))
 
@@ -114,6 +116,7 @@ class Checkpointer:
             self._write()
 
     def _write(self):
+        self.distributed.progress.note(Doing.SAVING)
         if self.distributed.is_main:
             self.store.save(self.run.clock.steps_taken, self._state())
         self.saved_at = time.monotonic()
