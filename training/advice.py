@@ -3,7 +3,20 @@ from collections.abc import Mapping
 
 from utils import UserError
 
-from . import checkpoints, compiler, cuda_graphs, distributed, launcher, log, run, signals, task, trackers, watchdog
+from . import (
+    checkpoints,
+    compiler,
+    cuda_graphs,
+    distributed,
+    launcher,
+    log,
+    restarts,
+    run,
+    signals,
+    task,
+    trackers,
+    watchdog,
+)
 
 ADVICE: Mapping[type[UserError], str] = {
     distributed.DeviceError: "--device auto takes what is there",
@@ -21,6 +34,7 @@ ADVICE: Mapping[type[UserError], str] = {
     task.WeightsUnderKeysError: "--model_key takes one of them",
     task.SingleImageError: "give --batch_size 2 or more",
     task.ShortEpochError: "lower --update_freq or --batch_size",
+    restarts.NoProgressError: "start it again with a time limit that is longer than its start and a step take",
     run.NoRunError: "fine-tune from it with --finetune",
     run.HeldOutMismatchError: "give --val_split and --seed as in that run, or fine-tune from it with --finetune",
     run.NoEmaError: "resume with --model_ema false",

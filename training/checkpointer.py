@@ -8,6 +8,7 @@ from .distributed import Distributed
 from .log import Meter, check_finite
 from .options import CheckpointOptions
 from .progress import Doing
+from .restarts import MOST, NoProgressError, count_starts
 from .run import Run
 from .signals import SignalHandler
 
@@ -44,13 +45,14 @@ class Checkpointer:
         self.run, self.store, self.distributed, self.signals = run, store, distributed, signals
         self.recipe, self.options = recipe, options
         signals.kept = store.kept
-        self.saved_at = time.monotonic()
+        self.saved_at, self.position_before = time.monotonic(), self._position()
 
     def after_step(self, meter: Meter):
         """Save, and leave, where it is time to.
 
         Raises:
             Stopped: A signal came to one of the processes.
+            NoProgressError: One came in each of several starts, and none of them got any further.
         """
         clock = self.run.clock
         if clock.epoch_is_over:
@@ -79,6 +81,7 @@ class Checkpointer:
 
         Raises:
             Stopped: It did.
+            NoProgressError: It did, as in several starts before, none of which got any further.
         """
         if self.distributed.max(self.signals.signal is not None):
             self._write()
@@ -125,12 +128,19 @@ class Checkpointer:
         return dict(self.run.state_dict(), args=self.recipe)
 
     def _leave(self):
+        position = self._position()
+        in_vain = self.distributed.is_main and position == self.position_before
         # A launcher that sees one process end may end the others: not before the main one has saved.
-        self.distributed.max(0)
+        starts = self.distributed.max(count_starts(self.store.folder, position) if in_vain else 0)
         clock = self.run.clock
         by = self.signals.signal or "a signal to another process"
-        raise Stopped(
+        message = (
             f"{by}: stopped in epoch {clock.epoch} after step {clock.step} of {clock.epoch_steps}, "
-            f"saved as {self.store.path(clock.steps_taken)}",
-            self.store.folder,
+            f"saved as {self.store.path(clock.steps_taken)}"
         )
+        if starts >= MOST:
+            raise NoProgressError(f"{message}; {starts} starts in a row got no further")
+        raise Stopped(message, self.store.folder)
+
+    def _position(self) -> list[int]:
+        return [self.run.clock.epoch, self.run.clock.step]

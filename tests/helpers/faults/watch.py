@@ -9,6 +9,8 @@ import time
 from PIL import Image
 
 import engine
+import main
+from training.signals import EXIT_RESUME
 
 from .runs import PATIENCE, Course, Fault, Verdict, expect, reach_step
 
@@ -74,7 +76,20 @@ def _hang_in_c(course: Course, rng: random.Random) -> Verdict:
     return expect(attempt, {1}, "most recent call first")
 
 
+def _signal_at_start():
+    """Ask this process to leave once it is about to train, as a time limit does that is too short."""
+    plan = main.print_plan
+    main.print_plan = lambda *args: (os.kill(os.getpid(), signal.SIGUSR1), plan(*args))
+
+
+def _leave_without_a_step(course: Course, rng: random.Random) -> Verdict:
+    ends = [(EXIT_RESUME, "stopped in epoch")] * 2 + [(1, "3 starts in a row got no further")]
+    verdicts = (expect(course.start(prepare=_signal_at_start), {code}, text) for code, text in ends)
+    return next(filter(None, verdicts), None)
+
+
 FAULTS = [
+    Fault("three starts that are asked to leave before a step", _leave_without_a_step),
     Fault("an image that is read for ever", _hang_in_reading),
     Fault("an image that is read for ever, by one of two processes", _hang_in_reading, world_size=2, times=2),
     Fault("C code that keeps Python's threads from running", _hang_in_c),
