@@ -24,6 +24,7 @@ from training.precision import Precision
 from training.run import BestMetric, Clock, Run, create_ema
 from training.signals import EXIT_RESUME, SignalHandler, fault_of, run_and_exit
 from training.task import Data, Evaluator, NonFiniteOutputError, Task
+from training.watchdog import watched
 from training.wrap import check_wrappers, compiled_as_asked, warm_up, wrap
 from utils import UserError, check_name, fail, seed_everything, use_deterministic_algorithms
 
@@ -192,10 +193,9 @@ def train(task: Task, signals: SignalHandler):
                 if source:
                     print(f"resuming from {source}: {clock.position}")
                 task.preview(data.train_loader.dataset, clock)
-            trainer = create_trainer(task, run, log)
             saver = Checkpointer(run, store, distributed, signals, recipe, settings.checkpoint)
-            with saver.leaving_without_data():
-                train_until_over(trainer, data, saver)
+            with saver.leaving_without_data(), watched(distributed, clock, store.folder, settings.machine.hang_timeout):
+                train_until_over(create_trainer(task, run, log), data, saver)
     if distributed.is_main:
         print_end(run, store)
 

@@ -11,12 +11,14 @@ from . import (
     distributed,
     launcher,
     log,
+    restarts,
     run,
     saved_state,
     signals,
     task,
     trackers,
     waits,
+    watchdog,
 )
 
 ADVICE: Mapping[type[UserError], str] = {
@@ -38,6 +40,7 @@ ADVICE: Mapping[type[UserError], str] = {
     checkpoints.LostCheckpointsError: "put them back, resume from best.pth with --resume, or take another --output_dir",
     alike.UnlikeProcessesError: "start all processes with the same flags, on the same data",
     alike.DivergedError: "resume on other machines, from the last checkpoint, with --auto_resume",
+    restarts.NoProgressError: "start it again with a time limit that is longer than its start and a step take",
     saved_state.BrokenRunError: "resume from another checkpoint, or take its weights with --finetune",
     saved_state.NoRunError: "fine-tune from it with --finetune",
     run.HeldOutMismatchError: "give --val_split and --seed as in that run, or fine-tune from it with --finetune",
@@ -59,6 +62,7 @@ ADVICE: Mapping[type[UserError], str] = {
     signals.TemporaryFolderFault: "set TMPDIR to a short one",
     waits.NoDataFault: "--loader_timeout says how long a run waits for data",
     signals.PeerFault: "--dist_timeout says how long a process waits for another",
+    watchdog.HangFault: "--hang_timeout says how long a run may take for nothing",
     signals.MachineFault: "what was saved is intact, resume with --auto_resume and the run's --output_dir",
 }
 

@@ -1,6 +1,6 @@
 """The processes of a run: how they start, and what they share."""
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
@@ -13,6 +13,7 @@ from utils import UserError
 
 from .buffers import discarded_pass
 from .launcher import local_rank, rank_and_size, restart_count
+from .progress import Progress
 
 
 class DeviceError(UserError):
@@ -27,11 +28,13 @@ class Distributed:
         device: The device of this process.
         rank: Its number, 0 for the main process.
         world_size: The number of processes.
+        progress: What it does now, for the watch on runs that hang.
     """
 
     device: torch.device
     rank: int = 0
     world_size: int = 1
+    progress: Progress = field(default_factory=Progress, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -58,7 +61,8 @@ class Distributed:
         """Sum of `values` over all processes."""
         if self.is_distributed:
             values = values.clone()
-            dist.all_reduce(values)
+            with self.progress.waiting():
+                dist.all_reduce(values)
         return values
 
     def max(self, value: int) -> int:
@@ -66,7 +70,8 @@ class Distributed:
         if not self.is_distributed:
             return value
         largest = torch.tensor(value)
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        with self.progress.waiting():
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
         return int(largest)
 
     def gather(self, values: list[int]) -> list[list[int]]:

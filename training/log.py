@@ -4,7 +4,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -30,18 +31,31 @@ PICTURES_EVERY = 60.0  # seconds, between two pictures of evaluations
 
 
 class NonFiniteLossError(SpoiledRunError):
-    """The loss, or a weight, became NaN or infinite."""
+    """The loss, a weight or the optimizer's state became NaN or infinite."""
 
 
-def check_finite(model: torch.nn.Module, epoch: int):
-    """Check the weights: a finite loss may still have had an infinite gradient, and must not reach a checkpoint.
+def check_finite(run: Run):
+    """Check the weights and the optimizer's state: what a gradient too large has spoiled must not reach a checkpoint.
+
+    The loss may have been finite, and so may the weights be: where AdamW's second moment is infinite, its weight never
+    moves again.
 
     Raises:
-        NonFiniteLossError: A weight or a running statistic is NaN or infinite.
+        NonFiniteLossError: A weight, a running statistic or a value of the optimizer's is NaN or infinite.
     """
-    finite = [value.isfinite().all() for value in model.state_dict().values() if value.is_floating_point()]
-    if not torch.stack(finite).all():
-        raise NonFiniteLossError(f"weights became NaN or infinite in epoch {epoch}")
+    state = [value for values in run.optimizer.state.values() for value in values.values()]
+    for name, values in (("weights", run.model.state_dict().values()), ("the optimizer's state", state)):
+        if not _are_finite(values):
+            raise NonFiniteLossError(f"{name} became NaN or infinite in epoch {run.clock.epoch}")
+
+
+def _are_finite(values: Iterable[Any]) -> bool:
+    """Whether all tensors of floating point are finite; waits once for each device."""
+    finite = defaultdict(list)
+    for value in values:
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            finite[value.device].append(value.isfinite().all())
+    return all(torch.stack(each).all() for each in finite.values())
 
 
 class Meter:

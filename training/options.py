@@ -31,8 +31,8 @@ from .recipes import dump_recipe
 
 # Flags that say where a run is and how it starts.
 _PLACE = frozenset({
-    "auto_resume", "device", "dist_timeout", "loader_timeout", "num_workers", "output_dir", "pin_mem", "resume",
-    "show_batch",
+    "auto_resume", "device", "dist_timeout", "hang_timeout", "loader_timeout", "num_workers", "output_dir", "pin_mem",
+    "resume", "show_batch",
 })  # fmt: skip
 # Flags that say which weights a run starts from.
 START = frozenset({"finetune", "load_release", "resume"})
@@ -276,6 +276,8 @@ class MachineOptions(Group):
     deterministic: bool = flag(False, "deterministic GPU kernels, which are slower; CPU runs always are deterministic")
     dist_timeout: float = flag(30.0, "timeout of collective operations, in minutes", type=float, metavar="MINUTES",
                                check=positive)
+    hang_timeout: float = flag(20.0, "end a run that makes no progress for so many minutes, and write its stacks",
+                               type=float, metavar="MINUTES", check=positive)
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from timm.optim import create_optimizer_v2
 from torch import nn
 
 from training.distributed import Distributed
 from training.log import Meter, NonFiniteLossError, RunLog, check_finite, log_line, open_log
 from training.options import WandbOptions
-from training.run import Clock
+from training.run import Clock, Run
 from utils import UserError
 
 ALONE = Distributed(torch.device("cpu"))
@@ -192,11 +193,32 @@ def test_the_first_loss_that_is_not_finite_is_named(value):
 @pytest.mark.parametrize("spoil", [lambda m: m[0].weight, lambda m: m[1].running_var])
 def test_weights_and_statistics_that_are_not_finite(spoil):
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    check_finite(model, epoch=0)
+    run = run_of(model)
+    check_finite(run)
     with torch.no_grad():
         spoil(model)[0] = math.nan
     with pytest.raises(NonFiniteLossError, match="weights became NaN or infinite in epoch 3"):
-        check_finite(model, epoch=3)
+        check_finite(run)
+
+
+def run_of(model, opt="sgd"):
+    return Run(model, None, create_optimizer_v2(model, opt, lr=0.1), None, Clock(3, 12, epoch=3, step=1), 4)
+
+
+@pytest.mark.parametrize("opt,gradient", [("adamw", 1e30), ("nadamw", 1e30), ("sgd", math.inf)])
+def test_a_gradient_that_spoils_the_optimizer_alone(opt, gradient):
+    """1e30 squared is infinite: AdamW never moves that weight again, which looks finite for ever."""
+    run = run_of(nn.Linear(2, 2), opt)
+    for value in (1.0, gradient):
+        check_finite(run)
+        for p in run.model.parameters():
+            p.grad = torch.full_like(p, value)
+        run.optimizer.step()
+    with torch.no_grad():
+        for p in run.model.parameters():
+            p.nan_to_num_()
+    with pytest.raises(NonFiniteLossError, match="the optimizer's state became NaN or infinite in epoch 3"):
+        check_finite(run)
 
 
 def test_a_log_line():
