@@ -5,6 +5,7 @@ own types are not handed to a file: by the state of a dtype, a file can have its
 Stand-ins read what NumPy 1 and 2 write of plain numbers and texts, and refuse all else.
 """
 import argparse
+import math
 import re
 from typing import Any
 
@@ -47,6 +48,8 @@ class _Array:
 def _read(shape: tuple[int, ...], dtype: Any, data: Any, order: str = "C") -> np.ndarray:
     if not isinstance(dtype, _Dtype) or not isinstance(data, bytes):
         raise NotPlainError("an array of NumPy that holds no numbers and no texts")
+    if dtype.dtype.itemsize == 0 and math.prod(shape) > 1:  # any number of empty texts, for which NumPy takes memory
+        raise NotPlainError("an array of NumPy of nothing")
     return np.ndarray(shape, dtype.dtype, data, order=order).copy("K")
 
 

@@ -34,9 +34,9 @@ def forged_dtype(state: bool = True) -> Any:
     return _Calls(np.dtype, ("S8", False, True), (3, "|", None, ("a",), {"a": (of_objects, 0)}, 8, 1, 0))
 
 
-def forged_array(dtype: Any) -> Any:
+def forged_array(dtype: Any, shape: tuple[int, ...] = (1,)) -> Any:
     """An array of NumPy with one element of a `forged_dtype`: whoever looks at it reads from an address in the file."""
-    return _Calls(np._core.multiarray._reconstruct, (np.ndarray, (0,), b"b"), (1, (1,), dtype, False, b"A" * 8))
+    return _Calls(np._core.multiarray._reconstruct, (np.ndarray, (0,), b"b"), (1, shape, dtype, False, b"A" * 8))
 
 
 def forged_number(dtype: Any) -> Any:

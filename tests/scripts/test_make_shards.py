@@ -39,7 +39,9 @@ def test_shards_hold_what_the_folder_holds(photos, tmp_path):
         shards = build_dataset("wds/photos", tmp_path / "shards", split)
         assert content(shards) == content(build_dataset("image_folder", photos, split))
         assert shards.num_classes == 2 and shards.classes == ["ant", "bee"]
-        assert splits[split]["sha256"] == [sha256_of(tmp_path / "shards" / name) for name in splits[split]["filenames"]]
+        files = [tmp_path / "shards" / name for name in splits[split]["filenames"]]
+        assert splits[split]["sha256"] == [sha256_of(file) for file in files]
+        assert splits[split]["shard_bytes"] == [file.stat().st_size for file in files]
     train = build_dataset("wds/photos", tmp_path / "shards", "train")
     assert len({train[i][1] for i in range(4)}) == 2, "the first shard mixes the classes"
 

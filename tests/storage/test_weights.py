@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from helpers import ROOT
-from helpers.hostile import Hostile
+from helpers.hostile import Hostile, forged_array
 from storage.weights import (
     HostileFileError,
     UnreadableError,
@@ -200,6 +200,12 @@ def test_a_file_that_would_fill_memory_is_refused(tmp_path, size, is_refused):
         return
     with pytest.raises(HostileFileError, match=r"refused, since its 0\.1 MB unpack to 134\.2 MB; ask its author"):
         read_file(path)
+
+
+def test_an_array_of_empty_texts_takes_no_memory(tmp_path):
+    torch.save({"best_acc": forged_array(np.dtype("S0"), shape=(10**12,))}, tmp_path / "c.pth")
+    with pytest.raises(HostileFileError, match="refused, since it holds an array of NumPy of nothing"):
+        read_file(tmp_path / "c.pth")
 
 
 def test_views_of_one_number_take_no_memory(tmp_path):

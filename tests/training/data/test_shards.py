@@ -408,6 +408,27 @@ def test_headers_that_claim_any_size(folder, size, kind):
         val_set(folder)[0]
 
 
+@pytest.mark.parametrize("step", [-512, -1024, -1536, -2048])
+def test_headers_that_lead_back(tmp_path, step):
+    """To a header that was read before, and so on without an end."""
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name in ("0.png", "0.cls"):
+            entry = tarfile.TarInfo(name)
+            entry.size, entry.pax_headers = 700, dict(comment="a size could stand here")
+            tar.addfile(entry, io.BytesIO(bytes(700)))
+    data = bytearray(path.read_bytes())
+    record = f"16 size={step:07}\n".encode()
+    place = data.rfind(b"comment=") // 512 * 512
+    data[place:place + 512] = record.ljust(512, b"\0")
+    data[place - 512 + 124:place - 512 + 136] = b"%011o\0" % len(record)
+    data[place - 512 + 148:place - 512 + 156] = b" " * 8
+    data[place - 512 + 148:place - 512 + 156] = b"%06o\0 " % sum(data[place - 512:place])
+    path.write_bytes(data)
+    with open(path, "rb") as file, pytest.raises(ShardError, match="damaged or cut off in sample 1: invalid header"):
+        shards.index_shard(file, "a.tar")
+
+
 def test_a_shard_that_the_system_cannot_read_is_not_called_damaged(folder, server, monkeypatch, copies):
     def fail(*_, **__):
         raise OSError(errno.EIO, "Input/output error")
