@@ -13,7 +13,9 @@ from tqdm import tqdm
 from training.buffers import copy_buffers, put_back
 from training.data.loader import EpochLoader, report_skipped
 from training.distributed import share_statistics
+from training.health import check_loss_scale
 from training.log import Meter, RunLog, check_finite, is_watched, log_line
+from training.progress import Doing
 from training.run import Run
 from training.task import Batch, Evaluator, Task
 from training.waits import GaveUpWaiting
@@ -71,8 +73,8 @@ class Trainer:
             "lr".
 
         Raises:
-            NonFiniteLossError: At the first log line after the loss became NaN or infinite, or at the end of the epoch
-                if a weight did.
+            NonFiniteLossError: At the first log line after the loss became NaN or infinite, at the end of the epoch if
+                a weight or the optimizer's state did, or where float16 overflows at every step.
         """
         meter = Meter(self.task.distributed, self.run.meter)
         if not self.run.clock.epoch_is_over:
@@ -97,19 +99,21 @@ class Trainer:
             while not clock.epoch_is_over:
                 self._train_step(batches, meter)
                 clock.advance()
+                check_loss_scale(self.run.scaler, clock)
                 bar.update()
                 if clock.step % self.log_every == 0 or clock.epoch_is_over:
                     self._write_log_line(meter)
                 if saver is not None:
                     saver.after_step(meter)
-        check_finite(self.run.model, clock.epoch)
+        check_finite(self.run)
 
     def _train_step(self, batches: Iterator[Batch], meter: Meter):
         """Take one optimizer step, on `update_freq` batches; without one of them, the run stays as it was before it."""
-        clock, measured = self.run.clock, []
+        clock, progress, measured = self.run.clock, self.task.distributed.progress, []
         before = copy_buffers(self.run.model) if self.update_freq > 1 else []  # which each batch changes
         for micro_batch in range(self.update_freq):
             start = time.perf_counter()
+            progress.note(Doing.LOADING)
             try:
                 batch = next(batches)
             except GaveUpWaiting:
@@ -121,6 +125,7 @@ class Trainer:
                 self.schedule.step_update(clock.global_step)
             losses = self._backward(batch, is_last=micro_batch == self.update_freq - 1)
             measured.append((losses, self.task.count(batch), data_seconds))
+        progress.note(Doing.UPDATING)
         self._update_weights()
         for losses, images, data_seconds in measured:
             meter.add(losses, images, data_seconds, clock.global_step, self._learning_rate())
@@ -128,8 +133,10 @@ class Trainer:
     def _backward(self, batch: Batch, is_last: bool) -> dict[str, torch.Tensor]:
         """Add the gradients of one batch, all-reduced with the last micro-batch of a step; returns its losses."""
         with self.network.no_sync() if self.task.distributed.is_distributed and not is_last else nullcontext():
+            self.task.distributed.progress.note(Doing.LOSS)
             with self.task.precision.autocast():
                 loss, parts = self.task.loss(self.network, batch)
+            self.task.distributed.progress.note(Doing.GRADIENTS)
             self.run.scaler.scale(loss / self.update_freq).backward()
         return dict(parts, loss=loss.detach())
 
@@ -151,7 +158,7 @@ class Trainer:
     def _write_log_line(self, meter: Meter):
         clock = self.run.clock
         values = meter.read(clock.epoch)
-        self.log.scalars("train", values, clock.global_step)
+        self.log.scalars("train", values, clock.steps_taken)
         seconds_left = values["batch_seconds"] * self.update_freq * (clock.total - clock.global_step)
         if self.task.distributed.is_main:
             tqdm.write(log_line(values, clock.epoch, clock.step, clock.epoch_steps, seconds_left))
@@ -171,10 +178,12 @@ def evaluate(task: Task, network: torch.nn.Module, loader: EpochLoader) -> tuple
     """
     network.eval()
     evaluator = task.evaluator()
+    task.distributed.progress.note(Doing.EVALUATING)
     is_main = task.distributed.is_main
     bar = tqdm(loader, desc="evaluation", leave=False, disable=not is_watched(task.distributed))
     with report_skipped(loader.dataset, task.eval_processes, is_main), bar:
         for batch in bar:
+            task.distributed.progress.note(Doing.EVALUATING)
             with task.precision.autocast():
                 evaluator.update(network, batch)
     return evaluator.compute(task.eval_processes), evaluator

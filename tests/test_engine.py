@@ -98,7 +98,7 @@ def create_trainer(
     clock = Clock(len(loader) // kwargs.get("update_freq", 1), 0, epoch, step)
     clock.total = epochs * clock.epoch_length
     schedule = Schedule("cosine", clock.total, min_lr=lr).build(optimizer)
-    run = Run(model, ema, optimizer, torch.amp.GradScaler("cpu", enabled=False), clock, global_batch=4)
+    run = Run(model, ema, optimizer, precision.grad_scaler(), clock, global_batch=4)
     return Trainer(SmallTask(loss, precision), run, model, schedule, RunLog(None), **kwargs)
 
 
@@ -219,6 +219,44 @@ def test_weights_that_are_not_finite_after_a_finite_loss():
 
     with pytest.raises(NonFiniteLossError, match="weights became NaN or infinite in epoch 0"):
         train(small_model(), batches(1), loss=loss)
+
+
+HALF = Precision("cpu", torch.float16)
+
+
+def overflowing(*steps):
+    """A loss whose gradient is infinite at these steps, from 0, or at all where none is named."""
+    calls = []
+
+    def loss(logits, targets):
+        calls.append(None)
+        if not steps or len(calls) - 1 in steps:
+            logits.register_hook(lambda grad: grad * float("inf"))
+        return F.cross_entropy(logits, targets)
+
+    return loss
+
+
+@pytest.mark.parametrize("length,epochs,step", [(30, 2, 20), (3, 1, 3)])
+def test_a_float16_run_whose_every_step_overflows_ends(length, epochs, step):
+    """After twenty halvings of the loss scale, or where the run would end without a step."""
+    with pytest.raises(NonFiniteLossError, match=f"float16 overflowed .* epoch 0 after step {step}: "):
+        train(small_model(), batches(length), loss=overflowing(), precision=HALF, epochs=epochs)
+
+
+def test_a_float16_run_that_resumes_knows_that_it_took_no_step():
+    loader = batches(5)
+    trainer = create_trainer(small_model(), loader, step=2, loss=overflowing(), precision=HALF)
+    trainer.run.clock.steps_taken = 2
+    trainer.run.scaler.load_state_dict(dict(trainer.run.scaler.state_dict(), scale=2.0**14))
+    with pytest.raises(NonFiniteLossError, match="after step 5: "):
+        trainer.train_epoch(Loader(loader))
+
+
+def test_a_float16_run_may_skip_steps():
+    """Those at its start, while the loss scale is found, and all of a short epoch."""
+    train(small_model(), batches(8), loss=overflowing(0, 1, 2, 3, 4, 6, 7), precision=HALF)
+    train(small_model(), batches(2), loss=overflowing(), precision=HALF, epochs=2)
 
 
 def test_log_lines(capsys):

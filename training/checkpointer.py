@@ -5,10 +5,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .alike import check_same_weights
 from .checkpoints import CheckpointStore
 from .distributed import Distributed
 from .log import Meter, check_finite
 from .options import CheckpointOptions
+from .progress import Doing
+from .restarts import MOST, NoProgressError, count_starts
 from .run import Run
 from .signals import SignalHandler
 from .waits import GaveUpWaiting
@@ -46,7 +49,7 @@ class Checkpointer:
         self.run, self.store, self.distributed, self.signals = run, store, distributed, signals
         self.recipe, self.options = recipe, options
         signals.kept = store.kept
-        self.saved_at = time.monotonic()
+        self.saved_at, self.position_before = time.monotonic(), self._position()
         self.meter: Meter | None = None  # of an epoch, from its first step to its end
 
     def after_step(self, meter: Meter):
@@ -54,13 +57,17 @@ class Checkpointer:
 
         Raises:
             Stopped: A signal came to one of the processes.
+            UserError: What was last saved could not be written.
+            NoProgressError: A signal came in each of several starts, and none of them got any further.
         """
+        self.store.check()
         self.meter = meter
         if self.run.clock.epoch_is_over:
             return  # saved by `after_epoch`, once the processes have shared batch norm's statistics
         agreed = self._agree()
         if agreed:
             self._read_meter()
+            check_same_weights(self.run.model, self.distributed)
             self._write()
         if agreed >= 2:
             self._leave()
@@ -73,6 +80,7 @@ class Checkpointer:
         clock = self.run.clock
         self.run.meter, self.meter = meter.state_dict(), None  # for `save_best` too, whether or not a save is due
         if self._agree() or clock.is_last_epoch or (clock.epoch + 1) % self.options.save_every == 0:
+            check_same_weights(self.run.model, self.distributed)
             self._write_once()
 
     def between_epochs(self):
@@ -80,6 +88,7 @@ class Checkpointer:
 
         Raises:
             Stopped: It did.
+            NoProgressError: It did, as in several starts before, none of which got any further.
         """
         if self.distributed.max(self.signals.signal is not None):
             self._write()
@@ -112,10 +121,13 @@ class Checkpointer:
         self._write_once()
         return True
 
-    def save_best(self, metrics: dict[str, float]):
-        """Save the run as its best, with the metrics of its evaluation."""
+    def save_best(self):
+        """Save the run as its best."""
+        self.distributed.progress.note(Doing.SAVING)
         if self.distributed.is_main:
-            self.store.save_best(dict(self._state(), metrics=metrics))
+            if not self.store.has(self.run.clock.steps_taken):
+                self._write()
+            self.store.save_best(self.run.clock.steps_taken)
 
     def _agree(self) -> int:
         """2 where a process was asked to leave, 1 where a save is due, else 0; the same on all processes."""
@@ -130,30 +142,37 @@ class Checkpointer:
 
     def _write_once(self):
         """Write a checkpoint of this step, where there is none yet."""
-        if not self.store.path(self.run.clock.steps_taken).exists():
+        if not self.store.has(self.run.clock.steps_taken):
             self._write()
 
     def _read_meter(self):
         """Where an epoch is being trained, have the run hold what was measured; raises NonFiniteLossError."""
         if self.meter is not None:
             self.meter.gather(self.run.clock.epoch)
-            check_finite(self.run.model, self.run.clock.epoch)
+            check_finite(self.run)
             self.run.meter = self.meter.state_dict()
 
     def _write(self):
+        self.distributed.progress.note(Doing.SAVING)
         if self.distributed.is_main:
-            self.store.save(self.run.clock.steps_taken, self._state())
+            self.store.save(self.run.clock.steps_taken, dict(self.run.state_dict(), args=self.recipe))
         self.saved_at = time.monotonic()
 
-    def _state(self) -> dict[str, Any]:
-        return dict(self.run.state_dict(), args=self.recipe)
-
     def _leave(self):
-        # A launcher that sees one process end may end the others: not before the main one has saved.
-        self.distributed.max(0)
-        raise self._stopped(f"saved as {self.store.path(self.run.clock.steps_taken)}")
+        position = self._position()
+        in_vain = self.distributed.is_main and position == self.position_before
+        # A launcher that sees one process end may end the others: not before the main one has written what it saved.
+        self.store.finish()
+        starts = self.distributed.max(count_starts(self.store.folder, position) if in_vain else 0)
+        stopped = self._stopped(f"saved as {self.store.path(self.run.clock.steps_taken)}")
+        if starts >= MOST:
+            raise NoProgressError(f"{stopped}; {starts} starts in a row got no further")
+        raise stopped
 
     def _stopped(self, how: str) -> Stopped:
         clock, by = self.run.clock, self.signals.signal or "a signal to another process"
         place = f"in epoch {clock.epoch} after step {clock.step} of {clock.epoch_steps}"
         return Stopped(f"{by}: stopped {place}, {how}", self.store.folder)
+
+    def _position(self) -> list[int]:
+        return [self.run.clock.epoch, self.run.clock.step]

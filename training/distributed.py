@@ -1,6 +1,6 @@
 """The processes of a run: how they start, and what they share."""
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
@@ -13,6 +13,7 @@ from utils import UserError
 
 from .buffers import discarded_pass
 from .launcher import local_rank, rank_and_size, restart_count
+from .progress import Progress
 
 
 class DeviceError(UserError):
@@ -27,11 +28,13 @@ class Distributed:
         device: The device of this process.
         rank: Its number, 0 for the main process.
         world_size: The number of processes.
+        progress: What it does now, for the watch on runs that hang.
     """
 
     device: torch.device
     rank: int = 0
     world_size: int = 1
+    progress: Progress = field(default_factory=Progress, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -58,7 +61,8 @@ class Distributed:
         """Sum of `values` over all processes."""
         if self.is_distributed:
             values = values.clone()
-            dist.all_reduce(values)
+            with self.progress.waiting():
+                dist.all_reduce(values)
         return values
 
     def max(self, value: int) -> int:
@@ -66,8 +70,18 @@ class Distributed:
         if not self.is_distributed:
             return value
         largest = torch.tensor(value)
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        with self.progress.waiting():
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
         return int(largest)
+
+    def gather(self, values: list[int]) -> list[list[int]]:
+        """The `values` of each process, as many in each, exchanged between CPUs as by `max`."""
+        if not self.is_distributed:
+            return [values]
+        own = torch.tensor(values)
+        gathered = [torch.empty_like(own) for _ in range(self.world_size)]
+        dist.all_gather(gathered, own)
+        return [of_rank.tolist() for of_rank in gathered]
 
 
 def init_distributed(device: str = "auto", timeout: float = 30.0) -> Distributed:

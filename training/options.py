@@ -31,8 +31,8 @@ from .recipes import dump_recipe
 
 # Flags that say where a run is and how it starts.
 _PLACE = frozenset({
-    "auto_resume", "device", "dist_timeout", "loader_timeout", "num_workers", "output_dir", "pin_mem", "resume",
-    "show_batch",
+    "auto_resume", "device", "dist_timeout", "hang_timeout", "loader_timeout", "num_workers", "output_dir", "pin_mem",
+    "resume", "show_batch",
 })  # fmt: skip
 # Flags that say which weights a run starts from.
 START = frozenset({"finetune", "load_release", "resume"})
@@ -43,6 +43,8 @@ NO_RESULT = _PLACE | {
     "data_path", "dist_eval", "download", "enable_wandb", "keep_checkpoints", "log_every", "project", "report",
     "save_every", "save_every_minutes", "save_every_steps", "shard_cache", "shard_cache_gb",
 }  # fmt: skip
+# Flags that may differ between the processes of a run, which may be on several machines.
+PLACES = NOT_OF_RUN | {"data_path", "report", "shard_cache", "teacher_path", "token_label"}
 
 
 def holds_checkpoint(folder: Path) -> bool:
@@ -274,6 +276,8 @@ class MachineOptions(Group):
     deterministic: bool = flag(False, "deterministic GPU kernels, which are slower; CPU runs always are deterministic")
     dist_timeout: float = flag(30.0, "timeout of collective operations, in minutes", type=float, metavar="MINUTES",
                                check=positive)
+    hang_timeout: float = flag(20.0, "end a run that makes no progress for so many minutes, and write its stacks",
+                               type=float, metavar="MINUTES", check=positive)
 
 
 @dataclass(frozen=True)
@@ -282,12 +286,14 @@ class Settings:
 
     Attributes:
         evaluated: Flags that decide the result of an evaluation; --eval takes those that are not given from the run.
+        decides_epoch: Flags that decide what the images of an epoch are; a run that resumes within one keeps them.
 
     Raises:
         UsageError: Groups contradict each other.
     """
 
     evaluated: ClassVar[frozenset[str]] = frozenset({"task", "seed"})
+    decides_epoch: ClassVar[frozenset[str]] = frozenset({"seed"})
     task: TaskOptions
     loader: LoaderOptions
     optimizer: OptimizerOptions

@@ -3,6 +3,8 @@ from dataclasses import dataclass
 
 import torch
 
+INITIAL_SCALE = 2.0**16  # of the loss, in float16
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -31,7 +33,7 @@ class Precision:
 
     def grad_scaler(self) -> torch.amp.GradScaler:
         """A loss scaler, disabled unless the precision is float16."""
-        return torch.amp.GradScaler(self.device_type, enabled=self.amp_dtype == torch.float16)
+        return torch.amp.GradScaler(self.device_type, INITIAL_SCALE, enabled=self.amp_dtype == torch.float16)
 
     def arrange(self, images: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) images in the network's memory layout."""

@@ -17,6 +17,7 @@ from utils import UserError
 
 from .compiler import compilation_error
 from .launcher import has_peers
+from .process import outlive_readers
 
 # EX_TEMPFAIL of sysexits.h: the run was asked to leave and has saved itself; start it again.
 EXIT_RESUME = 75
@@ -121,6 +122,7 @@ def exit_with(code: int) -> NoReturn:
 
 def run_and_exit(run: Callable[[], int]) -> NoReturn:
     """End the process with the exit code that `run` returns, or with 1 and what Python prints where it raises."""
+    outlive_readers()
     try:
         code = run()
     except Exception:
@@ -130,14 +132,17 @@ def run_and_exit(run: Callable[[], int]) -> NoReturn:
 
 
 class SignalHandler:
-    """Notes a SIGTERM, SIGINT or SIGUSR1 that asks the run to leave. A SIGINT after any of them ends it at once.
+    """Notes a signal that asks the run to leave. A SIGINT after any of them ends it at once.
+
+    A SIGHUP comes when a terminal or an ssh connection is closed; one that was ignored at the start, as under nohup,
+    still is.
 
     Attributes:
         signal: The name of the last one; None before.
         kept: What to say then of the run's checkpoints; None before there can be one.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     _installed: ClassVar["SignalHandler | None"] = None
 
     def __init__(self):
@@ -147,7 +152,8 @@ class SignalHandler:
     def _note(self, number: int, frame: Any):
         if number == signal.SIGINT and self.signal is not None:
             line = "; ".join(["ended at once", *([self.kept()] if self.kept else [])])
-            os.write(2, f"\n{line}\n".encode(errors="backslashreplace"))  # a bar may stand on this line
+            with suppress(OSError):  # the terminal may be closed
+                os.write(2, f"\n{line}\n".encode(errors="backslashreplace"))  # a bar may stand on this line
             os._exit(128 + number)
         self.signal = signal.Signals(number).name
 
@@ -159,7 +165,9 @@ class SignalHandler:
     @contextmanager
     def installed(self) -> Iterator["SignalHandler"]:
         """Handle these signals, in the main thread."""
-        before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        numbers = [number for number in self.SIGNALS if not (ignored and number == signal.SIGHUP)]
+        before = {number: signal.signal(number, self._note) for number in numbers}
         SignalHandler._installed = self
         try:
             yield self

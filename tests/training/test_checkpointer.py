@@ -1,14 +1,19 @@
 """When a run is saved, and when it leaves."""
+import re
+
 import pytest
 import torch
 from torch import nn
 
 from storage.weights import read_checkpoint
+from training.advice import with_advice
 from training.checkpointer import Checkpointer, Stopped
 from training.checkpoints import CheckpointStore
 from training.distributed import Distributed
 from training.log import Meter
 from training.options import CheckpointOptions
+from training.progress import Progress
+from training.restarts import NoProgressError
 from training.run import Clock, Run
 from training.signals import SignalHandler
 from training.waits import GaveUpWaiting
@@ -25,7 +30,7 @@ class Together:
     is_main = True
 
     def __init__(self, notes):
-        self.notes = notes
+        self.notes, self.progress = notes, Progress()
 
     def max(self, value):
         self.notes.append("agreed")
@@ -33,7 +38,9 @@ class Together:
 
 
 def create_checkpointer(store, distributed, signals=None, clock=None, **options):
-    run = Run(nn.Linear(1, 1), None, None, None, clock or Clock(epoch_length=3, total=6), global_batch=4)
+    model = nn.Linear(1, 1)
+    optimizer, clock = torch.optim.SGD(model.parameters()), clock or Clock(epoch_length=3, total=6)
+    run = Run(model, None, optimizer, None, clock, global_batch=4)
     run.state_dict = lambda: dict(step=run.clock.step)
     return Checkpointer(run, store, distributed, signals or SignalHandler(), {}, CheckpointOptions(**options))
 
@@ -43,11 +50,49 @@ def test_nobody_leaves_before_the_main_process_has_saved(tmp_path):
     notes = []
     store = CheckpointStore(tmp_path)
     store.save = lambda step, state: notes.append("saved")
+    store.finish = lambda: notes.append("written")
     signals = SignalHandler()
     signals.signal = "SIGTERM"
     with pytest.raises(Stopped, match="SIGTERM: stopped in epoch 0 after step 0 of 3, saved as "):
         create_checkpointer(store, Together(notes), signals).between_epochs()
-    assert notes == ["agreed", "saved", "agreed"]
+    assert notes == ["agreed", "saved", "written", "agreed"]
+
+
+def leave(store, epoch, step, steps_taken=0):
+    """Start a run there, take so many steps, and ask it to leave; returns what it raises."""
+    signals, clock = SignalHandler(), Clock(3, 6, epoch, step)
+    checkpointer = create_checkpointer(store, Distributed(torch.device("cpu")), signals, clock)
+    for _ in range(steps_taken):
+        clock.advance()
+    signals.signal = "SIGUSR1"
+    with pytest.raises((Stopped, NoProgressError)) as raised:
+        checkpointer.between_epochs()
+    return raised.value
+
+
+def test_a_run_that_never_takes_a_step_does_not_ask_to_be_started_again_for_ever(store):
+    assert [type(leave(store, 1, 1)) for _ in range(4)] == [Stopped, Stopped, NoProgressError, NoProgressError]
+    error = leave(store, 1, 1)
+    assert re.match(r"SIGUSR1: stopped in epoch 1 after step 1 of 3, saved as .*; 5 starts in a row", str(error))
+    assert "longer" in with_advice(error)
+
+
+def test_a_run_that_takes_steps_may_be_started_for_ever(store):
+    for position in ((0, 0), (0, 0), (0, 1), (0, 1), (1, 0)):
+        assert isinstance(leave(store, *position), Stopped)
+    assert isinstance(leave(store, 1, 0, steps_taken=2), Stopped)
+    (store.folder / ".starts.json").write_text("{")  # of a disk that was full
+    assert [type(leave(store, 1, 2)) for _ in range(3)] == [Stopped, Stopped, NoProgressError]
+
+
+def test_the_main_process_counts_starts_for_all(store):
+    peer = Together([])
+    peer.is_main, peer.max = False, lambda value: max(value, 3)
+    signals = SignalHandler()
+    signals.signal = "SIGUSR1"
+    with pytest.raises(NoProgressError):
+        create_checkpointer(store, peer, signals).between_epochs()
+    assert not list(store.folder.iterdir())
 
 
 def test_saving_moves_no_clock(store):
@@ -57,10 +102,12 @@ def test_saving_moves_no_clock(store):
     checkpointer = create_checkpointer(store, alone, signals, clock, save_every_steps=1)
     before = Clock(**vars(clock))
     checkpointer.after_step(Meter(alone))
+    store.finish()
     assert store.steps() == [4] and clock == before
     checkpointer.after_epoch(Meter(alone))
     checkpointer.between_epochs()
-    checkpointer.save_best(dict(acc1=1.0))
+    checkpointer.save_best()
+    store.finish()
     assert clock == before and read_checkpoint(str(store.best))["step"] == 1
     signals.signal = "SIGUSR1"
     for leave in (lambda: checkpointer.after_step(Meter(alone)), checkpointer.between_epochs):
@@ -80,7 +127,9 @@ def test_patience_is_over_by_the_main_process_alone(store, epoch, saved):
     assert [each.ends_early() for each in checkpointers] == [False, False]
     checkpointers[0].run.best_epoch = epoch - 1
     # of the last epoch, there is nothing to end
-    assert checkpointers[0].ends_early() == bool(saved) and store.steps() == saved
+    assert checkpointers[0].ends_early() == bool(saved)
+    store.finish()
+    assert store.steps() == saved
 
 
 def test_steps_are_counted_in_all_epochs(store):
@@ -97,6 +146,7 @@ def test_a_run_that_is_ended_at_once_says_what_it_leaves(store):
     checkpointer = create_checkpointer(store, Distributed(torch.device("cpu")), signals)
     assert signals.kept() == "no checkpoint was written yet"
     checkpointer._write()
+    store.finish()
     assert signals.kept() == f"the last checkpoint is {store.path(0)}"
 
 

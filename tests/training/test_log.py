@@ -1,16 +1,20 @@
 import json
 import math
+import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from timm.optim import create_optimizer_v2
 from torch import nn
 
 from training.distributed import Distributed
 from training.log import Meter, NonFiniteLossError, RunLog, check_finite, log_line, open_log
 from training.options import WandbOptions
-from training.run import Clock
+from training.run import Clock, Run
+from utils import UserError
 
 ALONE = Distributed(torch.device("cpu"))
 
@@ -100,6 +104,46 @@ def test_a_resumed_log_forgets_what_comes_again(tmp_path):
     assert (tmp_path / "log.txt").read_text() == '{"epoch": 0, "a": 1}\n{"epoch": 1, "a": 5}\n'
 
 
+RECORD = '{"epoch": 0, "a": 1}\n'
+
+
+@pytest.mark.parametrize("line", [
+    b"[]", b"3", b"{}", b'{"epoch": "x"}', b'{"epoch": null}', b"\x00\xff\x80", b"a note", b'{"epoch": ' + b"1" * 5000,
+    b"[" * 10**5,
+])
+def test_what_is_no_record_is_moved_out_of_the_log(tmp_path, line, capsys):
+    """With one line that says so; nothing of it is lost, and a second time it joins the first."""
+    file, aside = tmp_path / "log.txt", tmp_path / "log.txt.damaged"
+    for number in (1, 2):
+        file.write_bytes(line + b"\n\n" + RECORD.encode() + b'{"epoch": 1}')
+        RunLog(tmp_path, epoch=1)
+        assert file.read_text() == RECORD and aside.read_bytes() == (line + b"\n") * number
+        said = f"{file}: 1 line without the record of an epoch, moved to {aside}\n"
+        assert capsys.readouterr().out == said
+
+
+def test_a_whole_log_is_not_written_again(tmp_path, monkeypatch):
+    (tmp_path / "log.txt").write_text(RECORD)
+    monkeypatch.setattr("training.log.replace_file", lambda *_: pytest.fail("written again"))
+    RunLog(tmp_path, epoch=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
+
+
+def test_a_last_line_without_its_end_does_not_run_into_the_next(tmp_path):
+    (tmp_path / "log.txt").write_text(RECORD.strip())
+    RunLog(tmp_path, epoch=1).epoch(dict(epoch=1))
+    assert (tmp_path / "log.txt").read_text() == RECORD + '{"epoch": 1}\n'
+
+
+@pytest.mark.parametrize("make", [
+    Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path.name),
+], ids=["folder", "pipe", "device", "circle"])
+def test_a_log_that_is_no_file(tmp_path, make):
+    make(tmp_path / "log.txt")
+    with pytest.raises(UserError, match=r"log\.txt is no file$"):
+        RunLog(tmp_path)
+
+
 def add(meter, *losses, step=0, **parts):
     for loss in losses:
         values = dict({name: torch.tensor(value) for name, value in parts.items()}, loss=torch.tensor(loss))
@@ -149,11 +193,32 @@ def test_the_first_loss_that_is_not_finite_is_named(value):
 @pytest.mark.parametrize("spoil", [lambda m: m[0].weight, lambda m: m[1].running_var])
 def test_weights_and_statistics_that_are_not_finite(spoil):
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    check_finite(model, epoch=0)
+    run = run_of(model)
+    check_finite(run)
     with torch.no_grad():
         spoil(model)[0] = math.nan
     with pytest.raises(NonFiniteLossError, match="weights became NaN or infinite in epoch 3"):
-        check_finite(model, epoch=3)
+        check_finite(run)
+
+
+def run_of(model, opt="sgd"):
+    return Run(model, None, create_optimizer_v2(model, opt, lr=0.1), None, Clock(3, 12, epoch=3, step=1), 4)
+
+
+@pytest.mark.parametrize("opt,gradient", [("adamw", 1e30), ("nadamw", 1e30), ("sgd", math.inf)])
+def test_a_gradient_that_spoils_the_optimizer_alone(opt, gradient):
+    """1e30 squared is infinite: AdamW never moves that weight again, which looks finite for ever."""
+    run = run_of(nn.Linear(2, 2), opt)
+    for value in (1.0, gradient):
+        check_finite(run)
+        for p in run.model.parameters():
+            p.grad = torch.full_like(p, value)
+        run.optimizer.step()
+    with torch.no_grad():
+        for p in run.model.parameters():
+            p.nan_to_num_()
+    with pytest.raises(NonFiniteLossError, match="the optimizer's state became NaN or infinite in epoch 3"):
+        check_finite(run)
 
 
 def test_a_log_line():

@@ -149,6 +149,17 @@ def test_signals_are_noted_and_handed_back(number):
     assert signal.getsignal(number) is before
 
 
+def test_a_hangup_that_nohup_ignores_is_ignored_still():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with SignalHandler().installed() as handler:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert handler.signal is None
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("first", SignalHandler.SIGNALS)
 @pytest.mark.parametrize("kept,said", [("None", ""), ("lambda: 'the last one is x'", "; the last one is x")])

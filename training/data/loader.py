@@ -1,7 +1,6 @@
 """Data loading that is seeded and can resume at any batch: every random choice about a sample follows from (seed,
 epoch, position in the epoch), never from what was read before or by which process.
 """
-import ctypes
 import errno
 import os
 import random
@@ -26,10 +25,11 @@ from utils import UserError, count, derive_seed, printable, seed_generators
 
 from ..distributed import Distributed
 from ..options import LoaderOptions
+from ..process import end_with_parent
 from ..signals import OpenFilesFault, SharedMemoryFault
+from ..tensors import map_tensors
 from ..waits import GaveUpWaiting, NoDataFault, wait_for
 
-_PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
 # Errors that end the run, whose frames hold the loader. Freed, it would wait for each of its processes, of which some
 # may never answer, and that have nothing left to say; as it is, they end with this one.
 _of_ended_loaders: list[Exception] = []
@@ -123,17 +123,10 @@ class ToDevice:
         """Nothing here is random."""
 
     def __iter__(self) -> Iterator[Any]:
-        return (self._move(batch) for batch in self.loader)
+        return (map_tensors(batch, self._move) for batch in self.loader)
 
-    def _move(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return value.to(self.device, non_blocking=True)
-        if isinstance(value, dict):
-            return {key: self._move(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            items = [self._move(item) for item in value]
-            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)  # a namedtuple has names
-        return value
+    def _move(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.device, non_blocking=True)
 
 
 class EpochLoader:
@@ -241,13 +234,13 @@ def _hand_over_error(queue: Queue, error: Exception, batch: tuple[int, Any] | by
 def _follow_main_process(worker: int):
     sys.excepthook, Queue._on_queue_feeder_error = _report_error, _hand_over_error
     # A terminal and Slurm send signals to every process; the run's main process decides what comes of them.
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_exit_on_sigterm_of_main, daemon=True).start()
         # A worker that waits for a lock which a killed process held would outlive the main process forever.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        end_with_parent()
 
 
 def _exit_on_sigterm_of_main():

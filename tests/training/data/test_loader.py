@@ -235,7 +235,7 @@ def test_workers_obey_their_main_process_alone():
     worker = context.Process(target=read_for_ever, args=(started,), daemon=True)
     worker.start()
     assert started.wait(10)
-    for number in ("INT", "USR1", "TERM"):
+    for number in ("INT", "USR1", "HUP", "TERM"):
         subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True)
     worker.join(0.3)
     assert worker.is_alive()
