@@ -50,11 +50,22 @@ from training.data.images import load_image
 from training.distributed import init_distributed
 from training.options import LoaderOptions
 from training.precision import Precision
-from training.signals import OutOfMemoryFault, WorkerFault, fault_of
+from training.signals import (
+    HostMemoryFault,
+    OpenFilesFault,
+    OutOfMemoryFault,
+    SharedMemoryFault,
+    WorkerFault,
+    fault_of,
+)
 from training.task import reading_weights, refusal
 from utils import UsageError, UserError, print_line, printable, run_script, user_path
 
-ADVICE = {OutOfMemoryFault: "lower --batch_size", WorkerFault: "give fewer --num_workers or more memory"}
+ADVICE = {
+    OutOfMemoryFault: "lower --batch_size",
+    **dict.fromkeys((HostMemoryFault, WorkerFault), "give fewer --num_workers or more memory"),
+    **dict.fromkeys((OpenFilesFault, SharedMemoryFault), "give fewer --num_workers"),
+}
 
 
 class Interrupted(UserError):
@@ -264,7 +275,7 @@ def write(args: argparse.Namespace):
             write_csv(args.output, as_rows(predictions))
         else:
             deque(predictions, maxlen=0)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, MemoryError) as error:
         fault = fault_of(error)
         if fault is None:
             raise

@@ -611,11 +611,16 @@ def test_bugs_keep_their_traceback(error, monkeypatch):
         program.main([*SMALL, "--data_set", "digits"])
 
 
-def test_a_fault_of_the_machine_is_told_in_one_line(monkeypatch, capfd):
+@pytest.mark.parametrize("error,line", [
+    (torch.OutOfMemoryError("CUDA out of memory.\nSee the manual"),
+     "out of memory (CUDA out of memory.); lower --batch_size and raise "),
+    (MemoryError("no room"), "out of memory (no room); give fewer --num_workers"),
+])
+def test_a_fault_of_the_machine_is_told_in_one_line(monkeypatch, capfd, error, line):
     def raising(*arguments):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nSee the manual")
+        raise error
 
     monkeypatch.setattr(program, "run_task", raising)
     code, _, err = run(capfd, *SMALL, "--data_set", "digits")
-    assert code == 1 and err.startswith("error: out of memory (CUDA out of memory.); lower --batch_size and raise ")
+    assert code == 1 and err.startswith(f"error: {line}")
     assert len(err.splitlines()) == 1

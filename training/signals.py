@@ -1,5 +1,6 @@
 """How a run ends: signals that ask it to leave, exit codes, and faults of the machine reported in one line."""
 import errno
+import multiprocessing
 import os
 import re
 import signal
@@ -106,13 +107,16 @@ def _first_line(text: str) -> str:
 def exit_with(code: int) -> NoReturn:
     """End the process; after an error at once.
 
-    Python would first wait for threads and processes, and the one at fault may never answer.
+    Python would first wait for threads and processes, and the one at fault, or one that is stopped, may never answer.
     """
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
             stream.flush()
     if code:
         os._exit(code)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would take them for faults
+    for child in multiprocessing.active_children():
+        child.kill()
     sys.exit(code)
 
 

@@ -125,6 +125,20 @@ def test_a_fault_ends_the_process_without_waiting_for_others(code):
     assert (done.returncode, done.stdout) == (code, "said\n")
 
 
+@pytest.mark.slow
+def test_a_run_that_is_over_does_not_wait_for_a_stopped_process():
+    """Python would: it asks a data loading process to end, which it cannot while it is stopped."""
+    done = run_python(
+        "import multiprocessing, os, signal, time\n"
+        "from training import signals\n"
+        "worker = multiprocessing.get_context('fork').Process(target=time.sleep, args=(600,), daemon=True)\n"
+        "worker.start()\n"
+        "os.kill(worker.pid, signal.SIGSTOP)\n"
+        "signals.exit_with(0)"
+    )
+    assert done.returncode == 0 and done.stderr == ""
+
+
 @pytest.mark.parametrize("number", SignalHandler.SIGNALS)
 def test_signals_are_noted_and_handed_back(number):
     before = signal.getsignal(number)
