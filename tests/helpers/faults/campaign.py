@@ -10,18 +10,18 @@ from pathlib import Path
 from helpers.photos import write_photos
 from helpers.run_state import differences
 
-from . import downloads, kills, loader, watch
+from . import downloads, kills, loader, state, watch
 from .runs import Course, Fault, TooLate, Verdict
 
 # By topic.
 FAULTS = {
-    "downloads": downloads.FAULTS, "kills": kills.FAULTS, "loader": loader.FAULTS, "watch": watch.FAULTS,
+    "downloads": downloads.FAULTS, "kills": kills.FAULTS, "loader": loader.FAULTS, "state": state.FAULTS,
+    "watch": watch.FAULTS,
 }
 SHORT = {
     "SIGKILL at a random moment", "SIGKILL in the middle of writing a checkpoint", "SIGTERM",
     "SIGKILL, then the newest checkpoint cut off", "one of two processes killed",
 }
-
 
 
 @dataclass
@@ -30,6 +30,7 @@ class Campaign:
 
     tried: Counter = field(default_factory=Counter)
     survived: Counter = field(default_factory=Counter)
+    late: Counter = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
     runs: int = 0
     lost: list[str] = field(default_factory=list)
@@ -39,6 +40,14 @@ class Campaign:
         self.survived[fault.name] += verdict is None
         if verdict is not None:
             self.failures.append(f"{fault.name}: {verdict}")
+
+    def again(self, fault: Fault) -> list[Fault]:
+        """What is left to be tried of a fault that came too late for a run; not for ever."""
+        self.late[fault.name] += 1
+        if self.late[fault.name] < 10 * fault.times:
+            return [fault]
+        self.count(fault, "never came before a run was over")
+        return []
 
     def compare(self, course: Course, reference: Path):
         self.runs += 1
@@ -89,9 +98,9 @@ def strike_one(course: Course, faults: list[Fault], campaign: Campaign, rng: ran
             verdict = fault.strike(course, rng)
         except TooLate:
             if course.store.steps() and done(course):
-                return faults[index:]
+                return [*campaign.again(fault), *faults[index + 1 :]]
             say(f"{course.folder.name}: {fault.name}: came too late, to be tried again")
-            return [*faults[index + 1 :], fault]
+            return [*faults[index + 1 :], *campaign.again(fault)]
         campaign.count(fault, verdict)
         say(f"{course.folder.name}: {fault.name}: {verdict or 'survived'} ({time.monotonic() - start:.1f} s)")
     return []
