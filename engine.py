@@ -142,7 +142,7 @@ class Trainer:
     def _write_log_line(self, meter: Meter):
         clock = self.run.clock
         values = meter.read(clock.epoch)
-        self.log.scalars("train", values, clock.global_step)
+        self.log.scalars("train", values, clock.steps_taken)
         seconds_left = values["batch_seconds"] * self.update_freq * (clock.total - clock.global_step)
         if self.task.distributed.is_main:
             tqdm.write(log_line(values, clock.epoch, clock.step, clock.epoch_steps, seconds_left))

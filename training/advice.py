@@ -3,7 +3,20 @@ from collections.abc import Mapping
 
 from utils import UserError
 
-from . import checkpoints, compiler, cuda_graphs, distributed, launcher, log, run, signals, task, trackers
+from . import (
+    alike,
+    checkpoints,
+    compiler,
+    cuda_graphs,
+    distributed,
+    launcher,
+    log,
+    run,
+    saved_state,
+    signals,
+    task,
+    trackers,
+)
 
 ADVICE: Mapping[type[UserError], str] = {
     distributed.DeviceError: "--device auto takes what is there",
@@ -21,12 +34,17 @@ ADVICE: Mapping[type[UserError], str] = {
     task.WeightsUnderKeysError: "--model_key takes one of them",
     task.SingleImageError: "give --batch_size 2 or more",
     task.ShortEpochError: "lower --update_freq or --batch_size",
-    run.NoRunError: "fine-tune from it with --finetune",
+    checkpoints.LostCheckpointsError: "put them back, resume from best.pth with --resume, or take another --output_dir",
+    alike.UnlikeProcessesError: "start all processes with the same flags, on the same data",
+    alike.DivergedError: "resume on other machines, from the last checkpoint, with --auto_resume",
+    saved_state.BrokenRunError: "resume from another checkpoint, or take its weights with --finetune",
+    saved_state.NoRunError: "fine-tune from it with --finetune",
     run.HeldOutMismatchError: "give --val_split and --seed as in that run, or fine-tune from it with --finetune",
     run.NoEmaError: "resume with --model_ema false",
     run.OptimizerMismatchError: "--opt, --weight_decay, --decay_groups, --layer_decay and --freeze_backbone must be "
                                 "as in that run",
     run.BatchMismatchError: "keep --batch_size x processes x --update_freq, or resume from the end of an epoch",
+    run.DataMismatchError: "give what it had, or resume from the end of an epoch",
     run.ShardMismatchError: "keep the number of processes, or resume from the end of an epoch",
     log.NonFiniteLossError: "try a lower --lr, longer --warmup_epochs, --clip_grad 5 or --amp off",
     trackers.WandbError: "log in with `wandb login`, set WANDB_MODE=offline, or leave out --enable_wandb",

@@ -3,6 +3,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .alike import check_same_weights
 from .checkpoints import CheckpointStore
 from .distributed import Distributed
 from .log import Meter, check_finite
@@ -50,7 +51,9 @@ class Checkpointer:
 
         Raises:
             Stopped: A signal came to one of the processes.
+            UserError: What was last saved could not be written.
         """
+        self.store.check()
         clock = self.run.clock
         if clock.epoch_is_over:
             return  # saved by `after_epoch`, once the processes have shared batch norm's statistics
@@ -58,6 +61,7 @@ class Checkpointer:
         if agreed:
             meter.gather(clock.epoch)
             check_finite(self.run.model, clock.epoch)
+            check_same_weights(self.run.model, self.distributed)
             self.run.meter = meter.state_dict()
             self._write()
         if agreed >= 2:
@@ -71,6 +75,7 @@ class Checkpointer:
         clock = self.run.clock
         self.run.meter = meter.state_dict()  # for `save_best` too, whether or not a save is due
         if self._agree() or clock.is_last_epoch or (clock.epoch + 1) % self.options.save_every == 0:
+            check_same_weights(self.run.model, self.distributed)
             self._write_once()
 
     def between_epochs(self):
@@ -92,10 +97,12 @@ class Checkpointer:
         self._write_once()
         return True
 
-    def save_best(self, metrics: dict[str, float]):
-        """Save the run as its best, with the metrics of its evaluation."""
+    def save_best(self):
+        """Save the run as its best."""
         if self.distributed.is_main:
-            self.store.save_best(dict(self._state(), metrics=metrics))
+            if not self.store.has(self.run.clock.steps_taken):
+                self._write()
+            self.store.save_best(self.run.clock.steps_taken)
 
     def _agree(self) -> int:
         """2 where a process was asked to leave, 1 where a save is due, else 0; the same on all processes."""
@@ -110,19 +117,17 @@ class Checkpointer:
 
     def _write_once(self):
         """Write a checkpoint of the end of an epoch, where there is none yet."""
-        if not self.store.path(self.run.clock.steps_taken).exists():
+        if not self.store.has(self.run.clock.steps_taken):
             self._write()
 
     def _write(self):
         if self.distributed.is_main:
-            self.store.save(self.run.clock.steps_taken, self._state())
+            self.store.save(self.run.clock.steps_taken, dict(self.run.state_dict(), args=self.recipe))
         self.saved_at = time.monotonic()
 
-    def _state(self) -> dict[str, Any]:
-        return dict(self.run.state_dict(), args=self.recipe)
-
     def _leave(self):
-        # A launcher that sees one process end may end the others: not before the main one has saved.
+        # A launcher that sees one process end may end the others: not before the main one has written what it saved.
+        self.store.finish()
         self.distributed.max(0)
         clock = self.run.clock
         by = self.signals.signal or "a signal to another process"

@@ -42,6 +42,8 @@ NO_RESULT = _PLACE | {
     "data_path", "dist_eval", "download", "enable_wandb", "keep_checkpoints", "log_every", "project", "report",
     "save_every", "save_every_minutes", "save_every_steps", "shard_cache", "shard_cache_gb",
 }  # fmt: skip
+# Flags that may differ between the processes of a run, which may be on several machines.
+PLACES = NOT_OF_RUN | {"data_path", "report", "shard_cache", "teacher_path", "token_label"}
 
 
 def holds_checkpoint(folder: Path) -> bool:
@@ -279,12 +281,14 @@ class Settings:
 
     Attributes:
         evaluated: Flags that decide the result of an evaluation; --eval takes those that are not given from the run.
+        decides_epoch: Flags that decide what the images of an epoch are; a run that resumes within one keeps them.
 
     Raises:
         UsageError: Groups contradict each other.
     """
 
     evaluated: ClassVar[frozenset[str]] = frozenset({"task", "seed"})
+    decides_epoch: ClassVar[frozenset[str]] = frozenset({"seed"})
     task: TaskOptions
     loader: LoaderOptions
     optimizer: OptimizerOptions

@@ -42,11 +42,12 @@ def test_nobody_leaves_before_the_main_process_has_saved(tmp_path):
     notes = []
     store = CheckpointStore(tmp_path)
     store.save = lambda step, state: notes.append("saved")
+    store.finish = lambda: notes.append("written")
     signals = SignalHandler()
     signals.signal = "SIGTERM"
     with pytest.raises(Stopped, match="SIGTERM: stopped in epoch 0 after step 0 of 3, saved as "):
         create_checkpointer(store, Together(notes), signals).between_epochs()
-    assert notes == ["agreed", "saved", "agreed"]
+    assert notes == ["agreed", "saved", "written", "agreed"]
 
 
 def test_saving_moves_no_clock(store):
@@ -56,10 +57,12 @@ def test_saving_moves_no_clock(store):
     checkpointer = create_checkpointer(store, alone, signals, clock, save_every_steps=1)
     before = Clock(**vars(clock))
     checkpointer.after_step(Meter(alone))
+    store.finish()
     assert store.steps() == [4] and clock == before
     checkpointer.after_epoch(Meter(alone))
     checkpointer.between_epochs()
-    checkpointer.save_best(dict(acc1=1.0))
+    checkpointer.save_best()
+    store.finish()
     assert clock == before and read_checkpoint(str(store.best))["step"] == 1
     signals.signal = "SIGUSR1"
     for leave in (lambda: checkpointer.after_step(Meter(alone)), checkpointer.between_epochs):
@@ -79,7 +82,9 @@ def test_patience_is_over_by_the_main_process_alone(store, epoch, saved):
     assert [each.ends_early() for each in checkpointers] == [False, False]
     checkpointers[0].run.best_epoch = epoch - 1
     # of the last epoch, there is nothing to end
-    assert checkpointers[0].ends_early() == bool(saved) and store.steps() == saved
+    assert checkpointers[0].ends_early() == bool(saved)
+    store.finish()
+    assert store.steps() == saved
 
 
 def test_steps_are_counted_in_all_epochs(store):
@@ -96,4 +101,5 @@ def test_a_run_that_is_ended_at_once_says_what_it_leaves(store):
     checkpointer = create_checkpointer(store, Distributed(torch.device("cpu")), signals)
     assert signals.kept() == "no checkpoint was written yet"
     checkpointer._write()
+    store.finish()
     assert signals.kept() == f"the last checkpoint is {store.path(0)}"

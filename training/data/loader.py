@@ -23,6 +23,7 @@ from utils import UserError, count, derive_seed, printable, seed_generators
 from ..distributed import Distributed
 from ..options import LoaderOptions
 from ..process import end_with_parent
+from ..tensors import map_tensors
 
 # How many of the images that were skipped are named.
 _NAMED = 5
@@ -112,17 +113,10 @@ class ToDevice:
         """Nothing here is random."""
 
     def __iter__(self) -> Iterator[Any]:
-        return (self._move(batch) for batch in self.loader)
+        return (map_tensors(batch, self._move) for batch in self.loader)
 
-    def _move(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return value.to(self.device, non_blocking=True)
-        if isinstance(value, dict):
-            return {key: self._move(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            items = [self._move(item) for item in value]
-            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)  # a namedtuple has names
-        return value
+    def _move(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.device, non_blocking=True)
 
 
 class EpochLoader:
