@@ -10,11 +10,11 @@ from pathlib import Path
 from helpers.photos import write_photos
 from helpers.run_state import differences
 
-from . import downloads, kills
+from . import downloads, endings, kills
 from .runs import Course, Fault, TooLate, Verdict
 
 # By topic.
-FAULTS = {"downloads": downloads.FAULTS, "kills": kills.FAULTS}
+FAULTS = {"downloads": downloads.FAULTS, "endings": endings.FAULTS, "kills": kills.FAULTS}
 SHORT = {
     "SIGKILL at a random moment", "SIGKILL in the middle of writing a checkpoint", "SIGTERM",
     "SIGKILL, then the newest checkpoint cut off", "one of two processes killed",
