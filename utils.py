@@ -57,10 +57,11 @@ def check_name(kind: str, name: str, known: Collection[str]):
 
 
 def fail(message: str, exit_code: int) -> int:
-    """Print the one line of an error; returns `exit_code`."""
+    """Print the one line of an error, without the middle of words that fill a screen; returns `exit_code`."""
+    words = [f"{word[:100]}[...]{word[-100:]}" if len(word) > 5000 else word for word in message.split()]
     with suppress(OSError):  # standard error may lie on the disk that is full
         # In one write, so that the lines of several processes do not run together.
-        sys.stderr.write(f"error: {printable(' '.join(message.split()))}\n")
+        sys.stderr.write(f"error: {printable(' '.join(words))}\n")
     return exit_code
 
 

@@ -105,3 +105,9 @@ def test_a_script_that_is_interrupted_ends_with_one_line(capsys):
         raise KeyboardInterrupt
 
     assert utils.run_script(run) == 130 and capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_an_error_does_not_fill_the_screen(capsys):
+    path = "/" + 4000 * "a"  # as long as a path may be
+    assert utils.fail(f"{path} is not {10**4 * '9'}", 2) == 2
+    assert capsys.readouterr().err == f"error: {path} is not {100 * '9'}[...]{100 * '9'}\n"

@@ -17,6 +17,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from types import MappingProxyType
 from typing import Any, ClassVar, get_type_hints
 
@@ -79,6 +80,8 @@ def check_field(field: dataclasses.Field, value: Any):
     """Raises UsageError where a value is out of a field's range; None is in every range."""
     check = field.metadata["check"]
     wrong = check(value) if check is not None and value is not None else None
+    if isinstance(value, int) and value >= 10**12:  # no run counts so far, nor could say how long it takes
+        wrong = wrong or "must be below 10 ** 12"
     if wrong:
         raise UsageError(f"--{field.name} {wrong}, got {value}")
 
@@ -151,6 +154,11 @@ def key_value(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"takes KEY=VALUE, not {text!r}")
+    if len(value) > 1000:  # Python converts no number of so many digits
+        raise argparse.ArgumentTypeError(f"takes at most 1000 characters for {key}")
+    with suppress(ValueError):
+        if not math.isfinite(float(value)):
+            raise argparse.ArgumentTypeError(f"takes a finite number for {key}, not {value}")
     return key, literal(value)
 
 

@@ -6,6 +6,9 @@ import yaml
 
 from utils import UsageError, one_line, user_path
 
+# A recipe with every flag has some 5,000 characters. YAML's aliases make any number of values of a short text.
+MOST_CHARACTERS, MOST_VALUES = 100_000, 10_000
+
 
 def literal(text: str) -> Any:
     """The value that a text stands for: true, false, none, a Python literal, or else the text."""
@@ -22,17 +25,34 @@ class _Quoted(str):
     """A text that stands in quotes in YAML: it is no other literal."""
 
 
-class _GivenTwiceError(yaml.composer.ComposerError):
-    """A mapping has a key twice, which YAML allows."""
+class _RefusedError(yaml.composer.ComposerError):
+    """What YAML allows, and no recipe: a key that a mapping has twice, or more values than there is memory for."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which every scalar is a text but null, and no key is given twice."""
+    """YAML in which every scalar is a text but null, no key is given twice, and aliases do not multiply for ever."""
 
+    yaml_constructors: ClassVar = {
+        tag: construct for tag, construct in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.endswith((":null", ":map", ":seq"))
+    }
     yaml_implicit_resolvers: ClassVar = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self.count, self.sizes = 0, {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        is_alias, before = self.check_event(yaml.AliasEvent), self.count
+        node = super().compose_node(parent, index)
+        self.count += self.sizes.get(id(node), 1) if is_alias else 1
+        self.sizes[id(node)] = self.count - before
+        if self.count > MOST_VALUES:
+            raise _RefusedError(None, None, f"more than {MOST_VALUES:,} values", node.start_mark)
+        return node
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -40,12 +60,13 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             name = str(key.value).replace("-", "_")
             if name in seen:
-                raise _GivenTwiceError(None, None, f"{key.value} is given twice", key.start_mark)
+                raise _RefusedError(None, None, f"{key.value} is given twice", key.start_mark)
             seen.add(name)
         return node
 
     def construct_yaml_str(self, node: yaml.ScalarNode) -> str:
-        return _Quoted(node.value) if node.style in ("'", '"') else node.value
+        text = self.construct_scalar(node)
+        return _Quoted(text) if node.style in ("'", '"') else text
 
 
 _Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_yaml_str)
@@ -77,19 +98,25 @@ def read_recipe(source: str) -> dict[str, Any]:
     Values are texts, as on the command line: `amp: off` is no boolean. Those of a mapping are as in `literal`.
 
     Raises:
-        UsageError: It cannot be read, or is no mapping.
+        UsageError: It cannot be read, is no mapping, or is longer than any recipe.
     """
     loader = None
     try:
-        loader = _Loader(user_path(source).read_text(encoding="utf-8"))
+        with open(user_path(source), encoding="utf-8") as file:
+            text = file.read(MOST_CHARACTERS + 1)
+        if len(text) > MOST_CHARACTERS:
+            raise UsageError(f"--config {source}: more than {MOST_CHARACTERS:,} characters are no recipe")
+        loader = _Loader(text)
         recipe = loader.get_single_data() or {}
         if isinstance(recipe, dict):
             recipe = {key: _literals(value) if isinstance(value, dict) else value for key, value in recipe.items()}
     except OSError as error:
         raise UsageError(f"--config {source}: {error.strerror}") from error
-    except _GivenTwiceError as error:
+    except RecursionError as error:
+        raise UsageError(f"--config {source}: nested too deeply") from error
+    except _RefusedError as error:
         raise UsageError(f"--config {source}: {error.problem}, in line {error.problem_mark.line + 1}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {source}: not YAML ({one_line(error)})") from error
     finally:
         if loader is not None:

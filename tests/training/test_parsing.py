@@ -299,6 +299,10 @@ def test_values_that_look_like_flags():
     ]
 
 
+# Each of nine lists holds the one before ten times.
+ALIASES = "model_kwargs:\n  a0: &a0 x\n" + "".join(f"  a{i}: &a{i} [{10 * f'*a{i - 1},'}]\n" for i in range(1, 10))
+
+
 @pytest.mark.parametrize("text,message", [
     ("lrr: 1", "unknown key 'lrr'; did you mean lr?"),
     ("learning_rate: 3", "unknown key 'learning_rate'; did you mean lr?"),
@@ -315,8 +319,14 @@ def test_values_that_look_like_flags():
     ("model: a\narch: b\n", "model and arch are the same flag"),
     ("model_kwargs: {a: 1, b: 2, a: 3}", "a is given twice"),
     ("lr: 1\n---\nlr: 2\n", "not YAML"),
-    ("model_kwargs: &x {a: *x}", "not YAML"),
-    ("lr: " + 2000 * "[", "not YAML"),
+    ("model_kwargs: &x {a: *x}", "nested too deeply"),
+    ("lr: " + 10**4 * "[", "nested too deeply"),
+    (f"lr: {10**4 * '['}{10**4 * ']'}", "nested too deeply"),
+    (ALIASES, "more than 10,000 values, in line 5"),
+    (f"a: [{9999 * '1,'}1]", "more than 10,000 values"),
+    (f"lr: 1\n#{10**5 * ' '}", "more than 100,000 characters are no recipe"),
+    ("lr: !!int 3", "not YAML"), ("lr: !!float x", "not YAML"), ("lr: !!timestamp 9999-99-99", "not YAML"),
+    ("lr: !!str {a: b}", "not YAML"),
     ("model_kwargs: a=it's", "model_kwargs: No closing quotation"),
     ("lr: {a: 1}", "e.yaml: lr: invalid float value: 'a=1'"),
     ("lr: []", "e.yaml: lr: expected one argument"),
@@ -333,3 +343,23 @@ def test_a_recipe_that_is_no_text(tmp_path):
         parse("--config", str(tmp_path / "r.yaml"))
     (tmp_path / "r.yaml").write_text("")
     assert parse("--config", str(tmp_path / "r.yaml")) == parse()
+
+
+@pytest.mark.parametrize("text,message", [
+    ("a=" + 5000 * "9", "takes at most 1000 characters for a"),
+    ("a=1e999", "takes a finite number for a, not (1e999|inf)"),
+    ("a=-1e999", "takes a finite number for a, not (-1e999|-inf)"),
+])
+def test_values_that_are_no_numbers_of_a_computer(text, message, tmp_path):
+    """On the command line and in a recipe."""
+    with pytest.raises(UsageError, match=message):
+        parse("--model_kwargs", text)
+    (tmp_path / "e.yaml").write_text(f"model_kwargs: {{{text.replace('=', ': ')}}}")
+    with pytest.raises(UsageError, match=message):
+        parse("--config", str(tmp_path / "e.yaml"))
+
+
+@pytest.mark.parametrize("digits,message", [(13, "must be below 10 [*][*] 12"), (5000, "invalid int value")])
+def test_an_integer_has_an_end(digits, message):
+    with pytest.raises(UsageError, match=f"^--batch_size:? {message}"):
+        parse("--batch_size", "9" * digits)

@@ -10,13 +10,13 @@ from pathlib import Path
 from helpers.photos import write_photos
 from helpers.run_state import differences
 
-from . import downloads, kills, loader, state, watch
+from . import downloads, endings, kills, loader, state, watch
 from .runs import Course, Fault, TooLate, Verdict
 
 # By topic.
 FAULTS = {
-    "downloads": downloads.FAULTS, "kills": kills.FAULTS, "loader": loader.FAULTS, "state": state.FAULTS,
-    "watch": watch.FAULTS,
+    "downloads": downloads.FAULTS, "endings": endings.FAULTS, "kills": kills.FAULTS, "loader": loader.FAULTS,
+    "state": state.FAULTS, "watch": watch.FAULTS,
 }
 SHORT = {
     "SIGKILL at a random moment", "SIGKILL in the middle of writing a checkpoint", "SIGTERM",
