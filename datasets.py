@@ -139,6 +139,13 @@ class ImageDataset(Dataset):
             return self.source.samples[index][0]
         return self.source.name(index) if isinstance(self.source, TarShards) else str(index)
 
+    def fingerprint(self) -> str:
+        """Which images these are: a hash of their names and classes where they lie in folders, of their list where they
+        lie in shards; else, as of CIFAR, their number.
+        """
+        own = getattr(self.source, "fingerprint", None)
+        return f"{len(self)} images" if own is None else own()
+
     def __len__(self) -> int:
         return len(self.source)
 

@@ -10,6 +10,7 @@ import torch
 from timm.scheduler.scheduler import Scheduler
 from tqdm import tqdm
 
+from training.buffers import copy_buffers, put_back
 from training.data.loader import EpochLoader, report_skipped
 from training.distributed import share_statistics
 from training.health import check_loss_scale
@@ -17,6 +18,7 @@ from training.log import Meter, RunLog, check_finite, is_watched, log_line
 from training.progress import Doing
 from training.run import Run
 from training.task import Batch, Evaluator, Task
+from training.waits import GaveUpWaiting
 from utils import seed_everything
 
 
@@ -106,20 +108,27 @@ class Trainer:
         check_finite(self.run)
 
     def _train_step(self, batches: Iterator[Batch], meter: Meter):
-        """Take one optimizer step, on `update_freq` batches."""
-        clock, progress = self.run.clock, self.task.distributed.progress
+        """Take one optimizer step, on `update_freq` batches; without one of them, the run stays as it was before it."""
+        clock, progress, measured = self.run.clock, self.task.distributed.progress, []
+        before = copy_buffers(self.run.model) if self.update_freq > 1 else []  # which each batch changes
         for micro_batch in range(self.update_freq):
             start = time.perf_counter()
             progress.note(Doing.LOADING)
-            batch = next(batches)
+            try:
+                batch = next(batches)
+            except GaveUpWaiting:
+                put_back(before)
+                raise
             data_seconds = time.perf_counter() - start
             if micro_batch == 0:
                 seed_everything(self.seed, clock.epoch, clock.step, self.task.distributed.rank)
                 self.schedule.step_update(clock.global_step)
             losses = self._backward(batch, is_last=micro_batch == self.update_freq - 1)
-            meter.add(losses, self.task.count(batch), data_seconds, clock.global_step, self._learning_rate())
+            measured.append((losses, self.task.count(batch), data_seconds))
         progress.note(Doing.UPDATING)
         self._update_weights()
+        for losses, images, data_seconds in measured:
+            meter.add(losses, images, data_seconds, clock.global_step, self._learning_rate())
 
     def _backward(self, batch: Batch, is_last: bool) -> dict[str, torch.Tensor]:
         """Add the gradients of one batch, all-reduced with the last micro-batch of a step; returns its losses."""
@@ -149,7 +158,7 @@ class Trainer:
     def _write_log_line(self, meter: Meter):
         clock = self.run.clock
         values = meter.read(clock.epoch)
-        self.log.scalars("train", values, clock.global_step)
+        self.log.scalars("train", values, clock.steps_taken)
         seconds_left = values["batch_seconds"] * self.update_freq * (clock.total - clock.global_step)
         if self.task.distributed.is_main:
             tqdm.write(log_line(values, clock.epoch, clock.step, clock.epoch_steps, seconds_left))

@@ -34,7 +34,7 @@ from omegaconf.errors import OmegaConfBaseException
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment, clean_env, environment_variables
 
 import main as program
-from training import parsing, recipes
+from training import flags, parsing, recipes
 from training.advice import with_advice
 from training.checkpoints import open_store
 from training.command_line import choose_task
@@ -198,7 +198,7 @@ def run_name(recipe: dict[str, Any]) -> str:
     >>> run_name(dict(lr="5e-4", batch_size="128", data_path="/in1k"))
     'batch_size.128-lr.5e-4'
     """
-    text = "-".join(f"{key}.{value}" for key, value in sorted(recipe.items()) if key not in NO_RESULT)
+    text = "-".join(f"{key}.{flags.kept(value)}" for key, value in sorted(recipe.items()) if key not in NO_RESULT)
     name = re.sub(r"[^\w.,+-]+", "_", re.sub(r"[][{}'\" ]", "", text), flags=re.ASCII).strip("_") or "defaults"
     if len(name) > 200:  # file systems take 255 bytes
         name = f"{name[:200]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -13,11 +13,12 @@ from timm.optim import list_optimizers
 import engine
 from optim_factory import OptimizerError, Schedule, ScheduleError, WarmupError, create_optimizer, scaled_lr
 from training import advice, command_line, flags, options
+from training.alike import check_same_start
 from training.checkpointer import Checkpointer, Stopped
 from training.checkpoints import find_start, keep_best, open_store
 from training.command_line import CommandLine, TaskRegistry
 from training.distributed import init_distributed, shutdown_distributed
-from training.log import NonFiniteLossError, RunLog, is_complete, open_log, print_end, print_plan
+from training.log import RunLog, is_complete, open_log, print_end, print_plan
 from training.options import Settings
 from training.precision import Precision
 from training.run import BestMetric, Clock, Run, create_ema
@@ -94,10 +95,10 @@ def evaluate_epoch(trainer: engine.Trainer, data: Data, checkpointer: Checkpoint
     results["val"], evaluator = evaluate(task, data, run.model)
     if run.ema is not None and task.settings.ema.model_ema_eval:
         results["ema"], evaluator = evaluate(task, data, run.ema.module, "model EMA")
-    trainer.log.evaluations(results, lambda: task.pictures(evaluator), run.clock.global_step)
+    trainer.log.evaluations(results, lambda: task.pictures(evaluator), run.clock.steps_taken)
     metrics = results["val"] | {f"ema_{name}": value for name, value in results.get("ema", {}).items()}
     if run.record_best(metrics):
-        checkpointer.save_best(metrics)
+        checkpointer.save_best()
     return {f"{name}_{key}": value for name, values in results.items() for key, value in values.items()}
 
 
@@ -125,7 +126,7 @@ def create_run(task: Task, data: Data) -> Run:
     return Run(
         model, ema, optimizer, task.precision.grad_scaler(), clock, global_batch, data.train_loader.ranges,
         BestMetric(best, higher=task.metrics[best.removeprefix("ema_")]), task.classes, task.held_out,
-        len(data.train_loader.dataset),
+        len(data.train_loader.dataset), data.fingerprints.get("train"),
     )
 
 
@@ -172,16 +173,16 @@ def train(task: Task, signals: SignalHandler):
     if settings.machine.deterministic:
         use_deterministic_algorithms()
     # One time for all processes, whose clocks differ.
-    store = open_store(settings.checkpoint, task.name, started=distributed.max(int(time.time())))
+    store = open_store(settings.checkpoint, task.name, started=distributed.max(time.time_ns()))
     data = Data.of(task)
     run = create_run(task, data)
-    clock = run.clock
+    clock, recipe = run.clock, flags.as_recipe(settings)
     with store.locked() if distributed.is_main else nullcontext():
         source = find_start(settings.checkpoint, store, distributed)
         if source:
-            run.load(source, settings.optimizer.opt, distributed.print)
+            run.load(source, recipe, settings.decides_epoch, distributed.print)
             keep_best(run, source, store, distributed)
-        recipe = flags.as_recipe(settings)
+        check_same_start(recipe, data.fingerprints, run.model if source else None, distributed)
         if is_complete(clock, source, store.folder, recipe, distributed):
             distributed.print(f"training is already complete: nothing is left to do after {source}")
             return
@@ -193,13 +194,10 @@ def train(task: Task, signals: SignalHandler):
                     print(f"resuming from {source}: {clock.position}")
                 task.preview(data.train_loader.dataset, clock)
             saver = Checkpointer(run, store, distributed, signals, recipe, settings.checkpoint)
-            try:
-                with watched(distributed, clock, store.folder, settings.machine.hang_timeout):
-                    train_until_over(create_trainer(task, run, log), data, saver)
-            except NonFiniteLossError as error:
-                raise NonFiniteLossError(f"{error}; {store.kept()}") from error
-        if distributed.is_main:
-            print_end(run, store)
+            with saver.leaving_without_data(), watched(distributed, clock, store.folder, settings.machine.hang_timeout):
+                train_until_over(create_trainer(task, run, log), data, saver)
+    if distributed.is_main:
+        print_end(run, store)
 
 
 # --- the program ------------------------------------------------------------------------------------------------------
@@ -237,7 +235,7 @@ def main(argv: Sequence[str] | None = None, tasks: TaskRegistry = TASKS) -> int:
         return EXIT_RESUME
     except KeyboardInterrupt:
         return fail("interrupted", 130)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, MemoryError) as error:
         fault = fault_of(error)
         if fault is None:
             raise

@@ -156,7 +156,9 @@ def seed_everything(seed: int, *salt: int):
 
 def is_url(source: str | Path) -> bool:
     """Whether a file or folder is on a web server."""
-    return urlparse(str(source)).scheme in ("http", "https")
+    with suppress(ValueError):
+        return urlparse(str(source)).scheme in ("http", "https")
+    return False
 
 
 def user_path(text: str | Path) -> Path:

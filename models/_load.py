@@ -106,10 +106,11 @@ def load(source: str, weights: str | None = None, model: str | None = None) -> t
             fit it, has arguments that it does not take, or holds NaN or infinite weights.
     """
     checkpoint = stored.read_checkpoint(str(source))
+    source = stored.public(str(source))
     recipe = NetworkRecipe.of(checkpoint, model)
     if recipe.model is None:
         raise stored.WeightsError(f"{source} does not say which model it belongs to; name it: load(..., model='NAME')")
     if not timm.is_model(recipe.model):
         raise stored.WeightsError(f"{source} is of the model {recipe.model!r}, which timm does not know")
-    network = create_trained(recipe, checkpoint, str(source), weights)
+    network = create_trained(recipe, checkpoint, source, weights)
     return network, transform_of(network, recipe.exif_transpose)

@@ -114,7 +114,8 @@ def _read_weights(
         return checkpoint, stored.without_model_prefix(stored.unwrap(checkpoint, key))
     except stored.WeightsError as error:
         if cfg.file or cfg.state_dict:
-            raise RuntimeError(f"{cfg.file or 'state_dict'} cannot be read as weights: {error}") from error
+            name = stored.public(str(cfg.file or "state_dict"))
+            raise RuntimeError(f"{name} cannot be read as weights: {error}") from error
         reason = f"the weights of {variant} could not be loaded ({error}): download them by hand, from {cfg.origin_url}"
         raise NoWeightsError(variant, reason) from error
 

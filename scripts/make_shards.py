@@ -3,8 +3,8 @@
     python scripts/make_shards.py /path/to/imagenet-1k /path/to/shards --size 1000
 
 Writes SPLIT-000000.tar and so on and, at the end, the index `_info.json`: the names of the classes, and the number of
-samples and the sha256 of each shard. The images of a split are shuffled first, so that every shard has images of all
-classes; the same folder, size and seed give the same bytes. Classes are numbered as in training on the folder.
+samples, the sha256 and the size of each shard. The images of a split are shuffled first, so that every shard has images
+of all classes; the same folder, size and seed give the same bytes. Classes are numbered as in training on the folder.
 
 Each image is decoded once, so that none is packed that training could not read.
 """
@@ -96,6 +96,7 @@ def write_split(name: str, images: list[tuple[str, int]], output: Path, size: in
         filenames=[path.name for path in paths],
         shard_lengths=[len(part) for part in parts],
         sha256=hashes,
+        shard_bytes=[path.stat().st_size for path in paths],
     )
 
 

@@ -2,11 +2,13 @@
 import errno
 import hashlib
 import pickle
+import re
 import sys
 import unicodedata
 import zipfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -14,10 +16,13 @@ from urllib.parse import urlparse
 import torch
 
 from .plain import PLAIN, NotPlainError, as_numpy
-from .remote import RemoteCache, TransferError
+from .remote import RemoteCache, TransferError, public
 
 # Prefixes that torch.compile and DistributedDataParallel put before parameter names, in either order.
 _WRAPPERS = ("_orig_mod.", "module.", "_orig_mod.")
+# torch.save does not compress. Whoever did may have saved a tenth, and zeros that need next to nothing.
+_MOST_COMPRESSED = 10
+_MOST_ZEROS = 2**26
 
 
 class WeightsError(ValueError):
@@ -25,7 +30,7 @@ class WeightsError(ValueError):
 
 
 class HostileFileError(WeightsError):
-    """A file that would run code, or read memory of its own choice, if it were unpickled as it asks."""
+    """A file that would run code, read memory of its own choice, or fill it, if it were unpacked as it asks."""
 
 
 class UnreadableError(WeightsError):
@@ -41,23 +46,32 @@ class MismatchError(WeightsError):
 
 
 def _is_url(source: str) -> bool:
-    return urlparse(source).scheme in ("http", "https", "file")
+    with suppress(ValueError):
+        return urlparse(source).scheme in ("http", "https", "file")
+    return False
 
 
 def _copy_name(source: str) -> str:
     # The last part of the address would not do: file-sharing services serve every file under the same one.
-    return f"{hashlib.sha256(source.encode()).hexdigest()[:16]}-{Path(urlparse(source).path).name}"
+    url, has_hash, _ = source.partition("#")
+    key = hashlib.sha256((public(source) if has_hash else url).encode()).hexdigest()[:16]
+    return f"{key}-{Path(urlparse(url).path).name[-100:]}"
 
 
 def _cache(cache_dir: str | Path | None) -> RemoteCache:
-    folder = Path(cache_dir or torch.hub.get_dir()) / "checkpoints"
+    return _cache_in(Path(cache_dir or torch.hub.get_dir()) / "checkpoints")
+
+
+@cache  # a program reads a checkpoint several times, and compares its copy with its hash the first time
+def _cache_in(folder: Path) -> RemoteCache:
     return RemoteCache(folder, on_download=lambda url: print(f"downloading {url} to {folder}", file=sys.stderr))
 
 
 def fetch(source: str, cache_dir: str | Path | None = None) -> Path:
     """The local file of a path or URL; a URL is downloaded once for all processes of the machine.
 
-    A URL that ends in `#sha256=` and (the beginning of) the file's hash is downloaded and compared with it.
+    A URL may end in `#sha256=` and the file's hash, or at least the first 8 hexadecimal digits of it; the download and,
+    at the start of each later run, its copy is compared with it. Without, a copy is compared with what was downloaded.
 
     Args:
         source: Path or URL.
@@ -75,12 +89,16 @@ def fetch(source: str, cache_dir: str | Path | None = None) -> Path:
         except OSError as error:  # a folder that may not be entered, or a disk that does not answer
             raise UnreadableError(f"{source}: the system cannot read it: {error.strerror}") from error
         raise WeightsError(f"{source}: no such checkpoint file")
-    url, _, fragment = source.partition("#")
-    expected = fragment.removeprefix("sha256=") if fragment.startswith("sha256=") else None
+    url, has_fragment, fragment = source.partition("#")
+    expected = re.fullmatch("sha256=([0-9a-fA-F]{8,64})", fragment)
+    if has_fragment and expected is None:
+        raise WeightsError(
+            f"{public(source)}: after # must stand sha256= and the file's SHA-256, or at least its first 8 digits"
+        )
     try:
-        return _cache(cache_dir).path(url, _copy_name(source), expected)
+        return _cache(cache_dir).path(url, _copy_name(source), expected and expected[1])
     except (OSError, TransferError) as error:
-        raise WeightsError(f"{source}: cannot be downloaded: {error}") from error
+        raise WeightsError(f"{public(source)}: cannot be downloaded: {error}") from error
 
 
 def read_checkpoint(source: str, cache_dir: str | Path | None = None, mmap: bool = False) -> dict[str, Any]:
@@ -111,16 +129,23 @@ def read_checkpoint(source: str, cache_dir: str | Path | None = None, mmap: bool
 def read_file(path: Path, mmap: bool = False) -> dict[str, Any]:
     """`read_checkpoint` of a local file."""
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix == ".safetensors":  # which neither compresses nor lets tensors overlap
             import safetensors.torch
 
             return safetensors.torch.load_file(path)
+        if unpacked := _unpacked_size(path):
+            size, full = (f"{length / 1e6:,.1f} MB" for length in (path.stat().st_size, unpacked))
+            raise HostileFileError(
+                f"{path}: refused, since its {size} unpack to {full}; ask its author for a file that is not compressed"
+            )
         with torch.serialization.safe_globals(PLAIN):
             # Files of old formats cannot be mapped.
             mmap = mmap and zipfile.is_zipfile(path)
             checkpoint = as_numpy(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
+    except HostileFileError:
+        raise
     except Exception as error:  # on damaged bytes the unpickler raises nearly anything
-        fault = _system_fault(error)
+        fault = system_fault(error)
         if fault is not None:
             raise UnreadableError(f"{path}: the system cannot read it: {fault}") from error
         why = _why_refused(path, error)
@@ -133,13 +158,23 @@ def read_file(path: Path, mmap: bool = False) -> dict[str, Any]:
     return checkpoint
 
 
-def _system_fault(error: Exception) -> str | None:
+def _unpacked_size(path: Path) -> int | None:
+    """Bytes that a zip file unpacks to, where that is more than a checkpoint would; None where it is not, or no zip."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+    except Exception:  # another format, or damaged: torch says what
+        return None
+    return size if size > _MOST_COMPRESSED * path.stat().st_size + _MOST_ZEROS else None
+
+
+def system_fault(error: Exception) -> str | None:
     """Why the system could not read a file; None where an error is of what is in the file."""
     if isinstance(error, MemoryError) or "allocate memory" in str(error):  # torch has no class for that of a CPU
         return "out of memory"
     # Damaged offsets in a zip file ask for places before its beginning, which is an invalid argument.
-    if isinstance(error, OSError) and error.errno != errno.EINVAL:
-        return error.strerror or str(error)
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        return error.strerror
     return None
 
 
@@ -202,7 +237,7 @@ def default_weights(checkpoint: dict[str, Any], source: str) -> tuple[str | None
     metrics = best if isinstance(best, dict) and _holds_weights(checkpoint.get("model_ema")) else ()
     for name in metrics:
         if str(name).startswith("ema_"):
-            return "model_ema", [f"{source}: the EMA weights are taken, since the run's best metric is {name}"]
+            return "model_ema", [f"{public(source)}: the EMA weights are taken, since the run's best metric is {name}"]
     return None, []
 
 
@@ -316,7 +351,7 @@ def check_finite(model: torch.nn.Module, source: str):
     """
     for name, value in model.state_dict().items():
         if value.is_floating_point() and not value.isfinite().all():
-            raise WeightsError(f"{source}: weights are NaN or infinite, {name} first")
+            raise WeightsError(f"{public(source)}: weights are NaN or infinite, {name} first")
 
 
 def _mismatches(expected: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> list[str]:
@@ -326,6 +361,12 @@ def _mismatches(expected: dict[str, torch.Tensor], weights: dict[str, torch.Tens
         *(
             f"{name} is {tuple(value.shape)} instead of {tuple(expected[name].shape)}"
             for name, value in weights.items()
-            if name in expected and value.shape != expected[name].shape
+            if name in expected and _is_dense(value) and value.shape != expected[name].shape
         ),
+        *(f"{name} is no dense tensor" for name, value in weights.items() if name in expected and not _is_dense(value)),
     ]
+
+
+def _is_dense(value: torch.Tensor) -> bool:
+    """Whether a tensor holds a number for each element, which can be copied."""
+    return value.layout == torch.strided and not (value.is_quantized or value.is_meta or value.is_nested)

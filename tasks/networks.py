@@ -6,6 +6,7 @@ import torch
 from timm.data import resolve_data_config
 
 from models import NetworkRecipe, NoWeightsError, family_filter, size_kwargs
+from storage.remote import public
 from storage.weights import (
     MismatchError,
     WeightsError,
@@ -138,9 +139,9 @@ def load_checkpoint(
         check_finite(model, source)
     if kept:
         reason = difference or "has another number of classes"
-        notes.append(f"{source} {reason}: the classifier is re-initialised")
+        notes.append(f"{public(source)} {reason}: the classifier is re-initialised")
     elif difference:
-        notes.append(f"warning: {source} {difference}")
+        notes.append(f"warning: {public(source)} {difference}")
     return notes
 
 

@@ -48,9 +48,10 @@ PARSE = ("training/flags.py", "training/parsing.py")
 NAME_SLURMS_FLAGS = {
     "training/slurm.py": {"--cpus-per-task=", "--kill-on-bad-exit=", "--noheader", "--jobs=", "--format="},
 }
-# Errors of torch and gloo that have no class of their own; in scripts/bench memory that ran out.
+# Errors of torch, gloo and Pillow that have no class of their own; in scripts/bench memory that ran out.
 READ_ERRORS = {
     "training/signals.py:fault_of", "storage/weights.py:_foreign_objects", "storage/weights.py:_system_fault",
+    "training/data/images.py:_is_out_of_memory",
     "scripts/bench/*",
 }
 FUSED = ("ops/impl/triton/*", "ops/fused/*")

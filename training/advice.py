@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from utils import UserError
 
 from . import (
+    alike,
     checkpoints,
     compiler,
     cuda_graphs,
@@ -12,9 +13,11 @@ from . import (
     log,
     restarts,
     run,
+    saved_state,
     signals,
     task,
     trackers,
+    waits,
     watchdog,
 )
 
@@ -35,12 +38,17 @@ ADVICE: Mapping[type[UserError], str] = {
     task.SingleImageError: "give --batch_size 2 or more",
     task.ShortEpochError: "lower --update_freq or --batch_size",
     restarts.NoProgressError: "start it again with a time limit that is longer than its start and a step take",
-    run.NoRunError: "fine-tune from it with --finetune",
+    checkpoints.LostCheckpointsError: "put them back, resume from best.pth with --resume, or take another --output_dir",
+    alike.UnlikeProcessesError: "start all processes with the same flags, on the same data",
+    alike.DivergedError: "resume on other machines, from the last checkpoint, with --auto_resume",
+    saved_state.BrokenRunError: "resume from another checkpoint, or take its weights with --finetune",
+    saved_state.NoRunError: "fine-tune from it with --finetune",
     run.HeldOutMismatchError: "give --val_split and --seed as in that run, or fine-tune from it with --finetune",
     run.NoEmaError: "resume with --model_ema false",
     run.OptimizerMismatchError: "--opt, --weight_decay, --decay_groups, --layer_decay and --freeze_backbone must be "
                                 "as in that run",
     run.BatchMismatchError: "keep --batch_size x processes x --update_freq, or resume from the end of an epoch",
+    run.DataMismatchError: "give what it had, or resume from the end of an epoch",
     run.ShardMismatchError: "keep the number of processes, or resume from the end of an epoch",
     log.NonFiniteLossError: "try a lower --lr, longer --warmup_epochs, --clip_grad 5 or --amp off",
     trackers.WandbError: "log in with `wandb login`, set WANDB_MODE=offline, or leave out --enable_wandb",
@@ -48,6 +56,11 @@ ADVICE: Mapping[type[UserError], str] = {
                               "--grad_checkpointing",
     signals.NondeterministicFault: "leave out --deterministic",
     signals.WorkerFault: "give fewer --num_workers or more memory",
+    signals.HostMemoryFault: "give fewer --num_workers, a smaller --batch_size, or more memory",
+    signals.SharedMemoryFault: "make it larger, by docker run --shm-size 8g for example, or give fewer --num_workers",
+    signals.OpenFilesFault: "raise the limit, by ulimit -n 65536 for example, or give fewer --num_workers",
+    signals.TemporaryFolderFault: "set TMPDIR to a short one",
+    waits.NoDataFault: "--loader_timeout says how long a run waits for data",
     signals.PeerFault: "--dist_timeout says how long a process waits for another",
     watchdog.HangFault: "--hang_timeout says how long a run may take for nothing",
     signals.MachineFault: "what was saved is intact, resume with --auto_resume and the run's --output_dir",

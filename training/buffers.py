@@ -5,16 +5,26 @@ from contextlib import contextmanager
 import torch
 
 
+def copy_buffers(network: torch.nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Batch norm's running statistics and all other buffers, each with a copy of what it is now."""
+    return [(buffer, buffer.clone()) for buffer in network.buffers()]
+
+
+@torch.no_grad()
+def put_back(copies: list[tuple[torch.Tensor, torch.Tensor]]):
+    """Make the buffers what they were when they were copied."""
+    for buffer, before in copies:
+        buffer.copy_(before)
+
+
 @contextmanager
 def unchanged_buffers(network: torch.nn.Module) -> Iterator[None]:
-    """Put batch norm's running statistics, and all other buffers, back in the end."""
-    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    """Put all buffers back in the end."""
+    copies = copy_buffers(network)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+        put_back(copies)
 
 
 def discarded_pass(network: torch.nn.Module, loss: Callable[[], torch.Tensor]):

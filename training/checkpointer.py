@@ -1,8 +1,11 @@
 """Saves a run when a save is due, and ends it when it is asked to leave."""
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .alike import check_same_weights
 from .checkpoints import CheckpointStore
 from .distributed import Distributed
 from .log import Meter, check_finite
@@ -11,10 +14,11 @@ from .progress import Doing
 from .restarts import MOST, NoProgressError, count_starts
 from .run import Run
 from .signals import SignalHandler
+from .waits import GaveUpWaiting
 
 
 class Stopped(Exception):
-    """The run was asked to leave, and has saved itself in `folder`."""
+    """The run was asked to leave, and resumes from what is saved in `folder`."""
 
     def __init__(self, message: str, folder: Path):
         super().__init__(message)
@@ -46,6 +50,7 @@ class Checkpointer:
         self.recipe, self.options = recipe, options
         signals.kept = store.kept
         self.saved_at, self.position_before = time.monotonic(), self._position()
+        self.meter: Meter | None = None  # of an epoch, from its first step to its end
 
     def after_step(self, meter: Meter):
         """Save, and leave, where it is time to.
@@ -53,15 +58,16 @@ class Checkpointer:
         Raises:
             Stopped: A signal came to one of the processes.
             NoProgressError: One came in each of several starts, and none of them got any further.
+            UserError: What was last saved could not be written.
         """
-        clock = self.run.clock
-        if clock.epoch_is_over:
+        self.store.check()
+        self.meter = meter
+        if self.run.clock.epoch_is_over:
             return  # saved by `after_epoch`, once the processes have shared batch norm's statistics
         agreed = self._agree()
         if agreed:
-            meter.gather(clock.epoch)
-            check_finite(self.run)
-            self.run.meter = meter.state_dict()
+            self._read_meter()
+            check_same_weights(self.run.model, self.distributed)
             self._write()
         if agreed >= 2:
             self._leave()
@@ -72,8 +78,9 @@ class Checkpointer:
         Also called where a run resumes from there; then, in a new folder, that is its first checkpoint.
         """
         clock = self.run.clock
-        self.run.meter = meter.state_dict()  # for `save_best` too, whether or not a save is due
+        self.run.meter, self.meter = meter.state_dict(), None  # for `save_best` too, whether or not a save is due
         if self._agree() or clock.is_last_epoch or (clock.epoch + 1) % self.options.save_every == 0:
+            check_same_weights(self.run.model, self.distributed)
             self._write_once()
 
     def between_epochs(self):
@@ -87,6 +94,25 @@ class Checkpointer:
             self._write()
             self._leave()
 
+    @contextmanager
+    def leaving_without_data(self) -> Iterator[None]:
+        """Leave where a signal came while this process waited for data, which did not come.
+
+        A run of one process saves itself as it was after its last step; several cannot agree on a step.
+
+        Raises:
+            Stopped: So it was.
+            NoProgressError: It was, as in several starts before, none of which got any further.
+        """
+        try:
+            yield
+        except GaveUpWaiting:
+            if self.distributed.is_distributed:
+                raise self._stopped(f"without data, {self.store.kept()}", self._starts_in_vain()) from None
+            self._read_meter()
+            self._write_once()
+            self._leave()
+
     def ends_early(self) -> bool:
         """Whether the run is to end before its last epoch, for want of a better evaluation; saves it then."""
         # Other processes may find another best: on a GPU, evaluations differ in the last digits.
@@ -96,11 +122,13 @@ class Checkpointer:
         self._write_once()
         return True
 
-    def save_best(self, metrics: dict[str, float]):
-        """Save the run as its best, with the metrics of its evaluation."""
+    def save_best(self):
+        """Save the run as its best."""
         self.distributed.progress.note(Doing.SAVING)
         if self.distributed.is_main:
-            self.store.save_best(dict(self._state(), metrics=metrics))
+            if not self.store.has(self.run.clock.steps_taken):
+                self._write()
+            self.store.save_best(self.run.clock.steps_taken)
 
     def _agree(self) -> int:
         """2 where a process was asked to leave, 1 where a save is due, else 0; the same on all processes."""
@@ -114,33 +142,41 @@ class Checkpointer:
         return by_steps or (by_time and self.distributed.is_main)
 
     def _write_once(self):
-        """Write a checkpoint of the end of an epoch, where there is none yet."""
-        if not self.store.path(self.run.clock.steps_taken).exists():
+        """Write a checkpoint of this step, where there is none yet."""
+        if not self.store.has(self.run.clock.steps_taken):
             self._write()
+
+    def _read_meter(self):
+        """Where an epoch is being trained, have the run hold what was measured; raises NonFiniteLossError."""
+        if self.meter is not None:
+            self.meter.gather(self.run.clock.epoch)
+            check_finite(self.run)
+            self.run.meter = self.meter.state_dict()
 
     def _write(self):
         self.distributed.progress.note(Doing.SAVING)
         if self.distributed.is_main:
-            self.store.save(self.run.clock.steps_taken, self._state())
+            self.store.save(self.run.clock.steps_taken, dict(self.run.state_dict(), args=self.recipe))
         self.saved_at = time.monotonic()
 
-    def _state(self) -> dict[str, Any]:
-        return dict(self.run.state_dict(), args=self.recipe)
-
     def _leave(self):
-        position = self._position()
-        in_vain = self.distributed.is_main and position == self.position_before
-        # A launcher that sees one process end may end the others: not before the main one has saved.
-        starts = self.distributed.max(count_starts(self.store.folder, position) if in_vain else 0)
-        clock = self.run.clock
-        by = self.signals.signal or "a signal to another process"
-        message = (
-            f"{by}: stopped in epoch {clock.epoch} after step {clock.step} of {clock.epoch_steps}, "
-            f"saved as {self.store.path(clock.steps_taken)}"
-        )
-        if starts >= MOST:
-            raise NoProgressError(f"{message}; {starts} starts in a row got no further")
-        raise Stopped(message, self.store.folder)
+        self.distributed.progress.note(Doing.SAVING)
+        # A launcher that sees one process end may end the others: not before the main one has written what it saved.
+        self.store.finish()
+        starts = self.distributed.max(self._starts_in_vain())
+        raise self._stopped(f"saved as {self.store.path(self.run.clock.steps_taken)}", starts)
 
     def _position(self) -> list[int]:
         return [self.run.clock.epoch, self.run.clock.step]
+
+    def _starts_in_vain(self) -> int:
+        """How many starts in a row, this one included, got no further; the main process counts them."""
+        in_vain = self.distributed.is_main and self._position() == self.position_before
+        return count_starts(self.store.folder, self._position()) if in_vain else 0
+
+    def _stopped(self, how: str, starts: int) -> Stopped | NoProgressError:
+        clock, by = self.run.clock, self.signals.signal or "a signal to another process"
+        message = f"{by}: stopped in epoch {clock.epoch} after step {clock.step} of {clock.epoch_steps}, {how}"
+        if starts >= MOST:
+            return NoProgressError(f"{message}; {starts} starts in a row got no further")
+        return Stopped(message, self.store.folder)

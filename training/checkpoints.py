@@ -3,21 +3,26 @@ import fcntl
 import os
 import re
 import shutil
+import socket
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from storage.weights import HostileFileError, WeightsError, fetch, read_file
+from storage.locks import open_lock
+from storage.remote import public
+from storage.weights import HostileFileError, UnreadableError, WeightsError, fetch, read_file, system_fault
 from utils import UserError, as_user_error, replace_file
 
+from .background import BackgroundWriter
 from .distributed import Distributed
 from .options import OUTPUTS, CheckpointOptions
-from .run import Run
+from .run import Run, SpoiledRunError
+from .tensors import copy_to_memory
 
 
 class FolderInUseError(UserError):
@@ -34,6 +39,10 @@ class NoFolderError(UserError):
 
 class DamagedCheckpointError(UserError):
     """A checkpoint is damaged or truncated."""
+
+
+class LostCheckpointsError(UserError):
+    """A folder in which a run has saved itself holds no checkpoint any more, but other results of it."""
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -76,22 +85,24 @@ def is_intact(path: Path) -> bool:
     """Whether a checkpoint of ours can be read and its checksums are right, which torch.load does not look at.
 
     Raises:
-        UserError: The system cannot read the file, or it holds code.
+        UserError: The system cannot read the file or has no memory for it, which says nothing about the file; or it
+            holds code.
     """
+    if path.exists() and not path.is_file():  # reading a pipe or a device may never end
+        raise UserError(f"{path} is no file")
     try:
         with open(path, "rb") as file:
             while file.read(2**24):
                 pass
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:
                 return False
-        read_file(path)
-    except HostileFileError as error:
+        read_file(path, mmap=True)
+    except (HostileFileError, UnreadableError) as error:
         raise UserError(str(error)) from error
-    except Exception:  # damaged bytes make zipfile raise nearly anything
+    except Exception as error:  # damaged bytes make zipfile raise nearly anything
+        if fault := system_fault(error):
+            raise UserError(f"{path} cannot be read: {fault}") from error
         return False
     return True
 
@@ -99,16 +110,20 @@ def is_intact(path: Path) -> bool:
 class CheckpointStore:
     """The checkpoints of one run in its folder, each named after the number of optimizer steps taken.
 
-    `last.pth` is a link to the newest, `best.pth` a file of its own.
+    `last.pth` is a link to the newest. `best.pth` is another name of the best one, which outlives the removal of that.
+    They are written behind the training, never two at once; `finish` waits for it.
 
     Args:
         folder: The run's.
         keep: How many of the newest to keep.
+        is_new: Whether no run may be there.
     """
 
-    def __init__(self, folder: Path, keep: int = 2):
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int = 2, is_new: bool = False):
+        self.folder, self.keep, self.is_new = folder, keep, is_new
         self.last, self.best = folder / "last.pth", folder / "best.pth"
+        self._writer = BackgroundWriter()
+        self._saved: int | None = None
 
     def path(self, step: int) -> Path:
         """The file of the checkpoint after `step` optimizer steps."""
@@ -125,41 +140,75 @@ class CheckpointStore:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Lock the folder for this process, and remove what a killed run left half written.
+        """Lock the folder for this process, remove what a killed run left half written, and finish at the end.
 
         Raises:
-            UserError: Another process writes there.
+            UserError: Another process writes there; says which. FolderInUseError where one has written since
+                `open_store` looked. Or, meanwhile, something in the folder could not be read or written.
+            SpoiledRunError: One that is raised within says in addition which checkpoint there is.
         """
+        with self._lock():
+            if self.is_new and self.holds_run():
+                raise FolderInUseError(f"{self.folder} already holds a run")
+            # What `replace_file` names so; an editor's files are named otherwise.
+            for pattern in (".*.pth.*", ".args.yaml.????????", ".log.txt.????????"):
+                for path in self.folder.glob(pattern):
+                    path.unlink()
+            try:
+                yield
+                self.finish()
+            except SpoiledRunError as error:
+                self.finish()
+                raise type(error)(f"{error}; {self.kept()}") from error
+            except OSError as error:  # a folder in the place of a file, a circle of links, or nothing any more
+                path = error.filename2 or error.filename  # the second is what a file was to replace
+                if path is None or not Path(os.fsdecode(path)).is_relative_to(self.folder):
+                    raise
+                raise UserError(f"{path}: {error.strerror}; {self.kept()}") from error
+            finally:
+                self.finish()
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = open(self.folder / ".lock", "wb")  # noqa: SIM115, closed below
+            file = open_lock(self.folder / ".lock")
         except OSError as error:
-            raise UserError(f"cannot write to {self.folder}: {error.strerror}") from error
-        with lock as file:
+            raise UserError(f"cannot write to {error.filename or self.folder}: {error.strerror}") from error
+        with file:
             try:
                 # This lock is the process's own: data loading processes inherit open files, and outlive it by seconds.
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"another run is writing to {self.folder}; stop it, or take another folder") from None
+                file.seek(0)
+                holder = file.read(200).decode(errors="replace").strip() or "not known which"
+                raise UserError(
+                    f"another run is writing to {self.folder} ({holder}); stop it, or take another folder"
+                ) from None
             except OSError:
                 pass  # a file system without locks
-            for path in self.folder.glob(".*.pth.*"):
-                path.unlink()
+            with suppress(OSError):  # a full disk
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+                file.flush()
             yield
+
+    # --- reading ------------------------------------------------------------------------------------------------------
 
     def newest_intact(self) -> int | None:
         """The step of the newest intact checkpoint; later ones are renamed to `*.damaged`, with a line about each.
 
+        Where there is no checkpoint, but a whole `last.pth` that is no link, that is the newest.
+
         Raises:
-            UserError: There are checkpoints, and none is intact.
+            UserError: There are checkpoints, and none is intact, or one cannot be read.
         """
         damaged = []
-        for step in reversed(self.steps()):
+        for step in reversed(self.steps() or self._steps_of_last()):
             path = self.path(step)
             if is_intact(path):
                 for other in damaged:
-                    other.rename(other.with_suffix(".pth.damaged"))
-                    print(f"{other} is damaged, and renamed to {other.name}.damaged")
+                    _set_aside(other)
                 self._point_last(path)  # the run may have been killed before it did
                 return step
             damaged.append(path)
@@ -167,75 +216,134 @@ class CheckpointStore:
             raise UserError(f"no checkpoint in {self.folder} is intact; to start a new run, take another folder")
         return None
 
-    def save(self, step: int, state: dict[str, Any]):
-        """Write the checkpoint after `step` optimizer steps, point `last.pth` to it, and remove the oldest.
+    def _steps_of_last(self) -> list[int]:
+        """Where `last.pth` alone is left, a file of its own: give it the name of a checkpoint; its step, or nothing."""
+        if self.last.is_symlink() or not self.last.is_file() or not is_intact(self.last):
+            return []
+        step = read_file(self.last, mmap=True).get("total_steps")
+        if not isinstance(step, int):
+            return []
+        print(f"{self.folder} holds no checkpoint but {self.last.name}, of step {step}")
+        os.replace(self.last, self.path(step))
+        return [step]
+
+    def take_best(self, source: Path, epoch: int) -> bool:
+        """Take the `best.pth` beside the checkpoint `source` along, unless one is here; whether there is one now.
+
+        One of another epoch, a later one for example, is left where it is. One that is damaged is renamed.
 
         Raises:
-            UserError: It cannot be written; earlier checkpoints are intact.
+            UserError: It cannot be read or written.
         """
-        path = self.path(step)
-        self._write(path, state)
-        self._point_last(path)
-        for old in self.steps()[: -self.keep]:
-            if old != step:
-                self.path(old).unlink()
-
-    def _point_last(self, path: Path):
-        temporary = self.folder / f".{self.last.name}.{os.getpid()}"
-        temporary.unlink(missing_ok=True)
-        try:
-            temporary.symlink_to(path.name)
-        except OSError:  # a file system without links
-            shutil.copyfile(path, temporary)
-        os.replace(temporary, self.last)
-
-    def save_best(self, state: dict[str, Any]):
-        """Write `best.pth`.
-
-        Raises:
-            UserError: It cannot be written; the one before is intact.
-        """
-        self._write(self.best, state)
-
-    def take_best(self, source: Path, best: dict[str, float | None]) -> bool:
-        """Copy the `best.pth` beside the checkpoint `source`, unless one is here; returns whether there is one now.
-
-        One of another best value than `best`, a later one for example, is left where it is.
-
-        Raises:
-            UserError: It cannot be written.
-        """
+        if self.best.exists() and not self.best.samefile(source) and not is_intact(self.best):
+            _set_aside(self.best)
         beside = source.parent / self.best.name
         if self.best.exists() or not beside.is_file() or not is_intact(beside):
             return self.best.exists()
-        state = read_file(beside, mmap=True)
-        if state.get("best") != best:
+        if read_file(beside, mmap=True).get("epoch") != epoch:
             return False
-        self._write(self.best, read_file(beside))
+        with self._writing(self.best):
+            self._link(beside, self.best)
         return True
-
-    def _write(self, path: Path, state: dict[str, Any]):
-        try:
-            save_checkpoint(path, state)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}; {self.kept()}") from error
 
     def kept(self) -> str:
         """What an error message says of the last checkpoint."""
         steps = self.steps()
         return f"the last checkpoint is {self.path(steps[-1])}" if steps else "no checkpoint was written yet"
 
+    # --- writing ------------------------------------------------------------------------------------------------------
+
+    def save(self, step: int, state: dict[str, Any]):
+        """Copy `state`, and return; the copy is written as the checkpoint after `step` optimizer steps.
+
+        Then `last.pth` is pointed to it, and the oldest is removed.
+
+        Raises:
+            UserError: An earlier one could not be written; those before it are intact.
+        """
+        self.finish()
+        copy = copy_to_memory(state)
+        self._saved = step
+        self._writer.start(lambda: self._write(step, copy))
+
+    def has(self, step: int) -> bool:
+        """Whether the checkpoint after `step` optimizer steps is there, or being written."""
+        return self._saved == step or self.path(step).exists()
+
+    def save_best(self, step: int):
+        """Make `best.pth` the checkpoint after `step` optimizer steps, which there is; raises as `save` does."""
+        self.finish()
+        self._writer.start(lambda: self._write_best(step))
+
+    def check(self):
+        """Raises UserError where what was last saved could not be written; does not wait for it."""
+        self._writer.check()
+
+    def finish(self):
+        """Wait until everything is written. Raises UserError where something could not be."""
+        self._writer.finish()
+
+    def _write(self, step: int, state: dict[str, Any]):
+        path = self.path(step)
+        with self._writing(path):
+            save_checkpoint(path, state)
+            self._point_last(path)
+            for old in self.steps()[: -self.keep]:
+                if old != step:
+                    self.path(old).unlink()
+
+    def _write_best(self, step: int):
+        with self._writing(self.best):
+            self._link(self.path(step), self.best)
+
+    @contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}; {self.kept()}") from error
+
+    def _point_last(self, path: Path):
+        temporary = self._temporary(self.last)
+        try:
+            temporary.symlink_to(path.name)
+        except OSError:  # a file system without links
+            shutil.copyfile(path, temporary)
+        os.replace(temporary, self.last)
+
+    def _link(self, source: Path, path: Path):
+        """Make `path` another name of the file `source`, or a copy where the file system has one name for a file."""
+        temporary = self._temporary(path)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            with open(source, "rb") as file:
+                replace_file(path, lambda target: shutil.copyfileobj(file, target))
+            return
+        os.replace(temporary, path)
+        temporary.unlink(missing_ok=True)  # left there where both were names of the file before
+
+    def _temporary(self, path: Path) -> Path:
+        temporary = self.folder / f".{path.name}.{os.getpid()}"
+        temporary.unlink(missing_ok=True)
+        return temporary
+
+
+def _set_aside(path: Path):
+    damaged = path.rename(path.with_name(f"{path.name}.damaged"))
+    print(f"{path} is damaged, and renamed to {damaged.name}")
+
 
 # --- where a run writes, and what it resumes from ---------------------------------------------------------------------
 
 
-def open_store(options: CheckpointOptions, name: str, started: float) -> CheckpointStore:
+def open_store(options: CheckpointOptions, name: str, started: int) -> CheckpointStore:
     """The checkpoints of the output folder or, by default, of a folder named after the model and the start time.
 
     Args:
         options: What was asked for.
         name: The model's.
-        started: When the run started, in seconds since 1970; the same on every process.
+        started: When the run started, in nanoseconds since 1970; the same on every process.
 
     Raises:
         FolderInUseError: The folder holds another run.
@@ -244,11 +352,16 @@ def open_store(options: CheckpointOptions, name: str, started: float) -> Checkpo
     if options.output_dir is None:
         if options.resumes:
             raise NoFolderError("torchrun restarted the run, which can only resume in a folder that was named")
-        folder = OUTPUTS / name / time.strftime("%Y%m%d-%H%M%S", time.localtime(started))
-        return CheckpointStore(folder, options.keep_checkpoints)
-    store = CheckpointStore(Path(options.output_dir), options.keep_checkpoints)
-    resumed_here = options.resume and Path(options.resume).resolve().parent == store.folder.resolve()
-    if store.holds_run() and not options.resumes and not resumed_here:
+        # A script may start several runs in one second.
+        seconds, microseconds = divmod(started // 1000, 10**6)
+        date = time.strftime("%Y%m%d-%H%M%S", time.localtime(seconds))
+        return CheckpointStore(OUTPUTS / name / f"{date}-{microseconds:06}", options.keep_checkpoints, is_new=True)
+    folder = Path(options.output_dir)
+    # `Path.resolve` raises where links lead in a circle.
+    source = options.resume and os.path.realpath(options.resume)
+    resumed_here = source and os.path.dirname(source) == os.path.realpath(folder)
+    store = CheckpointStore(folder, options.keep_checkpoints, is_new=not options.resumes and not resumed_here)
+    if store.is_new and store.holds_run():
         raise FolderInUseError(f"{store.folder} already holds a run")
     return store
 
@@ -257,7 +370,8 @@ def find_start(options: CheckpointOptions, store: CheckpointStore, distributed: 
     """The checkpoint to resume from, the same on every process; None for the start of a run.
 
     Raises:
-        UserError: It is not there, is damaged, or is older than what the output folder holds.
+        LostCheckpointsError: The run to resume has saved itself, and its checkpoints are gone.
+        UserError: It is not there, is damaged, cannot be read, or is older than what the output folder holds.
     """
     if options.resumes:
         newest = store.newest_intact() if distributed.is_main else None
@@ -267,7 +381,19 @@ def find_start(options: CheckpointOptions, store: CheckpointStore, distributed: 
             if not path.exists():
                 raise UserError(f"{path} is not seen by every process; machines must share the output folder")
             return path
+        if not options.resume and distributed.is_main:
+            _check_nothing_is_lost(store, options.save_every)
     return _named_start(options.resume, store) if options.resume else None
+
+
+def _check_nothing_is_lost(store: CheckpointStore, save_every: int):
+    """Check that a folder without checkpoints never had one: a run that starts there empties its log."""
+    log = store.folder / "log.txt"
+    epochs = len(log.read_bytes().splitlines()) if log.is_file() else 0
+    left = [path.name for path in (store.best, store.last) if os.path.lexists(path)]
+    left += [log.name] if epochs >= save_every else []
+    if left:
+        raise LostCheckpointsError(f"{store.folder} has no checkpoint-*.pth any more, but a run's {', '.join(left)}")
 
 
 def _named_start(source: str, store: CheckpointStore) -> Path:
@@ -275,9 +401,9 @@ def _named_start(source: str, store: CheckpointStore) -> Path:
         path = fetch(source).resolve()
     # Files of other formats hold no run; reading them says so.
     if zipfile.is_zipfile(path) and not is_intact(path):
-        raise DamagedCheckpointError(f"{source}: damaged or truncated")
+        raise DamagedCheckpointError(f"{public(source)}: damaged or truncated")
     steps = store.steps()
-    if path.parent == store.folder.resolve() and steps and path != store.path(steps[-1]).resolve():
+    if path.parent == store.folder.resolve() and steps and not path.samefile(store.path(steps[-1])):
         raise LaterCheckpointsError(f"{store.folder} holds later checkpoints than {path.name}")
     return path
 
@@ -286,8 +412,7 @@ def keep_best(run: Run, source: Path, store: CheckpointStore, distributed: Distr
     """Have the `best.pth` of a run that resumes from `source` in its folder too; without one, the best is reset."""
     if run.best is None:
         return
-    best = {run.best_metric.name: run.best}
-    if not distributed.max(int(distributed.is_main and store.take_best(source, best))):
+    if not distributed.max(int(distributed.is_main and store.take_best(source, run.best_epoch))):
         if distributed.is_main:
             print(f"the best.pth of {run.best_metric.name} {run.best:.3f} is not beside {source}: the best is reset")
         run.best = run.best_epoch = None

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from storage.remote import is_shortened, public
 from storage.weights import WeightsError, read_checkpoint
 from utils import UsageError, UserError, check_name
 
@@ -82,7 +83,7 @@ def understand(argv: Sequence[str], tasks: TaskRegistry, description: str) -> Co
     scope = settings_class.evaluated if given.get("eval") else _resumed(parser, run)
     of_run = {name: value for name, value in parsing.typed(parser, run.values).items() if name in scope}
     asked = {name: parser.get_default(name) if value is None else value for name, value in given.items()}
-    left = settings_class.not_taken(asked, of_run)
+    left = settings_class.not_taken(flags.kept(asked), of_run)
     taken = {
         name: value for name, value in parsing.remaining(settings_class, of_run, given).items()
         if name not in left and value != parser.get_default(name)
@@ -102,13 +103,21 @@ def understand(argv: Sequence[str], tasks: TaskRegistry, description: str) -> Co
 
 def how_to_resume(folder: Path) -> str:
     """What resumes the run in `folder`: a few words and, on a line of its own, the command as a shell takes it; with a
-    launcher, what it is given.
+    launcher, what it is given. Addresses that the run has kept only a part of are to be given again.
     """
+    path = folder / "args.yaml"
+    recipe = read_recipe(str(path)) if path.is_file() else {}
+    shortened = {
+        f"--{name}": value for name, value in recipe.items()
+        if name not in START and isinstance(value, str) and is_shortened(value)
+    }
+    again = f"put the password or signature into {' and '.join(shortened)}, and " if shortened else ""
     words = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv[1:])]
-    resume = ["--config", str(folder / "args.yaml"), "--output_dir", str(folder), "--auto_resume"]
+    resume = ["--config", str(path), "--output_dir", str(folder), "--auto_resume"]
+    resume += [word for pair in shortened.items() for word in pair]
     if has_peers():
-        return f"resume with the same launcher and\n{shlex.join([*_program(words), *resume])}"
-    return f"resume with\n{shlex.join([*_command(words), *resume])}"
+        return f"{again}resume with the same launcher and\n{shlex.join([*_program(words), *resume])}"
+    return f"{again}resume with\n{shlex.join([*_command(words), *resume])}"
 
 
 def _program(words: Sequence[str]) -> list[str]:
@@ -137,23 +146,33 @@ def _command(words: Sequence[str]) -> list[str]:
 def _run_recipe(given: Mapping[str, Any]) -> RunRecipe:
     """The recipe of the run that these flags evaluate or resume; fine-tuning is a run of its own."""
     is_evaluation = given.get("eval")
+    source = given.get("resume") or (is_evaluation and given.get("finetune"))
     if (given.get("auto_resume") or restart_count()) and not is_evaluation and given.get("output_dir"):
         folder = Path(given["output_dir"])
         path = folder / "args.yaml"
-        if path.is_file():
-            return RunRecipe(str(path), read_recipe(str(path)), has_trained=holds_checkpoint(folder))
-        if not given.get("resume"):
+        if os.path.lexists(path):
+            return RunRecipe(str(path), _recipe_left_in(path), has_trained=holds_checkpoint(folder))
+        # Without it, the newest checkpoint says the same.
+        source = max(map(str, folder.glob("checkpoint-*.pth")), default=source)
+        if not source:
             return RunRecipe(given["output_dir"], is_missing=True)
-    source = given.get("resume") or (is_evaluation and given.get("finetune"))
     if not source:
         return RunRecipe()
     try:
         recipe = read_checkpoint(source, mmap=True).get("args")
     except WeightsError as error:
-        return RunRecipe(source, problem=str(error))
+        return RunRecipe(public(source), problem=str(error))
     # Checkpoints of others hold other things by this name.
     is_ours = isinstance(recipe, dict) and "task" in recipe
-    return RunRecipe(source, recipe if is_ours else {})
+    return RunRecipe(public(source), recipe if is_ours else {})
+
+
+def _recipe_left_in(path: Path) -> dict[str, Any]:
+    """The recipe that a run has left in its folder. Raises UserError where something else is there."""
+    recipe = read_recipe(str(path)) if path.is_file() else {}
+    if "task" not in recipe:
+        raise UserError(f"{path} is no recipe of a run; once it is moved away, the newest checkpoint says what it said")
+    return recipe
 
 
 def _resumed(parser: parsing.Parser, run: RunRecipe) -> set[str]:
@@ -190,4 +209,4 @@ def _counting(names: Sequence[str], recipe: Mapping[str, Any]) -> tuple[str, Any
 
 
 def _listed(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in values.items())
+    return ", ".join(f"{name}={flags.kept(value)}" for name, value in values.items())

@@ -74,6 +74,15 @@ class Distributed:
             dist.all_reduce(largest, dist.ReduceOp.MAX)
         return int(largest)
 
+    def gather(self, values: list[int]) -> list[list[int]]:
+        """The `values` of each process, as many in each, exchanged between CPUs as by `max`."""
+        if not self.is_distributed:
+            return [values]
+        own = torch.tensor(values)
+        gathered = [torch.empty_like(own) for _ in range(self.world_size)]
+        dist.all_gather(gathered, own)
+        return [of_rank.tolist() for of_rank in gathered]
+
 
 def init_distributed(device: str = "auto", timeout: float = 30.0) -> Distributed:
     """Join the processes that torchrun or torch.distributed.launch started, or start a run of a single process.

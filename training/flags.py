@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, get_type_hints
 
+from storage.remote import public
 from utils import UsageError
 
 from .recipes import literal
@@ -186,12 +187,21 @@ def plain(default: Any, value: Any) -> Any:
     return "x".join(map(str, value)) if isinstance(value, tuple) else value
 
 
+def kept(value: Any) -> Any:
+    """A plain value as it is kept and shown: without the passwords and signatures of addresses in it."""
+    if isinstance(value, dict):
+        return {name: kept(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [kept(item) for item in value]
+    return public(value) if isinstance(value, str) else value
+
+
 def as_recipe(settings: Any) -> dict[str, Any]:
-    """The settings as a recipe that `--config` takes; plain values alone."""
+    """The settings as a recipe that `--config` takes: plain values alone, without passwords and signatures."""
     return dict(_flat(settings))
 
 
 def _flat(settings: Any) -> Iterator[tuple[str, Any]]:
     for group in (getattr(settings, name) for name in group_classes(type(settings))):
         for field in dataclasses.fields(group):
-            yield field.name, plain(default_of(field), getattr(group, field.name))
+            yield field.name, kept(plain(default_of(field), getattr(group, field.name)))

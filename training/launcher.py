@@ -74,7 +74,7 @@ def _number(
     name: str, default: int, environment: Mapping[str, str], least: int = 0, most: int | None = None
 ) -> int:
     text = environment.get(name, str(default))
-    value = int(text) if text.isdecimal() else -1
+    value = int(text) if text.isdecimal() and len(text) < 10 else -1  # more, no system has of anything
     if value < least or (most is not None and value > most):
         of = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise LauncherError(f"the environment variable {name} must be a number {of}, got {text!r}")

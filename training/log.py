@@ -1,6 +1,7 @@
 """Losses and times of a run: on the device, on the terminal, in log.txt and in trackers."""
 import json
 import math
+import os
 import sys
 import time
 from collections import defaultdict
@@ -19,7 +20,7 @@ from utils import UserError, count, replace_file
 
 from .distributed import Distributed
 from .options import NOT_OF_RUN, WandbOptions
-from .run import Clock, Run
+from .run import Clock, Run, SpoiledRunError
 from .task import Data, Task
 from .trackers import Tracker, open_trackers
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:  # it writes what a `Meter` has measured
 PICTURES_EVERY = 60.0  # seconds, between two pictures of evaluations
 
 
-class NonFiniteLossError(UserError):
+class NonFiniteLossError(SpoiledRunError):
     """The loss, a weight or the optimizer's state became NaN or infinite."""
 
 
@@ -66,18 +67,18 @@ class Meter:
 
     def __init__(self, distributed: Distributed, state: dict[str, Any] | None = None):
         """The meter of an epoch at its start or, given what `state_dict` returned, at that point of it."""
-        state = state or {}
+        state = _by_images(state or {}, distributed)
         self.distributed = distributed
+        # Over the images of all processes, of which a step may have more or fewer batches when the run is resumed.
         self.loss_sum: float = state.get("loss_sum", 0.0)
         self.part_sums: dict[str, float] = dict(state.get("part_sums", {}))
-        self.batches: int = state.get("batches", 0)
         self.images: int = state.get("images", 0)
         self.lr: float = state.get("lr", 0.0)
         # Of the batches since the last log line, the loss and its parts: means over the processes.
         self.losses: list[float] = list(state.get("losses", []))
         self.parts: dict[str, list[float]] = {name: list(x) for name, x in state.get("parts", {}).items()}
         self.unread: list[torch.Tensor] = []
-        self.unread_steps: list[tuple[int, float]] = []
+        self.unread_steps: list[tuple[int, float, int]] = []
         self.epoch_start = time.perf_counter() - state.get("seconds", 0.0)
         self._restart()
 
@@ -88,12 +89,11 @@ class Meter:
         self.line_start = time.perf_counter()
 
     def add(self, losses: dict[str, torch.Tensor], images: int, data_seconds: float, step: int, lr: float):
-        """Count one batch of `images` images: its "loss" and the parts of it, and the step that it belongs to."""
+        """Count one batch of `images` images here: its "loss" and the parts of it, and the step that it belongs to."""
         self.part_names = [name for name in losses if name != "loss"]
         self.unread.append(torch.stack([losses["loss"], *(losses[name] for name in self.part_names)]))
-        self.unread_steps.append((step, lr))
+        self.unread_steps.append((step, lr, images * self.distributed.world_size))
         self.lr = lr
-        self.images += images
         self.line_batches += 1
         self.line_images += images
         self.line_data_seconds += data_seconds
@@ -107,17 +107,17 @@ class Meter:
         if not self.unread:
             return
         read = self.distributed.mean(torch.stack(self.unread).float()).tolist()
-        for (loss, *parts), (step, lr) in zip(read, self.unread_steps, strict=True):
+        for (loss, *parts), (step, lr, images) in zip(read, self.unread_steps, strict=True):
             if not math.isfinite(loss):
                 raise NonFiniteLossError(
                     f"the loss became {loss} in epoch {epoch} at step {step}, learning rate {lr:.3g}"
                 )
-            self.loss_sum += loss
+            self.loss_sum += loss * images
+            self.images += images
             self.losses.append(loss)
             for name, part in zip(self.part_names, parts, strict=True):
-                self.part_sums[name] = self.part_sums.get(name, 0.0) + part
+                self.part_sums[name] = self.part_sums.get(name, 0.0) + part * images
                 self.parts.setdefault(name, []).append(part)
-        self.batches += len(read)
         self.unread, self.unread_steps = [], []
 
     def read(self, epoch: int) -> dict[str, float]:
@@ -139,13 +139,13 @@ class Meter:
         return values
 
     def epoch_means(self) -> dict[str, float]:
-        """Last learning rate, mean loss and parts of it, images per second and seconds of the batches read so far."""
+        """Last learning rate, mean loss and parts of it, images per second and seconds of the images read so far."""
         seconds = time.perf_counter() - self.epoch_start
         return dict(
             lr=self.lr,
-            loss=self.loss_sum / self.batches,
-            **{name: total / self.batches for name, total in self.part_sums.items()},
-            images_per_second=self.images * self.distributed.world_size / seconds,
+            loss=self.loss_sum / self.images,
+            **{name: total / self.images for name, total in self.part_sums.items()},
+            images_per_second=self.images / seconds,
             seconds=seconds,
         )
 
@@ -155,13 +155,22 @@ class Meter:
         return dict(
             loss_sum=self.loss_sum,
             part_sums=self.part_sums,
-            batches=self.batches,
             images=self.images,
             lr=self.lr,
             losses=self.losses,
             parts=self.parts,
             seconds=time.perf_counter() - self.epoch_start,
         )
+
+
+def _by_images(state: dict[str, Any], distributed: Distributed) -> dict[str, Any]:
+    """The state of a meter, also of an earlier version, which summed over batches and counted this process's images."""
+    if "batches" not in state:
+        return state
+    images = state["images"] * distributed.world_size
+    weight = images / max(state["batches"], 1)
+    parts = {name: total * weight for name, total in state.get("part_sums", {}).items()}
+    return dict(state, loss_sum=state["loss_sum"] * weight, part_sums=parts, images=images)
 
 
 def log_line(values: dict[str, float], epoch: int, step: int, steps: int, seconds_left: float) -> str:
@@ -238,6 +247,27 @@ def is_watched(distributed: Distributed) -> bool:
     return distributed.is_main and sys.stderr.isatty()
 
 
+def _lines(file: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
+    """The lines of a run's `log.txt`, each with its end, and the record of an epoch in it; None where it is no record.
+
+    Raises:
+        UserError: There is no file, but something else.
+    """
+    if not os.path.lexists(file):
+        return []
+    if not file.is_file():  # reading a pipe or a device may never end
+        raise UserError(f"{file} is no file")
+    return [(line + b"\n", _record(line)) for line in file.read_bytes().split(b"\n") if line]
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    with suppress(ValueError, RecursionError):
+        record = json.loads(line)
+        if isinstance(record, dict) and isinstance(record.get("epoch"), int):
+            return record
+    return None
+
+
 class RunLog:
     """One line of JSON per epoch in `log.txt`, and curves and pictures by `training.trackers`.
 
@@ -258,14 +288,15 @@ class RunLog:
             self._remove_from(epoch)
 
     def _remove_from(self, epoch: int):
-        lines = self.file.read_text().splitlines() if self.file.exists() else []
-        kept = []
-        for line in lines:
-            with suppress(json.JSONDecodeError):  # the run was ended in the middle of the line
-                if json.loads(line)["epoch"] < epoch:
-                    kept.append(line)
-        if kept != lines:
-            replace_file(self.file, lambda file: file.write("".join(f"{line}\n" for line in kept).encode()))
+        lines = _lines(self.file)
+        kept = [line for line, record in lines if record is not None and record["epoch"] < epoch]
+        if foreign := [line for line, record in lines if record is None]:  # or half a line, of a run that was killed
+            aside = self.file.with_name(f"{self.file.name}.damaged")
+            with open(aside, "ab") as file:
+                file.writelines(foreign)
+            print(f"{self.file}: {count(len(foreign), 'line')} without the record of an epoch, moved to {aside}")
+        if lines and b"".join(kept) != self.file.read_bytes():
+            replace_file(self.file, lambda file: file.writelines(kept))
 
     def scalars(self, group: str, values: dict[str, float], step: int):
         """Points of the curves `group/NAME` at an optimizer step."""
@@ -338,12 +369,7 @@ def is_complete(
 
 
 def _is_logged(clock: Clock, source: Path, folder: Path, recipe: dict[str, Any]) -> bool:
-    file = folder / "log.txt"
-    lines = file.read_text().splitlines() if file.exists() else []
-    try:
-        last = json.loads(lines[-1]) if lines else {}
-    except json.JSONDecodeError:  # the run was ended in the middle of the line
-        return False
+    last = next((record for _, record in reversed(_lines(folder / "log.txt")) if record is not None), {})
     then = read_checkpoint(str(source), mmap=True)["args"]
     differ = {name for name in then.keys() | recipe.keys() if then.get(name) != recipe.get(name)}
     return (last.get("epoch"), last.get("step")) == (clock.epoch, clock.global_step) and not differ - NOT_OF_RUN
@@ -352,8 +378,10 @@ def _is_logged(clock: Clock, source: Path, folder: Path, recipe: dict[str, Any])
 def open_log(folder: Path | None, clock: Clock, wandb: WandbOptions, recipe: dict[str, Any]) -> RunLog:
     """The log of a run that starts or resumes where its clock is, with its trackers; silent where `folder` is None.
 
+    Trackers count the steps that were taken: with another batch size, steps of whole epochs would count backwards.
+
     Raises:
         WandbError: Weights & Biases is asked for, and cannot be used.
     """
-    trackers = () if folder is None else open_trackers(folder, clock.global_step, wandb, recipe)
+    trackers = () if folder is None else open_trackers(folder, clock.steps_taken, wandb, recipe)
     return RunLog(folder, clock.epoch, trackers)

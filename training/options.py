@@ -31,7 +31,8 @@ from .recipes import dump_recipe
 
 # Flags that say where a run is and how it starts.
 _PLACE = frozenset({
-    "auto_resume", "device", "dist_timeout", "hang_timeout", "num_workers", "output_dir", "pin_mem", "resume",
+    "auto_resume", "device", "dist_timeout", "hang_timeout", "loader_timeout", "num_workers", "output_dir", "pin_mem",
+    "resume",
     "show_batch",
 })  # fmt: skip
 # Flags that say which weights a run starts from.
@@ -43,6 +44,8 @@ NO_RESULT = _PLACE | {
     "data_path", "dist_eval", "download", "enable_wandb", "keep_checkpoints", "log_every", "project", "report",
     "save_every", "save_every_minutes", "save_every_steps", "shard_cache", "shard_cache_gb",
 }  # fmt: skip
+# Flags that may differ between the processes of a run, which may be on several machines.
+PLACES = NOT_OF_RUN | {"data_path", "report", "shard_cache", "teacher_path", "token_label"}
 
 
 def holds_checkpoint(folder: Path) -> bool:
@@ -70,6 +73,8 @@ class LoaderOptions(Group):
     num_workers: int = flag(min(8, os.cpu_count() or 1), "data loading processes for each GPU", type=int,
                             check=not_negative)
     pin_mem: bool = flag(True, "pin host memory")
+    loader_timeout: float = flag(600.0, "seconds after which a run that waits for data ends; 0 for no limit",
+                                 type=float, metavar="SECONDS", check=not_negative)
 
 
 @dataclass(frozen=True)
@@ -282,12 +287,14 @@ class Settings:
 
     Attributes:
         evaluated: Flags that decide the result of an evaluation; --eval takes those that are not given from the run.
+        decides_epoch: Flags that decide what the images of an epoch are; a run that resumes within one keeps them.
 
     Raises:
         UsageError: Groups contradict each other.
     """
 
     evaluated: ClassVar[frozenset[str]] = frozenset({"task", "seed"})
+    decides_epoch: ClassVar[frozenset[str]] = frozenset({"seed"})
     task: TaskOptions
     loader: LoaderOptions
     optimizer: OptimizerOptions

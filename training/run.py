@@ -1,7 +1,7 @@
 """The state of a training run, which can stop at any optimizer step and resume there, bit for bit."""
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,15 @@ from storage.weights import (
 from utils import UserError, as_user_error, count
 
 from .data.held_out import HeldOut, rule_difference
+from .saved_state import NoRunError, check_is_run, taking_state
+from .tensors import copy_to_memory
 
 # Current flags override these values of a checkpoint's optimizer.
 HYPERPARAMETERS = ("lr", "lr_scale", "weight_decay", "momentum", "betas", "eps", "fused")
 
 
-class NoRunError(UserError):
-    """A checkpoint that holds weights alone, or the run of another data set: it can be fine-tuned, not resumed."""
+class SpoiledRunError(UserError):
+    """The weights of a run are of no more use, and are not saved: what was saved before is."""
 
 
 class HeldOutMismatchError(UserError):
@@ -43,6 +45,10 @@ class NoEmaError(UserError):
 
 class BatchMismatchError(UserError):
     """A checkpoint from the middle of an epoch whose steps would now have other images."""
+
+
+class DataMismatchError(UserError):
+    """A checkpoint from the middle of an epoch whose other images would now be others, or come in other forms."""
 
 
 class ShardMismatchError(UserError):
@@ -158,6 +164,7 @@ class Run:
         classes: Names of the classes, in order, where the data set knows them.
         held_out: What was held out of the training images for validation; see `training.task.Task`.
         images: How many training images there are; None where that is not known.
+        fingerprint: Which they are, see `Data.fingerprints`; None where the data set does not say.
         meter: `Meter.state_dict()` at this step.
         best: The best value of the metric so far.
         best_epoch: The epoch after which it was measured.
@@ -175,6 +182,7 @@ class Run:
     classes: list[str] | None = None
     held_out: HeldOut | None = None
     images: int | None = None
+    fingerprint: str | None = None
     meter: dict[str, Any] = field(default_factory=dict)
     best: float | None = None
     best_epoch: int | None = None
@@ -229,49 +237,76 @@ class Run:
             held_out=self.held_out and self.held_out.rule,
             held_out_images=self.held_out and self.held_out.images,
             images=self.images,
+            fingerprint=self.fingerprint,
         )
 
-    def load(self, path: Path, opt: str, tell: Callable[[str], Any] = print):
-        """Resume from the checkpoint `path`, with the optimizer `opt`; `tell` gets each line that its user should read.
+    def load(
+        self,
+        path: Path,
+        recipe: Mapping[str, Any],
+        decides_epoch: Collection[str] = (),
+        tell: Callable[[str], Any] = print,
+    ):
+        """Resume from the checkpoint `path`.
+
+        Args:
+            path: The checkpoint.
+            recipe: What is asked for now.
+            decides_epoch: Of what is asked for, what decides the images of an epoch.
+            tell: Gets each line that the user should read.
 
         Raises:
             UserError: It cannot be read, holds no run, or holds one that this one cannot resume.
         """
         with as_user_error(WeightsError):
-            checkpoint = read_checkpoint(str(path))
-            if not {"optimizer", "meter", "args"} <= checkpoint.keys():
-                raise NoRunError(f"{path} holds only weights, no run to resume")
-            if difference := class_difference(checkpoint, self.classes):
-                raise NoRunError(f"{path} {difference}")
-            if difference := rule_difference(dict(held_out=None) | checkpoint, self.held_out):
-                raise HeldOutMismatchError(f"{path} {difference}")
-            try:
-                self._load_weights(checkpoint, path)
-            except MismatchError as error:
-                owner = checkpoint["args"].get("model")
-                raise WeightsError(f"{error}; this is {owner}'s" if owner else str(error)) from error
+            checkpoint = read_checkpoint(str(path), mmap=True)
+        check_is_run(checkpoint, path)
+        self._check_data(checkpoint, path, tell)
+        is_within_epoch = 0 < checkpoint["step"] != checkpoint["steps"]
+        if is_within_epoch:
+            self._check_same_epoch(checkpoint, path)
+            self._check_same_images(checkpoint, path, {name: recipe[name] for name in decides_epoch})
+        elif difference := self._other_images(checkpoint):
+            tell(f"warning: {path} {difference}")
+        with taking_state(path):
+            self._load_weights(checkpoint, path)
+            self._load_optimizer(checkpoint["optimizer"], checkpoint["args"]["opt"], recipe["opt"], path)
+            if checkpoint["scaler"]:  # empty in a run without fp16
+                self.scaler.load_state_dict(checkpoint["scaler"])
+        self._load_position(checkpoint)
+
+    def _check_data(self, checkpoint: dict[str, Any], path: Path, tell: Callable[[str], Any]):
+        if difference := class_difference(checkpoint, self.classes):
+            raise NoRunError(f"{path} {difference}")
+        if difference := rule_difference(dict(held_out=None) | checkpoint, self.held_out):
+            raise HeldOutMismatchError(f"{path} {difference}")
         if self.held_out is not None:
             if leak := self.held_out.leak(checkpoint):
                 tell(f"warning: {path} {leak}")
             self.held_out = self.held_out.unseen(checkpoint)
-        then = checkpoint.get("images")
-        if None not in (then, self.images) and then != self.images:
-            tell(f"warning: {path} has trained on {count(then, 'image')}, and there are {self.images} now")
-        self._load_optimizer(checkpoint["optimizer"], checkpoint["args"]["opt"], opt, path)
-        if checkpoint["scaler"]:  # empty in a run without fp16
-            self.scaler.load_state_dict(checkpoint["scaler"])
-        self._load_position(checkpoint, path)
-        self.best = checkpoint["best"].get(self.best_metric.name)
-        if self.best is not None:
-            self.best_epoch = checkpoint.get("best_epoch", self.clock.epoch)
-        self.seconds = checkpoint.get("seconds", 0.0)
+
+    def _other_images(self, checkpoint: dict[str, Any]) -> str | None:
+        """How the training images of a checkpoint differ from those here, or None; None too where it does not say."""
+        then, now = checkpoint.get("images"), self.images
+        if None not in (then, now) and then != now:
+            return f"has trained on {count(then, 'image')}, and there are {now} now"
+        then, now = checkpoint.get("fingerprint"), self.fingerprint
+        if None not in (then, now) and then != now:
+            return "has trained on images of other names, or in other classes"
+        return None
 
     def _load_weights(self, checkpoint: dict[str, Any], path: Path):
-        load_weights(self.model, unwrap(checkpoint))
-        if self.ema is not None:
-            if checkpoint.get("model_ema") is None:
-                raise NoEmaError(f"{path} holds no EMA weights")
-            load_weights(self.ema.module, unwrap(checkpoint, "model_ema"))
+        try:
+            load_weights(self.model, unwrap(checkpoint))
+            if self.ema is not None:
+                if checkpoint.get("model_ema") is None:
+                    raise NoEmaError(f"{path} holds no EMA weights")
+                load_weights(self.ema.module, unwrap(checkpoint, "model_ema"))
+        except MismatchError as error:
+            owner = checkpoint["args"].get("model")
+            raise UserError(f"{error}; this is {owner}'s" if owner else str(error)) from error
+        except WeightsError as error:
+            raise UserError(str(error)) from error
 
     def _load_optimizer(self, saved: dict[str, Any], saved_opt: str, opt: str, path: Path):
         own = self.optimizer.state_dict()
@@ -284,16 +319,18 @@ class Run:
         for then, now in zip(saved["param_groups"], own["param_groups"], strict=True):
             then.update({name: now[name] for name in HYPERPARAMETERS if name in now})
             then.pop("initial_lr", None)
-        self.optimizer.load_state_dict(saved)
+        self.optimizer.load_state_dict(copy_to_memory(saved))  # else it would train in the file's pages
 
-    def _load_position(self, checkpoint: dict[str, Any], path: Path):
+    def _load_position(self, checkpoint: dict[str, Any]):
         clock = self.clock
         clock.epoch, clock.step, clock.steps_taken = (checkpoint[key] for key in ("epoch", "step", "total_steps"))
-        self.meter = checkpoint["meter"]
         if clock.step == checkpoint["steps"]:
             clock.step = clock.epoch_length
-        elif clock.step:
-            self._check_same_epoch(checkpoint, path)
+        self.meter = checkpoint["meter"]
+        self.best = checkpoint["best"].get(self.best_metric.name)
+        if self.best is not None:
+            self.best_epoch = checkpoint.get("best_epoch", clock.epoch)
+        self.seconds = checkpoint.get("seconds", 0.0)
 
     def _check_same_epoch(self, checkpoint: dict[str, Any], path: Path):
         """The rest of an epoch is the rest of it only if its images come in the same order and the same steps."""
@@ -309,3 +346,11 @@ class Run:
                 f"{path} was written in the middle of an epoch of shards shared among "
                 f"{count(checkpoint['ranges'], 'process')}, which are now {self.ranges}"
             )
+
+    def _check_same_images(self, checkpoint: dict[str, Any], path: Path, now: Mapping[str, Any]):
+        if difference := self._other_images(checkpoint):
+            raise DataMismatchError(f"{path}, written in the middle of an epoch, {difference}")
+        then = checkpoint["args"]
+        changed = [f"{name}={then[name]}, not {value}" for name, value in now.items() if then.get(name, value) != value]
+        if changed:
+            raise DataMismatchError(f"{path} was written in the middle of an epoch of {'; '.join(sorted(changed))}")

@@ -4,9 +4,10 @@ import os
 import re
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from utils import UserError
 
 from .compiler import compilation_error
 from .launcher import has_peers
+from .process import outlive_readers
 
 # EX_TEMPFAIL of sysexits.h: the run was asked to leave and has saved itself; start it again.
 EXIT_RESUME = 75
@@ -42,13 +44,31 @@ class WorkerFault(MachineFault):
     """A data loading process was killed."""
 
 
+class HostMemoryFault(MachineFault):
+    """A process has no more memory, that of a GPU aside."""
+
+
+class SharedMemoryFault(MachineFault):
+    """There is no more shared memory, in which data loading processes hand over their batches."""
+
+
+class OpenFilesFault(MachineFault):
+    """A process may open no more files; a batch that is handed over is one too."""
+
+
+class TemporaryFolderFault(MachineFault):
+    """No socket can be made in the temporary folder, through which batches are handed over."""
+
+
 class PeerFault(MachineFault):
     """Another process of the run ended, or does not answer."""
 
 
-def fault_of(error: OSError | RuntimeError) -> UserError | None:
+def fault_of(error: OSError | RuntimeError | MemoryError) -> UserError | None:
     """An error of torch's or the system's as one of those above or the compiler's; None where it may be our bug."""
     text = str(error)
+    if fault := _too_little(error, text):
+        return fault
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return OutOfMemoryFault(f"out of memory ({_first_line(text)})")
     if "does not have a deterministic implementation" in text:
@@ -64,8 +84,23 @@ def fault_of(error: OSError | RuntimeError) -> UserError | None:
     return None
 
 
+def _too_little(error: Exception, text: str) -> UserError | None:
+    """The fault of a process, mostly of one that loads data, that has too little of something other than a GPU."""
+    if isinstance(error, MemoryError) or "MemoryError" in text or getattr(error, "errno", None) == errno.ENOMEM:
+        return HostMemoryFault(f"out of memory ({_first_line(text or 'MemoryError')})")
+    if os.strerror(errno.EMFILE) in text or os.strerror(errno.ENFILE) in text:
+        return OpenFilesFault(f"too many open files ({_first_line(text)})")
+    if "shared memory" in text or "</torch_" in text:
+        return SharedMemoryFault(f"shared memory, /dev/shm, is too small or full ({_first_line(text)})")
+    if "AF_UNIX path too long" in text:
+        return TemporaryFolderFault(f"the path of the temporary folder {tempfile.gettempdir()} is too long for sockets")
+    return None
+
+
 def _first_line(text: str) -> str:
-    return text.strip().splitlines()[0][:200]
+    """The first line of an error's text or, of a data loading process's, which is a traceback, the last."""
+    lines = text.strip().splitlines()
+    return lines[-1 if text.startswith("Caught ") else 0][:200]
 
 
 def exit_with(code: int) -> NoReturn:
@@ -83,6 +118,7 @@ def exit_with(code: int) -> NoReturn:
 
 def run_and_exit(run: Callable[[], int]) -> NoReturn:
     """End the process with the exit code that `run` returns, or with 1 and what Python prints where it raises."""
+    outlive_readers()
     try:
         code = run()
     except Exception:
@@ -92,14 +128,18 @@ def run_and_exit(run: Callable[[], int]) -> NoReturn:
 
 
 class SignalHandler:
-    """Notes a SIGTERM, SIGINT or SIGUSR1 that asks the run to leave. A SIGINT after any of them ends it at once.
+    """Notes a signal that asks the run to leave. A SIGINT after any of them ends it at once.
+
+    A SIGHUP comes when a terminal or an ssh connection is closed; one that was ignored at the start, as under nohup,
+    still is.
 
     Attributes:
         signal: The name of the last one; None before.
         kept: What to say then of the run's checkpoints; None before there can be one.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    _installed: ClassVar["SignalHandler | None"] = None
 
     def __init__(self):
         self.signal: str | None = None
@@ -108,16 +148,26 @@ class SignalHandler:
     def _note(self, number: int, frame: Any):
         if number == signal.SIGINT and self.signal is not None:
             line = "; ".join(["ended at once", *([self.kept()] if self.kept else [])])
-            os.write(2, f"\n{line}\n".encode(errors="backslashreplace"))  # a bar may stand on this line
+            with suppress(OSError):  # the terminal may be closed
+                os.write(2, f"\n{line}\n".encode(errors="backslashreplace"))  # a bar may stand on this line
             os._exit(128 + number)
         self.signal = signal.Signals(number).name
+
+    @classmethod
+    def is_leaving(cls) -> bool:
+        """Whether the handler that is installed, if one is, has noted a signal."""
+        return cls._installed is not None and cls._installed.signal is not None
 
     @contextmanager
     def installed(self) -> Iterator["SignalHandler"]:
         """Handle these signals, in the main thread."""
-        before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        numbers = [number for number in self.SIGNALS if not (ignored and number == signal.SIGHUP)]
+        before = {number: signal.signal(number, self._note) for number in numbers}
+        SignalHandler._installed = self
         try:
             yield self
         finally:
+            SignalHandler._installed = None
             for number, handler in before.items():
                 signal.signal(number, handler)

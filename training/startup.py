@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from types import TracebackType
 from typing import Any
 
-from . import missing, threads
+from . import missing, process, threads
 
 
 def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None):
@@ -31,6 +31,9 @@ def _quiet_after_interrupts(unraisable: Any, otherwise: Callable[[Any], None] = 
 
 
 threads.limit_spinning()
+process.open_closed_streams()
+if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun ends its processes, unless it is killed itself
+    process.end_with_parent()
 sys.excepthook, sys.unraisablehook = _report, _quiet_after_interrupts
 
 
@@ -43,6 +46,7 @@ def check_command_line(argv: Sequence[str], description: str):
 
     from . import options, parsing, recipes
 
+    process.outlive_readers()
     try:
         config = parsing.given_value(argv, "config")
         if config is not None and user_path(config).exists() and not user_path(config).is_file():

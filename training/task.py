@@ -140,7 +140,8 @@ class Task(ABC):
     def dataset(self, split: str) -> Dataset:
         """The data set of a split, "train" or "val", in an evaluation also "test"; augmented where it is trained on.
 
-        One that skips unreadable images marks them in `bad_images`; see `training.data.loader.report_skipped`.
+        One that skips unreadable images marks them in `bad_images`; see `training.data.loader.report_skipped`. One that
+        can say which images it has, by a text that is the same wherever they lie, has a method `fingerprint`.
 
         Raises:
             UserError: It cannot be opened, or does not fit the other split.
@@ -260,6 +261,13 @@ class Data:
 
     train_loader: EpochLoader | None
     val_loader: EpochLoader | None
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Which images there are in each split, where its data set says so."""
+        loaders = {"train": self.train_loader, "val": self.val_loader}
+        sets = {split: getattr(loader, "dataset", None) for split, loader in loaders.items()}
+        return {split: dataset.fingerprint() for split, dataset in sets.items() if hasattr(dataset, "fingerprint")}
 
     @classmethod
     def of(cls, task: Task) -> "Data":

@@ -220,6 +220,9 @@ class ClassificationSettings(Settings):
     evaluated = Settings.evaluated | {"model", "model_kwargs", "input_size", "nb_classes", "crop_pct"} | {
         field.name for field in fields(DataOptions)
     }
+    decides_epoch = Settings.decides_epoch | {"data_set", "exif_transpose", "input_size"} | {
+        field.name for field in fields(AugmentationOptions)
+    } - {"class_weights", "crop_pct", "use_test_size"}
     model: ModelOptions
     data: DataOptions
     augmentation: AugmentationOptions

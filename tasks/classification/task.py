@@ -11,6 +11,7 @@ from timm.layers import to_2tuple
 from torch.utils.data import Dataset
 
 import datasets
+from storage.remote import public
 from training.data.folders import NoValFolderError
 from training.data.held_out import knows_images, rule_difference
 from training.data.loader import EpochLoader, build_loader
@@ -192,7 +193,7 @@ class ClassificationTask(Task):
 
     def _fine_tune(self, network: torch.nn.Module, source: str):
         """Start from the weights in `source`; tells where these have seen what is held out now."""
-        checkpoint = networks.read(source)
+        checkpoint, source = networks.read(source), public(source)
         key = self.settings.checkpoint.model_key
         notes = networks.load_checkpoint(
             network, checkpoint, source, key, new_classifier=True, trained_on=self.classes
@@ -235,7 +236,7 @@ class ClassificationTask(Task):
         return networks.build_model(self.name, pretrained, kwargs)
 
     def load(self, network: torch.nn.Module, source: str):
-        checkpoint = networks.read(source)
+        checkpoint, source = networks.read(source), public(source)
         key = self.settings.checkpoint.model_key
         self._tell(networks.load_checkpoint(network, checkpoint, source, key, trained_on=self.classes))
         if self.held_out is None:

@@ -87,6 +87,10 @@ class LabelledFolder:
     def __len__(self) -> int:
         return len(self.images)
 
+    def fingerprint(self) -> str:
+        """That of the images."""
+        return self.images.fingerprint()
+
     def path(self, index: int) -> Path:
         """The path of an image's label map."""
         return label_map_path(self.root, Path(self.images.samples[index][0]).relative_to(self.images.root))

@@ -16,6 +16,7 @@ from training.progress import Progress
 from training.restarts import NoProgressError
 from training.run import Clock, Run
 from training.signals import SignalHandler
+from training.waits import GaveUpWaiting
 
 
 @pytest.fixture
@@ -49,11 +50,12 @@ def test_nobody_leaves_before_the_main_process_has_saved(tmp_path):
     notes = []
     store = CheckpointStore(tmp_path)
     store.save = lambda step, state: notes.append("saved")
+    store.finish = lambda: notes.append("written")
     signals = SignalHandler()
     signals.signal = "SIGTERM"
     with pytest.raises(Stopped, match="SIGTERM: stopped in epoch 0 after step 0 of 3, saved as "):
         create_checkpointer(store, Together(notes), signals).between_epochs()
-    assert notes == ["agreed", "saved", "agreed"]
+    assert notes == ["agreed", "saved", "written", "agreed"]
 
 
 def leave(store, epoch, step, steps_taken=0):
@@ -100,10 +102,12 @@ def test_saving_moves_no_clock(store):
     checkpointer = create_checkpointer(store, alone, signals, clock, save_every_steps=1)
     before = Clock(**vars(clock))
     checkpointer.after_step(Meter(alone))
+    store.finish()
     assert store.steps() == [4] and clock == before
     checkpointer.after_epoch(Meter(alone))
     checkpointer.between_epochs()
-    checkpointer.save_best(dict(acc1=1.0))
+    checkpointer.save_best()
+    store.finish()
     assert clock == before and read_checkpoint(str(store.best))["step"] == 1
     signals.signal = "SIGUSR1"
     for leave in (lambda: checkpointer.after_step(Meter(alone)), checkpointer.between_epochs):
@@ -123,7 +127,9 @@ def test_patience_is_over_by_the_main_process_alone(store, epoch, saved):
     assert [each.ends_early() for each in checkpointers] == [False, False]
     checkpointers[0].run.best_epoch = epoch - 1
     # of the last epoch, there is nothing to end
-    assert checkpointers[0].ends_early() == bool(saved) and store.steps() == saved
+    assert checkpointers[0].ends_early() == bool(saved)
+    store.finish()
+    assert store.steps() == saved
 
 
 def test_steps_are_counted_in_all_epochs(store):
@@ -140,4 +146,32 @@ def test_a_run_that_is_ended_at_once_says_what_it_leaves(store):
     checkpointer = create_checkpointer(store, Distributed(torch.device("cpu")), signals)
     assert signals.kept() == "no checkpoint was written yet"
     checkpointer._write()
+    store.finish()
     assert signals.kept() == f"the last checkpoint is {store.path(0)}"
+
+
+def test_a_run_that_gave_up_waiting_for_data_saves_its_last_step(store):
+    signals, clock = SignalHandler(), Clock(epoch_length=3, total=6, epoch=1, step=1, steps_taken=4)
+    signals.signal = "SIGTERM"
+    alone = Distributed(torch.device("cpu"))
+    checkpointer, meter = create_checkpointer(store, alone, clock=clock), Meter(alone)
+    meter.add(dict(loss=torch.tensor(3.0)), 4, 0.0, 3, 0.1)
+    checkpointer.after_step(meter)
+    checkpointer.signals = signals
+    stopped = pytest.raises(Stopped, match=r"SIGTERM: stopped in epoch 1 after step 1 of 3, saved as .*0004.pth")
+    with stopped, checkpointer.leaving_without_data():
+        raise GaveUpWaiting
+    assert store.steps() == [4] and checkpointer.run.meter["losses"] == [3.0]
+
+
+def test_several_processes_that_gave_up_waiting_for_data_agree_on_nothing(store):
+    """The others wait for this one: it saves nothing, and says what there is."""
+    signals, notes = SignalHandler(), []
+    signals.signal = "SIGTERM"
+    peer = Together(notes)
+    peer.is_distributed = True
+    checkpointer = create_checkpointer(store, peer, signals)
+    stopped = pytest.raises(Stopped, match="after step 0 of 3, without data, no checkpoint was written yet")
+    with stopped, checkpointer.leaving_without_data():
+        raise GaveUpWaiting
+    assert notes == [] and store.steps() == []

@@ -1,6 +1,14 @@
+import errno
+import os
+import re
 import resource
+import shutil
+import socket
 import subprocess
 import sys
+import threading
+import zipfile
+from concurrent.futures import wait
 from functools import partial
 from pathlib import Path
 
@@ -10,14 +18,18 @@ import torch
 from helpers import ROOT
 from helpers.hostile import Hostile
 from storage.weights import read_checkpoint
+from training import checkpoints
 from training.checkpoints import (
     CheckpointStore,
     FolderInUseError,
+    LostCheckpointsError,
     NoFolderError,
+    find_start,
     is_intact,
     open_store,
     save_checkpoint,
 )
+from training.distributed import Distributed
 from training.options import CheckpointOptions
 from utils import UserError
 
@@ -51,6 +63,12 @@ def store(tmp_path):
     return CheckpointStore(tmp_path / "run", keep=2)
 
 
+def save(store, step, content=None):
+    """Save a checkpoint, and wait until it is written."""
+    store.save(step, content or state(step))
+    store.finish()
+
+
 def state(step):
     return dict(model=dict(w=torch.full((1000,), float(step))), step=step)
 
@@ -58,17 +76,17 @@ def state(step):
 def test_the_newest_are_kept(store):
     assert store.newest_intact() is None and not store.holds_run()
     for step in (3, 6, 9):
-        store.save(step, state(step))
+        save(store, step)
     assert store.steps() == [6, 9] and store.newest_intact() == 9 and store.holds_run()
     assert read_checkpoint(str(store.last))["step"] == 9
-    store.save(9, state(9))
+    save(store, 9)
     assert store.steps() == [6, 9]
 
 
 def test_no_damage_makes_reading_fail(store):
     """Whatever bit is wrong, of whatever part of the file, the one before is found."""
-    store.save(3, state(3))
-    store.save(6, dict(step=6))
+    save(store, 3)
+    save(store, 6, dict(step=6))
     data = store.path(6).read_bytes()
     verdicts = set()
     for position in range(0, len(data), 7):
@@ -80,7 +98,7 @@ def test_no_damage_makes_reading_fail(store):
 
 
 def test_a_hostile_file_is_not_called_damaged(store):
-    store.save(3, state(3))
+    save(store, 3)
     torch.save({"model": Hostile(store.folder / "made")}, store.path(6))
     with pytest.raises(UserError, match="refused, since loading it would run code"):
         store.newest_intact()
@@ -88,7 +106,7 @@ def test_a_hostile_file_is_not_called_damaged(store):
 
 
 def test_what_the_system_cannot_read_is_not_called_damaged(store, monkeypatch):
-    store.save(3, state(3))
+    save(store, 3)
     real = open
 
     def stale(path, *arguments, **kwargs):
@@ -102,13 +120,56 @@ def test_what_the_system_cannot_read_is_not_called_damaged(store, monkeypatch):
     assert store.steps() == [3]
 
 
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EIO, "Input/output error")])
+@pytest.mark.parametrize("place", [(zipfile.ZipFile, "testzip"), (torch, "load")])
+def test_short_memory_and_a_failed_read_are_no_damage(store, monkeypatch, error, place):
+    def fail(*arguments, **kwargs):
+        raise error
+
+    for step in (3, 6):
+        save(store, step)
+    monkeypatch.setattr(*place, fail)
+    with pytest.raises(UserError, match=r"06\.pth.* cannot .*read.*: (out of memory|Input/output error)"):
+        store.newest_intact()
+    assert store.steps() == [3, 6]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
+def test_what_could_be_read_for_ever_is_no_checkpoint(store, make):
+    store.folder.mkdir()
+    make(store.path(3))
+    with pytest.raises(UserError, match=r"checkpoint-00000003\.pth is no file"):
+        store.newest_intact()
+
+
+def test_a_folder_that_is_in_the_way_or_gone_is_told_in_one_line(store):
+    save(store, 3)
+    store.last.unlink()
+    store.last.mkdir()
+    with pytest.raises(UserError, match=r"/last\.pth: Is a directory; the last checkpoint is .*03"), store.locked():
+        store.newest_intact()
+    with pytest.raises(UserError, match=r"log\.txt: No such file or directory; no checkpoint was"), store.locked():
+        shutil.rmtree(store.folder)
+        (store.folder / "log.txt").touch()
+    with pytest.raises(FileNotFoundError), store.locked():  # of other files it knows nothing
+        (store.folder.parent / "nowhere").read_text()
+
+
+def test_a_checkpoint_that_is_a_link_to_itself(store):
+    store.folder.mkdir()
+    store.last.symlink_to(store.last.name)
+    options = CheckpointOptions(output_dir=str(store.folder), resume=str(store.last))
+    with pytest.raises(UserError, match="no such checkpoint file"):
+        find_start(options, open_store(options, "x", 0), None)
+
+
 def test_a_file_system_without_links(store, monkeypatch):
     def refuse(*arguments):
         raise OSError(1, "Operation not permitted")
 
     monkeypatch.setattr(Path, "symlink_to", refuse)
-    store.save(3, state(3))
-    store.save(6, state(6))
+    save(store, 3)
+    save(store, 6)
     assert read_checkpoint(str(store.last))["step"] == 6
 
 
@@ -127,7 +188,7 @@ def test_files_of_others_are_left_alone(store):
 
 
 def test_killed_between_a_checkpoint_and_the_link_to_it(store):
-    store.save(3, state(3))
+    save(store, 3)
     save_checkpoint(store.path(6), state(6))
     assert store.newest_intact() == 6 and read_checkpoint(str(store.last))["step"] == 6
 
@@ -152,7 +213,7 @@ def empty(data):
 def test_a_damaged_newest_is_set_aside(store, damage, capsys):
     """One bit of a tensor too, which torch.load would not notice."""
     for step in (3, 6):
-        store.save(step, state(step))
+        save(store, step)
     path = store.path(6)
     data = bytearray(path.read_bytes())
     damage(data)
@@ -169,12 +230,12 @@ def test_a_damaged_newest_is_set_aside(store, damage, capsys):
 @pytest.mark.parametrize("size", [0, 2000, 4096, 5000])
 def test_what_cannot_be_written_leaves_the_last(store, size):
     """At whatever byte the writing ends."""
-    store.save(3, state(3))
+    save(store, 3)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
     try:
         with pytest.raises(UserError, match=r"cannot write .*06.pth: File too large; the last checkpoint is .*03.pth"):
-            store.save(6, state(6))
+            save(store, 6)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert store.newest_intact() == 3 and read_checkpoint(str(store.last))["step"] == 3
@@ -182,11 +243,23 @@ def test_what_cannot_be_written_leaves_the_last(store, size):
 
 
 def test_what_a_killed_run_left_half_written_is_swept_up(store):
-    store.save(3, state(3))
-    half = store.folder / ".checkpoint-00000006.pth.abc"
-    half.write_bytes(b"half")
+    save(store, 3)
+    of_others = {".args.yaml.swp", ".args.yaml.backup-of-mine"}
+    for name in (".checkpoint-00000006.pth.abc", ".args.yaml.k3x_81ab", ".log.txt.k3x_81ab", *of_others):
+        (store.folder / name).write_bytes(b"half")
     with store.locked():
-        assert not half.exists() and store.steps() == [3]
+        assert {p.name for p in store.folder.glob(".*")} == {".lock", *of_others} and store.steps() == [3]
+
+
+def test_the_lock_of_a_folder_is_not_written_through_a_link(tmp_path):
+    others = tmp_path / "of somebody else"
+    others.write_bytes(b"precious")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".lock").symlink_to(others)
+    with pytest.raises(UserError, match=rf"cannot write to {folder}/.lock: .lock is a symbolic link; remove it"):
+        CheckpointStore(folder).locked().__enter__()
+    assert others.read_bytes() == b"precious"
 
 
 @pytest.mark.slow
@@ -199,9 +272,102 @@ def test_two_runs_do_not_share_a_folder(store):
         subprocess.run, [sys.executable, "-c", code, str(store.folder)], cwd=ROOT, capture_output=True, text=True
     )
     with store.locked():
-        refused = other()
-    assert refused.returncode == 1 and "another run is writing to" in refused.stderr
+        for _ in range(2):  # the first one that is refused leaves the name of the holder as it is
+            refused = other()
+            which = f"(process {os.getpid()} on {socket.gethostname()})"
+            assert refused.returncode == 1 and f"another run is writing to {store.folder} {which};" in refused.stderr
     assert other().stdout == "mine\n"
+
+
+# --- behind the training ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Writing waits for this event, and sets that one when it begins."""
+    go, begun = threading.Event(), threading.Event()
+
+    def write(path, state):
+        begun.set()
+        assert go.wait(20)
+        save_checkpoint(path, state)
+
+    monkeypatch.setattr(checkpoints, "save_checkpoint", write)
+    yield go, begun
+    go.set()
+
+
+def test_a_save_does_not_wait_until_it_is_written(store, held):
+    go, begun = held
+    content = dict(step=3, model=dict(w=torch.zeros(3)), meter=dict(losses=[1.0]))
+    store.save(3, content)
+    assert begun.wait(20) and store.has(3) and store.steps() == [] and not store.has(6)
+    content["model"]["w"].fill_(1)
+    content["meter"]["losses"].append(2.0)
+    go.set()
+    store.finish()
+    saved = read_checkpoint(str(store.path(3)))
+    assert saved["model"]["w"].sum() == 0 and saved["meter"] == dict(losses=[1.0])
+
+
+def test_what_is_being_written_is_awaited_when_the_folder_is_left(store, held):
+    go, _ = held
+    with store.locked():
+        store.save(3, state(3))
+        threading.Timer(0.1, go.set).start()
+    assert store.steps() == [3]
+
+
+def test_no_process_is_forked_while_something_is_written(store, held):
+    """It would have a copy of the locks that the writing thread held."""
+    go, begun = held
+    store.save(3, state(3))
+    assert begun.wait(20)
+    threading.Timer(0.1, go.set).start()
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if store.steps() == [3] else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("notice", [
+    CheckpointStore.finish, CheckpointStore.check, lambda store: store.save(9, state(9)),
+    lambda store: store.save_best(6),
+])
+def test_a_write_that_failed_is_told_once(store, monkeypatch, notice):
+    def fail(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save_checkpoint", fail)
+    store.save(6, state(6))
+    wait([store._writer._pending])
+    with pytest.raises(UserError, match=r"cannot write .*06.pth: No space left on device; no checkpoint was written"):
+        notice(store)
+    store.finish()
+
+
+def test_the_best_is_another_name_of_its_checkpoint(store):
+    for step in (3, 6, 9):
+        save(store, step)
+        if step < 9:
+            store.save_best(step)
+    store.save_best(6)  # as a run that was resumed there finds it again
+    store.finish()
+    assert store.best.samefile(store.path(6)) and store.steps() == [6, 9]
+    save(store, 12)
+    assert store.steps() == [9, 12] and read_checkpoint(str(store.best))["step"] == 6
+    assert not list(store.folder.glob(".*"))
+
+
+def test_the_best_on_a_file_system_where_a_file_has_one_name(store, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    save(store, 3)
+    store.save_best(3)
+    store.finish()
+    assert read_checkpoint(str(store.best))["step"] == 3 and not store.best.samefile(store.path(3))
 
 
 # --- where a run writes -----------------------------------------------------------------------------------------------
@@ -210,15 +376,73 @@ def test_two_runs_do_not_share_a_folder(store):
 def test_a_folder_of_its_own(monkeypatch):
     store = open_store(CheckpointOptions(keep_checkpoints=5), "biformer_tiny", started=0)
     assert store.folder.parent == Path("outputs/biformer_tiny") and store.keep == 5
+    assert re.fullmatch(r"\d{8}-\d{6}-000000", store.folder.name)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with pytest.raises(NoFolderError, match="torchrun restarted the run"):
         open_store(CheckpointOptions(), "biformer_tiny", started=0)
 
 
+def test_runs_that_start_in_one_second_have_folders_of_their_own():
+    folders = [open_store(CheckpointOptions(), "x", started).folder for started in (10**18, 10**18 + 1000)]
+    assert folders[0] != folders[1] and folders[0].name[:15] == folders[1].name[:15]
+
+
 def test_the_folder_of_another_run(store):
-    store.save(3, state(3))
+    save(store, 3)
     folder = str(store.folder)
     with pytest.raises(FolderInUseError, match="already holds a run"):
         open_store(CheckpointOptions(output_dir=folder), "x", started=0)
     assert open_store(CheckpointOptions(output_dir=folder, auto_resume=True), "x", 0).steps() == [3]
     assert open_store(CheckpointOptions(output_dir=folder, resume=str(store.last)), "x", 0).steps() == [3]
+
+
+def test_a_run_that_began_in_the_folder_since(store):
+    """Two runs that start at once find the same new folder empty; the second overwrites nothing."""
+    late = open_store(CheckpointOptions(output_dir=str(store.folder)), "x", started=0)
+    with store.locked():
+        save(store, 3)
+    with pytest.raises(FolderInUseError, match="already holds a run"), late.locked():
+        pass
+    assert store.steps() == [3]
+
+
+# --- what a run resumes from ------------------------------------------------------------------------------------------
+
+ALONE = Distributed(torch.device("cpu"))
+
+
+def start(store, **options):
+    return find_start(CheckpointOptions(output_dir=str(store.folder), auto_resume=True, **options), store, ALONE)
+
+
+def test_a_whole_last_checkpoint_is_resumed_where_the_others_are_gone(store, capsys):
+    save(store, 6, dict(state(6), total_steps=6))
+    data = store.last.read_bytes()
+    store.path(6).unlink()
+    store.last.unlink()
+    store.last.write_bytes(data)
+    assert start(store) == store.path(6) and store.last.samefile(store.path(6))
+    assert "holds no checkpoint but last.pth, of step 6" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("left", ["best.pth", "last.pth", "log.txt"])
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(store, left):
+    save(store, 6)
+    store.save_best(6)
+    store.finish()
+    (store.folder / "log.txt").write_text("{}\n{}\n")
+    for path in store.folder.iterdir():
+        if path.name != left:
+            path.unlink()
+    with pytest.raises(LostCheckpointsError, match=rf"has no checkpoint-\*.pth any more, but a run's {left}"):
+        start(store)
+    assert os.path.lexists(store.folder / left)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint(store):
+    """It saves every three epochs, and has logged two."""
+    store.folder.mkdir()
+    (store.folder / "log.txt").write_text("{}\n{}\n")
+    assert start(store, save_every=3) is None
+    with pytest.raises(LostCheckpointsError, match=r"log\.txt"):
+        start(store, save_every=2)

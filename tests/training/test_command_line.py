@@ -2,6 +2,7 @@
 import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import timm
@@ -12,6 +13,7 @@ import main as program
 from helpers.run_state import differences
 from helpers.web import served
 from training import flags, options
+from utils import UserError
 
 DEVICE = ["--num_workers", "0", "--device", "cpu"]
 NETWORK = ["--model", "biformer_nano", "--input_size", "48", "--model_kwargs", "num_regions=2", "topk=(1,1,1)"]
@@ -280,6 +282,24 @@ def test_a_run_without_a_checkpoint_yet_starts_again_from_its_weights(tmp_path, 
 def test_fine_tuning_takes_nothing(photos, trained):
     given = ["--data_path", photos, "--finetune", trained / "last.pth"]
     assert settings_of(*given).model.model == "biformer_small"
+
+
+@pytest.mark.parametrize("make", [
+    Path.mkdir, os.mkfifo, Path.touch, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to("gone"),
+    lambda path: path.symlink_to(path.name), lambda path: path.write_text("{}"), lambda path: path.write_text("[]"),
+    lambda path: path.write_text("lr: 3"),
+], ids=["folder", "pipe", "empty", "device", "dangling", "circle", "nothing", "list", "other"])
+def test_what_lies_in_the_place_of_a_runs_recipe_is_not_passed_over(tmp_path, make):
+    """The run would resume with the defaults."""
+    make(tmp_path / "args.yaml")
+    with pytest.raises(UserError, match=f"^{tmp_path}/args.yaml is no recipe of a run; "):
+        settings_of("--data_path", "photos", "--auto_resume", "--output_dir", tmp_path)
+
+
+def test_a_run_whose_recipe_is_gone_resumes_by_its_newest_checkpoint(tmp_path):
+    for step, lr in ((3, "0.1"), (6, "0.2")):
+        checkpoint_of(tmp_path / f"checkpoint-{step:08d}.pth", "--lr", lr)
+    assert settings_of("--auto_resume", "--output_dir", tmp_path).optimizer.lr == 0.2
 
 
 def test_a_first_start_with_auto_resume_takes_nothing(photos, tmp_path):

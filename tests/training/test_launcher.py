@@ -38,6 +38,8 @@ def test_rank_and_size(environment, expected):
     (dict(WORLD_SIZE=""), "WORLD_SIZE must be a number of at least 1, got ''"),
     (dict(WORLD_SIZE="two"), "WORLD_SIZE must be a number of at least 1, got 'two'"),
     (dict(WORLD_SIZE="0"), "WORLD_SIZE must be a number of at least 1, got '0'"),
+    (dict(WORLD_SIZE="9" * 10), "WORLD_SIZE must be a number of at least 1, got '9999999999'"),
+    (dict(WORLD_SIZE="2", RANK="9" * 5000), "RANK must be a number of at least 0, got '9999"),
     (dict(WORLD_SIZE="2"), "WORLD_SIZE is 2, but there is no RANK, no MASTER_ADDR, no MASTER_PORT"),
     (dict(WORLD_SIZE="2", RANK="0", MASTER_PORT="1"), "WORLD_SIZE is 2, but there is no MASTER_ADDR"),
     (dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="", MASTER_PORT="1"), "WORLD_SIZE is 2, but there is no MASTER_ADDR"),

@@ -1,6 +1,8 @@
 import json
 import math
+import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +14,7 @@ from training.distributed import Distributed
 from training.log import Meter, NonFiniteLossError, RunLog, check_finite, log_line, open_log
 from training.options import WandbOptions
 from training.run import Clock, Run
+from utils import UserError
 
 ALONE = Distributed(torch.device("cpu"))
 
@@ -99,6 +102,46 @@ def test_a_resumed_log_forgets_what_comes_again(tmp_path):
     log.epoch(dict(epoch=1, a=5))
     log.close()
     assert (tmp_path / "log.txt").read_text() == '{"epoch": 0, "a": 1}\n{"epoch": 1, "a": 5}\n'
+
+
+RECORD = '{"epoch": 0, "a": 1}\n'
+
+
+@pytest.mark.parametrize("line", [
+    b"[]", b"3", b"{}", b'{"epoch": "x"}', b'{"epoch": null}', b"\x00\xff\x80", b"a note", b'{"epoch": ' + b"1" * 5000,
+    b"[" * 10**5,
+])
+def test_what_is_no_record_is_moved_out_of_the_log(tmp_path, line, capsys):
+    """With one line that says so; nothing of it is lost, and a second time it joins the first."""
+    file, aside = tmp_path / "log.txt", tmp_path / "log.txt.damaged"
+    for number in (1, 2):
+        file.write_bytes(line + b"\n\n" + RECORD.encode() + b'{"epoch": 1}')
+        RunLog(tmp_path, epoch=1)
+        assert file.read_text() == RECORD and aside.read_bytes() == (line + b"\n") * number
+        said = f"{file}: 1 line without the record of an epoch, moved to {aside}\n"
+        assert capsys.readouterr().out == said
+
+
+def test_a_whole_log_is_not_written_again(tmp_path, monkeypatch):
+    (tmp_path / "log.txt").write_text(RECORD)
+    monkeypatch.setattr("training.log.replace_file", lambda *_: pytest.fail("written again"))
+    RunLog(tmp_path, epoch=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
+
+
+def test_a_last_line_without_its_end_does_not_run_into_the_next(tmp_path):
+    (tmp_path / "log.txt").write_text(RECORD.strip())
+    RunLog(tmp_path, epoch=1).epoch(dict(epoch=1))
+    assert (tmp_path / "log.txt").read_text() == RECORD + '{"epoch": 1}\n'
+
+
+@pytest.mark.parametrize("make", [
+    Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path.name),
+], ids=["folder", "pipe", "device", "circle"])
+def test_a_log_that_is_no_file(tmp_path, make):
+    make(tmp_path / "log.txt")
+    with pytest.raises(UserError, match=r"log\.txt is no file$"):
+        RunLog(tmp_path)
 
 
 def add(meter, *losses, step=0, **parts):

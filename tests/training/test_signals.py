@@ -46,6 +46,34 @@ def test_faults_of_the_machine_are_told_in_words(error, line):
     assert told(error) == line and fault_of(error).exit_code == 1
 
 
+OF_WORKER = "Caught RuntimeError in data loading process 7.\nOriginal Traceback (most recent call last):\n"
+
+
+@pytest.mark.parametrize("error,line", [
+    (MemoryError("out of memory while reading a.png"),
+     "out of memory (out of memory while reading a.png); give fewer --num_workers, a smaller --batch_size, or more "
+     "memory"),
+    (MemoryError(), "out of memory (MemoryError); give fewer --num_workers"),
+    (MemoryError(f"{OF_WORKER}  File x\nMemoryError: no room\n"), "out of memory (MemoryError: no room); give fewer"),
+    (OSError(12, "Cannot allocate memory"), "out of memory ([Errno 12] Cannot allocate memory); give fewer"),
+    (RuntimeError(f"{OF_WORKER}RuntimeError: unable to allocate shared memory(shm) for file </torch_1>: No space\n"),
+     "shared memory, /dev/shm, is too small or full (RuntimeError: unable to allocate shared memory(shm) for file "
+     "</torch_1>: No space); make it larger, by docker run --shm-size 8g for example, or give fewer --num_workers"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers "
+                  "are out of shared memory. Please try to raise your shared memory limit."),
+     "shared memory, /dev/shm, is too small or full (DataLoader worker (pid 7) is killed by signal: Bus error."),
+    (OSError(24, "Too many open files"), "too many open files ([Errno 24] Too many open files); raise the limit, by "
+                                         "ulimit -n 65536 for example, or give fewer --num_workers"),
+    (RuntimeError("Too many open files. Communication with the workers is no longer possible."), "too many open files"),
+    (RuntimeError("unable to open shared memory object </torch_1> in read-write mode: Too many open files (24)"),
+     "too many open files"),
+    (RuntimeError(f"{OF_WORKER}OSError: AF_UNIX path too long\n"), "the path of the temporary folder /"),
+])
+def test_what_a_process_has_too_little_of_is_named(error, line):
+    said = told(error)
+    assert said.startswith(line) and said.endswith("resume with --auto_resume and the run's --output_dir")
+
+
 @pytest.mark.parametrize("error", [
     RuntimeError("[gloo/transport/tcp/pair.cc:530] Read error: reset by peer"),
     RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer"),
@@ -105,6 +133,17 @@ def test_signals_are_noted_and_handed_back(number):
         os.kill(os.getpid(), number)
         assert handler.signal == signal.Signals(number).name
     assert signal.getsignal(number) is before
+
+
+def test_a_hangup_that_nohup_ignores_is_ignored_still():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with SignalHandler().installed() as handler:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert handler.signal is None
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """The image files below a folder, in an order that is the same on every machine, and what else lies among them.
 
 Left out without a word is what systems and programs leave behind: hidden names (`.ipynb_checkpoints`, `.Trash`, the
-AppleDouble files `._NAME` of macOS), and the folders `NOT_THE_USERS`. Other files that are no images are counted.
+AppleDouble files `._NAME` of macOS), and the folders `NOT_THE_USERS`. Other files that are no images are counted; so
+are pipes, sockets and devices, whatever their name.
 """
 import os
 from collections import Counter
@@ -63,6 +64,8 @@ def find_images(folder: str | Path) -> ImageFiles:
         for entry in _entries(path):
             if _is_folder(entry):
                 (links if entry.is_symlink() else waiting).append(entry.path)
+            elif _is_special(entry):
+                found.left_out["pipe, socket or device"] += 1
             elif is_image(entry.name):
                 names.append(entry.name)
             else:
@@ -120,6 +123,17 @@ def _is_folder(entry: os.DirEntry) -> bool:
     """Whether an entry is a folder, or a link to one."""
     try:
         return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _is_special(entry: os.DirEntry) -> bool:
+    """Whether an entry, no folder, is a pipe, socket or device, or a link to one: to read it may take for ever.
+
+    A link to nothing is none: it is named when it cannot be read. Only links cost a system call.
+    """
+    try:
+        return not entry.is_file() and (not entry.is_symlink() or os.path.exists(entry.path))
     except OSError:  # a link to itself
         return False
 

@@ -6,6 +6,7 @@ of ImageNet and the network has ImageNet's classes, as ImageNet numbers them; el
 
 The name of a class is its folder's in Unicode NFC: a copy from macOS may have it decomposed (NFD), with the same looks.
 """
+import hashlib
 import os
 import re
 import unicodedata
@@ -155,6 +156,14 @@ class ImageFolders(Sequence):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         path, target = self.samples[index]
         return self.decode(path), target
+
+    def fingerprint(self) -> str:
+        """A hash of the images' names below the folder, in Unicode NFC and in order, and of their classes."""
+        digest = hashlib.sha256()
+        for path, target in self.samples:
+            name = os.fsencode(unicodedata.normalize("NFC", path.removeprefix(f"{self.root}/")))
+            digest.update(b"%b\0%d\0" % (name, target))
+        return digest.hexdigest()
 
 
 def open_folders(

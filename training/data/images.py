@@ -1,7 +1,6 @@
 """Reading image files, whatever their format, as PIL RGB images."""
 import errno
 import warnings
-from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,10 +12,17 @@ from utils import LostDataError, UserError, one_line
 # System errors that concern one file: it is missing, or its damaged bytes made a decoder seek to an impossible place.
 # PIL's own errors have no number. All others are faults of the machine or its storage, which other images share.
 _OF_ONE_FILE = (None, errno.ENOENT, errno.EINVAL)
+# Too many files are open: neither a file nor a disk is at fault.
+_OF_THIS_PROCESS = (errno.EMFILE, errno.ENFILE)
+# Pixels of an image that is read: 0.5 GB as RGB in each process that reads. The largest cameras have 151 million, a
+# tile of Sentinel-2 has 121 million.
+_MOST_PIXELS = 160_000_000
+Image.MAX_IMAGE_PIXELS = _MOST_PIXELS // 2  # Pillow warns of more, and refuses what is more than twice as much
 # What telephones save and not every Pillow reads: the brand that such a file begins with -> its format.
 _FORMATS = {b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF", b"avif": "AVIF"}
-# Damaged EXIF is passed over; PIL would print of it in every data loading process.
-warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)
+# Of damaged EXIF and large images, for example; PIL would print them in every data loading process.
+for _category in (UserWarning, RuntimeWarning):
+    warnings.filterwarnings("ignore", category=_category, module=r"PIL\.")
 
 
 class UnreadableImageError(UserError):
@@ -43,25 +49,50 @@ def load_image(file: str | Path | BinaryIO, exif_transpose: bool = True) -> Imag
 
     Raises:
         LostDataError: The folder in which it should be is gone, or the system cannot read the file.
-        UnreadableFileError, for an open file UnreadableMemberError: It is not an intact image, or has values of no
-            known scale; names the file.
+        MemoryError: There is no memory to read any image.
+        OSError: No file can be opened: too many are.
+        UnreadableFileError, for an open file UnreadableMemberError: It is not an intact image, is too large, or has
+            values of no known scale; names the file.
     """
     try:
         with Image.open(file) as image:
             image.load()
             if exif_transpose:
-                with suppress(Exception):  # on damaged EXIF, PIL raises nearly anything
-                    ImageOps.exif_transpose(image, in_place=True)
+                _turn_upright(image)
             return _to_rgb(image)
     except Exception as error:  # on damaged bytes PIL's decoders raise nearly anything
         name = file if isinstance(file, (str, Path)) else getattr(file, "name", file)  # a Path's name is its last part
+        if _is_out_of_memory(error):
+            raise MemoryError(f"out of memory while reading {name}") from None
+        if isinstance(error, OSError) and error.errno in _OF_THIS_PROCESS:
+            raise
         if isinstance(error, OSError) and error.errno not in _OF_ONE_FILE:
             raise LostDataError(f"cannot read {name}: {error.strerror}; check the disk, or the mount") from None
         if isinstance(file, (str, Path)) and not Path(file).parent.is_dir():
             raise LostDataError(f"cannot read {file}: its folder is gone; was the data moved, or unmounted?") from None
-        reason = _why_unidentified(file) if isinstance(error, UnidentifiedImageError) else one_line(error)
+        reason = one_line(error)
+        if isinstance(error, UnidentifiedImageError):
+            reason = _why_unidentified(file)
+        elif isinstance(error, Image.DecompressionBombError):
+            reason = f"it has more than {_MOST_PIXELS // 10**6} million pixels; make it smaller, or cut it up"
         kind = UnreadableFileError if isinstance(file, (str, Path)) else UnreadableMemberError
         raise kind(f"cannot read {name}: {reason}") from None
+
+
+def _turn_upright(image: Image.Image):
+    """Turn and mirror an image as its EXIF orientation says."""
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except Exception as error:  # on damaged EXIF, PIL raises nearly anything
+        if _is_out_of_memory(error):
+            raise
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether there was no memory to read an image, or any other."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM or str(error).startswith("out of memory")  # the words of PIL's decoders
+    return isinstance(error, MemoryError)
 
 
 def _why_unidentified(file: str | Path | BinaryIO) -> str:

@@ -1,7 +1,7 @@
 """Data loading that is seeded and can resume at any batch: every random choice about a sample follows from (seed,
 epoch, position in the epoch), never from what was read before or by which process.
 """
-import ctypes
+import errno
 import os
 import random
 import re
@@ -11,20 +11,30 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from multiprocessing import parent_process
+from multiprocessing.queues import Queue
 from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from timm.data.distributed_sampler import RepeatAugSampler
+from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate, get_worker_info
 
 from utils import UserError, count, derive_seed, printable, seed_generators
 
 from ..distributed import Distributed
 from ..options import LoaderOptions
+from ..process import end_with_parent
+from ..signals import OpenFilesFault, SharedMemoryFault
+from ..tensors import map_tensors
+from ..waits import GaveUpWaiting, NoDataFault, wait_for
 
-_PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
+# Errors that end the run, whose frames hold the loader. Freed, it would wait for each of its processes, of which some
+# may never answer, and that have nothing left to say; as it is, they end with this one.
+_of_ended_loaders: list[Exception] = []
+# Errors, with which a data loading process also exits.
+_TOO_MANY_FILES = {errno.EMFILE, errno.ENFILE}
 # How many of the images that were skipped are named.
 _NAMED = 5
 
@@ -113,17 +123,10 @@ class ToDevice:
         """Nothing here is random."""
 
     def __iter__(self) -> Iterator[Any]:
-        return (self._move(batch) for batch in self.loader)
+        return (map_tensors(batch, self._move) for batch in self.loader)
 
-    def _move(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return value.to(self.device, non_blocking=True)
-        if isinstance(value, dict):
-            return {key: self._move(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            items = [self._move(item) for item in value]
-            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)  # a namedtuple has names
-        return value
+    def _move(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.device, non_blocking=True)
 
 
 class EpochLoader:
@@ -134,10 +137,19 @@ class EpochLoader:
         transfer: DataLoader -> `Transfer`.
         seed: The run's.
         rank: This process's.
+        timeout: Seconds that a batch may take; 0 for no limit.
     """
 
-    def __init__(self, loader: DataLoader, transfer: Callable[[DataLoader], Transfer], seed: int = 0, rank: int = 0):
+    def __init__(
+        self,
+        loader: DataLoader,
+        transfer: Callable[[DataLoader], Transfer],
+        seed: int = 0,
+        rank: int = 0,
+        timeout: float = 0.0,
+    ):
         self.loader, self.transfer, self.seed, self.rank = loader, transfer(loader), seed, rank
+        self.timeout = timeout
         self.set_epoch(0)
 
     def __len__(self) -> int:
@@ -162,10 +174,18 @@ class EpochLoader:
         self.epoch, self.first_batch = epoch, first_batch
 
     def __iter__(self) -> Iterator[Any]:
+        """Raises `NoDataFault` or `GaveUpWaiting` as `wait_for` does."""
         self._start_epoch()
         try:
-            yield from self.transfer
+            batches = wait_for(lambda: iter(self.transfer), self.timeout)
+            while (batch := wait_for(lambda: next(batches, None), self.timeout)) is not None:
+                yield batch
             return
+        except (NoDataFault, GaveUpWaiting, OSError, RuntimeError, MemoryError) as error:
+            _of_ended_loaders.append(error)
+            if cause := self._cause(error):
+                raise cause from error
+            raise
         except UserError as error:
             # From a worker its text is a traceback that ends in the line we want, and its frames hold the iterator in
             # a cycle. Left to the garbage collector, the iterator would wait five seconds for each of its workers.
@@ -173,6 +193,16 @@ class EpochLoader:
             kind = type(error)
             error.__traceback__ = None
         raise kind(line)
+
+    def _cause(self, error: Exception) -> UserError | None:
+        """What is known of an error beyond what it says."""
+        workers = getattr(getattr(self.loader, "_iterator", None), "_workers", [])
+        if _TOO_MANY_FILES & {worker.exitcode for worker in workers}:
+            return OpenFilesFault("too many open files in a data loading process")
+        # The semaphores of its processes lie there too.
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+            return SharedMemoryFault(f"shared memory, /dev/shm, is too small or full ({error.strerror})")
+        return None
 
     def _start_epoch(self):
         key = self.seed, self.epoch, self.rank
@@ -186,21 +216,31 @@ class EpochLoader:
 
 
 def _report_error(kind: type[BaseException], error: BaseException, traceback: TracebackType | None):
-    # The thread that hands batches over finds its connection closed where the main process stops before the last one.
+    if isinstance(error, OSError) and error.errno in _TOO_MANY_FILES:
+        os._exit(error.errno)  # the thread that hands batches over would try again for ever
+    # That thread finds its connection closed where the main process stops before the last one.
     if not issubclass(kind, ConnectionError | EOFError):
         sys.__excepthook__(kind, error, traceback)
 
 
+def _hand_over_error(queue: Queue, error: Exception, batch: tuple[int, Any] | bytes):
+    # In place of the batch that cannot be handed over, for which the main process would wait for ever.
+    if isinstance(batch, bytes):  # pickled: the connection itself is at fault
+        os._exit(1)
+    wrapped = ExceptionWrapper((RuntimeError, error, error.__traceback__), f"in data loading process {os.getpid()}")
+    queue.put((batch[0], wrapped))
+
+
 def _follow_main_process(worker: int):
-    sys.excepthook = _report_error
+    sys.excepthook, Queue._on_queue_feeder_error = _report_error, _hand_over_error
     # A terminal and Slurm send signals to every process; the run's main process decides what comes of them.
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_exit_on_sigterm_of_main, daemon=True).start()
         # A worker that waits for a lock which a killed process held would outlive the main process forever.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        end_with_parent()
 
 
 def _exit_on_sigterm_of_main():
@@ -277,7 +317,8 @@ def build_loader(
         generator=torch.Generator(),  # the global one would otherwise be drawn from each epoch
         worker_init_fn=_follow_main_process,
     )
-    return EpochLoader(loader, transfer or (lambda loader: ToDevice(loader, device)), seed, distributed.rank)
+    on_device = transfer or (lambda loader: ToDevice(loader, device))
+    return EpochLoader(loader, on_device, seed, distributed.rank, options.loader_timeout)
 
 
 @contextmanager

@@ -6,8 +6,11 @@ sample: `KEY.jpg`, or another of `IMAGE_EXTENSIONS`, and `KEY.cls`, the class in
 That package reads streams, which have no positions to resume from, and runs the command in an address that starts with
 `pipe:`; here a sample has an index, and is read from its position in the tar file.
 """
+import errno
+import hashlib
 import math
 import os
+import re
 import tarfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +39,10 @@ class ShardClassError(ShardError):
     """A sample is of a class beyond those of the model."""
 
 
+class UnreadableShardError(ShardError):
+    """The system could not read a shard, which says nothing about the shard."""
+
+
 # --- what a shard holds -----------------------------------------------------------------------------------------------
 
 
@@ -60,7 +67,7 @@ def index_shard(file: BinaryIO, name: str) -> list[Sample]:
     groups: list[tuple[str, dict[str, tarfile.TarInfo]]] = []
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in filter(tarfile.TarInfo.isreg, tar):
+            for member in filter(tarfile.TarInfo.isreg, _members(tar, os.fstat(file.fileno()).st_size)):
                 path = PurePosixPath(member.name)
                 stem, _, extension = path.name.partition(".")
                 key = str(path.with_name(stem)) if stem else None
@@ -69,7 +76,11 @@ def index_shard(file: BinaryIO, name: str) -> list[Sample]:
                 if not groups or groups[-1][0] != key:
                     groups.append((key, {}))
                 groups[-1][1][extension.lower()] = member
-    except (tarfile.TarError, OSError, ValueError) as error:
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # which a place before the beginning of a file is
+            raise UnreadableShardError(f"{name} cannot be read: {error.strerror}") from None
+        raise ShardError(f"{name} is damaged in sample {len(groups)}; make or copy it again") from None
+    except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:  # of sizes that a header claims
         raise ShardError(
             f"{name} is damaged or cut off in sample {len(groups)}: {error}; make or copy it again"
         ) from None
@@ -82,6 +93,18 @@ def index_shard(file: BinaryIO, name: str) -> list[Sample]:
             f"{complete} of the {len(samples)} samples in this shard have both"
         )
     return samples
+
+
+def _members(tar: tarfile.TarFile, length: int) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar file of `length` bytes. Raises ValueError after one that does not lie in it."""
+    place = 0
+    for member in tar:
+        if member.offset_data <= place or member.size < 0:  # tarfile would go round in a circle
+            raise ValueError("invalid header")
+        place = member.offset_data
+        yield member
+        if place + member.size > length:
+            raise ValueError("unexpected end of data")
 
 
 def _sample(members: dict[str, tarfile.TarInfo]) -> Sample | None:
@@ -173,12 +196,18 @@ class TarShards(Sequence):
         shards = enumerate(self.split.filenames)
         return [f"{shard}/{sample.name}" for number, shard in shards for sample in self._shard(number)[1]]
 
+    def fingerprint(self) -> str:
+        """A hash of what the list of shards says of them: names, lengths, hashes and classes."""
+        split = self.split
+        listed = split.filenames, split.lengths, split.sha256, split.num_classes, split.classes
+        return hashlib.sha256(repr(listed).encode(errors="backslashreplace")).hexdigest()
+
     def sampler(self, num_replicas: int, rank: int, repeats: int) -> "ShardSampler":
         """The order in which process `rank` of `num_replicas` trains on the samples; see `ShardSampler`."""
         return ShardSampler(self.lengths, num_replicas, rank, repeats)
 
     def _target(self, text: bytes, name: str) -> int:
-        if not text.strip().isdigit():
+        if not re.fullmatch(rb"\s*[0-9]{1,18}\s*", text):
             raise ShardError(f"the .cls of {name} should be a class index, and is {text[:20]!r}")
         target = int(text)
         if target >= self.most_classes:
@@ -199,7 +228,7 @@ class TarShards(Sequence):
 
     def _open_shard(self, number: int) -> tuple[BinaryIO, list[Sample]]:
         name, sha256 = self.split.filenames[number], self.split.sha256[number]
-        file = self.folder.open(name, sha256)
+        file = self.folder.open(name, sha256, self.split.sizes[number])
         try:
             samples = index_shard(file, f"{self.folder}/{name}")
             if len(samples) != self.lengths[number]:
@@ -207,9 +236,10 @@ class TarShards(Sequence):
                     f"{self.folder}/{name} holds {len(samples)} samples, and {self.split.info} says "
                     f"{self.lengths[number]}; correct shard_lengths and num_samples there, or make the shard again"
                 )
-        except ShardError:
+        except ShardError as error:
             file.close()
-            if isinstance(self.folder, HttpFolder):  # a damaged file of the user's stays
+            is_damaged = not isinstance(error, UnreadableShardError)
+            if is_damaged and isinstance(self.folder, HttpFolder):  # a damaged file of the user's stays
                 self.folder.discard(name, sha256)
             raise
         return file, samples
@@ -217,7 +247,10 @@ class TarShards(Sequence):
 
 def _read(file: BinaryIO, extent: tuple[int, int], name: str) -> bytes:
     offset, size = extent
-    data = os.pread(file.fileno(), size, offset)
+    try:
+        data = os.pread(file.fileno(), size, offset)
+    except OSError as error:
+        raise UnreadableShardError(f"{name} cannot be read: {error.strerror}") from None
     if len(data) != size:
         raise ShardError(f"{name} was cut off while it was read")
     return data

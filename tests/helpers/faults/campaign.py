@@ -10,11 +10,11 @@ from pathlib import Path
 from helpers.photos import write_photos
 from helpers.run_state import differences
 
-from . import kills, watch
+from . import downloads, kills, loader, watch
 from .runs import Course, Fault, TooLate, Verdict
 
 # By topic.
-FAULTS = {"kills": kills.FAULTS, "watch": watch.FAULTS}
+FAULTS = {"downloads": downloads.FAULTS, "kills": kills.FAULTS, "loader": loader.FAULTS, "watch": watch.FAULTS}
 SHORT = {
     "SIGKILL at a random moment", "SIGKILL in the middle of writing a checkpoint", "SIGTERM",
     "SIGKILL, then the newest checkpoint cut off", "one of two processes killed",

@@ -1,5 +1,6 @@
 """training/data/files.py: which files below a folder are its images, past links and what systems leave there."""
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,30 @@ def test_what_is_left_out_is_counted_by_its_ending(tmp_path):
     assert describe_left_out(find_images(tmp_path / "deep").left_out, "train").endswith("no image: 1 .txt")
     touch(tmp_path / "clean", "0.png")
     assert describe_left_out(find_images(tmp_path / "clean").left_out, "train") is None
+
+
+def test_what_is_no_file_is_no_image_whatever_its_name(tmp_path):
+    """To read a pipe that nobody writes to takes for ever. A link to nothing is told of when it is read."""
+    touch(tmp_path, "0.jpg", "elsewhere/1.jpg")
+    os.mkfifo(tmp_path / "pipe.png")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.relpath(tmp_path / "socket.png"))
+    for name, target in (("link.png", "pipe.png"), ("null.jpg", "/dev/null"), ("dead.jpg", "nowhere"),
+                         ("loop.jpg", "loop.jpg"), ("good.jpg", "elsewhere/1.jpg")):
+        (tmp_path / name).symlink_to(target)
+    found = find_images(tmp_path)
+    assert names_in(tmp_path) == ["0.jpg", "dead.jpg", "good.jpg", "loop.jpg", "elsewhere/1.jpg"]
+    line = describe_left_out(found.left_out, "train")
+    assert line == "left out 4 files in train that are no images: 4 pipe, socket or device"
+
+
+def test_regular_files_are_told_apart_without_a_system_call_for_each(tmp_path, monkeypatch):
+    touch(tmp_path, *(f"{number}.jpg" for number in range(50)))
+    calls, stat, exists = [], os.stat, os.path.exists
+    monkeypatch.setattr(os, "stat", lambda *args, **kwargs: calls.append(args) or stat(*args, **kwargs))
+    monkeypatch.setattr(os.path, "exists", lambda path: calls.append(path) or exists(path))
+    assert len(find_images(tmp_path).images) == 50
+    assert len(calls) < 50
 
 
 def test_a_folder_that_cannot_be_listed_is_no_empty_folder(tmp_path, monkeypatch):

@@ -1,5 +1,8 @@
 """Image files of every mode and format, upright, and what is said of those that cannot be read."""
 import io
+import resource
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -7,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from helpers import ROOT
 from helpers.photos import noise, photograph
 from training.data.images import UnreadableImageError, load_image
 
@@ -161,3 +165,53 @@ def test_an_unreadable_file_is_named_by_its_whole_path(tmp_path, kind):
     (tmp_path / "0.jpg").write_text("no image")
     with pytest.raises(UnreadableImageError, match=f"^cannot read {tmp_path}/0.jpg: not an image$"):
         load_image(kind(tmp_path / "0.jpg"))
+
+
+# --- what one image cannot help ---------------------------------------------------------------------------------------
+
+
+def raises(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("where", ["PIL.Image.open", "PIL.ImageFile.ImageFile.load", "PIL.ImageOps.exif_transpose",
+                                   "PIL.Image.Image.convert"])
+@pytest.mark.parametrize("error", [MemoryError(), OSError("out of memory when reading image file"),
+                                   OSError(12, "Cannot allocate memory")])
+def test_memory_that_ran_out_makes_no_image_a_damaged_one(tmp_path, monkeypatch, where, error):
+    photograph(tmp_path / "a.png", 6)
+    monkeypatch.setattr(where, raises(error))
+    with pytest.raises(MemoryError, match=f"^out of memory while reading {tmp_path}/a.png$"):
+        load_image(tmp_path / "a.png")
+
+
+def test_too_many_open_files_make_no_image_a_damaged_one(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    photograph(path, 1)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"Too many open files: '{path}'"):
+            load_image(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_an_image_has_at_most_160_million_pixels(tmp_path):
+    """As the largest cameras and satellites' tiles; decoded, one takes half a GB in every data loading process."""
+    path = tmp_path / "a.png"
+    Image.new("1", (16_001, 10_000)).save(path)
+    told = complaint_about(path)
+    assert told == f"cannot read {path}: it has more than 160 million pixels; make it smaller, or cut it up"
+
+
+def test_pillow_does_not_warn_of_a_large_image_in_every_process(tmp_path):
+    """Outside of pytest, which puts filters of its own before the module's."""
+    path = tmp_path / "a.png"
+    Image.new("1", (81_000, 1_000)).save(path)
+    script = f"from training.data.images import load_image; print(load_image({str(path)!r}).size)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("(81000, 1000)\n", "")

@@ -1,6 +1,7 @@
 """training/data/loader.py: an epoch is a function of seed, epoch and rank; processes share it; workers end with it."""
 import gc
 import multiprocessing
+import os
 import random
 import subprocess
 import sys
@@ -20,6 +21,9 @@ from helpers.photos import write_noise
 from training.data import loader
 from training.data.loader import ToDevice, _follow_main_process, report_skipped, seeded
 from training.distributed import Distributed
+from training.options import LoaderOptions
+from training.signals import SharedMemoryFault
+from training.waits import NoDataFault
 from utils import UserError
 
 
@@ -231,7 +235,7 @@ def test_workers_obey_their_main_process_alone():
     worker = context.Process(target=read_for_ever, args=(started,), daemon=True)
     worker.start()
     assert started.wait(10)
-    for number in ("INT", "USR1", "TERM"):
+    for number in ("INT", "USR1", "HUP", "TERM"):
         subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True)
     worker.join(0.3)
     assert worker.is_alive()
@@ -246,6 +250,50 @@ def test_a_worker_says_nothing_of_a_main_process_that_stopped_reading(capfd):
     assert capfd.readouterr().err == ""
     loader._report_error(ValueError, ValueError("a mistake"), None)
     assert "a mistake" in capfd.readouterr().err
+
+
+@pytest.fixture
+def ended():
+    """The errors that loaders have ended with, let go of in the end."""
+    yield loader._of_ended_loaders
+    for error in loader._of_ended_loaders:
+        error.__traceback__ = None  # whose frames hold a loader, which would be waited for
+    loader._of_ended_loaders.clear()
+
+
+def test_a_batch_that_cannot_be_handed_over_ends_the_run(ended):
+    """The thread of a data loading process that does it used to print the error, and the main process to wait."""
+    data = loader.build_loader(
+        range(8), LoaderOptions(batch_size=2, num_workers=1), process(), train=False, collate_fn=lambda _: lambda: 0
+    )
+    with pytest.raises(RuntimeError, match=r"(?s)^Caught RuntimeError in data loading process \d+.*pickle"):
+        list(data)
+    assert len(ended) == 1
+
+
+def test_storage_that_does_not_answer_ends_the_run(tmp_path, ended):
+    """Also where the main process reads itself, and takes what its decoders raise for a damaged image."""
+    (tmp_path / "val" / "ant").mkdir(parents=True)
+    image = tmp_path / "val" / "ant" / "0.png"
+    Image.new("RGB", (8, 8)).save(image)
+    data = loader_of(build_dataset("IMNET", tmp_path, "val", transform(), on_error="mask"), train=False)
+    image.unlink()
+    os.mkfifo(image)
+    data.timeout = 1
+    with pytest.raises(NoDataFault, match="no data for 1 seconds"):
+        list(data)
+
+
+def test_data_loading_processes_without_room_for_their_semaphores(ended, monkeypatch):
+    data = loader_of(ImageDataset([(Image.new("RGB", (8, 8)), 0)] * 8, transform=transform()), num_workers=1)
+    monkeypatch.setattr(data.transfer, "loader", raises_no_space())
+    with pytest.raises(SharedMemoryFault, match=r"^shared memory, /dev/shm, is too small or full"):
+        list(data)
+
+
+def raises_no_space():
+    raise OSError(28, "No space left on device")
+    yield
 
 
 # --- skipped images ---------------------------------------------------------------------------------------------------

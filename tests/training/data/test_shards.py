@@ -1,6 +1,8 @@
 """training/data/shards.py and shard_list.py: samples of a folder or URL, each once an epoch for any processes."""
+import errno
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -33,7 +35,7 @@ from helpers.loading import (
 from helpers.photos import noise
 from storage import remote
 from storage.remote import sha256_of
-from training.data import shards
+from training.data import shard_list, shards
 from training.data.images import UnreadableImageError, load_image
 from training.data.shard_list import LocalFolder, ShardCacheError, ShardError, read_split
 from training.data.shards import ShardClassError, ShardSampler, open_shards
@@ -82,11 +84,14 @@ def read_info(root):
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Serves a folder; `server.seen` counts requests, `server.cut` says how often a transfer is still to break."""
+    """Serves a folder; `server.seen` counts the files asked for by `server.paths`, and `server.cut` says how often a
+    transfer is still to break.
+    """
 
     def copyfile(self, source, outputfile):
-        name = self.path.rpartition("/")[2]
+        name = self.path.partition("?")[0].rpartition("/")[2]
         self.server.seen[name] += 1
+        self.server.paths.append(self.path)
         time.sleep(self.server.delay)
         data = source.read()
         if self.server.cut[name]:
@@ -112,7 +117,7 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tmp_path))
-    server.seen, server.cut, server.delay = Counter(), Counter(), 0
+    server.seen, server.paths, server.cut, server.delay = Counter(), [], Counter(), 0
     server.url = f"http://127.0.0.1:{server.server_port}/data%20set"
     thread = threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.01))
     thread.start()
@@ -374,11 +379,46 @@ def test_damaged_shards_are_named_and_never_skipped(folder, damage, complaint):
         assert re.fullmatch(f"{folder}/validation-0.tar:? {complaint}.*", complaint_of(loader))
 
 
-@pytest.mark.parametrize("text", [b"", b"cat", b"-1", b"1.5"])
+HOSTILE_CLASSES = [b"1 2", b"9" * 10_000, "\u00b2".encode(), "\u0663".encode()]
+
+
+@pytest.mark.parametrize("text", [b"", b"cat", b"-1", b"1.5", *HOSTILE_CLASSES])
 def test_class_that_is_no_index(folder, text):
     write_tar(folder / "validation-1.tar", [("x.png", png(0)), ("x.cls", text)])
     with pytest.raises(ShardError, match=r"the .cls of x.png in .*validation-1.tar should be a class index, and is b"):
         val_set(folder, on_error="mask")[3]
+
+
+def write_header(path, **fields):
+    """The first member of a tar file gets other fields of its header, by their place in it."""
+    data = bytearray(path.read_bytes())
+    for place, value in dict(fields, _148=b" " * 8).items():
+        data[int(place[1:]):int(place[1:]) + len(value)] = value
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("size", [
+    b"77777777777\0", b"-0000001000\0", b"\x80" + b"\xff" * 11, b"\xff" * 11 + b"\x00", b"\x80\0\0\0" + b"\x7f" * 8,
+])
+@pytest.mark.parametrize("kind", [b"0", b"S", b"x", b"L", b"K", b"g"])
+def test_headers_that_claim_any_size(folder, size, kind):
+    write_header(folder / "validation-0.tar", _124=size, _156=kind)
+    with pytest.raises(ShardError, match=r"validation-0.tar:? (is damaged|holds 2 samples|sample 000 lacks)"):
+        val_set(folder)[0]
+
+
+def test_a_shard_that_the_system_cannot_read_is_not_called_damaged(folder, server, monkeypatch, copies):
+    def fail(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    for module, name in ((tarfile, "open"), (os, "pread")):
+        dataset = val_set(server.url)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, fail)
+            with pytest.raises(ShardError, match=r"validation-0.tar cannot be read: Input/output error$"):
+                dataset[0]
+        assert copies() == ["validation-0.tar"]
 
 
 @pytest.mark.parametrize("listed, given, most, source", [
@@ -401,7 +441,7 @@ def test_class_beyond_those_that_there_are(folder, listed, given, most, source):
     assert isinstance(error.value, ShardClassError) == (listed is None), "of the model, which a flag may change"
 
 
-@pytest.mark.parametrize("number", [0, -1, 2.5, "many"])
+@pytest.mark.parametrize("number", [0, -1, 2.5, "many", True, 10**9])
 def test_number_of_classes_that_is_none(folder, number):
     write_info(folder, read_info(folder), num_classes=number)
     with pytest.raises(ShardError, match=f"num_classes should be a number of at least 1, and is {number!r}"):
@@ -473,6 +513,58 @@ def test_list_of_shards_with_mistakes(folder, tmp_path):
         val_set(tmp_path / "nowhere")
     with pytest.raises(UserError, match="none was given"):
         val_set(None)
+
+
+HUGE = 10**30
+HOSTILE_LISTS = [
+    b"[" * 100_000, b'{"splits": ' * 100_000, b'{"splits": {"val": ' + b"9" * 10_000 + b"}}", b"\xff", b"null",
+    b'"splits"',
+    *(json.dumps({"splits": {"val": dict(
+        dict(num_samples=1, filenames=["a.tar"], shard_lengths=[1]), **changes
+    )}}).encode() for changes in (
+        dict(num_samples=True, shard_lengths=[True]), dict(shard_lengths=[1.0]), dict(shard_lengths=["1"]),
+        dict(num_samples=HUGE, shard_lengths=[HUGE]), dict(num_samples=10**8, shard_lengths=[10**8]),
+        dict(num_samples=math.inf, shard_lengths=[math.inf]), dict(num_samples=math.nan, shard_lengths=[math.nan]),
+        dict(num_samples=2 * 10**9, shard_lengths=[10**7] * 200, filenames=["a.tar"] * 200),
+        dict(filenames=[None]), dict(filenames=[["a.tar"]]), dict(filenames=[""]),
+        dict(filenames=["."]), dict(filenames=["a\0.tar"]), dict(filenames=["\ud800.tar"]), dict(filenames=["a" * 300]),
+        dict(filenames=["a\n.tar"]), dict(sha256=[""]), dict(sha256=["0" * 7]), dict(sha256=["x" * 64]),
+        dict(sha256=[3]), dict(sha256="0"), dict(sha256={"0": "0"}), dict(shard_bytes=[-1]), dict(shard_bytes=["1"]),
+        dict(shard_bytes=[HUGE]), dict(shard_bytes=[1, 1]), dict(shard_bytes=7),
+    )),
+]
+
+
+@pytest.mark.parametrize("content", HOSTILE_LISTS, ids=range(len(HOSTILE_LISTS)))
+def test_any_list_of_shards_gives_one_line(folder, server, content):
+    (folder / "_info.json").write_bytes(content)
+    for root in (folder, server.url):
+        with pytest.raises(ShardError, match=r"/_info.json (should list|lists no split)") as error:
+            val_set(root)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 1000
+
+
+def test_a_list_that_never_ends(folder, server, monkeypatch):
+    for module in (remote, shard_list):
+        monkeypatch.setattr(module, "MOST_IN_MEMORY", 100)
+    with pytest.raises(ShardError, match=r"_info.json is larger than a list of shards may be"):
+        val_set(folder)
+    with pytest.raises(ShardError, match=r"_info.json cannot be fetched: its 0.0 MB are more than"):
+        val_set(server.url)
+
+
+def test_a_shard_of_another_size_than_the_list_says(folder, server, copies):
+    splits = read_info(folder)
+    size = (folder / "validation-0.tar").stat().st_size
+    splits["validation"]["shard_bytes"] = [size, None, size, size]
+    write_info(folder, splits)
+    with open(folder / "validation-0.tar", "ab") as file:
+        file.write(bytes(512))  # which no pass over the headers would find
+    with pytest.raises(ShardError, match=rf"validation-0.tar has {size + 512} bytes, not the {size} that the list"):
+        val_set(folder)[0]
+    with pytest.raises(ShardError, match=rf"cannot be fetched: the server has {size + 512} bytes, not {size}"):
+        val_set(server.url)[0]
+    assert val_set(folder)[3][1] == val_set(server.url)[3][1] == 3 and copies() == ["validation-1.tar"]
 
 
 def test_list_of_shards_by_its_other_name(folder):
@@ -583,6 +675,44 @@ def test_a_copy_that_does_not_fit_the_list_is_not_kept(folder, server, copies):
     assert not copies()
     (folder / "validation-0.tar").write_bytes(good)
     assert val_set(server.url)[2][1] == 2
+
+
+@pytest.mark.parametrize("hashes", [True, False])
+def test_a_copy_that_rots_is_fetched_again_by_the_next_run(folder, server, tmp_path, hashes):
+    """In an image, where no header shows it."""
+    write_shards(folder, hashes=hashes)
+    val_set(server.url)[0]
+    copy = next((tmp_path / "hub" / "shards").glob("*.shard"))
+    whole = copy.read_bytes()
+    rotten = bytearray(whole)
+    rotten[600] ^= 1
+    copy.write_bytes(rotten)
+    dataset = val_set(server.url)
+    assert [dataset[i][1] for i in range(3)] == [0, 1, 2]
+    assert copy.read_bytes() == whole and server.seen["validation-0.tar"] == 2
+
+
+def test_signatures_are_sent_with_each_name_and_never_shown(folder, server, copies):
+    """With hashes, another signature finds the same copies."""
+    write_shards(folder, hashes=True)
+    signed = server.url.replace("//", "//user:secret@")
+    for number in range(2):
+        dataset = val_set(f"{signed}/?secret={number}")
+        assert dataset[0][1] == 0
+    assert set(server.paths) == {f"/data%20set/_info.json?secret={number}" for number in range(2)} | {
+        "/data%20set/validation-0.tar?secret=0"}
+    assert copies() == ["validation-0.tar"]
+    (folder / "validation-1.tar").unlink()
+    with pytest.raises(ShardError, match=r"http://\*\*\*@.*/validation-1.tar\?\*\*\* cannot be fetched") as error:
+        dataset[3]
+    assert "secret" not in f"{error.value} {dataset.source.folder} {dataset.name(0)}"
+    with pytest.raises(ShardError, match="password or signature is not kept: give the whole address again"):
+        val_set(remote.public(f"{signed}/?secret=0"))
+
+
+def test_a_folder_has_no_hash(folder, server):
+    with pytest.raises(ShardError, match=r"#sha256=12345678: a folder has no hash"):
+        val_set(f"{server.url}#sha256=12345678")
 
 
 def test_the_cache_can_be_bounded(folder, server, tmp_path):

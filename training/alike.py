@@ -1,0 +1,75 @@
+"""Whether the processes of a run do the same: asked for the same, on the same data, with the same weights.
+
+Nothing else would notice: gradients are averaged whatever they are of, and weights drift apart without an error.
+"""
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from utils import UserError
+
+from .distributed import Distributed
+from .options import PLACES
+from .run import SpoiledRunError
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class UnlikeProcessesError(UserError):
+    """The processes of a run were started with other settings, or on other data."""
+
+
+class DivergedError(SpoiledRunError):
+    """The weights of the processes of a run differ."""
+
+
+def check_same_start(
+    recipe: Mapping[str, Any], images: Mapping[str, str], resumed: torch.nn.Module | None, distributed: Distributed
+):
+    """Check that all processes were asked for the same; where each reads its data and writes may differ.
+
+    Args:
+        recipe: The settings, plain values.
+        images: `Data.fingerprints`.
+        resumed: The model, where its weights were read from a checkpoint.
+        distributed: This process.
+
+    Raises:
+        UnlikeProcessesError: On every process; names what differs, and the first process that has it.
+    """
+    asked = {name: value for name, value in recipe.items() if name not in PLACES}
+    read = {} if resumed is None else {"weights in the checkpoint": checksum(resumed.state_dict().values())}
+    own = json.dumps([asked, {f"{split} images": of for split, of in images.items()} | read]).encode()
+    texts = distributed.gather(list(own.ljust(distributed.max(len(own)))))
+    (asked, found), *others = (json.loads(bytes(text)) for text in texts)
+    for rank, (asked_there, found_there) in enumerate(others, start=1):
+        differ = [f"{k} is {asked_there[k]}, not {asked[k]}" for k in asked if asked_there[k] != asked[k]]
+        differ += [f"the {name} are others" for name in found if found_there.get(name) != found[name]]
+        if differ:
+            raise UnlikeProcessesError(f"in process {rank}, unlike in process 0, {'; '.join(differ)}")
+
+
+def check_same_weights(model: torch.nn.Module, distributed: Distributed):
+    """Check that the processes of a run have the same weights, as they do unless a machine computes wrongly.
+
+    Raises:
+        DivergedError: On every process; names those that differ from most, where most agree.
+    """
+    if not distributed.is_distributed:
+        return
+    sums = [of_rank[0] for of_rank in distributed.gather([checksum(model.parameters())])]
+    usual = max(sums, key=sums.count)
+    odd = [str(rank) for rank, value in enumerate(sums) if value != usual]
+    if odd:
+        who = f"process {', '.join(odd)} has" if len(odd) < len(sums) / 2 else "they have"
+        raise DivergedError(f"of the {len(sums)} processes, {who} weights unlike the others', which are not saved: "
+                            "a memory or a processor may be faulty")
+
+
+@torch.no_grad()
+def checksum(tensors: Iterable[torch.Tensor]) -> int:
+    """A number that any single changed bit changes; read from the device once."""
+    sums = [t.contiguous().view(_INTEGERS[t.element_size()]).sum(dtype=torch.int64) for t in tensors]
+    return int(torch.stack(sums).sum())
