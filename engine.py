@@ -2,7 +2,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from tqdm import tqdm
 from training.buffers import copy_buffers, put_back
 from training.data.loader import EpochLoader, report_skipped
 from training.distributed import share_statistics
-from training.health import check_loss_scale
+from training.health import LossWatch, OwnTime, check_loss_scale
 from training.log import Meter, RunLog, check_finite, is_watched, log_line
 from training.progress import Doing
 from training.run import Run
@@ -57,6 +57,8 @@ class Trainer:
     update_freq: int = 1
     clip_grad: float | None = None
     log_every: int = 50
+    losses: LossWatch = field(default_factory=LossWatch, init=False)
+    own_time: OwnTime = field(default_factory=OwnTime, init=False)
 
     def train_epoch(self, loader: EpochLoader, saver: Saver | None = None) -> dict[str, float]:
         """Train for one epoch, or for the rest of one.
@@ -123,22 +125,30 @@ class Trainer:
             if micro_batch == 0:
                 seed_everything(self.seed, clock.epoch, clock.step, self.task.distributed.rank)
                 self.schedule.step_update(clock.global_step)
-            losses = self._backward(batch, is_last=micro_batch == self.update_freq - 1)
+            losses, own_seconds = self._backward(batch, is_last=micro_batch == self.update_freq - 1)
+            self.own_time.add(data_seconds + own_seconds)
             measured.append((losses, self.task.count(batch), data_seconds))
         progress.note(Doing.UPDATING)
         self._update_weights()
         for losses, images, data_seconds in measured:
             meter.add(losses, images, data_seconds, clock.global_step, self._learning_rate())
 
-    def _backward(self, batch: Batch, is_last: bool) -> dict[str, torch.Tensor]:
-        """Add the gradients of one batch, all-reduced with the last micro-batch of a step; returns its losses."""
+    def _backward(self, batch: Batch, is_last: bool) -> tuple[dict[str, torch.Tensor], float]:
+        """Add the gradients of one batch, all-reduced with the last micro-batch of a step.
+
+        Returns:
+            Its losses, and the seconds of the forward pass; 0 where that waits for other processes to share buffers.
+        """
         with self.network.no_sync() if self.task.distributed.is_distributed and not is_last else nullcontext():
+            waits = getattr(self.network, "will_sync_module_buffers", bool)()
+            start = time.perf_counter()
             self.task.distributed.progress.note(Doing.LOSS)
             with self.task.precision.autocast():
                 loss, parts = self.task.loss(self.network, batch)
+            own_seconds = 0.0 if waits else time.perf_counter() - start
             self.task.distributed.progress.note(Doing.GRADIENTS)
             self.run.scaler.scale(loss / self.update_freq).backward()
-        return dict(parts, loss=loss.detach())
+        return dict(parts, loss=loss.detach()), own_seconds
 
     def _update_weights(self):
         run = self.run
@@ -157,11 +167,15 @@ class Trainer:
 
     def _write_log_line(self, meter: Meter):
         clock = self.run.clock
-        values = meter.read(clock.epoch)
+        meter.gather(clock.epoch)
+        warning = self.losses.warning(meter.losses, clock, self.update_freq)
+        values = meter.read(clock.epoch) | self.own_time.read(self.task.distributed)
         self.log.scalars("train", values, clock.steps_taken)
         seconds_left = values["batch_seconds"] * self.update_freq * (clock.total - clock.global_step)
         if self.task.distributed.is_main:
             tqdm.write(log_line(values, clock.epoch, clock.step, clock.epoch_steps, seconds_left))
+            if warning is not None:
+                tqdm.write(warning)
 
 
 @torch.inference_mode()

@@ -2,6 +2,7 @@ import copy
 import fcntl
 import os
 import pty
+import re
 import struct
 import sys
 import termios
@@ -219,6 +220,19 @@ def test_weights_that_are_not_finite_after_a_finite_loss():
 
     with pytest.raises(NonFiniteLossError, match="weights became NaN or infinite in epoch 0"):
         train(small_model(), batches(1), loss=loss)
+
+
+def test_a_spike_of_the_loss_is_told_once_by_its_step(capsys):
+    """Batches 121 and 122 are those of step 61."""
+    calls = []
+
+    def loss(logits, targets):
+        calls.append(None)
+        return F.cross_entropy(logits, targets) * (50.0 if len(calls) in (121, 122) else 1.0)
+
+    train(small_model(), batches(160), loss=loss, lr=1e-6, update_freq=2, log_every=20, epoch=2, epochs=3)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert re.match(r"warning: the loss of \S+ in epoch 2 at step 61 is more than twice the median of 100", line)
 
 
 HALF = Precision("cpu", torch.float16)

@@ -102,12 +102,13 @@ class Checkpointer:
 
         Raises:
             Stopped: So it was.
+            NoProgressError: It was, as in several starts before, none of which got any further.
         """
         try:
             yield
         except GaveUpWaiting:
             if self.distributed.is_distributed:
-                raise self._stopped(f"without data, {self.store.kept()}") from None
+                raise self._stopped(f"without data, {self.store.kept()}", self._starts_in_vain()) from None
             self._read_meter()
             self._write_once()
             self._leave()
@@ -159,20 +160,23 @@ class Checkpointer:
         self.saved_at = time.monotonic()
 
     def _leave(self):
-        position = self._position()
-        in_vain = self.distributed.is_main and position == self.position_before
+        self.distributed.progress.note(Doing.SAVING)
         # A launcher that sees one process end may end the others: not before the main one has written what it saved.
         self.store.finish()
-        starts = self.distributed.max(count_starts(self.store.folder, position) if in_vain else 0)
-        stopped = self._stopped(f"saved as {self.store.path(self.run.clock.steps_taken)}")
-        if starts >= MOST:
-            raise NoProgressError(f"{stopped}; {starts} starts in a row got no further")
-        raise stopped
-
-    def _stopped(self, how: str) -> Stopped:
-        clock, by = self.run.clock, self.signals.signal or "a signal to another process"
-        place = f"in epoch {clock.epoch} after step {clock.step} of {clock.epoch_steps}"
-        return Stopped(f"{by}: stopped {place}, {how}", self.store.folder)
+        starts = self.distributed.max(self._starts_in_vain())
+        raise self._stopped(f"saved as {self.store.path(self.run.clock.steps_taken)}", starts)
 
     def _position(self) -> list[int]:
         return [self.run.clock.epoch, self.run.clock.step]
+
+    def _starts_in_vain(self) -> int:
+        """How many starts in a row, this one included, got no further; the main process counts them."""
+        in_vain = self.distributed.is_main and self._position() == self.position_before
+        return count_starts(self.store.folder, self._position()) if in_vain else 0
+
+    def _stopped(self, how: str, starts: int) -> Stopped | NoProgressError:
+        clock, by = self.run.clock, self.signals.signal or "a signal to another process"
+        message = f"{by}: stopped in epoch {clock.epoch} after step {clock.step} of {clock.epoch_steps}, {how}"
+        if starts >= MOST:
+            return NoProgressError(f"{message}; {starts} starts in a row got no further")
+        return Stopped(message, self.store.folder)

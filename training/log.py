@@ -176,10 +176,13 @@ def _by_images(state: dict[str, Any], distributed: Distributed) -> dict[str, Any
 def log_line(values: dict[str, float], epoch: int, step: int, steps: int, seconds_left: float) -> str:
     """One line about the last steps of an epoch."""
     memory = f"  memory {values['memory_mb']:.0f} MB" if values["memory_mb"] else ""
+    slowest = ""
+    if "slowest_seconds" in values:
+        slowest = f"  slowest {values['slowest_seconds']:.3f} s (process {values['slowest_process']})"
     return (
         f"epoch {epoch} [{step}/{steps}]  loss {values['loss']:.4f}  lr {values['lr']:.3e}  "
         f"{values['images_per_second']:.0f} images/s  data {values['data_seconds']:.3f} s  "
-        f"batch {values['batch_seconds']:.3f} s{memory}  eta {timedelta(seconds=round(seconds_left))}"
+        f"batch {values['batch_seconds']:.3f} s{slowest}{memory}  eta {timedelta(seconds=round(seconds_left))}"
     )
 
 

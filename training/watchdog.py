@@ -59,12 +59,15 @@ class Watch:
     def run(self):
         """Look again and again until the run ends, or end it where it hangs."""
         self._arm()
-        while not self.ended.wait(self.interval):
-            self._arm()
-            self.look()
-            line = self.verdict()
-            if line is not None or self.exchange.declared:
-                self.end(line)
+        try:
+            while not self.ended.wait(self.interval):
+                self._arm()
+                self.look()
+                line = self.verdict()
+                if line is not None or self.exchange.declared:
+                    self.end(line)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
     def _arm(self):
         """Set the last resort, where C code keeps Python's threads from running, and this one from looking."""
@@ -166,14 +169,20 @@ class Watch:
         os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def _flush():
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+
+
 def _tell(error: HangFault):
     from .advice import with_advice  # which knows this module's error
 
     # What the main thread has printed; it may hold the lock of a stream whose reader hangs.
-    flush = threading.Thread(target=sys.stdout.flush, daemon=True)
+    flush = threading.Thread(target=_flush, daemon=True)
     flush.start()
     flush.join(2.0)
-    os.write(2, f"error: {printable(with_advice(error))}\n".encode(errors="backslashreplace"))
+    with suppress(OSError):  # nobody may read it
+        os.write(2, f"error: {printable(with_advice(error))}\n".encode(errors="backslashreplace"))
 
 
 @contextmanager
@@ -201,5 +210,4 @@ def watched(distributed: Distributed, clock: Clock, folder: Path, minutes: float
     finally:
         watch.ended.set()
         threads[0].join()  # it does not end where it is about to end the process
-        faulthandler.cancel_dump_traceback_later()
         signal.signal(signal.SIGTSTP, before)

@@ -3,6 +3,7 @@ import ctypes
 import itertools
 import os
 import random
+import re
 import signal
 import time
 
@@ -88,7 +89,29 @@ def _leave_without_a_step(course: Course, rng: random.Random) -> Verdict:
     return next(filter(None, verdicts), None)
 
 
+def _read_slowly():
+    """Take longer for each image in one of the processes, as on a machine whose storage is slow."""
+    open_image = Image.open
+
+    def slow(*args, **kwargs):
+        time.sleep(0.05 if os.environ["RANK"] == os.environ["SLOW"] else 0)
+        return open_image(*args, **kwargs)
+
+    Image.open = slow
+
+
+def _slow_process(course: Course, rng: random.Random) -> Verdict:
+    slow = rng.randrange(course.world_size)
+    attempt = course.start("--num_workers", "0", environment=dict(SLOW=str(slow)), prepare=_read_slowly)
+    reach_step(attempt, 3)
+    os.kill(attempt.ranks[0].pid, signal.SIGTERM)
+    verdict = expect(attempt, {EXIT_RESUME})
+    named = re.findall(r"  slowest 0\.\d+ s \(process (\d)\)", attempt.text())
+    return verdict or (None if set(named) == {str(slow)} else f"process {slow} is slow, not {named}: {attempt.text()}")
+
+
 FAULTS = [
+    Fault("one of two processes slow", _slow_process, world_size=2, times=2),
     Fault("three starts that are asked to leave before a step", _leave_without_a_step),
     Fault("an image that is read for ever", _hang_in_reading),
     Fault("an image that is read for ever, by one of two processes", _hang_in_reading, world_size=2, times=2),
