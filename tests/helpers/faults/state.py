@@ -16,13 +16,16 @@ from .runs import Attempt, Course, Fault, TooLate, Verdict, expect, reach_step
 EVERY_STEP = ["--save_every_steps", "1", "--num_workers", "0"]
 
 
-def _leave(course: Course, rng: random.Random, step: int | None = None) -> Verdict:
-    """Have a run leave in the middle of an epoch."""
+def _leave(course: Course, rng: random.Random, within_epoch: bool = False) -> Verdict:
+    """Have a run leave, somewhere or in the middle of an epoch."""
     attempt = course.start(*EVERY_STEP)
-    reach_step(attempt, step or rng.randint(1, 4))
+    reach_step(attempt, rng.randint(1, 4))
     for rank in attempt.ranks:
         os.kill(rank.pid, signal.SIGTERM)
-    return expect(attempt, {EXIT_RESUME})
+    verdict = expect(attempt, {EXIT_RESUME})
+    if within_epoch and " after step 0 of " in attempt.text():
+        raise TooLate
+    return verdict
 
 
 def _first_wrong(*verdicts: Verdict) -> Verdict:
@@ -103,7 +106,7 @@ def _cannot_read(prepare: Callable[[], None], text: str) -> Callable[[Course, ra
 
 def _change_images(course: Course, rng: random.Random) -> Verdict:
     """In the middle of an epoch; the run is resumed once they are as they were."""
-    verdict = _leave(course, rng, step=2)
+    verdict = _leave(course, rng, within_epoch=True)
     first, second = sorted((course.photos / "train").iterdir())[:2]
     image, away = next(first.iterdir()), course.photos / "away"
     change = rng.choice(["removed", "renamed", "swapped"])
@@ -121,7 +124,7 @@ def _change_images(course: Course, rng: random.Random) -> Verdict:
 
 
 def _change_settings(course: Course, rng: random.Random) -> Verdict:
-    verdict = _leave(course, rng, step=2)
+    verdict = _leave(course, rng, within_epoch=True)
     change = rng.choice([["--seed", "1"], ["--mixup", "0.1"], ["--repeated_aug", "false"], ["--input_size", "64"]])
     return _first_wrong(verdict, _refused(course, "written in the middle of an epoch", *change))
 
