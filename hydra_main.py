@@ -36,9 +36,9 @@ from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment, cle
 import main as program
 from training import flags, parsing, recipes
 from training.advice import with_advice
-from training.checkpoints import open_store
 from training.command_line import choose_task
 from training.options import NO_RESULT, Settings
+from training.resuming import open_store
 from training.signals import EXIT_RESUME, exit_with, run_and_exit
 from training.slurm import TIME_LIMIT_SIGNAL, Slurm, is_running, sbatch_parameters
 from utils import UsageError, UserError, fail, nearest

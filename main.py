@@ -15,12 +15,12 @@ from optim_factory import OptimizerError, Schedule, ScheduleError, WarmupError, 
 from training import advice, command_line, flags, options
 from training.alike import check_same_start
 from training.checkpointer import Checkpointer, Stopped
-from training.checkpoints import find_start, keep_best, open_store
 from training.command_line import CommandLine, TaskRegistry
 from training.distributed import init_distributed, shutdown_distributed
 from training.log import RunLog, is_complete, open_log, print_end, print_plan
 from training.options import Settings
 from training.precision import Precision
+from training.resuming import find_start, keep_best, open_store
 from training.run import BestMetric, Clock, Run, create_ema
 from training.signals import EXIT_RESUME, SignalHandler, fault_of, run_and_exit
 from training.task import Data, Evaluator, NonFiniteOutputError, Task

@@ -16,26 +16,24 @@ def _undisturbed(write: Callable[[], None]):
 
 
 class BackgroundWriter:
-    """Calls functions that write, in a thread of its own, never two at once."""
+    """Calls functions that write, one after another, in a thread of its own."""
 
     def __init__(self):
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer")
-        self._pending: Future | None = None
+        self._pending: list[Future] = []
 
     def start(self, write: Callable[[], None]):
-        """Have `write` called, once the one before is done; raises what that one raised instead."""
-        self.finish()
-        self._pending = self._pool.submit(_undisturbed, write)
+        """Have `write` called, once those before are done."""
+        self._pending.append(self._pool.submit(_undisturbed, write))
 
     def check(self):
-        """Raise what the last one raised, without waiting for it to be done."""
-        if self._pending is not None and self._pending.done():
+        """Raise what was raised in writing, without waiting for what is still to be written."""
+        if any(future.done() and future.exception() for future in self._pending):
             self.finish()
 
     def finish(self):
-        """Wait until it is written; raises what was raised in doing so, once."""
-        if self._pending is None:
-            return
-        wait([self._pending])  # here a signal may raise; what is being written is then still to be waited for
-        pending, self._pending = self._pending, None
-        pending.result()
+        """Wait until all is written; raises the first error of doing so, once."""
+        wait(self._pending)  # here a signal may raise; what is being written is then still to be waited for
+        pending, self._pending = self._pending, []
+        for future in pending:
+            future.result()

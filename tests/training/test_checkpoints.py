@@ -1,6 +1,5 @@
 import errno
 import os
-import re
 import resource
 import shutil
 import socket
@@ -21,16 +20,9 @@ from storage.weights import read_checkpoint
 from training import checkpoints
 from training.checkpoints import (
     CheckpointStore,
-    FolderInUseError,
-    LostCheckpointsError,
-    NoFolderError,
-    find_start,
     is_intact,
-    open_store,
     save_checkpoint,
 )
-from training.distributed import Distributed
-from training.options import CheckpointOptions
 from utils import UserError
 
 
@@ -153,14 +145,6 @@ def test_a_folder_that_is_in_the_way_or_gone_is_told_in_one_line(store):
         (store.folder / "log.txt").touch()
     with pytest.raises(FileNotFoundError), store.locked():  # of other files it knows nothing
         (store.folder.parent / "nowhere").read_text()
-
-
-def test_a_checkpoint_that_is_a_link_to_itself(store):
-    store.folder.mkdir()
-    store.last.symlink_to(store.last.name)
-    options = CheckpointOptions(output_dir=str(store.folder), resume=str(store.last))
-    with pytest.raises(UserError, match="no such checkpoint file"):
-        find_start(options, open_store(options, "x", 0), None)
 
 
 def test_a_file_system_without_links(store, monkeypatch):
@@ -340,7 +324,7 @@ def test_a_write_that_failed_is_told_once(store, monkeypatch, notice):
 
     monkeypatch.setattr(checkpoints, "save_checkpoint", fail)
     store.save(6, state(6))
-    wait([store._writer._pending])
+    wait(store._writer._pending)
     with pytest.raises(UserError, match=r"cannot write .*06.pth: No space left on device; no checkpoint was written"):
         notice(store)
     store.finish()
@@ -368,81 +352,3 @@ def test_the_best_on_a_file_system_where_a_file_has_one_name(store, monkeypatch)
     store.save_best(3)
     store.finish()
     assert read_checkpoint(str(store.best))["step"] == 3 and not store.best.samefile(store.path(3))
-
-
-# --- where a run writes -----------------------------------------------------------------------------------------------
-
-
-def test_a_folder_of_its_own(monkeypatch):
-    store = open_store(CheckpointOptions(keep_checkpoints=5), "biformer_tiny", started=0)
-    assert store.folder.parent == Path("outputs/biformer_tiny") and store.keep == 5
-    assert re.fullmatch(r"\d{8}-\d{6}-000000", store.folder.name)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    with pytest.raises(NoFolderError, match="torchrun restarted the run"):
-        open_store(CheckpointOptions(), "biformer_tiny", started=0)
-
-
-def test_runs_that_start_in_one_second_have_folders_of_their_own():
-    folders = [open_store(CheckpointOptions(), "x", started).folder for started in (10**18, 10**18 + 1000)]
-    assert folders[0] != folders[1] and folders[0].name[:15] == folders[1].name[:15]
-
-
-def test_the_folder_of_another_run(store):
-    save(store, 3)
-    folder = str(store.folder)
-    with pytest.raises(FolderInUseError, match="already holds a run"):
-        open_store(CheckpointOptions(output_dir=folder), "x", started=0)
-    assert open_store(CheckpointOptions(output_dir=folder, auto_resume=True), "x", 0).steps() == [3]
-    assert open_store(CheckpointOptions(output_dir=folder, resume=str(store.last)), "x", 0).steps() == [3]
-
-
-def test_a_run_that_began_in_the_folder_since(store):
-    """Two runs that start at once find the same new folder empty; the second overwrites nothing."""
-    late = open_store(CheckpointOptions(output_dir=str(store.folder)), "x", started=0)
-    with store.locked():
-        save(store, 3)
-    with pytest.raises(FolderInUseError, match="already holds a run"), late.locked():
-        pass
-    assert store.steps() == [3]
-
-
-# --- what a run resumes from ------------------------------------------------------------------------------------------
-
-ALONE = Distributed(torch.device("cpu"))
-
-
-def start(store, **options):
-    return find_start(CheckpointOptions(output_dir=str(store.folder), auto_resume=True, **options), store, ALONE)
-
-
-def test_a_whole_last_checkpoint_is_resumed_where_the_others_are_gone(store, capsys):
-    save(store, 6, dict(state(6), total_steps=6))
-    data = store.last.read_bytes()
-    store.path(6).unlink()
-    store.last.unlink()
-    store.last.write_bytes(data)
-    assert start(store) == store.path(6) and store.last.samefile(store.path(6))
-    assert "holds no checkpoint but last.pth, of step 6" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("left", ["best.pth", "last.pth", "log.txt"])
-def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(store, left):
-    save(store, 6)
-    store.save_best(6)
-    store.finish()
-    (store.folder / "log.txt").write_text("{}\n{}\n")
-    for path in store.folder.iterdir():
-        if path.name != left:
-            path.unlink()
-    with pytest.raises(LostCheckpointsError, match=rf"has no checkpoint-\*.pth any more, but a run's {left}"):
-        start(store)
-    assert os.path.lexists(store.folder / left)
-
-
-def test_a_run_that_was_killed_before_its_first_checkpoint(store):
-    """It saves every three epochs, and has logged two."""
-    store.folder.mkdir()
-    (store.folder / "log.txt").write_text("{}\n{}\n")
-    assert start(store, save_every=3) is None
-    with pytest.raises(LostCheckpointsError, match=r"log\.txt"):
-        start(store, save_every=2)
