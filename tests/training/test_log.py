@@ -175,6 +175,26 @@ def test_sums_do_not_depend_on_when_they_are_read():
     assert (a["loss"], a["part"]) == (b["loss"], b["part"])
 
 
+class OfTwo(Distributed):
+    """One of two processes, which see the same losses."""
+
+    def mean(self, values):
+        return values
+
+
+def test_an_epoch_that_is_resumed_on_fewer_processes_is_weighted_by_its_images():
+    """Of 24 images, 16 were trained on in two batches by two processes, and 8 in as many by one."""
+    meter = Meter(OfTwo(torch.device("cpu"), 0, 2))
+    add(meter, 1.0, 1.0, box=0.5)
+    meter.gather(epoch=0)
+    meter = Meter(ALONE, meter.state_dict())
+    add(meter, 4.0, 4.0, box=2.0)
+    meter.gather(epoch=0)
+    means = meter.epoch_means()
+    assert (means["loss"], means["box"]) == (2.0, 1.0)
+    assert means["images_per_second"] * means["seconds"] == pytest.approx(24)
+
+
 def test_losses_of_a_checkpoint_before_losses_had_parts():
     meter = Meter(ALONE, dict(loss_sum=2.0, batches=2, images=8, lr=0.1, losses=[], seconds=1.0))
     assert meter.epoch_means()["loss"] == 1.0

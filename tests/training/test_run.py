@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import main as program
@@ -290,6 +291,20 @@ def test_another_batch_size_between_epochs(photos, whole, tmp_path):
     assert train(photos, tmp_path / "run", "--auto_resume", "--epochs", "4", "--batch_size", "6") == 0
     assert CheckpointStore(tmp_path / "run").steps() == [7, 8]
     assert torch.load(tmp_path / "run" / "last.pth", weights_only=True)["epoch"] == 3
+    curves = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [point.step for point in curves.Scalars("val/loss")] == [3, 6, 6, 7, 8]  # an epoch is evaluated again
+    assert [point.step for point in curves.Scalars("train/loss")] == [2, 3, 5, 6, 7, 8]
+
+
+@pytest.mark.slow
+def test_a_best_that_was_damaged_between_stops_is_noticed(photos, whole, tmp_path, capfd):
+    shutil.copytree(whole, tmp_path / "run", symlinks=True)
+    best = tmp_path / "run" / "best.pth"
+    best.write_bytes(best.read_bytes()[:100_000])
+    assert train(photos, tmp_path / "run", "--auto_resume", "--epochs", "3") == 0
+    out = capfd.readouterr().out
+    assert f"{best} is damaged, and renamed to best.pth.damaged\n" in out and "the best is reset" in out
+    assert torch.load(best, weights_only=True)["epoch"] == 2
 
 
 @pytest.mark.slow
