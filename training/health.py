@@ -58,7 +58,6 @@ class LossWatch:
             self.window.append(loss)
         return found
 
-
     def warning(self, losses: Sequence[float], clock: Clock, update_freq: int) -> str | None:
         """Take the losses of the batches before a log line; what to say of a spike among them, in one line."""
         spike = self.add(losses)
