@@ -13,7 +13,7 @@ from timm.optim import list_optimizers
 import engine
 from optim_factory import OptimizerError, Schedule, ScheduleError, WarmupError, create_optimizer, scaled_lr
 from training import advice, command_line, flags, options
-from training.alike import check_same_start
+from training.alike import check_same_source, check_same_start
 from training.checkpointer import Checkpointer, Stopped
 from training.command_line import CommandLine, TaskRegistry
 from training.distributed import init_distributed, shutdown_distributed
@@ -174,15 +174,16 @@ def train(task: Task, signals: SignalHandler):
         use_deterministic_algorithms()
     # One time for all processes, whose clocks differ.
     store = open_store(settings.checkpoint, task.name, started=distributed.max(time.time_ns()))
-    data = Data.of(task)
+    data, recipe = Data.of(task), flags.as_recipe(settings)
+    check_same_start(recipe, data.fingerprints, distributed)
     run = create_run(task, data)
-    clock, recipe = run.clock, flags.as_recipe(settings)
+    clock = run.clock
     with store.locked() if distributed.is_main else nullcontext():
         source = find_start(settings.checkpoint, store, distributed)
         if source:
             run.load(source, recipe, settings.decides_epoch, distributed.print)
+            check_same_source(run.model, source, distributed)
             keep_best(run, source, store, distributed)
-        check_same_start(recipe, data.fingerprints, run.model if source else None, distributed)
         if is_complete(clock, source, store.folder, recipe, distributed):
             distributed.print(f"training is already complete: nothing is left to do after {source}")
             return

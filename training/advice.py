@@ -39,7 +39,7 @@ ADVICE: Mapping[type[UserError], str] = {
     task.SingleImageError: "give --batch_size 2 or more",
     task.ShortEpochError: "lower --update_freq or --batch_size",
     resuming.LostCheckpointsError: "put them back, resume from best.pth with --resume, or take another --output_dir",
-    alike.UnlikeProcessesError: "start all processes with the same flags, on the same data",
+    alike.UnlikeProcessesError: "start all processes with the same flags, on the same data and checkpoint",
     alike.DivergedError: "resume on other machines, from the last checkpoint, with --auto_resume",
     restarts.NoProgressError: "start it again with a time limit that is longer than its start and a step take",
     saved_state.BrokenRunError: "resume from another checkpoint, or take its weights with --finetune",

@@ -4,6 +4,7 @@ Nothing else would notice: gradients are averaged whatever they are of, and weig
 """
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,30 +26,32 @@ class DivergedError(SpoiledRunError):
     """The weights of the processes of a run differ."""
 
 
-def check_same_start(
-    recipe: Mapping[str, Any], images: Mapping[str, str], resumed: torch.nn.Module | None, distributed: Distributed
-):
+def check_same_start(recipe: Mapping[str, Any], images: Mapping[str, str], distributed: Distributed):
     """Check that all processes were asked for the same; where each reads its data and writes may differ.
 
     Args:
         recipe: The settings, plain values.
         images: `Data.fingerprints`.
-        resumed: The model, where its weights were read from a checkpoint.
         distributed: This process.
 
     Raises:
         UnlikeProcessesError: On every process; names what differs, and the first process that has it.
     """
     asked = {name: value for name, value in recipe.items() if name not in PLACES}
-    read = {} if resumed is None else {"weights in the checkpoint": checksum(resumed.state_dict().values())}
-    own = json.dumps([asked, {f"{split} images": of for split, of in images.items()} | read]).encode()
+    own = json.dumps([asked, images]).encode()
     texts = distributed.gather(list(own.ljust(distributed.max(len(own)))))
     (asked, found), *others = (json.loads(bytes(text)) for text in texts)
     for rank, (asked_there, found_there) in enumerate(others, start=1):
         differ = [f"{k} is {asked_there[k]}, not {asked[k]}" for k in asked if asked_there[k] != asked[k]]
-        differ += [f"the {name} are others" for name in found if found_there.get(name) != found[name]]
+        differ += [f"the {split} images are others" for split in found if found_there.get(split) != found[split]]
         if differ:
             raise UnlikeProcessesError(f"in process {rank}, unlike in process 0, {'; '.join(differ)}")
+
+
+def check_same_source(model: torch.nn.Module, source: Path, distributed: Distributed):
+    """Raises UnlikeProcessesError, on every process, where they have read different weights from `source`."""
+    if difference := _difference(model, distributed):
+        raise UnlikeProcessesError(f"{difference}, read from {source}: machines must share that file")
 
 
 def check_same_weights(model: torch.nn.Module, distributed: Distributed):
@@ -57,15 +60,19 @@ def check_same_weights(model: torch.nn.Module, distributed: Distributed):
     Raises:
         DivergedError: On every process; names those that differ from most, where most agree.
     """
+    if difference := _difference(model, distributed):
+        raise DivergedError(f"{difference}, which are not saved: a memory or a processor may be faulty")
+
+
+def _difference(model: torch.nn.Module, distributed: Distributed) -> str | None:
+    """Which processes have weights unlike the others', the same on all of them; None where all have the same."""
     if not distributed.is_distributed:
-        return
+        return None
     sums = [of_rank[0] for of_rank in distributed.gather([checksum(model.parameters())])]
     usual = max(sums, key=sums.count)
     odd = [str(rank) for rank, value in enumerate(sums) if value != usual]
-    if odd:
-        who = f"process {', '.join(odd)} has" if len(odd) < len(sums) / 2 else "they have"
-        raise DivergedError(f"of the {len(sums)} processes, {who} weights unlike the others', which are not saved: "
-                            "a memory or a processor may be faulty")
+    who = f"process {', '.join(odd)} has" if len(odd) < len(sums) / 2 else "they have"
+    return f"of the {len(sums)} processes, {who} weights unlike the others'" if odd else None
 
 
 @torch.no_grad()

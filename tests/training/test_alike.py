@@ -1,11 +1,19 @@
 """Processes of a run that do not do the same."""
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from training.alike import DivergedError, UnlikeProcessesError, check_same_start, check_same_weights, checksum
+from training.alike import (
+    DivergedError,
+    UnlikeProcessesError,
+    check_same_source,
+    check_same_start,
+    check_same_weights,
+    checksum,
+)
 
 RECIPE = dict(lr=0.1, seed=0, aa="none", output_dir="a", data_path="/data", num_workers=2)
 IMAGES = dict(train="5ac1", val="77")
@@ -48,8 +56,8 @@ def on_all(*calls):
     return raised
 
 
-def starting(images=IMAGES, model=None, **changes):
-    return lambda distributed: check_same_start(RECIPE | changes, images, model, distributed)
+def starting(images=IMAGES, **changes):
+    return lambda distributed: check_same_start(RECIPE | changes, images, distributed)
 
 
 def test_processes_that_are_alike():
@@ -67,12 +75,6 @@ def test_processes_that_are_alike():
 def test_what_differs_is_named_on_all_of_them(other, named):
     raised = on_all(starting(), starting(), other)
     assert raised == [f"in process 2, unlike in process 0, {named}"] * 3
-
-
-def test_checkpoints_that_differ():
-    models = [nn.Linear(2, 2) for _ in range(2)]
-    assert on_all(*(starting(model=model) for model in models)) == [
-        "in process 1, unlike in process 0, the weights in the checkpoint are others"] * 2
 
 
 def models(count, *flipped):
@@ -95,6 +97,12 @@ def models(count, *flipped):
 def test_a_bit_that_flipped_in_one_process(count, flipped, named):
     raised = on_all(*(lambda d, model=model: check_same_weights(model, d) for model in models(count, *flipped)))
     assert all(text.startswith(named) for text in raised)
+
+
+def test_other_weights_from_a_checkpoint():
+    raised = on_all(*(lambda d, model=model: check_same_source(model, Path("a.pth"), d) for model in models(2, 1)))
+    assert raised == ["of the 2 processes, they have weights unlike the others', read from a.pth: machines must share "
+                      "that file"] * 2
 
 
 def test_the_same_weights():
