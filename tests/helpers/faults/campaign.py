@@ -55,7 +55,8 @@ class Campaign:
 
     def table(self) -> str:
         """Markdown."""
-        rows = [f"| {name} | {tried} | {self.survived[name]} |" for name, tried in self.tried.items()]
+        names = dict.fromkeys(fault.name for topic in FAULTS.values() for fault in topic)
+        rows = [f"| {name} | {self.tried[name]} | {self.survived[name]} |" for name in names if self.tried[name]]
         lost = len(self.lost) or "none"
         return "\n".join([
             "| fault | tried | survived |", "|---|---|---|", *rows,

@@ -53,7 +53,7 @@ def _hang_in_reading(course: Course, rng: random.Random) -> Verdict:
     attempt = course.start(*WATCHED, environment=dict(HANGS=str(hangs)), prepare=_read_for_ever)
     reach_step(attempt, 1)
     which = f"process {hangs}" if course.world_size > 1 else "the run"
-    verdict = expect(attempt, {1}, f"error: {which} has made no progress for 0.1 minutes, ")  # in training or evaluation
+    verdict = expect(attempt, {1}, f"error: {which} has made no progress for 0.1 minutes, ")
     if attempt.text().count("error:") != 1:
         return f"not one line: {attempt.text()[-2000:]}"
     return verdict or next(filter(None, (_stacks(course, rank) for rank in range(course.world_size))), None)
