@@ -70,7 +70,7 @@ class LoaderOptions(Group):
 
     batch_size: int = flag(128, "images for each GPU and forward pass", type=int, check=at_least(1))
     num_workers: int = flag(min(8, os.cpu_count() or 1), "data loading processes for each GPU", type=int,
-                            check=not_negative)
+                            check=lambda n: not_negative(n) or (None if n <= 1024 else "must be at most 1024"))
     pin_mem: bool = flag(True, "pin host memory")
     loader_timeout: float = flag(600.0, "seconds after which a run that waits for data ends; 0 for no limit",
                                  type=float, metavar="SECONDS", check=not_negative)

@@ -335,16 +335,17 @@ class Run:
     def _check_same_epoch(self, checkpoint: dict[str, Any], path: Path):
         """The rest of an epoch is the rest of it only if its images come in the same order and the same steps."""
         steps = self.clock.epoch_length
-        if (checkpoint["steps"], checkpoint["global_batch"]) != (steps, self.global_batch):
+        global_batch, ranges = checkpoint.get("global_batch", self.global_batch), checkpoint.get("ranges", self.ranges)
+        if (checkpoint["steps"], global_batch) != (steps, self.global_batch):
             raise BatchMismatchError(
                 f"{path} was written in the middle of an epoch of {count(checkpoint['steps'], 'step')} of "
-                f"{count(checkpoint['global_batch'], 'image')}, which is now one of {count(steps, 'step')} of "
+                f"{count(global_batch, 'image')}, which is now one of {count(steps, 'step')} of "
                 f"{count(self.global_batch, 'image')}"
             )
-        if checkpoint["ranges"] != self.ranges:
+        if ranges != self.ranges:
             raise ShardMismatchError(
                 f"{path} was written in the middle of an epoch of shards shared among "
-                f"{count(checkpoint['ranges'], 'process')}, which are now {self.ranges}"
+                f"{count(ranges, 'process')}, which are now {self.ranges}"
             )
 
     def _check_same_images(self, checkpoint: dict[str, Any], path: Path, now: Mapping[str, Any]):

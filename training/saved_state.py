@@ -12,11 +12,11 @@ from utils import UserError, one_line
 _OF_RUNS = {"optimizer", "meter", "args"}
 _KINDS: dict[str, type | tuple[type, ...]] = dict(
     model=dict, model_ema=(dict, type(None)), optimizer=dict, scaler=dict, meter=dict, best=dict, args=dict,
-    epoch=int, step=int, total_steps=int, steps=int, global_batch=int, ranges=int,
+    epoch=int, step=int, total_steps=int, steps=int,
 )
 # Checkpoints of earlier versions lack some of these.
 _OPTIONAL: dict[str, type | tuple[type, ...]] = dict(
-    best_epoch=(int, type(None)), seconds=(int, float), images=(int, type(None)), fingerprint=(str, type(None)),
+    global_batch=int, ranges=int, best_epoch=(int, type(None)), seconds=(int, float), images=(int, type(None)), fingerprint=(str, type(None)),
     held_out=(str, type(None)), held_out_images=(torch.Tensor, type(None)),
 )
 

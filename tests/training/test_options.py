@@ -41,6 +41,7 @@ def test_no_flag_is_in_two_groups():
 @pytest.mark.parametrize("tokens,message", [
     (["--batch_size", "0"], "--batch_size must be at least 1, got 0"),
     (["--num_workers", "-1"], "--num_workers must be finite and not negative, got -1"),
+    (["--num_workers", "1025"], "--num_workers must be at most 1024, got 1025"),
     (["--loader_timeout", "-1"], "--loader_timeout must be finite and not negative, got -1"),
     (["--epochs", "0"], "--epochs must be at least 1, got 0"),
     (["--epochs", "many"], "--epochs: invalid int value: 'many'"),

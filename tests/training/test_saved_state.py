@@ -5,10 +5,13 @@ import torch
 from training.saved_state import BrokenRunError, NoRunError, check_is_run, taking_state
 
 RUN = dict(
-    model={}, model_ema=None, optimizer={}, scaler={}, epoch=1, step=2, total_steps=5, steps=3, global_batch=4,
-    ranges=1, meter=dict(loss_sum=1.0, parts=dict(a=[1.0])), best=dict(acc1=None), args=dict(opt="adamw"),
+    model={}, model_ema=None, optimizer={}, scaler={}, epoch=1, step=2, total_steps=5, steps=3,
+    meter=dict(loss_sum=1.0, parts=dict(a=[1.0])), best=dict(acc1=None), args=dict(opt="adamw"),
 )
-LATER = dict(best_epoch=None, seconds=1.5, held_out=None, held_out_images=None, images=3, fingerprint="x")
+LATER = dict(
+    global_batch=4, ranges=1, best_epoch=None, seconds=1.5, held_out=None, held_out_images=None, images=3,
+    fingerprint="x",
+)
 
 
 def test_a_run(tmp_path):
