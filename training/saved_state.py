@@ -16,8 +16,8 @@ _KINDS: dict[str, type | tuple[type, ...]] = dict(
 )
 # Checkpoints of earlier versions lack some of these.
 _OPTIONAL: dict[str, type | tuple[type, ...]] = dict(
-    global_batch=int, ranges=int, best_epoch=(int, type(None)), seconds=(int, float), images=(int, type(None)), fingerprint=(str, type(None)),
-    held_out=(str, type(None)), held_out_images=(torch.Tensor, type(None)),
+    global_batch=int, ranges=int, best_epoch=(int, type(None)), seconds=(int, float), images=(int, type(None)),
+    fingerprint=(str, type(None)), held_out=(str, type(None)), held_out_images=(torch.Tensor, type(None)),
 )
 
 

@@ -618,6 +618,18 @@ def test_settings_by_which_nothing_is_trained_are_not_recorded(photos, whole, tm
     assert (tmp_path / "other" / "args.yaml").exists()
 
 
+def test_a_checkpoint_of_an_earlier_version_resumes_exactly(photos, half, whole):
+    """It did not say which images there are, and summed losses over batches, here of two images, not over images."""
+    path = CheckpointStore(half).path(2)
+    checkpoint = torch.load(path, weights_only=True)
+    meter = checkpoint["meter"]
+    for name in ("fingerprint", "ranges", "global_batch"):
+        del checkpoint[name]
+    torch.save(checkpoint | dict(meter=meter | dict(loss_sum=meter["loss_sum"] / 2, batches=4)), path)
+    assert train(photos, half, "--auto_resume") == 0
+    assert differences(half, whole) == []
+
+
 def change_images(data, how):
     """Remove, add or rename an image, or have two class folders change places."""
     first, second = sorted((data / "train").iterdir())[:2]
