@@ -27,7 +27,7 @@ class DivergedError(SpoiledRunError):
 
 
 def check_same_start(recipe: Mapping[str, Any], images: Mapping[str, str], distributed: Distributed):
-    """Check that all processes were asked for the same; where each reads its data and writes may differ.
+    """Check that all processes were asked for the same; where each reads and writes may differ.
 
     Args:
         recipe: The settings, plain values.
@@ -37,7 +37,8 @@ def check_same_start(recipe: Mapping[str, Any], images: Mapping[str, str], distr
     Raises:
         UnlikeProcessesError: On every process; names what differs, and the first process that has it.
     """
-    asked = {name: value for name, value in recipe.items() if name not in PLACES}
+    places = {name: "unset" if recipe[name] is None else "set" for name in PLACES & recipe.keys()}
+    asked = dict(recipe) | places
     own = json.dumps([asked, images]).encode()
     texts = distributed.gather(list(own.ljust(distributed.max(len(own)))))
     (asked, found), *others = (json.loads(bytes(text)) for text in texts)

@@ -43,8 +43,10 @@ NO_RESULT = _PLACE | {
     "data_path", "dist_eval", "download", "enable_wandb", "keep_checkpoints", "log_every", "project", "report",
     "save_every", "save_every_minutes", "save_every_steps", "shard_cache", "shard_cache_gb",
 }  # fmt: skip
-# Flags that may differ between the processes of a run, which may be on several machines.
-PLACES = NOT_OF_RUN | {"data_path", "report", "shard_cache", "teacher_path", "token_label"}
+# Flags that may differ between the processes of a run, which may be on several machines, where all have them or none.
+PLACES = (NOT_OF_RUN - {"auto_resume", "eval", "load_release"}) | {
+    "data_path", "report", "shard_cache", "teacher_path", "token_label",
+}
 
 
 def holds_checkpoint(folder: Path) -> bool:

@@ -15,7 +15,8 @@ from training.alike import (
     checksum,
 )
 
-RECIPE = dict(lr=0.1, seed=0, aa="none", output_dir="a", data_path="/data", num_workers=2)
+RECIPE = dict(lr=0.1, seed=0, aa="none", output_dir="a", data_path="/data", num_workers=2, resume="a.pth",
+              auto_resume=True)
 IMAGES = dict(train="5ac1", val="77")
 
 
@@ -62,12 +63,14 @@ def starting(images=IMAGES, **changes):
 
 def test_processes_that_are_alike():
     """Each may read its data, and write, elsewhere."""
-    elsewhere = starting(output_dir="b", data_path="/scratch", num_workers=9)
+    elsewhere = starting(output_dir="b", data_path="/scratch", num_workers=9, resume="b.pth")
     assert on_all(starting(), elsewhere, starting()) == [None] * 3
 
 
 @pytest.mark.parametrize("other,named", [
     (starting(lr=0.2), "lr is 0.2, not 0.1"),
+    (starting(resume=None), "resume is unset, not set"),
+    (starting(auto_resume=False), "auto_resume is False, not True"),
     (starting(seed=1, aa="é"), "seed is 1, not 0; aa is é, not none"),
     (starting(dict(train="5ac2", val="77")), "the train images are others"),
     (starting(dict(train="5ac1")), "the val images are others"),
