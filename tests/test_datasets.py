@@ -253,7 +253,7 @@ def make_reading_fail(monkeypatch, where, number):
 
 
 @pytest.mark.parametrize("where", ["open", "read"])
-@pytest.mark.parametrize("name", ["EMFILE", "EIO", "ESTALE", "ENOMEM", "EACCES", "ENOTCONN"])
+@pytest.mark.parametrize("name", ["EIO", "ESTALE", "EACCES", "ENOTCONN"])
 def test_a_fault_of_the_system_is_no_bad_image(folder, monkeypatch, where, name):
     """An outage of the storage must not become skipped images."""
     dataset = build_dataset("IMNET", folder, "val", on_error="mask")
@@ -262,6 +262,17 @@ def test_a_fault_of_the_system_is_no_bad_image(folder, monkeypatch, where, name)
     with pytest.raises(LostDataError, match=rf"^cannot read .*ant/0\.png: {os.strerror(number)}; check the disk"):
         dataset[0]
     assert dataset.bad_images.sum() == 0
+
+
+@pytest.mark.parametrize("where", ["open", "read"])
+@pytest.mark.parametrize("name, error", [("EMFILE", OSError), ("ENFILE", OSError), ("ENOMEM", MemoryError)])
+def test_what_the_process_lacks_is_no_bad_image(folder, monkeypatch, where, name, error):
+    """Neither a damaged image, nor a fault of the disk: what runs the loader says what is short."""
+    dataset = build_dataset("IMNET", folder, "val", on_error="mask")
+    make_reading_fail(monkeypatch, where, getattr(errno, name))
+    with pytest.raises(error) as raised:
+        dataset[0]
+    assert not isinstance(raised.value, UserError) and dataset.bad_images.sum() == 0
 
 
 def test_an_impossible_seek_in_damaged_bytes_is_a_bad_image(folder, monkeypatch):

@@ -50,7 +50,7 @@ NAME_SLURMS_FLAGS = {
 }
 # Errors of torch, gloo and Pillow that have no class of their own; in scripts/bench memory that ran out.
 READ_ERRORS = {
-    "training/signals.py:fault_of", "storage/weights.py:_foreign_objects", "storage/weights.py:_system_fault",
+    "training/signals.py:fault_of", "storage/weights.py:_foreign_objects", "storage/weights.py:system_fault",
     "training/data/images.py:_is_out_of_memory",
     "scripts/bench/*",
 }
@@ -140,7 +140,8 @@ def readers_of_errors(source):
     found = set()
     for function in functions(ast.parse(source)):
         errors = {node.name for node in ast.walk(function) if isinstance(node, ast.ExceptHandler) and node.name}
-        errors |= {a.arg for a in arguments(function) if a.annotation and "Error" in ast.unparse(a.annotation)}
+        kinds = {argument.arg: ast.unparse(argument.annotation) for argument in arguments(function) if argument.annotation}
+        errors |= {name for name, kind in kinds.items() if "Error" in kind or "Exception" in kind}
         texts = {f"str({error})" for error in errors} | {f"{error}.args" for error in errors}
         for node in ast.walk(function):
             if isinstance(node, ast.Assign) and any(text in ast.unparse(node.value) for text in texts):
@@ -196,6 +197,7 @@ def test_every_reader_of_errors_is_seen(source, is_reader):
     assert readers_of_errors(f"def run():\n  {source}") == ({"run"} if is_reader else set())
     assert not readers_of_errors("def run(text):\n  if text in 'abc': pass")
     assert readers_of_errors("def run(error: OSError):\n  if 'abc' in str(error): pass") == {"run"}
+    assert readers_of_errors("def run(error: Exception):\n  if 'abc' in str(error): pass") == {"run"}
 
 
 # --- rooms ------------------------------------------------------------------------------------------------------------
