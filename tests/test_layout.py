@@ -140,7 +140,7 @@ def readers_of_errors(source):
     found = set()
     for function in functions(ast.parse(source)):
         errors = {node.name for node in ast.walk(function) if isinstance(node, ast.ExceptHandler) and node.name}
-        kinds = {argument.arg: ast.unparse(argument.annotation) for argument in arguments(function) if argument.annotation}
+        kinds = {a.arg: ast.unparse(a.annotation) for a in arguments(function) if a.annotation}
         errors |= {name for name, kind in kinds.items() if "Error" in kind or "Exception" in kind}
         texts = {f"str({error})" for error in errors} | {f"{error}.args" for error in errors}
         for node in ast.walk(function):
