@@ -103,7 +103,7 @@ def _spoil_log(course: Course, rng: random.Random) -> Verdict:
     log.write_bytes(b"".join(lines))
     attempt = course.start(*EVERY_STEP)
     reach_step(attempt, rng.randint(1, 3))
-    os.kill(attempt.ranks[0].pid, signal.SIGTERM)
+    attempt.send(signal.SIGTERM)
     return expect(attempt, {EXIT_RESUME}, "4 lines without the record of an epoch, moved to ")
 
 

@@ -118,8 +118,7 @@ def ask_to_leave(number: signal.Signals) -> Callable[[Course, random.Random], Ve
         reach_step(attempt, rng.randint(1, 5))
         # As a scheduler may: to one process, or to all, data loading processes included.
         pids = [attempt.ranks[-1].pid] if rng.random() < 0.5 else [r.pid for r in attempt.ranks] + attempt.workers()
-        for pid in pids:
-            os.kill(pid, number)
+        attempt.send(number, *pids)
         return expect(attempt, {EXIT_RESUME}, " --auto_resume")
 
     return ask
@@ -127,10 +126,12 @@ def ask_to_leave(number: signal.Signals) -> Callable[[Course, random.Random], Ve
 
 def _kill_worker(course: Course, rng: random.Random) -> Verdict:
     attempt = course.start("--num_workers", "2", "--save_every_steps", "1")
-    if not attempt.wait_for_step(rng.randint(1, 3)) or not attempt.workers():
+    found = attempt.wait_for_step(rng.randint(1, 3))
+    workers = attempt.workers()
+    if not found or not workers:
         attempt.end()
         raise TooLate
-    os.kill(rng.choice(attempt.workers()), signal.SIGKILL)
+    attempt.send(signal.SIGKILL, rng.choice(workers))
     return expect(attempt, {1}, "a data loading process was killed")
 
 
@@ -159,7 +160,7 @@ def _hang_rank(course: Course, rng: random.Random) -> Verdict:
     attempt = course.start("--save_every_steps", "1", "--num_workers", "0")
     reach_step(attempt, rng.randint(1, 5))
     stopped = attempt.ranks[rng.randrange(2)]
-    os.kill(stopped.pid, signal.SIGSTOP)
+    attempt.send(signal.SIGSTOP, stopped.pid)
     other = next(rank for rank in attempt.ranks if rank is not stopped)
     other.join(PATIENCE)
     gave_up = other.exitcode is not None

@@ -25,8 +25,7 @@ def _stop_workers(attempt: Attempt, rng: random.Random):
     if not workers:
         attempt.end()
         raise TooLate
-    for worker in rng.sample(workers, rng.randint(1, len(workers))):
-        os.kill(worker, signal.SIGSTOP)
+    attempt.send(signal.SIGSTOP, *rng.sample(workers, rng.randint(1, len(workers))))
 
 
 def _hang_worker(course: Course, rng: random.Random) -> Verdict:
@@ -69,8 +68,7 @@ def _ask_to_leave_without_data(course: Course, rng: random.Random) -> Verdict:
     _stop_workers(attempt, rng)
     time.sleep(rng.uniform(0, 1))
     start = time.monotonic()
-    for rank in attempt.ranks:
-        os.kill(rank.pid, signal.SIGTERM)
+    attempt.send(signal.SIGTERM)
     verdict = expect(attempt, {EXIT_RESUME} if course.world_size == 1 else {EXIT_RESUME, 1}, " --auto_resume")
     seconds = time.monotonic() - start
     return verdict or (f"it took {seconds:.0f} s to leave" if seconds > SOON else None)
@@ -119,7 +117,7 @@ def _put_pipe_among_images(course: Course, rng: random.Random) -> Verdict:
     try:
         attempt = course.start("--num_workers", rng.choice("01"))
         reach_step(attempt, rng.randint(1, 4))
-        os.kill(attempt.ranks[0].pid, signal.SIGTERM)
+        attempt.send(signal.SIGTERM)
         return expect(attempt, {EXIT_RESUME}, "1 pipe, socket or device")
     finally:
         pipe.unlink()

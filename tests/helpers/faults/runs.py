@@ -5,6 +5,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,6 +69,15 @@ class Attempt:
 
     def wait_for_step(self, number: int) -> bool:
         return self.wait_for(lambda: self.text().count("  loss ") >= number)
+
+    def send(self, number: int, *pids: int):
+        """Send a signal to these of its processes, by default to all but those that load data.
+
+        One that has ended meanwhile is passed over: how it ended, `expect` says.
+        """
+        for pid in pids or [rank.pid for rank in self.ranks]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def end(self) -> list[int | None]:
         """Exit codes; None for a process that hung, and was killed."""

@@ -5,13 +5,13 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from training.signals import EXIT_RESUME
 
-from .runs import Attempt, Course, Fault, TooLate, Verdict, expect, reach_step
+from .runs import Course, Fault, TooLate, Verdict, expect, reach_step
 
 EVERY_STEP = ["--save_every_steps", "1", "--num_workers", "0"]
 
@@ -20,8 +20,7 @@ def _leave(course: Course, rng: random.Random, within_epoch: bool = False) -> Ve
     """Have a run leave, somewhere or in the middle of an epoch."""
     attempt = course.start(*EVERY_STEP)
     reach_step(attempt, rng.randint(1, 4))
-    for rank in attempt.ranks:
-        os.kill(rank.pid, signal.SIGTERM)
+    attempt.send(signal.SIGTERM)
     verdict = expect(attempt, {EXIT_RESUME})
     if within_epoch and " after step 0 of " in attempt.text():
         raise TooLate
@@ -53,7 +52,7 @@ def _lose_all_but_last(course: Course, rng: random.Random) -> Verdict:
         course.store.path(step).unlink()
     attempt = course.start(*EVERY_STEP)
     reach_step(attempt, 1)
-    os.kill(attempt.ranks[0].pid, signal.SIGTERM)
+    attempt.send(signal.SIGTERM)
     return _first_wrong(verdict, expect(attempt, {EXIT_RESUME}, "holds no checkpoint but last.pth"))
 
 
@@ -188,7 +187,7 @@ def _signal_then_kill(course: Course, rng: random.Random) -> Verdict:
     """As a scheduler does whose patience is short: perhaps while the run saves itself."""
     attempt = course.start("--num_workers", rng.choice("01"))
     reach_step(attempt, rng.randint(1, 5))
-    _send(attempt, signal.SIGTERM)
+    attempt.send(signal.SIGTERM)
     time.sleep(rng.uniform(0, 0.15))
     for process in attempt.ranks:
         process.kill()
@@ -198,9 +197,9 @@ def _signal_then_kill(course: Course, rng: random.Random) -> Verdict:
 def _interrupt_twice(course: Course, rng: random.Random) -> Verdict:
     attempt = course.start("--num_workers", rng.choice("01"), "--save_every_steps", "1")
     reach_step(attempt, rng.randint(1, 5))
-    _send(attempt, signal.SIGINT)
+    attempt.send(signal.SIGINT)
     time.sleep(rng.uniform(0, 0.02))
-    _send(attempt, signal.SIGINT)
+    attempt.send(signal.SIGINT)
     return expect(attempt, {128 + signal.SIGINT, EXIT_RESUME})
 
 
@@ -219,18 +218,12 @@ def _stop_and_continue(course: Course, rng: random.Random) -> Verdict:
     """As Ctrl-Z and fg: nothing is to happen."""
     attempt = course.start("--num_workers", rng.choice("01"), *EVERY_STEP[:2])
     reach_step(attempt, rng.randint(1, 3))
-    _send(attempt, signal.SIGSTOP)
+    attempt.send(signal.SIGSTOP)
     time.sleep(0.5)
-    _send(attempt, signal.SIGCONT)
+    attempt.send(signal.SIGCONT)
     reach_step(attempt, attempt.text().count("  loss ") + 1)
-    _send(attempt, signal.SIGTERM)
+    attempt.send(signal.SIGTERM)
     return expect(attempt, {EXIT_RESUME})
-
-
-def _send(attempt: Attempt, number: signal.Signals):
-    for process in attempt.ranks:
-        with suppress(ProcessLookupError):
-            os.kill(process.pid, number)
 
 
 FAULTS = [
