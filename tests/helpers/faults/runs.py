@@ -3,6 +3,7 @@ import itertools
 import multiprocessing
 import os
 import random
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -31,6 +32,7 @@ def _train(arguments: list[str], environment: dict[str, str], output: Path, prep
     """In a process of its own: run a command line, with its output in a file."""
     # As when it is started from a shell: its own processes are its children, which end when it does.
     multiprocessing.set_start_method("fork", force=True)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the campaign itself is started under nohup
     os.environ.update(environment)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
