@@ -146,6 +146,11 @@ class ImageDataset(Dataset):
         own = getattr(self.source, "fingerprint", None)
         return f"{len(self)} images" if own is None else own()
 
+    def arriving(self) -> Any:
+        """What changes while samples are copied from a server; see `training.waits.wait_for`."""
+        own = getattr(self.source, "arriving", None)
+        return None if own is None else own()
+
     def __len__(self) -> int:
         return len(self.source)
 

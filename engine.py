@@ -101,9 +101,9 @@ class Trainer:
             while not clock.epoch_is_over:
                 self._train_step(batches, meter)
                 clock.advance()
-                check_loss_scale(self.run.scaler, clock)
                 bar.update()
                 if clock.step % self.log_every == 0 or clock.epoch_is_over:
+                    check_loss_scale(self.run.scaler, clock)
                     self._write_log_line(meter)
                 if saver is not None:
                     saver.after_step(meter)
@@ -112,7 +112,9 @@ class Trainer:
     def _train_step(self, batches: Iterator[Batch], meter: Meter):
         """Take one optimizer step, on `update_freq` batches; without one of them, the run stays as it was before it."""
         clock, progress, measured = self.run.clock, self.task.distributed.progress, []
-        before = copy_buffers(self.run.model) if self.update_freq > 1 else []  # which each batch changes
+        # Which each batch changes. A run of several processes does not save itself as it was before a step.
+        is_restored = self.update_freq > 1 and not self.task.distributed.is_distributed
+        before = copy_buffers(self.run.model) if is_restored else []
         for micro_batch in range(self.update_freq):
             start = time.perf_counter()
             progress.note(Doing.LOADING)

@@ -193,9 +193,9 @@ def train(task: Task, signals: SignalHandler):
                 print_plan(task, run, data, scaled_lr(settings.optimizer.lr, run.global_batch), store.folder)
                 if source:
                     print(f"resuming from {source}: {clock.position}")
-                task.preview(data.train_loader.dataset, clock)
             saver = Checkpointer(run, store, distributed, signals, recipe, settings.checkpoint)
             with saver.leaving_without_data(), watched(distributed, clock, store.folder, settings.machine.hang_timeout):
+                task.preview(data.train_loader.dataset, clock)
                 train_until_over(create_trainer(task, run, log), data, saver)
     if distributed.is_main:
         print_end(run, store)
@@ -231,8 +231,9 @@ def main(argv: Sequence[str] | None = None, tasks: TaskRegistry = TASKS) -> int:
     except UserError as error:
         return fail(advice.with_advice(error, known_advice), error.exit_code)
     except Stopped as stopped:
-        shutdown_distributed()
         sys.stderr.write(f"{stopped}; {command_line.how_to_resume(stopped.folder)}\n")
+        if stopped.together:
+            shutdown_distributed()
         return EXIT_RESUME
     except KeyboardInterrupt:
         return fail("interrupted", 130)

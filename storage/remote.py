@@ -236,6 +236,14 @@ class RemoteCache:
         self.open(url, name, sha256).close()
         return self.folder / name
 
+    def arriving(self) -> frozenset[tuple[str, int]]:
+        """Names and sizes of what is in the folder: they change while any process downloads something."""
+        found = set()
+        for path in self.folder.glob("*"):
+            with suppress(OSError):  # it has gone meanwhile
+                found.add((path.name, path.stat().st_size))
+        return frozenset(found)
+
     def discard(self, name: str):
         """Remove a copy that turned out to be unusable, so that it is downloaded again when it is next asked for."""
         self._checked.discard(name)

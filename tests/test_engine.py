@@ -251,11 +251,12 @@ def overflowing(*steps):
     return loss
 
 
-@pytest.mark.parametrize("length,epochs,step", [(30, 2, 20), (3, 1, 3)])
+@pytest.mark.parametrize("length,epochs,step", [(30, 2, 24), (22, 2, 22), (3, 1, 3)])
 def test_a_float16_run_whose_every_step_overflows_ends(length, epochs, step):
-    """After twenty halvings of the loss scale, or where the run would end without a step."""
+    """At the first log line, or end of an epoch, after twenty halvings of the loss scale; or after a run without a step.
+    """
     with pytest.raises(NonFiniteLossError, match=f"float16 overflowed .* epoch 0 after step {step}: "):
-        train(small_model(), batches(length), loss=overflowing(), precision=HALF, epochs=epochs)
+        train(small_model(), batches(length), loss=overflowing(), precision=HALF, epochs=epochs, log_every=12)
 
 
 def test_a_float16_run_that_resumes_knows_that_it_took_no_step():

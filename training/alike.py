@@ -3,6 +3,8 @@
 Nothing else would notice: gradients are averaged whatever they are of, and weights drift apart without an error.
 """
 import json
+import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,22 +60,29 @@ def check_same_source(model: torch.nn.Module, source: Path, distributed: Distrib
 def check_same_weights(model: torch.nn.Module, distributed: Distributed):
     """Check that the processes of a run have the same weights, as they do unless a machine computes wrongly.
 
+    Devices of different kinds may add up in another order, which DistributedDataParallel leaves as it is: compared are
+    those of one kind.
+
     Raises:
         DivergedError: On every process; names those that differ from most, where most agree.
     """
-    if difference := _difference(model, distributed):
+    if difference := _difference(model, distributed, distributed.kind):
         raise DivergedError(f"{difference}, which are not saved: a memory or a processor may be faulty")
 
 
-def _difference(model: torch.nn.Module, distributed: Distributed) -> str | None:
-    """Which processes have weights unlike the others', the same on all of them; None where all have the same."""
+def _difference(model: torch.nn.Module, distributed: Distributed, kind: str = "") -> str | None:
+    """Which of the processes of a kind have weights unlike the others', the same on all; None where there are none."""
     if not distributed.is_distributed:
         return None
-    sums = [of_rank[0] for of_rank in distributed.gather([checksum(model.parameters())])]
-    usual = max(sums, key=sums.count)
-    odd = [str(rank) for rank, value in enumerate(sums) if value != usual]
-    who = f"process {', '.join(odd)} has" if len(odd) < len(sums) / 2 else "they have"
-    return f"of the {len(sums)} processes, {who} weights unlike the others'" if odd else None
+    said = distributed.gather([checksum(model.parameters()), zlib.crc32(kind.encode())])
+    for kind in {kind for _, kind in said}:
+        sums = {rank: value for rank, (value, of_kind) in enumerate(said) if of_kind == kind}
+        usual, among = Counter(sums.values()).most_common(1)[0]
+        odd = [str(rank) for rank, value in sums.items() if value != usual]
+        who = f"process {', '.join(odd)} has" if among > len(odd) else "they have"
+        if odd:
+            return f"of the {len(sums)} processes, {who} weights unlike the others'"
+    return None
 
 
 @torch.no_grad()

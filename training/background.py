@@ -3,11 +3,29 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 
 # A process that is forked has a copy of every lock as it was held, and would wait for this thread's for ever: none is
 # forked while something is written.
-_WRITING = threading.Lock()
-os.register_at_fork(before=_WRITING.acquire, after_in_parent=_WRITING.release, after_in_child=_WRITING.release)
+_WRITING = threading.RLock()
+
+
+def _hold():
+    while True:
+        try:
+            _WRITING.acquire()
+            return
+        except BaseException:  # of a signal's handler: Python would print it, and fork all the same
+            continue
+
+
+def _release():
+    with suppress(RuntimeError):  # it is not held any more
+        while True:
+            _WRITING.release()
+
+
+os.register_at_fork(before=_hold, after_in_parent=_release, after_in_child=_release)
 
 
 def _undisturbed(write: Callable[[], None]):

@@ -18,11 +18,17 @@ from .waits import GaveUpWaiting
 
 
 class Stopped(Exception):
-    """The run was asked to leave, and resumes from what is saved in `folder`."""
+    """The run was asked to leave, and resumes from what is saved in `folder`.
 
-    def __init__(self, message: str, folder: Path):
+    Args:
+        message: How it stopped.
+        folder: The run's.
+        together: Whether all processes have agreed to leave, and none may wait for another one.
+    """
+
+    def __init__(self, message: str, folder: Path, together: bool = True):
         super().__init__(message)
-        self.folder = folder
+        self.folder, self.together = folder, together
 
 
 class Checkpointer:
@@ -108,7 +114,8 @@ class Checkpointer:
             yield
         except GaveUpWaiting:
             if self.distributed.is_distributed:
-                raise self._stopped(f"without data, {self.store.kept()}", self._starts_in_vain()) from None
+                how = f"without data, {self.store.kept()}"
+                raise self._stopped(how, self._starts_in_vain(), together=False) from None
             self._read_meter()
             self._write_once()
             self._leave()
@@ -174,9 +181,9 @@ class Checkpointer:
         in_vain = self.distributed.is_main and self._position() == self.position_before
         return count_starts(self.store.folder, self._position()) if in_vain else 0
 
-    def _stopped(self, how: str, starts: int) -> Stopped | NoProgressError:
+    def _stopped(self, how: str, starts: int, together: bool = True) -> Stopped | NoProgressError:
         clock, by = self.run.clock, self.signals.signal or "a signal to another process"
         message = f"{by}: stopped in epoch {clock.epoch} after step {clock.step} of {clock.epoch_steps}, {how}"
         if starts >= MOST:
             return NoProgressError(f"{message}; {starts} starts in a row got no further")
-        return Stopped(message, self.store.folder)
+        return Stopped(message, self.store.folder, together)

@@ -44,6 +44,12 @@ class Distributed:
     def is_distributed(self) -> bool:
         return self.world_size > 1
 
+    @property
+    def kind(self) -> str:
+        """What kind of device this is: those of another kind may round otherwise."""
+        is_cuda = self.device.type == "cuda"
+        return torch.cuda.get_device_name(self.device) if is_cuda else torch.backends.cpu.get_cpu_capability()
+
     def alone(self) -> "Distributed":
         """This process as if it were the only one: for what every process does in full."""
         return replace(self, rank=0, world_size=1)
@@ -80,7 +86,8 @@ class Distributed:
             return [values]
         own = torch.tensor(values)
         gathered = [torch.empty_like(own) for _ in range(self.world_size)]
-        dist.all_gather(gathered, own)
+        with self.progress.waiting():
+            dist.all_gather(gathered, own)
         return [of_rank.tolist() for of_rank in gathered]
 
 

@@ -19,8 +19,7 @@ def check_loss_scale(scaler: torch.amp.GradScaler, clock: Clock):
     """Check after a step, which the clock has counted, that gradients in float16 do not overflow at every step.
 
     GradScaler leaves out a step whose gradients overflow, and halves its scale. All processes have the same gradients,
-    and therefore the same scale. Reading it waits for the device, as the scaler itself did just before; without
-    float16 nothing is read.
+    and therefore the same scale. Reading it waits for the device: not for every step. Without float16 nothing is read.
 
     Raises:
         NonFiniteLossError: The scale is below any sensible one, or the run would end without a single step.

@@ -51,13 +51,13 @@ def outlive_readers():
         setattr(sys, name, again)
 
 
-def end_with_parent():
-    """Have Linux kill this process when the one that started it ends, however that ends.
+def end_with_parent(number: signal.Signals = signal.SIGKILL):
+    """Have Linux send this process a signal when the one that started it ends, however that ends.
 
     More exactly, when the thread that started it ends.
     """
     if sys.platform == "linux":
         parent = os.getppid()
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
         if os.getppid() != parent:  # it ended just before
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)

@@ -8,6 +8,8 @@ import torch
 
 from utils import UserError, one_line
 
+from .signals import fault_of
+
 # Without these it holds weights, and was not meant to hold more.
 _OF_RUNS = {"optimizer", "meter", "args"}
 _KINDS: dict[str, type | tuple[type, ...]] = dict(
@@ -42,10 +44,15 @@ def check_is_run(checkpoint: Mapping[str, Any], path: Path):
 
 @contextmanager
 def taking_state(path: Path) -> Iterator[None]:
-    """Raise what is raised by the content of a checkpoint, which is of the right kinds but not as it should be."""
+    """Raise what is raised by the content of a checkpoint, which is of the right kinds but not as it should be.
+
+    A fault of the machine, of which memory that runs out is one, is raised as it is.
+    """
     try:
         yield
     except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and fault_of(error):
+            raise
         raise BrokenRunError(f"{path} cannot be resumed: {type(error).__name__}: {one_line(error)}") from error
 
 

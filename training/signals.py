@@ -26,6 +26,8 @@ _OF_PEERS = re.compile(
     r"gloo/|gloo timeout|caused pair closure|connection (reset|closed|refused)|nccl.*(remote|time|abort|connection)",
     re.IGNORECASE | re.DOTALL,
 )
+# torch's, where a batch is handed over; Triton too speaks of shared memory, which is a GPU's.
+_OF_SHARED_MEMORY = re.compile(r"</torch_|/dev/shm|unable to \w+ shared memory|your shared memory limit")
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
 
 
@@ -68,14 +70,12 @@ class PeerFault(MachineFault):
 def fault_of(error: OSError | RuntimeError | MemoryError) -> UserError | None:
     """An error of torch's or the system's as one of those above or the compiler's; None where it may be our bug."""
     text = str(error)
-    if fault := _too_little(error, text):
-        return fault
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "CUDA out of memory" in text:
         return OutOfMemoryFault(f"out of memory ({_first_line(text)})")
+    if fault := compilation_error(error) or _too_little(error, text):
+        return fault
     if "does not have a deterministic implementation" in text:
         return NondeterministicFault(f"this network cannot be trained deterministically here ({_first_line(text)})")
-    if fault := compilation_error(error):
-        return fault
     if "DataLoader worker (pid" in text:  # torch raises it from a signal handler, wherever the run is
         return WorkerFault(f"a data loading process was killed, as happens when memory runs out ({_first_line(text)})")
     if isinstance(error, dist.DistError) or (has_peers() and _OF_PEERS.search(text)):
@@ -87,11 +87,12 @@ def fault_of(error: OSError | RuntimeError | MemoryError) -> UserError | None:
 
 def _too_little(error: Exception, text: str) -> UserError | None:
     """The fault of a process, mostly of one that loads data, that has too little of something other than a GPU."""
-    if isinstance(error, MemoryError) or "MemoryError" in text or getattr(error, "errno", None) == errno.ENOMEM:
+    number = getattr(error, "errno", None)
+    if isinstance(error, MemoryError) or re.search(r"\bMemoryError", text) or number == errno.ENOMEM:
         return HostMemoryFault(f"out of memory ({_first_line(text or 'MemoryError')})")
     if os.strerror(errno.EMFILE) in text or os.strerror(errno.ENFILE) in text:
         return OpenFilesFault(f"too many open files ({_first_line(text)})")
-    if "shared memory" in text or "</torch_" in text:
+    if _OF_SHARED_MEMORY.search(text):
         return SharedMemoryFault(f"shared memory, /dev/shm, is too small or full ({_first_line(text)})")
     if "AF_UNIX path too long" in text:
         return TemporaryFolderFault(f"the path of the temporary folder {tempfile.gettempdir()} is too long for sockets")

@@ -1,6 +1,7 @@
 """What a program does before its other imports."""
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -33,7 +34,7 @@ def _quiet_after_interrupts(unraisable: Any, otherwise: Callable[[Any], None] = 
 threads.limit_spinning()
 process.open_closed_streams()
 if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun ends its processes, unless it is killed itself
-    process.end_with_parent()
+    process.end_with_parent(signal.SIGTERM)  # upon which a run saves itself
 sys.excepthook, sys.unraisablehook = _report, _quiet_after_interrupts
 
 

@@ -227,7 +227,7 @@ class Task(ABC):
         return {}
 
     def preview(self, dataset: Dataset, clock: Clock):
-        """Show the first training batches from `clock` on, where that is asked for; called on the main process alone.
+        """Show the first training batches from `clock` on, where that is asked for, on the main process alone.
 
         Nothing that a run draws may depend on whether it was called.
         """

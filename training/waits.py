@@ -26,7 +26,7 @@ class _Enough(BaseException):
     """Ends a wait wherever it is; no Exception, since a reader of images takes any for a damaged image."""
 
 
-def wait_for(get: Callable[[], T], seconds: float) -> T:
+def wait_for(get: Callable[[], T], seconds: float, arriving: Callable[[], Any] = lambda: None) -> T:
     """What `get` returns, called in the main thread; in others, the wait has no limit.
 
     The time while the process itself is stopped does not count.
@@ -34,6 +34,8 @@ def wait_for(get: Callable[[], T], seconds: float) -> T:
     Args:
         get: May block for ever.
         seconds: After which it is given up; 0 for no limit.
+        arriving: Returns what changes while something arrives, as a file does that is downloaded: the time then starts
+            again.
 
     Raises:
         NoDataFault: It took longer.
@@ -41,11 +43,15 @@ def wait_for(get: Callable[[], T], seconds: float) -> T:
     """
     if threading.current_thread() is not threading.main_thread():
         return get()
-    left = seconds or math.inf
+    left, seen = seconds or math.inf, None
 
     def count(number: int, frame: Any):
-        nonlocal left
+        nonlocal left, seen
+        if left == seconds:
+            seen = arriving()
         left -= 1
+        if left <= 0 and arriving() != seen:
+            left = seconds
         if SignalHandler.is_leaving():
             left = min(left, GRACE_WITH_PEERS if has_peers() else GRACE)
         if left <= 0:

@@ -85,9 +85,7 @@ class Watch:
         self.exchange.own, self.exchange.listens = report, self._is_too_long(self.silent)
 
     def _written(self) -> int:
-        """Bytes of a checkpoint that is being written: a slow disk is no hang."""
-        if self.progress.doing != Doing.SAVING:
-            return 0
+        """Bytes of a checkpoint that is being written, for which much may wait: a slow disk is no hang."""
         with suppress(OSError):  # it has just been renamed
             return sum(path.stat().st_size for path in self.folder.glob(".*.pth.*"))
         return 0

@@ -308,7 +308,7 @@ class ClassificationTask(Task):
 
     def preview(self, dataset: Dataset, clock: Clock):
         """`--show_batch`: the training images of the next steps."""
-        if self.settings.report.show_batch is None:
+        if self.settings.report.show_batch is None or not self.distributed.is_main:
             return
         seed, update_freq = self.settings.machine.seed, self.settings.optimizer.update_freq
         loader = self._train_loader(dataset, replace(self.settings.loader, num_workers=0))

@@ -25,8 +25,12 @@ class Rank:
 
     is_distributed = True
 
-    def __init__(self, size):
-        self.barrier, self.said = threading.Barrier(size), {}
+    def __init__(self, size, kinds=()):
+        self.barrier, self.said, self.kinds = threading.Barrier(size), {}, kinds
+
+    @property
+    def kind(self):
+        return self.kinds[int(threading.current_thread().name)] if self.kinds else "one"
 
     def gather(self, values):
         self.said[threading.current_thread().name] = values
@@ -39,9 +43,9 @@ class Rank:
         return max(v[0] for v in self.gather([value]))
 
 
-def on_all(*calls):
+def on_all(*calls, kinds=()):
     """What each of these raises, each in a process of its own; they take the processes as `Distributed`."""
-    shared, raised = Rank(len(calls)), [None] * len(calls)
+    shared, raised = Rank(len(calls), kinds), [None] * len(calls)
 
     def run(rank):
         try:
@@ -106,6 +110,16 @@ def test_other_weights_from_a_checkpoint():
     raised = on_all(*(lambda d, model=model: check_same_source(model, Path("a.pth"), d) for model in models(2, 1)))
     assert raised == ["of the 2 processes, they have weights unlike the others', read from a.pth: machines must share "
                       "that file"] * 2
+
+
+@pytest.mark.parametrize("flipped,named", [
+    ((1,), None), ((1, 2), "of the 2 processes, they have weights unlike"), ((2,), "of the 2 processes, they have"),
+])
+def test_devices_of_other_kinds_may_round_otherwise(flipped, named):
+    """The first and the last of three processes are of one kind."""
+    calls = [lambda d, model=model: check_same_weights(model, d) for model in models(3, *flipped)]
+    raised = on_all(*calls, kinds=["A", "B", "A"])
+    assert [text and text.startswith(named) for text in raised] == [named and True] * 3
 
 
 def test_the_same_weights():

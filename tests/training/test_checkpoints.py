@@ -2,6 +2,7 @@ import errno
 import os
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -312,6 +313,30 @@ def test_no_process_is_forked_while_something_is_written(store, held):
     if pid == 0:
         os._exit(0 if store.steps() == [3] else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_a_handler_that_raises_does_not_cut_the_wait_of_a_fork_short(store, held):
+    """As of a wait for data, which forks data loading processes and is given up meanwhile."""
+    go, begun = held
+
+    def give_up(*_):
+        raise RuntimeError("given up")
+
+    store.save(3, state(3))
+    assert begun.wait(20)
+    threading.Timer(0.5, go.set).start()
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    try:
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0 if store.steps() == [3] else 1)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    store.save(6, state(6))
+    store.finish()
+    assert store.steps() == [3, 6]
 
 
 @pytest.mark.parametrize("notice", [

@@ -43,6 +43,15 @@ def test_values_that_are_none_of_a_run(name, value, tmp_path):
         check_is_run(RUN | {name: value}, tmp_path)
 
 
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+])
+def test_a_fault_of_the_machine_is_none_of_the_content(error, tmp_path):
+    with pytest.raises(type(error)) as raised, taking_state(tmp_path):
+        raise error
+    assert raised.value is error
+
+
 @pytest.mark.parametrize("error", [KeyError("param_groups"), TypeError("x"), AttributeError("x"), RuntimeError("x")])
 def test_what_its_content_raises_is_one_line(error, tmp_path):
     with pytest.raises(BrokenRunError, match=f"cannot be resumed: {type(error).__name__}: "), taking_state(tmp_path):

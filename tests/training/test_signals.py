@@ -9,7 +9,7 @@ import torch
 from helpers import ROOT
 from training import signals
 from training.advice import with_advice
-from training.signals import SignalHandler, fault_of
+from training.signals import OutOfMemoryFault, SignalHandler, fault_of
 
 
 def told(error):
@@ -46,6 +46,15 @@ def test_faults_of_the_machine_are_told_in_words(error, line):
     assert told(error) == line and fault_of(error).exit_code == 1
 
 
+def test_memory_of_a_gpu_is_no_memory_of_the_host():
+    """Triton, and the thread that copies batches to a GPU, use words of the host's memory."""
+    triton = RuntimeError("out of resource: shared memory, Required: 262144, Hardware limit: 232448. Reducing block")
+    assert fault_of(triton) is None
+    copying = RuntimeError("Caught OutOfMemoryError in pin memory thread for device 0.\nOriginal Traceback (most "
+                           "recent call last):\ntorch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB.\n")
+    assert isinstance(fault_of(copying), OutOfMemoryFault)
+
+
 OF_WORKER = "Caught RuntimeError in data loading process 7.\nOriginal Traceback (most recent call last):\n"
 
 
@@ -67,6 +76,7 @@ OF_WORKER = "Caught RuntimeError in data loading process 7.\nOriginal Traceback 
     (RuntimeError("Too many open files. Communication with the workers is no longer possible."), "too many open files"),
     (RuntimeError("unable to open shared memory object </torch_1> in read-write mode: Too many open files (24)"),
      "too many open files"),
+    (RuntimeError("unable to mmap 1024 bytes from file </torch_1_2>: Cannot allocate memory (12)"), "shared memory"),
     (RuntimeError(f"{OF_WORKER}OSError: AF_UNIX path too long\n"), "the path of the temporary folder /"),
 ])
 def test_what_a_process_has_too_little_of_is_named(error, line):

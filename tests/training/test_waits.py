@@ -34,6 +34,14 @@ def test_data_that_do_not_come_end_a_wait():
     assert time.monotonic() - start < 5
 
 
+def test_what_is_still_arriving_is_waited_for():
+    """As a shard that takes long to download; once nothing more of it comes, the wait ends."""
+    start = time.monotonic()
+    with pytest.raises(NoDataFault):
+        wait_for(never, 2, arriving=lambda: min(int(time.monotonic() - start), 4))
+    assert 5 < time.monotonic() - start < 11
+
+
 def test_a_signal_ends_a_wait_that_has_no_limit(monkeypatch):
     monkeypatch.setattr(waits, "GRACE", 1)
     with SignalHandler().installed():

@@ -133,7 +133,8 @@ class EpochLoader:
     """Batches on the device; each epoch follows from the seed, the epoch and the rank alone.
 
     Args:
-        loader: Its generator seeds the data loading processes.
+        loader: Its generator seeds the data loading processes. Where its dataset has a method `arriving`, see
+            `wait_for`.
         transfer: DataLoader -> `Transfer`.
         seed: The run's.
         rank: This process's.
@@ -150,6 +151,7 @@ class EpochLoader:
     ):
         self.loader, self.transfer, self.seed, self.rank = loader, transfer(loader), seed, rank
         self.timeout = timeout
+        self.arriving = getattr(loader.dataset, "arriving", lambda: None)
         self.set_epoch(0)
 
     def __len__(self) -> int:
@@ -178,7 +180,7 @@ class EpochLoader:
         self._start_epoch()
         try:
             batches = wait_for(lambda: iter(self.transfer), self.timeout)
-            while (batch := wait_for(lambda: next(batches, None), self.timeout)) is not None:
+            while (batch := wait_for(lambda: next(batches, None), self.timeout, self.arriving)) is not None:
                 yield batch
             return
         except (NoDataFault, GaveUpWaiting, OSError, RuntimeError, MemoryError) as error:

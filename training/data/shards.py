@@ -202,6 +202,10 @@ class TarShards(Sequence):
         listed = split.filenames, split.lengths, split.sha256, split.num_classes, split.classes
         return hashlib.sha256(repr(listed).encode(errors="backslashreplace")).hexdigest()
 
+    def arriving(self) -> frozenset[tuple[str, int]] | None:
+        """What changes while shards of a URL are copied; None for those of this machine."""
+        return self.folder.cache.arriving() if isinstance(self.folder, HttpFolder) else None
+
     def sampler(self, num_replicas: int, rank: int, repeats: int) -> "ShardSampler":
         """The order in which process `rank` of `num_replicas` trains on the samples; see `ShardSampler`."""
         return ShardSampler(self.lengths, num_replicas, rank, repeats)

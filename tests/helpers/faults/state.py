@@ -215,11 +215,11 @@ def _kill_in_evaluation(course: Course, rng: random.Random) -> Verdict:
 
 
 def _stop_and_continue(course: Course, rng: random.Random) -> Verdict:
-    """As Ctrl-Z and fg: nothing is to happen."""
-    attempt = course.start("--num_workers", rng.choice("01"), *EVERY_STEP[:2])
+    """Ctrl-Z and fg, for longer than a run may hang: nothing is to happen."""
+    attempt = course.start("--num_workers", rng.choice("01"), *EVERY_STEP[:2], "--hang_timeout", "0.05")
     reach_step(attempt, rng.randint(1, 3))
-    attempt.send(signal.SIGSTOP)
-    time.sleep(0.5)
+    attempt.send(signal.SIGTSTP)
+    time.sleep(8)
     attempt.send(signal.SIGCONT)
     reach_step(attempt, attempt.text().count("  loss ") + 1)
     attempt.send(signal.SIGTERM)

@@ -755,6 +755,16 @@ def test_the_cache_can_be_bounded(folder, server, tmp_path):
     assert len(list(cache.glob("*.shard"))) == 1 and (cache / "of the user.tar").exists()
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_slow_server_is_waited_for_while_shards_arrive(folder, server, num_workers):
+    """A batch of four shards takes twice as long as a run waits for data that do not come."""
+    write_shards(folder, {"val": (1, 1, 1, 1)})
+    server.delay = 1.2
+    data = loader_of(val_set(server.url), train=False, num_workers=num_workers)
+    data.timeout = 2
+    assert read_all(data)[1].tolist() == [0, 1, 2, 3]
+
+
 def test_a_cache_that_cannot_be_written(folder, server, tmp_path):
     (tmp_path / "file").touch()
     dataset = val_set(server.url, reading=Reading(shard_cache=ShardCache(tmp_path / "file")))
