@@ -253,8 +253,7 @@ def overflowing(*steps):
 
 @pytest.mark.parametrize("length,epochs,step", [(30, 2, 24), (22, 2, 22), (3, 1, 3)])
 def test_a_float16_run_whose_every_step_overflows_ends(length, epochs, step):
-    """At the first log line, or end of an epoch, after twenty halvings of the loss scale; or after a run without a step.
-    """
+    """At the first log line or end of an epoch after twenty halvings of the loss scale, or after no step at all."""
     with pytest.raises(NonFiniteLossError, match=f"float16 overflowed .* epoch 0 after step {step}: "):
         train(small_model(), batches(length), loss=overflowing(), precision=HALF, epochs=epochs, log_every=12)
 
