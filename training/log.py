@@ -263,6 +263,11 @@ def _lines(file: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
     return [(line + b"\n", _record(line)) for line in file.read_bytes().split(b"\n") if line]
 
 
+def logged_epochs(file: Path) -> int:
+    """How many epochs a run's `log.txt` holds; raises UserError as `RunLog` does."""
+    return sum(record is not None for _, record in _lines(file))
+
+
 def _record(line: bytes) -> dict[str, Any] | None:
     with suppress(ValueError, RecursionError):
         record = json.loads(line)

@@ -10,6 +10,7 @@ from utils import UserError, as_user_error
 
 from .checkpoints import CheckpointStore, FolderInUseError, is_intact
 from .distributed import Distributed
+from .log import logged_epochs
 from .options import OUTPUTS, CheckpointOptions
 from .run import Run
 
@@ -85,9 +86,8 @@ def _check_nothing_is_lost(store: CheckpointStore, save_every: int):
     A save that is due after an epoch may still be going on when that is logged; the next one waits for it.
     """
     log = store.folder / "log.txt"
-    epochs = len(log.read_bytes().splitlines()) if log.is_file() else 0
     left = [path.name for path in (store.best, store.last) if os.path.lexists(path)]
-    left += [log.name] if epochs >= 2 * save_every else []
+    left += [log.name] if logged_epochs(log) >= 2 * save_every else []
     if left:
         raise LostCheckpointsError(f"{store.folder} has no checkpoint-*.pth any more, but a run's {', '.join(left)}")
 

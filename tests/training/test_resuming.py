@@ -1,4 +1,5 @@
 """Where a run writes, and which checkpoint it resumes from."""
+import json
 import os
 import re
 from pathlib import Path
@@ -80,12 +81,17 @@ def test_a_whole_last_checkpoint_is_resumed_where_the_others_are_gone(store, cap
     assert "holds no checkpoint but last.pth, of step 6" in capsys.readouterr().out
 
 
+def write_log(store, epochs, *others):
+    lines = [*(json.dumps(dict(epoch=epoch)) for epoch in range(epochs)), *others]
+    (store.folder / "log.txt").write_text("".join(f"{line}\n" for line in lines))
+
+
 @pytest.mark.parametrize("left", ["best.pth", "last.pth", "log.txt"])
 def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(store, left):
     save(store, 6)
     store.save_best(6)
     store.finish()
-    (store.folder / "log.txt").write_text("{}\n{}\n")
+    write_log(store, 2)
     for path in store.folder.iterdir():
         if path.name != left:
             path.unlink()
@@ -97,12 +103,17 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(store, left):
 def test_a_run_that_was_killed_before_its_first_checkpoint(store):
     """It saves every two epochs, and has logged three: what it began to save after the second was not there yet."""
     store.folder.mkdir()
-    log = store.folder / "log.txt"
-    log.write_text("{}\n{}\n{}\n")
+    write_log(store, 3)
     assert start(store, save_every=2) is None
-    log.write_text("{}\n{}\n{}\n{}\n")
+    write_log(store, 4)
     with pytest.raises(LostCheckpointsError, match=r"log\.txt"):
         start(store, save_every=2)
+
+
+def test_lines_that_are_no_epochs_are_no_run(store):
+    store.folder.mkdir()
+    write_log(store, 1, "3", "[]", "half a li")
+    assert start(store) is None
 
 
 def test_a_checkpoint_that_is_a_link_to_itself(store):
