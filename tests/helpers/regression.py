@@ -1,11 +1,13 @@
 """A second task, in full: a network that predicts the brightness of a small image.
 
 It shares only the run with classification: its batches are dictionaries, its loss has two parts, and its metric is
-better where it is lower. As a program it kills itself at the batch that REGRESSION_DIES_AT says.
+better where it is lower. As a program it kills itself at the batch that REGRESSION_DIES_AT says, once the
+checkpoint REGRESSION_DIES_WITH is written.
 """
 import os
 import signal
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -150,6 +152,8 @@ class DyingTask(RegressionTask):
         self.batches += torch.is_grad_enabled()  # not the check of a network before the run
         is_it = str(self.batches) == os.environ.get("REGRESSION_DIES_AT") and restart_count() == 0
         if is_it and self.distributed.is_main:
+            while not Path(self.settings.checkpoint.output_dir, os.environ["REGRESSION_DIES_WITH"]).exists():
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         return super().loss(*arguments)
 

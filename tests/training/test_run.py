@@ -114,8 +114,8 @@ def test_stopped_while_waiting_for_data(photos, whole, tmp_path, monkeypatch, ca
     wait_for = loader.wait_for
     given = []
 
-    def wait(get, seconds):
-        value = wait_for(get, seconds)
+    def wait(get, *limits):
+        value = wait_for(get, *limits)
         if hasattr(value, "__next__"):
             return value
         given.append(value)

@@ -38,7 +38,8 @@ def start(*arguments, processes=1, dies_at=None):
     if processes > 1:
         launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--max-restarts=1"]
         command[1:1] = [*launcher, f"--master_port={free_port()}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "REGRESSION_DIES_AT": str(dies_at)}
+    dies = dict(REGRESSION_DIES_AT=str(dies_at), REGRESSION_DIES_WITH=f"checkpoint-0000000{STEPS + 1}.pth")
+    environment = {**os.environ, **dies, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*command, *COMMAND, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True,
         timeout=120,
