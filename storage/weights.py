@@ -33,6 +33,10 @@ class HostileFileError(WeightsError):
     """A file that would run code, read memory of its own choice, or fill it, if it were unpacked as it asks."""
 
 
+class DamagedFileError(WeightsError):
+    """A file whose content has changed since it was written."""
+
+
 class UnreadableError(WeightsError):
     """The system could not read a file: memory was short, or an I/O error. This says nothing about the file."""
 
@@ -88,6 +92,8 @@ def fetch(source: str, cache_dir: str | Path | None = None) -> Path:
                 return path
         except OSError as error:  # a folder that may not be entered, or a disk that does not answer
             raise UnreadableError(f"{source}: the system cannot read it: {error.strerror}") from error
+        if path.exists():
+            raise WeightsError(f"{source}: no checkpoint file, but something else")
         raise WeightsError(f"{source}: no such checkpoint file")
     url, has_fragment, fragment = source.partition("#")
     expected = re.fullmatch("sha256=([0-9a-fA-F]{8,64})", fragment)
@@ -109,11 +115,12 @@ def read_checkpoint(source: str, cache_dir: str | Path | None = None, mmap: bool
     Args:
         source: Path or URL of what torch.save or safetensors wrote.
         cache_dir: As `fetch` takes it.
-        mmap: Leave tensors in the file until they are looked at; for what else is in it.
+        mmap: Leave tensors in the file until they are looked at, and checksums unchecked; for what else is in it.
 
     Raises:
-        WeightsError: It is missing, truncated, or no checkpoint; HostileFileError where reading it would run code, or
-            where it holds other data of NumPy than numbers and texts; UnreadableError where the system failed.
+        WeightsError: It is missing, truncated, or no checkpoint; DamagedFileError where its checksums are wrong;
+            HostileFileError where reading it would run code, or where it holds other data of NumPy than numbers and
+            texts; UnreadableError where the system failed.
     """
     path = fetch(source, cache_dir)
     try:
@@ -138,11 +145,13 @@ def read_file(path: Path, mmap: bool = False) -> dict[str, Any]:
             raise HostileFileError(
                 f"{path}: refused, since its {size} unpack to {full}; ask its author for a file that is not compressed"
             )
+        if not mmap and _is_damaged(path):
+            raise DamagedFileError(f"{path}: damaged, its checksums are wrong; fetch it again")
         with torch.serialization.safe_globals(PLAIN):
             # Files of old formats cannot be mapped.
             mmap = mmap and zipfile.is_zipfile(path)
             checkpoint = as_numpy(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
-    except HostileFileError:
+    except (HostileFileError, DamagedFileError):
         raise
     except Exception as error:  # on damaged bytes the unpickler raises nearly anything
         fault = system_fault(error)
@@ -156,6 +165,14 @@ def read_file(path: Path, mmap: bool = False) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise WeightsError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
     return checkpoint
+
+
+def _is_damaged(path: Path) -> bool:
+    """Whether a part of a zip file does not have its checksum, which torch.load does not look at."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip() is not None
 
 
 def _unpacked_size(path: Path) -> int | None:

@@ -88,6 +88,8 @@ class Checkpointer:
         if self._agree() or clock.is_last_epoch or (clock.epoch + 1) % self.options.save_every == 0:
             check_same_weights(self.run.model, self.distributed)
             self._write_once()
+            if self.distributed.is_main and not self.store.steps():
+                self.store.finish()  # a run that has logged an epoch which it saves has a checkpoint
 
     def between_epochs(self):
         """Save and leave, where a signal came while the run did not train.

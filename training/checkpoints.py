@@ -14,7 +14,7 @@ import torch
 
 from storage.locks import open_lock
 from storage.weights import HostileFileError, UnreadableError, read_file, system_fault
-from utils import UserError, replace_file
+from utils import UserError, replace_file, some
 
 from .background import BackgroundWriter
 from .run import SpoiledRunError
@@ -193,7 +193,10 @@ class CheckpointStore:
                 return step
             damaged.append(path)
         if damaged:
-            raise UserError(f"no checkpoint in {self.folder} is intact; to start a new run, take another folder")
+            names = some([path.name for path in damaged])
+            raise UserError(
+                f"no checkpoint in {self.folder} is intact ({names}); resume from a copy, or start anew in another folder"
+            )
         return None
 
     def _steps_of_last(self) -> list[int]:

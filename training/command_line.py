@@ -169,7 +169,13 @@ def _run_recipe(given: Mapping[str, Any]) -> RunRecipe:
 
 def _recipe_left_in(path: Path) -> dict[str, Any]:
     """The recipe that a run has left in its folder. Raises UserError where something else is there."""
-    recipe = read_recipe(str(path)) if path.is_file() else {}
+    recipe = {}
+    if path.is_file():
+        try:
+            recipe = read_recipe(str(path))
+        except UsageError as error:
+            if isinstance(error.__cause__, OSError):
+                raise
     if "task" not in recipe:
         raise UserError(f"{path} is no recipe of a run; once it is moved away, the newest checkpoint says what it said")
     return recipe

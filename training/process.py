@@ -10,12 +10,17 @@ _PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
 
 
 class _Output(io.FileIO):
-    """Standard output or error: what nobody reads any more, as after `| head` or on a closed terminal, is dropped."""
+    """Standard output or error: what nobody reads any more, as after `| head` or on a closed terminal, is dropped.
+
+    So is what a full disk does not take.
+    """
 
     def write(self, data: bytes) -> int | None:
         try:
             return super().write(data)
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):  # until there is room again
+                return len(data)
             if error.errno not in (errno.EPIPE, errno.EIO):
                 raise
             null = os.open(os.devnull, os.O_WRONLY)

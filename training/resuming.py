@@ -81,13 +81,10 @@ def find_start(options: CheckpointOptions, store: CheckpointStore, distributed: 
 
 
 def _check_nothing_is_lost(store: CheckpointStore, save_every: int):
-    """Check that a folder without checkpoints never had one: a run that starts there empties its log.
-
-    A save that is due after an epoch may still be going on when that is logged; the next one waits for it.
-    """
+    """Check that a folder without checkpoints never had one: a run that starts there empties its log."""
     log = store.folder / "log.txt"
     left = [path.name for path in (store.best, store.last) if os.path.lexists(path)]
-    left += [log.name] if logged_epochs(log) >= 2 * save_every else []
+    left += [log.name] if logged_epochs(log) >= save_every else []
     if left:
         raise LostCheckpointsError(f"{store.folder} has no checkpoint-*.pth any more, but a run's {', '.join(left)}")
 

@@ -16,6 +16,7 @@ from torch import nn
 from helpers import ROOT
 from helpers.hostile import Hostile, forged_array
 from storage.weights import (
+    DamagedFileError,
     HostileFileError,
     UnreadableError,
     WeightsError,
@@ -228,9 +229,24 @@ def test_not_a_dictionary(tmp_path):
         read_checkpoint(str(tmp_path / "c.pth"))
 
 
-def test_missing_checkpoint():
+def test_missing_checkpoint(tmp_path):
     with pytest.raises(WeightsError, match="no such checkpoint file"):
         read_checkpoint("nowhere.pth")
+    with pytest.raises(WeightsError, match="no checkpoint file, but something else"):
+        read_checkpoint(str(tmp_path))
+
+
+def test_weights_that_have_changed_on_the_disk_are_refused(tmp_path):
+    """They are as plausible as any others, and of the right shapes: checksums tell, which torch.load passes over."""
+    path = tmp_path / "c.pth"
+    torch.save({"model": {"w": torch.full((4096,), 1.5)}}, path)
+    data = bytearray(path.read_bytes())
+    place = data.index(torch.full((64,), 1.5).numpy().tobytes())
+    data[place + 2000:place + 2004] = bytes(4)
+    path.write_bytes(data)
+    assert torch.load(path, weights_only=True)["model"]["w"].sum() == 4095 * 1.5
+    with pytest.raises(DamagedFileError, match=r"c\.pth: damaged, its checksums are wrong; fetch it again$"):
+        read_checkpoint(str(path))
 
 
 def test_a_filter_that_trips_over_foreign_weights():

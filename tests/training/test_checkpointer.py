@@ -1,11 +1,13 @@
 """When a run is saved, and when it leaves."""
 import re
+import time
 
 import pytest
 import torch
 from torch import nn
 
 from storage.weights import read_checkpoint
+from training import checkpoints
 from training.advice import with_advice
 from training.checkpointer import Checkpointer, Stopped
 from training.checkpoints import CheckpointStore
@@ -93,6 +95,19 @@ def test_the_main_process_counts_starts_for_all(store):
     with pytest.raises(NoProgressError):
         create_checkpointer(store, peer, signals).between_epochs()
     assert not list(store.folder.iterdir())
+
+
+def test_the_first_checkpoint_is_there_before_its_epoch_is_logged(store, monkeypatch):
+    """A run that logged an epoch, and was killed while it wrote, would be taken for one that lost its checkpoints."""
+    write = checkpoints.save_checkpoint
+    monkeypatch.setattr(checkpoints, "save_checkpoint", lambda *args: (time.sleep(0.5), write(*args)))
+    alone, clock = Distributed(torch.device("cpu")), Clock(epoch_length=3, total=6, epoch=0, step=3, steps_taken=3)
+    create_checkpointer(store, alone, clock=clock, save_every=1).after_epoch(Meter(alone))
+    assert store.steps() == [3]
+    clock.epoch, clock.steps_taken = 1, 6
+    create_checkpointer(store, alone, clock=clock, save_every=1).after_epoch(Meter(alone))
+    assert store.steps() == [3]  # later ones are written behind
+    store.finish()
 
 
 def test_saving_moves_no_clock(store):

@@ -287,8 +287,9 @@ def test_fine_tuning_takes_nothing(photos, trained):
 @pytest.mark.parametrize("make", [
     Path.mkdir, os.mkfifo, Path.touch, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to("gone"),
     lambda path: path.symlink_to(path.name), lambda path: path.write_text("{}"), lambda path: path.write_text("[]"),
-    lambda path: path.write_text("lr: 3"),
-], ids=["folder", "pipe", "empty", "device", "dangling", "circle", "nothing", "list", "other"])
+    lambda path: path.write_text("lr: 3"), lambda path: path.write_text("task: classification\nlr"),
+    lambda path: path.write_bytes(b"\x97\x00"),
+], ids=["folder", "pipe", "empty", "device", "dangling", "circle", "nothing", "list", "other", "half", "binary"])
 def test_what_lies_in_the_place_of_a_runs_recipe_is_not_passed_over(tmp_path, make):
     """The run would resume with the defaults."""
     make(tmp_path / "args.yaml")

@@ -48,6 +48,17 @@ def test_output_that_nobody_reads_is_dropped(tmp_path, options, output):
     assert "Error" not in done.stderr and (tmp_path / "file").read_text() == "done"
 
 
+@pytest.mark.parametrize("options", [[], ["-u"]])
+def test_output_that_a_full_disk_does_not_take_is_dropped(options):
+    script = (
+        "import sys, training.process as p; p.outlive_readers(); "
+        "[print('x' * 5000, file=f, flush=True) for f in (sys.stdout, sys.stderr)]; sys.exit(75)"
+    )
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, *options, "-c", script], cwd=ROOT, stdout=full, stderr=full)
+    assert done.returncode == 75
+
+
 def test_output_that_is_read_is_whole():
     done = bash('"$1" -c "$2" /dev/null', sys.executable, WRITING)
     lines = [f"line {number}" for number in range(3000)]
