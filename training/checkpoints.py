@@ -194,9 +194,7 @@ class CheckpointStore:
             damaged.append(path)
         if damaged:
             names = some([path.name for path in damaged])
-            raise UserError(
-                f"no checkpoint in {self.folder} is intact ({names}); resume from a copy, or start anew in another folder"
-            )
+            raise UserError(f"no checkpoint in {self.folder} is intact ({names}); to start a new run, take another folder")
         return None
 
     def _steps_of_last(self) -> list[int]:
