@@ -194,7 +194,7 @@ class CheckpointStore:
             damaged.append(path)
         if damaged:
             names = some([path.name for path in damaged])
-            raise UserError(f"no checkpoint in {self.folder} is intact ({names}); to start a new run, take another folder")
+            raise UserError(f"no checkpoint in {self.folder} is intact ({names}); a new run needs another folder")
         return None
 
     def _steps_of_last(self) -> list[int]:
