@@ -50,10 +50,10 @@ def wait_for(get: Callable[[], T], seconds: float, arriving: Callable[[], Any] =
         if left == seconds:
             seen = arriving()
         left -= 1
-        if left <= 0 and arriving() != seen:
-            left = seconds
         if SignalHandler.is_leaving():
             left = min(left, GRACE_WITH_PEERS if has_peers() else GRACE)
+        elif left <= 0 and arriving() != seen:
+            left = seconds
         if left <= 0:
             raise _Enough
 

@@ -19,6 +19,10 @@ def never():
             time.sleep(60)
 
 
+def ever_more():
+    return time.monotonic()
+
+
 @pytest.fixture(autouse=True)
 def alarms_are_as_before():
     before = signal.getsignal(signal.SIGALRM)
@@ -42,13 +46,14 @@ def test_what_is_still_arriving_is_waited_for():
     assert 5 < time.monotonic() - start < 11
 
 
-def test_a_signal_ends_a_wait_that_has_no_limit(monkeypatch):
+@pytest.mark.parametrize("seconds,arriving", [(0, lambda: None), (0, ever_more), (2, ever_more)])
+def test_a_signal_ends_a_wait_that_has_no_limit(monkeypatch, seconds, arriving):
     monkeypatch.setattr(waits, "GRACE", 1)
     with SignalHandler().installed():
         start = time.monotonic()
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
         with pytest.raises(GaveUpWaiting):
-            wait_for(never, 0)
+            wait_for(never, seconds, arriving)
         assert time.monotonic() - start < 5
 
 
