@@ -160,7 +160,15 @@ class ImageDataset(Dataset):
         if self.transform is None:
             return image, target
         with nullcontext() if seed is None else seeded_sample(seed):
-            return self.transform(image), target
+            return self._transformed(image, target)
+
+    def _transformed(self, image: Image.Image, target: Any) -> Any:
+        return self.transform(image), target
+
+    @staticmethod
+    def _masked() -> tuple[Image.Image, Any]:
+        """What stands for an image that cannot be read, and that no metric counts."""
+        return Image.new("RGB", (256, 256)), -1
 
     def class_counts(self) -> list[int]:
         """The number of images of each class; of shards it is not known without reading all of them."""
@@ -182,7 +190,7 @@ class ImageDataset(Dataset):
                     raise
                 self.bad_images[place] = True
                 if self.on_error == "mask":
-                    return Image.new("RGB", (256, 256)), -1
+                    return self._masked()
         raise UserError(f"none of the {len(self)} images can be read")
 
 

@@ -29,7 +29,7 @@ from training.wrap import check_wrappers, compiled_as_asked, warm_up, wrap
 from utils import UserError, check_name, fail, seed_everything, use_deterministic_algorithms
 
 # Where each task is; it is imported when it is asked for.
-TASKS = {"classification": "tasks.classification.task:ClassificationTask"}
+TASKS = {name: f"tasks.{name}.task:{name.title()}Task" for name in ("classification", "segmentation")}
 ADVICE = {
     **advice.ADVICE,
     OptimizerError: "see --opt_eps, --opt_betas, --momentum and --layer_decay",
@@ -153,13 +153,13 @@ def create_trainer(task: Task, run: Run, log: RunLog) -> engine.Trainer:
 
 
 def train_until_over(trainer: engine.Trainer, data: Data, checkpointer: Checkpointer):
-    run = trainer.run
+    run, evaluates = trainer.run, trainer.task.settings.evaluation.is_due
     while not run.clock.run_is_over:
         checkpointer.between_epochs()
         means = trainer.train_epoch(data.train_loader, checkpointer)
         record = dict(epoch=run.clock.epoch, step=run.clock.global_step)
         record.update({f"train_{name}": value for name, value in means.items()})
-        if data.val_loader is not None:
+        if data.val_loader is not None and evaluates(run.clock.epoch, run.clock.is_last_epoch):
             record.update(evaluate_epoch(trainer, data, checkpointer))
         trainer.log.epoch(record)
         if checkpointer.ends_early():

@@ -33,8 +33,6 @@ import datasets
 from models import NetworkRecipe, create_trained
 from storage import weights
 from tasks.classification.images import ImagePipeline
-from tasks.classification.options import image_size
-from tasks.classification.tables import complete, prediction_cells, prediction_columns, write_csv
 from tasks.networks import (
     PretrainedWeightsError,
     build_model,
@@ -43,6 +41,8 @@ from tasks.networks import (
     model_data_config,
     read,
 )
+from tasks.options import image_size
+from tasks.tables import complete, prediction_cells, prediction_columns, write_csv
 from training import flags
 from training.advice import with_advice
 from training.data import files

@@ -346,8 +346,10 @@ def load_weights(
     mismatches = _mismatches(expected, weights)
     if mismatches:
         more = f", and {len(mismatches) - 3} more" if len(mismatches) > 3 else ""
+        number = getattr(model, "num_classes", None)
+        classes = f" with {number} classes" if number else ""  # a backbone has none
         raise MismatchError(
-            f"the checkpoint does not fit {_name(model)} with {getattr(model, 'num_classes', '?')} classes: "
+            f"the checkpoint does not fit {_name(model)}{classes}: "
             f"{'; '.join(mismatches[:3])}{more}"
         )
     model.load_state_dict(weights)

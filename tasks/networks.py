@@ -1,4 +1,6 @@
 """Networks by timm's names: built, described, and given the weights of checkpoints; with one-line errors."""
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import timm
@@ -54,8 +56,15 @@ def check_asserts(name: str):
 
 def build_model(name: str, pretrained: bool, kwargs: dict[str, Any]) -> torch.nn.Module:
     """`timm.create_model`, with its errors as ours."""
-    try:
+    with building(name, pretrained):
         return timm.create_model(name, pretrained=pretrained, **kwargs)
+
+
+@contextmanager
+def building(name: str, pretrained: bool) -> Iterator[None]:
+    """Raise what goes wrong while a model, or a network on it, is built as a UserError."""
+    try:
+        yield
     except (TypeError, ValueError) as error:
         raise UsageError(f"{name} cannot be built: {error}") from error
     except (ArithmeticError, AssertionError, AttributeError, LookupError) as error:  # whose text alone may say little

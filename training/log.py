@@ -28,6 +28,11 @@ if TYPE_CHECKING:  # it writes what a `Meter` has measured
     from .checkpoints import CheckpointStore
 
 PICTURES_EVERY = 60.0  # seconds, between two pictures of evaluations
+# What a log line says of its steps beside the loss and the task's own parts of it.
+_MEASURED = {
+    "loss", "lr", "images_per_second", "data_seconds", "batch_seconds", "memory_mb", "slowest_seconds",
+    "slowest_process",
+}
 
 
 class NonFiniteLossError(SpoiledRunError):
@@ -179,8 +184,11 @@ def log_line(values: dict[str, float], epoch: int, step: int, steps: int, second
     slowest = ""
     if "slowest_seconds" in values:
         slowest = f"  slowest {values['slowest_seconds']:.3f} s (process {values['slowest_process']})"
+    parts = [f"{name} {value:.4f}" for name, value in values.items() if name not in _MEASURED]
+    named = f" ({', '.join(parts)})" if len(parts) > 1 else ""
     return (
-        f"epoch {epoch} [{step}/{steps}]  loss {values['loss']:.4f}  lr {values['lr']:.3e}  "
+        f"epoch {epoch} [{step}/{steps}]  loss {values['loss']:.4f}{named}  "
+        f"lr {values['lr']:.3e}  "
         f"{values['images_per_second']:.0f} images/s  data {values['data_seconds']:.3f} s  "
         f"batch {values['batch_seconds']:.3f} s{slowest}{memory}  eta {timedelta(seconds=round(seconds_left))}"
     )
@@ -216,6 +224,11 @@ def print_plan(task: Task, run: Run, data: Data, peak_lr: float, folder: Path):
         f"global batch {images} = {count(settings.loader.batch_size, 'image')} x {count(world_size, 'process')} "
         f"x {settings.optimizer.update_freq} accumulated; learning rate {peak_lr:.3e} = {lr:g} x {images} / 512"
     )
+    recipe_batch = settings.optimizer.recipe_batch
+    if recipe_batch not in (None, images):
+        times = images / recipe_batch
+        print(f"the recipe is for a global batch of {recipe_batch}, this run has {images}: the learning rate is "
+              f"{times:g} times the recipe's{_seen(settings.schedule.max_steps, times)}")
     # Where the start would still weigh 5 % at the end, if the decay did not warm up.
     if run.ema is not None and run.ema.decay < 1 and run.ema.decay**clock.total > 0.05:
         decay, enough = run.ema.decay, math.ceil(math.log(0.05) / math.log(run.ema.decay))
@@ -223,6 +236,11 @@ def print_plan(task: Task, run: Run, data: Data, peak_lr: float, folder: Path):
             f"EMA decay: warms up to {run.ema.get_decay(clock.total):.3g} by the last step; {decay:g} is for runs of "
             f"more than {enough:,} steps"
         )
+
+
+def _seen(max_steps: int | None, share: float) -> str:
+    """Of a run that counts steps, how many of the recipe's images it sees."""
+    return "" if max_steps is None else f", and its {count(max_steps, 'step')} see {share:g} times as many images"
 
 
 def _images(data: Data, left_out: int) -> str:
@@ -339,7 +357,7 @@ class RunLog:
             for tracker in self.trackers:
                 tracker.flush()
             with open(self.file, "a") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps({name: _finite(value) for name, value in record.items()}) + "\n")
 
     def close(self):
         """Draw what is still to be drawn, and close all trackers, though drawing or one of them fails."""
@@ -355,6 +373,11 @@ class RunLog:
         if kind is not None:  # a picture could fail too, and would be of a step in the past
             self.undrawn = None
         self.close()
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN, and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def is_complete(

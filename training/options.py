@@ -98,6 +98,8 @@ class OptimizerOptions(Group):
     momentum: float = flag(0.9, "momentum of optimizers that have one", type=float)
     clip_grad: float | None = flag(None, "largest gradient norm (default: no clipping)", type=float, check=positive)
     update_freq: int = flag(1, "gradient accumulation: batches for each optimizer step", type=int, check=at_least(1))
+    recipe_batch: int | None = flag(None, "global batch that a recipe was made for; a run tells how its own differs",
+                                    type=int, check=at_least(1))
 
     def check(self):
         if not all(0 <= beta < 1 for beta in [self.momentum, *(self.opt_betas or [])]):
@@ -198,10 +200,19 @@ class EvaluationOptions(Group):
     split: str = flag("val", "with --eval, the images to evaluate on", choices=["train", "val", "test"])
     dist_eval: bool = flag(True, "share the evaluation among the processes; the result is the same")
     disable_eval: bool = flag(False, "do not evaluate while training")
+    eval_every: int = flag(1, "epochs between two evaluations; the last is evaluated always", type=int,
+                           metavar="EPOCHS", check=at_least(1))
 
     def check(self):
         if self.split != "val" and not self.eval:
             raise UsageError(f"--split {self.split} is for --eval; training evaluates on val")
+
+    def needs(self) -> Needs:
+        return {"eval_every": (not self.disable_eval, "with --disable_eval")}
+
+    def is_due(self, epoch: int, is_last: bool) -> bool:
+        """Whether an epoch, counted from 0, is evaluated once it is trained."""
+        return is_last or (epoch + 1) % self.eval_every == 0
 
 
 # Where runs write, each in a folder of its own, without an output folder.
@@ -316,6 +327,9 @@ class Settings:
             self.schedule.check_warmup()
             if self.checkpoint.patience is not None and self.evaluation.disable_eval:
                 raise UsageError("--patience waits for a better evaluation, which --disable_eval leaves out")
+            if (self.checkpoint.patience or self.evaluation.eval_every) < self.evaluation.eval_every:
+                raise UsageError(f"--patience {self.checkpoint.patience} is below --eval_every "
+                                 f"{self.evaluation.eval_every}: it would end before there is a better evaluation")
             self._check_cuda_graph()
             self.wandb.check_installed()
         self.check()

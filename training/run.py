@@ -205,11 +205,15 @@ class Run:
         self.meter = {}
 
     def record_best(self, results: dict[str, float]) -> bool:
-        """Record the results of an evaluation if they are the best so far; returns whether they are."""
+        """Record the results of an evaluation if they are the best so far; returns whether they are.
+
+        Parts of a metric, NAME/PART, may be undefined; if another value is not finite, none counts.
+        """
         value = results[self.best_metric.name]
         of_ema = self.best_metric.name.startswith("ema_")
         # Where outputs are NaN, the accuracy is a number all the same.
-        if not all(math.isfinite(v) for name, v in results.items() if name.startswith("ema_") == of_ema):
+        measured = [v for name, v in results.items() if name.startswith("ema_") == of_ema and "/" not in name]
+        if not all(map(math.isfinite, measured)):
             return False
         if self.best is not None and (value <= self.best if self.best_metric.higher else value >= self.best):
             return False

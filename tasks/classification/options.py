@@ -1,6 +1,5 @@
 """The command-line options that only classification has."""
 import argparse
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -8,12 +7,11 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from training.data.splits import check_is_no_class
-from training.flags import Group, Needs, flag, fraction, key_value, not_negative, path, positive
+from training.flags import Group, Needs, flag, fraction, not_negative, path, positive
 from training.options import OUTPUTS, Settings
 from utils import UsageError, count, is_url
 
-# Names that models were published under, where timm's style differs.
-PUBLISHED_NAMES = {"BViT-5": "bvit_5m", "BViT-22": "bvit_22m"}
+from ..options import NetworkOptions, check_picture, check_range, check_weights, image_size, model_name
 
 IMAGE_FOLDERS = ("image_folder", "IMNET")
 DATA_SETS = ("IMNET", "image_folder", "CIFAR10", "CIFAR100", "digits")
@@ -29,43 +27,15 @@ def _data_set(text: str) -> str:
     raise argparse.ArgumentTypeError(f"unknown data set {text!r}; choose from {', '.join(DATA_SETS)}, wds/NAME")
 
 
-def _model(text: str) -> str:
-    return PUBLISHED_NAMES.get(text, text)
-
-
-def image_size(text: str) -> int | tuple[int, int]:
-    """A side, or (height, width), of `SIDE` or `HEIGHTxWIDTH` in pixels, as `--input_size` takes them."""
-    try:
-        sizes = tuple(int(side) for side in text.lower().split("x"))
-    except ValueError:
-        sizes = ()
-    if len(sizes) not in (1, 2) or min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"takes a side or HEIGHTxWIDTH in pixels, not {text!r}")
-    return sizes[0] if len(sizes) == 1 else sizes
-
-
 @dataclass(frozen=True)
-class ModelOptions(Group):
+class ModelOptions(NetworkOptions):
     """Model"""
 
-    model: str = flag(
-        "biformer_small", f"any model that timm knows, ours included; as published too: {', '.join(PUBLISHED_NAMES)}",
-        alias="arch", type=_model, metavar="MODEL",
-    )
-    model_kwargs: dict[str, Any] = flag({}, "arguments of the model", type=key_value, nargs="*", metavar="KEY=VALUE")
     input_size: int | tuple[int, int] = flag(224, "side of the image, or HEIGHTxWIDTH", type=image_size,
                                              metavar="PIXELS")
     nb_classes: int | None = flag(None, "number of classes (default: what the data holds)", type=int, check=positive)
     drop: float = flag(0.0, "dropout rate of the classifier", type=float, check=fraction)
-    drop_path: float = flag(0.1, "stochastic depth rate of the last block", type=float, check=fraction)
-    grad_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
-    load_release: bool = flag(False, "start from the published weights of the model")
     freeze_backbone: bool = flag(False, "train the classifier alone (linear probe), the rest as in evaluation")
-    parts_of: ClassVar[Mapping[str, str]] = MappingProxyType({"model_kwargs": "model"})
-
-    def check(self):
-        if "num_classes" in self.model_kwargs:
-            raise UsageError("--model_kwargs num_classes: the number of classes is the data's, or --nb_classes")
 
 
 def _share(value: float) -> str | None:
@@ -104,19 +74,14 @@ class DataOptions(Group):
         }
 
 
-def _range(value: list[float]) -> str | None:
-    low, high = value
-    return None if 0 < low <= high < math.inf else "takes a range above 0"
-
-
 @dataclass(frozen=True)
 class AugmentationOptions(Group):
     """Augmentation and regularisation"""
 
     scale: list[float] = flag([0.08, 1.0], "area of the random crop", type=float, nargs=2, metavar=("MIN", "MAX"),
-                              check=_range)
+                              check=check_range)
     ratio: list[float] = flag([3 / 4, 4 / 3], "aspect ratio of the random crop", type=float, nargs=2,
-                              metavar=("MIN", "MAX"), check=_range)
+                              metavar=("MIN", "MAX"), check=check_range)
     hflip: float = flag(0.5, "probability of a horizontal flip", type=float, check=fraction)
     color_jitter: float = flag(0.4, "strength of colour jitter, where --aa is none", type=float, check=not_negative)
     aa: str = flag("rand-m9-mstd0.5-inc1", "timm's AutoAugment or RandAugment policy, or none")
@@ -164,7 +129,7 @@ class DistillationOptions(Group):
     """Distillation"""
 
     distillation_type: str = flag("none", "distillation loss", choices=["none", "soft", "hard"])
-    teacher_model: str | None = flag(None, "any model that timm knows", type=_model)
+    teacher_model: str | None = flag(None, "any model that timm knows", type=model_name)
     teacher_path: str | None = flag(None, "the teacher's weights (default: its published ones)", type=path,
                                      metavar="CHECKPOINT")
     distillation_alpha: float = flag(0.5, "weight of the teacher, 0 to 1", type=float, check=fraction)
@@ -199,10 +164,6 @@ class TokenLabelOptions(Group):
     parts_of: ClassVar[Mapping[str, str]] = MappingProxyType({"token_label_weight": "token_label"})
 
 
-def _picture(file: str) -> str | None:
-    return None if Path(file).suffix.lower() in (".png", ".jpg", ".jpeg") else "must end in .png or .jpg"
-
-
 @dataclass(frozen=True)
 class ReportOptions(Group):
     """Reports and pictures"""
@@ -210,7 +171,7 @@ class ReportOptions(Group):
     report: str | None = flag(None, "with --eval, write tables there: the predictions of every image, accuracy by "
                                     "class, the confusion matrix", type=path, metavar="FOLDER")
     show_batch: str | None = flag(None, "write the first training images there, as the network sees them, and train",
-                                  type=path, metavar="FILE", check=_picture)
+                                  type=path, metavar="FILE", check=check_picture)
 
 
 @dataclass(frozen=True)
@@ -267,11 +228,7 @@ class ClassificationSettings(Settings):
         return found
 
     def check(self):
-        weights = [self.checkpoint.resume, self.checkpoint.finetune, self.model.load_release]
-        if self.evaluation.eval and not any(weights):
-            raise UsageError("--eval needs weights: --resume CHECKPOINT, or --load_release for the published ones")
-        if sum(map(bool, weights)) > 1:
-            raise UsageError("--resume, --finetune and --load_release are mutually exclusive")
+        check_weights(self.model, self.checkpoint, self.evaluation.eval)
         if not self.evaluation.eval:
             self._check_training()
         if self.data.data_path is None and self.data.data_set != "digits":

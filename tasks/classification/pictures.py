@@ -1,6 +1,5 @@
 """Pictures of batches: images as the network sees them, each with a title."""
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -8,9 +7,7 @@ from PIL import Image, ImageDraw
 from timm.data.mixup import Mixup
 from torchvision.utils import make_grid
 
-from utils import UserError, replace_file
-
-from .lettering import can_draw, drawable, load_font
+from ..lettering import can_draw, drawable, load_font
 
 # Pixels: the least width of an image, which a title needs; and the height of a line of its title.
 _WIDTH, _LINE = 128, 13
@@ -61,16 +58,3 @@ def target_titles(targets: torch.Tensor, names: Sequence[str], mixup: Mixup | No
         first, second = [*lines, "", ""][:2]
         titles.append((first, second))
     return titles
-
-
-def write_picture(file: Path, pixels: np.ndarray):
-    """Write uint8 (H, W, 3) pixels in the format of the file's ending.
-
-    Raises:
-        UserError: It cannot be written.
-    """
-    image = Image.fromarray(pixels)
-    try:
-        replace_file(file, lambda out: image.save(out, Image.registered_extensions()[file.suffix.lower()], quality=95))
-    except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror}") from error

@@ -1,31 +1,17 @@
 """The report of an evaluation: what was predicted of every image, accuracy by class, and the confusion matrix."""
 import math
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from utils import UserError, replace_file
+from utils import replace_file
 
-from .confusion import confusion_figure, confusion_matrix
-from .lettering import can_draw
+from ..confusion import confusion_figure, confusion_matrix
+from ..lettering import can_draw
+from ..tables import complete, prediction_cells, prediction_columns, write_csv
 from .metrics import RecordedAccuracy
-from .tables import complete, prediction_cells, prediction_columns, write_csv
-
-
-def prepare(folder: Path):
-    """Make the folder of a report.
-
-    Raises:
-        UserError: It cannot be written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
 
 
 def write_report(folder: Path, recorded: RecordedAccuracy, images: Sequence[str], classes: list[str] | None):

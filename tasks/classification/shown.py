@@ -11,7 +11,9 @@ from training.distributed import Distributed
 from training.run import Clock
 from utils import derive_seed
 
-from . import confusion, lettering, pictures
+from .. import confusion, lettering
+from ..pictures import write_picture
+from . import pictures
 from .metrics import RecordedAccuracy
 
 # How many images are shown, and of at most how many classes an evaluation in training draws the confusion matrix.
@@ -83,7 +85,7 @@ def write_preview(
         if len(images) >= SHOWN:
             break
     images, titles = torch.stack(images[:2 * SHOWN]), titles[:2 * SHOWN]
-    pictures.write_picture(file, pictures.draw_grid(images, titles, config["mean"], config["std"]))
+    write_picture(file, pictures.draw_grid(images, titles, config["mean"], config["std"]))
     print(f"training images: {file}")
 
 

@@ -22,8 +22,8 @@ from training.run import Clock
 from training.task import Task
 from utils import UsageError
 
-from .. import networks
-from . import report, shown, tables, token_labels
+from .. import networks, pictures, tables
+from . import report, shown, token_labels
 from .criterion import create_criterion
 from .errors import (
     ADVICE,
@@ -153,7 +153,7 @@ class ClassificationTask(Task):
             if self.distributed.is_main:
                 print(f"evaluated at {self.images.description}")
                 if self.report_folder is not None:
-                    report.prepare(self.report_folder)
+                    pictures.prepare_folder(self.report_folder)
             self.val_set = dataset
             return self.images.loader(dataset, self.settings.loader, self.eval_processes)
         return self._train_loader(dataset, self.settings.loader)

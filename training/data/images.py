@@ -1,6 +1,8 @@
 """Reading image files, whatever their format, as PIL RGB images."""
 import errno
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -54,12 +56,18 @@ def load_image(file: str | Path | BinaryIO, exif_transpose: bool = True) -> Imag
         UnreadableFileError, for an open file UnreadableMemberError: It is not an intact image, is too large, or has
             values of no known scale; names the file.
     """
+    with reading(file), Image.open(file) as image:
+        image.load()
+        if exif_transpose:
+            _turn_upright(image)
+        return _to_rgb(image)
+
+
+@contextmanager
+def reading(file: str | Path | BinaryIO) -> Iterator[None]:
+    """Raise what goes wrong while `file` is read as an image, and its pixels are, as `load_image` does."""
     try:
-        with Image.open(file) as image:
-            image.load()
-            if exif_transpose:
-                _turn_upright(image)
-            return _to_rgb(image)
+        yield
     except Exception as error:  # on damaged bytes PIL's decoders raise nearly anything
         name = file if isinstance(file, (str, Path)) else getattr(file, "name", file)  # a Path's name is its last part
         if _is_out_of_memory(error):

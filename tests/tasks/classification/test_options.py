@@ -10,7 +10,8 @@ import main as program
 import models  # noqa: F401
 from helpers import ROOT
 from optim_factory import scaled_lr
-from tasks.classification.options import PUBLISHED_NAMES, ClassificationSettings
+from tasks.classification.options import ClassificationSettings
+from tasks.options import PUBLISHED_NAMES
 from training import flags, options, parsing
 from utils import UsageError, nearest
 

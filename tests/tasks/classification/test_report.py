@@ -17,9 +17,10 @@ import main as program
 import models  # noqa: F401, registers our models with timm
 from datasets import build_dataset
 from scripts import make_shards
-from tasks.classification import confusion, report
-from tasks.classification.confusion import confusion_figure, confusion_matrix
+from tasks import confusion
+from tasks.classification import report
 from tasks.classification.report import class_rows
+from tasks.confusion import confusion_figure, confusion_matrix
 
 SMALL = ["--model", "biformer_nano", "--input_size", "32", "--batch_size", "4", "--num_workers", "0", "--device", "cpu"]
 

@@ -16,12 +16,13 @@ def confusion_matrix(targets: np.ndarray, predicted: np.ndarray, num_classes: in
     return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-def confusion_figure(matrix: np.ndarray, classes: list[str]) -> Any:
+def confusion_figure(matrix: np.ndarray, classes: list[str], counts: bool = True) -> Any:
     """A matplotlib Figure of a confusion matrix: each row, a true class, is coloured by the shares of its predictions.
 
     Args:
         matrix: (true, predicted) counts.
         classes: Names of the classes.
+        counts: Write the counts of few classes into their cells; those of pixels are long numbers.
     """
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
@@ -43,7 +44,7 @@ def confusion_figure(matrix: np.ndarray, classes: list[str]) -> Any:
         # a class name may hold a $, which is no formula
         axes.set_xticks(range(count), names, rotation=90, parse_math=False)
         axes.set_yticks(range(count), names, parse_math=False)
-    if count <= _COUNTED:
+    if counts and count <= _COUNTED:
         for row, column in np.ndindex(matrix.shape):
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(matrix[row, column]), ha="center", va="center", color=colour, fontsize=8)

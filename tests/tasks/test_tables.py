@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.classification.tables import as_cell, write_csv
+from tasks.tables import as_cell, write_csv
 from utils import UserError
 
 
@@ -40,7 +40,7 @@ def test_a_disk_that_is_full_is_one_line(tmp_path, monkeypatch):
     def full(path, write):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tasks.classification.tables.replace_file", full)
+    monkeypatch.setattr("tasks.tables.replace_file", full)
     with pytest.raises(UserError, match=r"^cannot write .*t\.csv: No space left on device$"):
         write_csv(tmp_path / "t.csv", [["title"]])
     with pytest.raises(UserError, match="it is a folder"):

@@ -6,8 +6,9 @@ import pytest
 import torch
 from PIL import ImageDraw
 
-from tasks.classification import confusion, pictures
-from tasks.classification.lettering import drawable, load_font
+from tasks import confusion
+from tasks.classification import pictures
+from tasks.lettering import drawable, load_font
 
 NAMES = ["Gr\u00fc\u00dfe", "robe d\u2019\u00e9te\u0301", "\u03b3\u03ac\u03c4\u03b1", "\u043a\u043e\u0448\u043a\u0430",
          "\u732b", "a\nb"]

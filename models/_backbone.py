@@ -1,0 +1,91 @@
+"""A network of timm's as the backbone of a segmenter or detector: its maps at strides 4, 8, 16 and 32."""
+from typing import Any
+
+import timm
+import torch
+from timm.layers import LayerNorm2d
+from torch import nn
+
+from ._recipe import ImageSize, size_kwargs
+
+STRIDES = (4, 8, 16, 32)
+# Families whose published backbones norm each map, and take a number of regions that suits large images.
+_ROUTED = ("biformer", "debiformer")
+
+
+class NoMapsError(ValueError):
+    """A model without maps at strides 4, 8, 16 and 32, such as a plain vision transformer."""
+
+
+class Backbone(nn.Module):
+    """The maps of a network at strides 4, 8, 16 and 32.
+
+    Args:
+        body: A classifier of timm's; what no map needs is removed from it: the last norm and the head.
+        extra_norms: Norm each map over its channels, as published for BiFormer and DeBiFormer; the normed maps are not
+            fed to the next stage.
+
+    Attributes:
+        channels: Of each map.
+
+    Raises:
+        NoMapsError: The network has no such maps.
+    """
+
+    def __init__(self, body: nn.Module, extra_norms: bool = False):
+        super().__init__()
+        of_stride = {info["reduction"]: i for i, info in enumerate(getattr(body, "feature_info", ()))}
+        name = (getattr(body, "default_cfg", None) or {}).get("architecture") or type(body).__name__
+        if not of_stride.keys() >= set(STRIDES) or not hasattr(body, "forward_intermediates"):
+            found = f"has maps at strides {', '.join(map(str, of_stride))}" if of_stride else "has no maps"
+            raise NoMapsError(f"{name} {found}, and a backbone needs those at 4, 8, 16 and 32")
+        self.indices = [of_stride[stride] for stride in STRIDES]
+        self.channels = tuple(body.feature_info[i]["num_chs"] for i in self.indices)
+        body.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
+        self.body = body
+        self.extra_norms = nn.ModuleList(LayerNorm2d(c, eps=1e-6) for c in self.channels) if extra_norms else None
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """(B, 3, H, W) -> [(B, C_i, ceil(H / s), ceil(W / s)) for s in 4, 8, 16, 32]."""
+        maps = self.body.forward_intermediates(x, indices=self.indices, output_fmt="NCHW", intermediates_only=True)
+        if self.extra_norms is None:
+            return maps
+        return [norm(x) for norm, x in zip(self.extra_norms, maps, strict=True)]
+
+
+def _create_body(name: str, pretrained: bool, img_size: ImageSize | None, **kwargs: Any) -> nn.Module:
+    """A classifier of timm's without its classifier; for any image size where it can be."""
+    if timm.models.get_pretrained_cfg_value(name, "fixed_input_size"):
+        try:  # windows are of any map; positions of some other models are of one
+            return timm.create_model(name, pretrained=pretrained, num_classes=0, strict_img_size=False, **kwargs)
+        except TypeError:
+            kwargs = ({} if img_size is None else size_kwargs(name, img_size)) | kwargs
+    return timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
+
+
+def create_backbone(
+    name: str,
+    pretrained: bool = False,
+    extra_norms: bool | None = None,
+    num_regions: int = 7,
+    img_size: ImageSize | None = None,
+    **kwargs: Any,
+) -> Backbone:
+    """The backbone of a timm model.
+
+    Args:
+        name: Any model with maps at strides 4, 8, 16 and 32.
+        pretrained: Load the published weights.
+        extra_norms: See `Backbone`; None for what was published: with BiFormer and DeBiFormer.
+        num_regions: Regions along a side, for BiFormer and DeBiFormer.
+        img_size: Side, or (height, width), for models that are built for one size.
+        kwargs: Arguments of the model; they stand above `num_regions`.
+
+    Raises:
+        NoMapsError: It has no such maps.
+    """
+    is_routed = timm.model_entrypoint(name).__module__.rpartition(".")[2] in _ROUTED
+    if is_routed:
+        kwargs = dict(num_regions=num_regions) | kwargs
+    body = _create_body(name, pretrained, img_size, **kwargs)
+    return Backbone(body, is_routed if extra_norms is None else extra_norms)

@@ -1,0 +1,28 @@
+"""Semantic segmentation on any backbone of timm's: `upernet("biformer_small", num_classes=150)`.
+
+`load("best.pth")` gives the network of a run, and the transform of its images.
+"""
+from ._images import ROUNDINGS, STRIDE, SegmentationTransform, TestSize, fit, resize, round_up
+from ._load import SegmenterRecipe, load
+from ._network import HEADS, Segmenter, semantic_fpn, upernet
+from ._weights import is_segmenter, load_backbone, load_into, load_segmenter
+
+__all__ = [
+    "HEADS",
+    "ROUNDINGS",
+    "STRIDE",
+    "SegmentationTransform",
+    "Segmenter",
+    "SegmenterRecipe",
+    "TestSize",
+    "fit",
+    "is_segmenter",
+    "load",
+    "load_backbone",
+    "load_into",
+    "load_segmenter",
+    "resize",
+    "round_up",
+    "semantic_fpn",
+    "upernet",
+]

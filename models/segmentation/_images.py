@@ -1,0 +1,74 @@
+"""The images of a segmenter: whole, their shorter side at a size, and normalised."""
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from .._load import to_rgb
+
+STRIDE = 32  # of the coarsest map
+ROUNDINGS = ("none", "stretch", "pad")
+
+
+def fit(height: int, width: int, short: float, long: float) -> tuple[int, int]:
+    """The height and width of an image of this shape, as large as fits with the sides `short` and `long`.
+
+    >>> fit(480, 640, 512, 2048), fit(200, 1000, 512, 2048)
+    ((512, 683), (410, 2048))
+    """
+    scale = min(long / max(height, width), short / min(height, width))
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+def round_up(height: int, width: int) -> tuple[int, int]:
+    """The sides as the next multiples of `STRIDE`."""
+    return -(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE
+
+
+def resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """(..., H, W) pixels at another size: bilinear and without antialiasing, as OpenCV's and published."""
+    return F.resize(image, list(size), InterpolationMode.BILINEAR, antialias=False)
+
+
+@dataclass(frozen=True)
+class TestSize:
+    """At which size an image is segmented.
+
+    Args:
+        short, long: The sides that it is fitted with.
+        rounding: What is done about sides that are no multiples of 32: "none", "stretch" the image to the next ones, or
+            "pad" it with zeros once it is normalised.
+    """
+
+    short: int = 512
+    long: int = 2048
+    rounding: str = "none"
+
+    def of(self, height: int, width: int, ratio: float = 1.0) -> tuple[int, int]:
+        """The height and width that an image of this shape is resized to; `ratio` scales both sides of the fit."""
+        size = fit(height, width, int(self.short * ratio), int(self.long * ratio))
+        return round_up(*size) if self.rounding == "stretch" else size
+
+
+@dataclass(frozen=True)
+class SegmentationTransform:
+    """PIL image of any mode with 8 bits -> normalised float tensor (3, h, w) at the size of evaluation.
+
+    Args:
+        size: That size.
+        mean, std: What is subtracted from the values, 0 to 1, and what they are divided by.
+        exif_transpose: Turn the image upright as its EXIF orientation says.
+    """
+
+    size: TestSize
+    mean: Sequence[float]
+    std: Sequence[float]
+    exif_transpose: bool = True
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        pixels = F.pil_to_tensor(to_rgb(image, self.exif_transpose))
+        pixels = F.to_dtype(resize(pixels, self.size.of(*pixels.shape[1:])), torch.float32, scale=True)
+        return F.normalize(pixels, list(self.mean), list(self.std))

@@ -1,0 +1,128 @@
+"""Weights of segmenters: published and own checkpoints, and those of classifiers for the backbone."""
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .._load import family_filter
+from .._pretrained import stored
+from ._network import Segmenter
+
+Weights = Mapping[str, torch.Tensor]
+_BODY, _NORMS = "backbone.body.", "backbone.extra_norms."
+
+
+def is_segmenter(weights: Weights) -> bool:
+    """Whether weights are those of a segmenter, ours or a published one, and not of a classifier alone."""
+    return any(name.startswith("decode_head.") for name in weights)
+
+
+def rename(weights: Weights, network: Segmenter) -> dict[str, torch.Tensor]:
+    """The entries of a segmenter under our names: those of a published backbone by its family's own renaming.
+
+    Statistics of batch norms under mmcv's names are ours, and every other module is named as published.
+    """
+    of_body = {
+        name.removeprefix("backbone."): value for name, value in weights.items()
+        if name.startswith("backbone.") and not name.startswith((_BODY, _NORMS))
+    }
+    if not of_body:
+        return dict(weights)
+    kept = {name: value for name, value in weights.items() if name.removeprefix("backbone.") not in of_body}
+    return kept | {f"{_BODY}{name}": value for name, value in _as_body(of_body, network).items()}
+
+
+def _as_body(weights: dict[str, torch.Tensor], network: Segmenter) -> dict[str, torch.Tensor]:
+    """The entries of a classifier, or of a published backbone, under the names of the network's body."""
+    body = network.backbone.body
+    filter_fn = family_filter(body)
+    if filter_fn is None:
+        return weights
+    try:
+        return filter_fn(weights, body)
+    except Exception:  # of weights of another family; what does not fit is listed by its names then
+        return weights
+
+
+def load_segmenter(
+    network: Segmenter, weights: Weights, new_classes: bool = False, other_classes: bool = False
+) -> bool:
+    """Load the weights of a segmenter in full.
+
+    Args:
+        network: The network, without wrappers.
+        weights: As `storage.weights.unwrap` returns them.
+        new_classes: Keep the network's own classifiers where the number of classes differs.
+        other_classes: Keep those too where it is the same.
+
+    Returns:
+        Whether the network's own classifiers were kept.
+
+    Raises:
+        MismatchError: They do not fit; lists the first mismatches.
+    """
+    weights = rename(weights, network)
+    own = network.state_dict()
+    # Some publish a segmenter without the head that training alone needs.
+    if not any(name.startswith("auxiliary_head.") for name in weights):
+        weights |= {name: value for name, value in own.items() if name.startswith("auxiliary_head.")}
+    if network.auxiliary_head is None:
+        weights = {name: value for name, value in weights.items() if not name.startswith("auxiliary_head.")}
+    classifiers = ("decode_head.conv_seg", "auxiliary_head.conv_seg") if new_classes else ()
+    return stored.load_weights(network, weights, None, classifiers, other_classes)
+
+
+def load_backbone(network: Segmenter, weights: Weights) -> list[str]:
+    """Load the weights of a classifier into the network's backbone.
+
+    Args:
+        network: The network, without wrappers.
+        weights: As `storage.weights.unwrap` returns them.
+
+    Returns:
+        Lines: how many entries were loaded; which of the classifier's were not needed; which of the network's were not
+        there.
+
+    Raises:
+        MismatchError: They are not those of the backbone: lists the first entries that are missing or of another shape.
+    """
+    body = network.backbone.body
+    expected = body.state_dict()
+    found = _as_body(stored.without_model_prefix(dict(weights), expected), network)
+    # A larger network of the family has layers more in modules that the backbone has too.
+    modules = {name.partition(".")[0] for name in expected}
+    left_out = [name for name in found if name.partition(".")[0] not in modules]
+    stored.load_weights(body, {name: value for name, value in found.items() if name not in left_out})
+    own = [name for name in network.state_dict() if not name.startswith(_BODY)]
+    return [
+        f"{len(expected)} tensors of the backbone are loaded",
+        *([f"not needed, and left out: {_by_module(left_out)}"] if left_out else []),
+        f"not there, and newly initialised: {_by_module(own)}",
+    ]
+
+
+def _by_module(names: list[str]) -> str:
+    """Names of tensors by their first parts: "decode_head (58), backbone.extra_norms (8)"."""
+    modules = Counter(".".join(name.split(".")[: 2 if name.startswith(_NORMS) else 1]) for name in names)
+    return ", ".join(f"{module} ({number})" for module, number in modules.items())
+
+
+def load_into(network: Segmenter, checkpoint: dict[str, Any], source: str, key: str | None = None):
+    """Load a checkpoint of a segmenter, in full, and check that its weights are finite.
+
+    Args:
+        network: The network, without wrappers.
+        checkpoint: As `storage.weights.read_checkpoint` returns it.
+        source: Where it was read from, for messages.
+        key: Of its weights; None for `storage.weights.default_weights`.
+
+    Raises:
+        WeightsError: They do not fit, or are NaN or infinite.
+    """
+    key = key or stored.default_weights(checkpoint, source)[0]
+    weights = stored.unwrap(checkpoint, key)
+    if not is_segmenter(weights):
+        raise stored.WeightsError(f"{stored.public(source)} holds no segmenter: it has no decode_head")
+    load_segmenter(network, weights)
+    stored.check_finite(network, source)

@@ -1,0 +1,81 @@
+"""What the command-line options of several tasks have in common: the network by timm's name, the size of its images."""
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+from training.flags import Group, flag, fraction, key_value
+from training.options import CheckpointOptions
+from utils import UsageError
+
+# Names that models were published under, where timm's style differs.
+PUBLISHED_NAMES = {"BViT-5": "bvit_5m", "BViT-22": "bvit_22m"}
+
+
+def model_name(text: str) -> str:
+    """timm's name of a model that may be given by its published one."""
+    return PUBLISHED_NAMES.get(text, text)
+
+
+def image_size(text: str) -> int | tuple[int, int]:
+    """A side, or (height, width), of `SIDE` or `HEIGHTxWIDTH` in pixels, as `--input_size` takes them."""
+    try:
+        sizes = tuple(int(side) for side in text.lower().split("x"))
+    except ValueError:
+        sizes = ()
+    if len(sizes) not in (1, 2) or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"takes a side or HEIGHTxWIDTH in pixels, not {text!r}")
+    return sizes[0] if len(sizes) == 1 else sizes
+
+
+def check_range(value: list[float]) -> str | None:
+    """Check that two numbers are a range above 0."""
+    low, high = value
+    return None if 0 < low <= high < float("inf") else "takes a range above 0"
+
+
+def check_picture(file: str) -> str | None:
+    """Check that a file name ends as a picture's."""
+    return None if Path(file).suffix.lower() in (".png", ".jpg", ".jpeg") else "must end in .png or .jpg"
+
+
+@dataclass(frozen=True)
+class NetworkOptions(Group):
+    """Network"""
+
+    model: str = flag(
+        "biformer_small", f"any model that timm knows, ours included; as published too: {', '.join(PUBLISHED_NAMES)}",
+        alias="arch", type=model_name, metavar="MODEL",
+    )
+    model_kwargs: dict[str, Any] = flag({}, "arguments of the model", type=key_value, nargs="*", metavar="KEY=VALUE")
+    drop_path: float = flag(0.1, "stochastic depth rate of the last block", type=float, check=fraction)
+    grad_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
+    load_release: bool = flag(False, "start from the published weights of the model")
+    parts_of: ClassVar[Mapping[str, str]] = MappingProxyType({"model_kwargs": "model"})
+
+    def check(self):
+        if "num_classes" in self.model_kwargs:
+            raise UsageError("--model_kwargs num_classes: the number of classes is the data's, or --nb_classes")
+
+
+def check_weights(
+    network: NetworkOptions, checkpoint: CheckpointOptions, is_evaluation: bool, can_release: bool = True
+):
+    """Check that a run starts from one place.
+
+    Args:
+        network, checkpoint: What was asked for.
+        is_evaluation: Whether it evaluates, for which it needs weights.
+        can_release: Whether published weights can be evaluated.
+
+    Raises:
+        UsageError: It starts from several, or an evaluation has none.
+    """
+    weights = [checkpoint.resume, checkpoint.finetune, network.load_release]
+    if is_evaluation and not any(weights if can_release else weights[:2]):
+        published = ", or --load_release for the published ones" if can_release else ""
+        raise UsageError(f"--eval needs weights: --resume CHECKPOINT{published}")
+    if sum(map(bool, weights)) > 1:
+        raise UsageError("--resume, --finetune and --load_release are mutually exclusive")

@@ -1,0 +1,1 @@
+"""Semantic segmentation with Semantic FPN and UPerNet."""

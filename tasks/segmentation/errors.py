@@ -1,0 +1,31 @@
+"""The errors of this task, and what a user of the command line can do about them."""
+from training.data import images
+from utils import UsageError, UserError
+
+from .. import networks
+
+
+class NoSegmenterError(UserError):
+    """The weights to evaluate or to resume from are those of a classifier."""
+
+
+class BackboneError(UsageError):
+    """A model that is no backbone: it has no maps at strides 4, 8, 16 and 32."""
+
+
+class NothingFitsError(UserError):
+    """Weights to start from that fit neither the segmenter nor its backbone."""
+
+
+class TurnedImageError(UserError):
+    """An image that has its label's size as it is stored, and not as its EXIF orientation turns it."""
+
+
+ADVICE = {
+    images.UnreadableFileError: "remove it and its label, or pass --skip_bad_images",
+    NoSegmenterError: "start from it with --finetune, and train",
+    NothingFitsError: "--model must name the model of the weights",
+    TurnedImageError: "--exif_transpose false reads images as they are stored",
+    networks.PretrainedWeightsError: "--finetune takes a file of weights",
+    networks.UncheckedArgumentsError: "run without -O, or without --model_kwargs",
+}

@@ -1,0 +1,150 @@
+"""Folders of images and label files: ADE20K (SceneParse150) as downloaded, and any other laid out like it.
+
+    ROOT/images/{training,validation,test}/NAME.jpg
+    ROOT/annotations/{training,validation,test}/NAME.png
+    ROOT/classes.txt                                     a class a line, the first has the value 1; 0 is not labelled
+
+Images may lie in folders of any depth; the label file of an image has its path and name. ADE20K has objectInfo150.txt
+in the place of classes.txt.
+"""
+import hashlib
+import os
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from training.data.files import describe_left_out, find_images, list_folder
+from training.data.images import load_image
+from utils import UserError, count, some, user_path
+
+from .errors import TurnedImageError
+from .labels import IGNORE, LabelError, read_label
+
+FOLDERS = dict(train="training", val="validation", test="test")
+DATA_SETS = ("segmentation_folder", "ade20k")
+_ADE_CLASSES = 150
+
+
+class SegmentationFolder(Sequence):
+    """(PIL RGB image, (H, W) uint8 labels) by index.
+
+    Args:
+        root: The folder of the data set.
+        split: "train", "val" or "test".
+        classes: Names of the classes.
+        exif_transpose: Turn images upright as their EXIF orientation says; label files have none.
+
+    Attributes:
+        samples: (path of the image, path of its label file) of each image.
+        notes: What a user should know about them, a line each.
+
+    Raises:
+        UserError: There is no such folder, an image has no label file, or there is no image.
+    """
+
+    def __init__(self, root: Path, split: str, classes: list[str], exif_transpose: bool = True):
+        self.classes, self.exif_transpose = classes, exif_transpose
+        self.root, labels = root / "images" / FOLDERS[split], root / "annotations" / FOLDERS[split]
+        for folder in (self.root, labels):
+            if not folder.is_dir():
+                raise UserError(f"{root} has no folder {folder.relative_to(root)}: expected {_layout(root)}")
+        found = find_images(self.root)
+        self.samples = [(image, str(_label_of(image, self.root, labels))) for image in found.images]
+        missing = [image for image, label in self.samples if not os.path.isfile(label)]
+        if missing:
+            expected = _label_of(missing[0], self.root, labels)
+            raise UserError(f"{count(len(missing), 'image')} of {self.root} without a label file: {expected} for "
+                            f"{missing[0]}, for example")
+        if not self.samples:
+            raise UserError(f"{self.root} holds no image")
+        self.notes = [note for note in (describe_left_out(found.left_out, self.root), self._about_palettes()) if note]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]:
+        """Raises UnreadableFileError where a file is no intact image, LabelError where a label file does not fit."""
+        path, label_path = self.samples[index]
+        image = load_image(path, self.exif_transpose)
+        size = image.size[::-1]
+        try:
+            return image, read_label(Path(label_path), len(self.classes), size)
+        except LabelError as error:
+            if self.exif_transpose and load_image(path, False).size[::-1] == size[::-1] != size:
+                raise TurnedImageError(f"{error}, turned upright by its EXIF orientation") from None
+            raise
+
+    def fingerprint(self) -> str:
+        """A hash of the images' names below the folder, in Unicode NFC and in order, and of the classes."""
+        names = [unicodedata.normalize("NFC", path.removeprefix(f"{self.root}/")) for path, _ in self.samples]
+        return hashlib.sha256(b"\0".join(os.fsencode(name) for name in [*names, "", *self.classes])).hexdigest()
+
+    def _about_palettes(self) -> str | None:
+        try:
+            with Image.open(self.samples[0][1]) as label:
+                is_palette = label.mode == "P"
+        except (OSError, ValueError):  # it is named when it is read
+            return None
+        return "label files have palettes: their indices are taken for the classes" if is_palette else None
+
+
+def _label_of(image: str, images: Path, labels: Path) -> Path:
+    return (labels / Path(image).relative_to(images)).with_suffix(".png")
+
+
+def _layout(root: Path) -> str:
+    folders, files = list_folder(root)
+    found = some(sorted([*folders, *files])) or "nothing"
+    return f"images/{{{','.join(FOLDERS.values())}}} and annotations/ with the same folders, found {found}"
+
+
+def read_classes(root: Path, data_set: str) -> list[str]:
+    """The names of the classes of a data set in `DATA_SETS`.
+
+    Raises:
+        UserError: There is no list of them, it is empty, names one twice, or has more than 255.
+    """
+    if data_set == "ade20k":
+        return _read_ade20k(root / "objectInfo150.txt")
+    path = root / "classes.txt"
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{root} has no classes.txt: a class a line, the first is that of the value 1") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is no text in UTF-8'}") from None
+    names = [unicodedata.normalize("NFC", line.strip()) for line in lines]
+    while names and not names[-1]:
+        names.pop()
+    if not all(names):
+        raise UserError(f"{path}: line {names.index('') + 1} is empty, and each is to name a class")
+    if not names:
+        raise UserError(f"{path}: it is empty")
+    if doubled := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise UserError(f"{path}: names {some(doubled)} twice")
+    if len(names) > IGNORE:
+        raise UserError(f"{path}: {len(names)} classes are more than the {IGNORE} that label files of 8 bits can hold")
+    return names
+
+
+def _read_ade20k(path: Path) -> list[str]:
+    """The names of SceneParse150's classes by the table that comes with it; numbers where it was left out."""
+    if not path.is_file():
+        return [str(number) for number in range(1, _ADE_CLASSES + 1)]
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
+    names = [line.rpartition("\t")[2].strip() for line in lines if line.strip()]
+    if len(names) != _ADE_CLASSES:
+        raise UserError(f"{path}: names {len(names)} classes, and ADE20K has {_ADE_CLASSES}")
+    first = [name.partition(",")[0] for name in names]  # of synonyms
+    return first if len(set(first)) == len(first) else names
+
+
+def open_folder(root: str, split: str, data_set: str, exif_transpose: bool) -> SegmentationFolder:
+    """A split of a data set in `DATA_SETS`; raises UserError as `read_classes` and `SegmentationFolder`."""
+    folder = user_path(root)
+    if not folder.is_dir():
+        raise UserError(f"data folder {folder} {'is not a folder' if folder.exists() else 'does not exist'}")
+    return SegmentationFolder(folder, split, read_classes(folder, data_set), exif_transpose)

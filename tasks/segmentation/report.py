@@ -1,0 +1,100 @@
+"""What an evaluation says by class: a table on the terminal, files, and overlays."""
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from utils import print_line, replace_file
+
+from ..confusion import confusion_figure
+from ..lettering import can_draw, load_font
+from ..tables import write_csv
+from .labels import overlay
+from .metrics import SegmentationScores, Shown, scores
+
+# Images of an evaluation that are shown, and the width of each in pixels.
+SHOWN, WIDTH = 6, 320
+_LINE, _GAP = 14, 4
+
+
+def class_table(evaluator: SegmentationScores) -> list[list[Any]]:
+    """For each class its name, labelled pixels, IoU and accuracy in percent, "" where they are not defined."""
+    found, pixels = scores(evaluator.matrix), evaluator.matrix.sum(axis=1)
+    cells = [["" if np.isnan(x) else round(x, 3) for x in pair] for pair in zip(found.iou, found.accuracy, strict=True)]
+    rows = zip(evaluator.classes, pixels.tolist(), cells, strict=True)
+    return [[name, number, *pair] for name, number, pair in rows]
+
+
+def print_classes(evaluator: SegmentationScores):
+    """Print IoU and accuracy by class."""
+    width = max(map(len, ["class", *evaluator.classes]))
+    for name, _, iou, accuracy in [["class", "", "IoU", "Acc"], *class_table(evaluator)]:
+        iou, accuracy = (f"{x:.3f}" if isinstance(x, float) else x or "-" for x in (iou, accuracy))
+        print_line(f"{name:{width}}  {iou:>8}  {accuracy:>8}")
+
+
+def write_report(folder: Path, evaluator: SegmentationScores):
+    """Write `classes.csv`, `confusion.csv` and, where matplotlib is installed, `confusion.png`.
+
+    Raises:
+        UserError: They cannot be written.
+    """
+    write_csv(folder / "classes.csv", [["class", "pixels", "IoU", "Acc"], *class_table(evaluator)])
+    lines = ([name, *row] for name, row in zip(evaluator.classes, evaluator.matrix.tolist(), strict=True))
+    write_csv(folder / "confusion.csv", [["true class", *evaluator.classes], *lines])
+    if can_draw():
+        figure = confusion_figure(evaluator.matrix, evaluator.classes, counts=False)
+        replace_file(folder / "confusion.png", lambda file: figure.savefig(file, format="png", dpi=120))
+    else:
+        print("no confusion.png is drawn: pip install matplotlib")
+    print(f"report: {folder}")
+
+
+def places_to_show(images: int) -> list[int]:
+    """The places, among so many images, of those that are shown."""
+    return sorted({place * images // SHOWN for place in range(SHOWN)}) if images else []
+
+
+def draw_overlays(shown: Sequence[Shown]) -> np.ndarray:
+    """A row for each image: with its labels, and with those that were predicted; uint8 (H, W, 3)."""
+    rows = [
+        [_at_width(overlay(_fit_labels(x.image, labels), labels.numpy())) for labels in (x.labels, x.predicted)]
+        for x in shown
+    ]
+    return _stack(rows, ("labelled", "predicted"))
+
+
+def draw_batch(images: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> np.ndarray:
+    """Training images, uint8 (H, W, 3), a row each: as they are, and under their labels; uint8 (H', W', 3)."""
+    rows = [[_at_width(x), _at_width(overlay(x, y))] for x, y in zip(images, labels, strict=True)]
+    return _stack(rows, ("image", "labelled"))
+
+
+def _fit_labels(image: Any, labels: Any) -> np.ndarray:
+    """An image, uint8 (3, h, w), as large as its labels: (H, W, 3)."""
+    height, width = labels.shape
+    return np.asarray(Image.fromarray(image.permute(1, 2, 0).numpy()).resize((width, height)))
+
+
+def _at_width(pixels: np.ndarray) -> Image.Image:
+    height = max(1, round(pixels.shape[0] * WIDTH / pixels.shape[1]))
+    return Image.fromarray(pixels).resize((WIDTH, height))
+
+
+def _stack(rows: list[list[Image.Image]], titles: Sequence[str]) -> np.ndarray:
+    """Pictures of one width in rows, below the titles of their columns."""
+    heights = [row[0].height for row in rows]
+    canvas = Image.new("RGB", (
+        len(titles) * (WIDTH + _GAP) - _GAP, _LINE + sum(heights) + _GAP * max(0, len(rows) - 1)
+    ), "white")
+    draw, (font, _) = ImageDraw.Draw(canvas), load_font(can_draw())
+    top = _LINE
+    for column, title in enumerate(titles):
+        draw.text((column * (WIDTH + _GAP) + 2, 1), title, fill="black", font=font)
+    for row, height in zip(rows, heights, strict=True):
+        for column, picture in enumerate(row):
+            canvas.paste(picture, (column * (WIDTH + _GAP), top))
+        top += height + _GAP
+    return np.asarray(canvas)
