@@ -40,11 +40,14 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay_groups: str) -
     Args:
         model: Any network, without wrappers.
         weight_decay: Weight decay of the other parameters.
-        decay_groups: "layernorm" for no weight decay on layer norms alone, as in the published detection and
-            segmentation recipes; "none" for weight decay on everything.
+        decay_groups: "layernorm" for no weight decay on layer norms and on what the model itself names (DeBiFormer's
+            tables of positions), as in the published detection and segmentation recipes; "none" for weight decay on
+            everything.
     """
-    norms = [name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
-    excluded = [f"{name}.*" for name in norms] if decay_groups == "layernorm" else []
+    excluded = []
+    if decay_groups == "layernorm":
+        norms = [name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
+        excluded = [*(f"{name}.*" for name in norms), *getattr(model, "no_weight_decay", set)()]
     return param_groups_weight_decay(
         model, weight_decay, weight_decay_exclude_1d=False, no_weight_decay_list=excluded
     )

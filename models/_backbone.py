@@ -46,8 +46,14 @@ class Backbone(nn.Module):
         self.extra_norms = nn.ModuleList(LayerNorm2d(c, eps=1e-6) for c in self.channels) if extra_norms else None
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """(B, 3, H, W) -> [(B, C_i, ceil(H / s), ceil(W / s)) for s in 4, 8, 16, 32]."""
+        """(B, 3, H, W) -> [(B, C_i, ceil(H / s), ceil(W / s)) for s in 4, 8, 16, 32].
+
+        Of a network that rounds sides down, maps may be smaller; of one that pads the image (ViTAEv2), what shows the
+        padding alone is left out, lest the map be taken for one of the image.
+        """
         maps = self.body.forward_intermediates(x, indices=self.indices, output_fmt="NCHW", intermediates_only=True)
+        height, width = x.shape[2:]
+        maps = [y[..., : -(-height // s), : -(-width // s)] for y, s in zip(maps, STRIDES, strict=True)]
         if self.extra_norms is None:
             return maps
         return [norm(x) for norm, x in zip(self.extra_norms, maps, strict=True)]
@@ -57,7 +63,9 @@ def _create_body(name: str, pretrained: bool, img_size: ImageSize | None, **kwar
     """A classifier of timm's without its classifier; for any image size where it can be."""
     if timm.models.get_pretrained_cfg_value(name, "fixed_input_size"):
         try:  # windows are of any map; positions of some other models are of one
-            return timm.create_model(name, pretrained=pretrained, num_classes=0, strict_img_size=False, **kwargs)
+            body = timm.create_model(name, pretrained=pretrained, num_classes=0, strict_img_size=False, **kwargs)
+            body.patch_embed.dynamic_img_pad = True
+            return body
         except TypeError:
             kwargs = ({} if img_size is None else size_kwargs(name, img_size)) | kwargs
     return timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)

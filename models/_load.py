@@ -108,6 +108,9 @@ def load(source: str, weights: str | None = None, model: str | None = None) -> t
     checkpoint = stored.read_checkpoint(str(source))
     source = stored.public(str(source))
     recipe = NetworkRecipe.of(checkpoint, model)
+    if recipe.task != "classification":
+        how = ": load it by models.segmentation.load" if recipe.task == "segmentation" else ""
+        raise stored.WeightsError(f"{source} is no classifier, but of the task {recipe.task}{how}")
     if recipe.model is None:
         raise stored.WeightsError(f"{source} does not say which model it belongs to; name it: load(..., model='NAME')")
     if not timm.is_model(recipe.model):

@@ -41,6 +41,7 @@ class NetworkRecipe:
         input_size: Side, or (height, width), of the images that it was trained on, in pixels; None for the published.
         crop_pct: Part of the resized image that evaluation's crop keeps; None for the published.
         exif_transpose: Whether images were turned upright, as their EXIF orientation says.
+        task: What it was trained for; of a network that is none of a run's, classification.
     """
 
     model: str | None
@@ -50,6 +51,7 @@ class NetworkRecipe:
     input_size: ImageSize | None = None
     crop_pct: float | None = None
     exif_transpose: bool = True
+    task: str = "classification"
 
     @classmethod
     def of(cls, checkpoint: dict[str, Any], model: str | None = None) -> "NetworkRecipe":
@@ -71,6 +73,7 @@ class NetworkRecipe:
         return cls(
             said.get("model"), said.get("model_kwargs") or {}, num_classes, names,
             parse_image_size(said.get("input_size")), said.get("crop_pct"), said.get("exif_transpose", True),
+            said["task"],
         )
 
     @property

@@ -2,9 +2,13 @@
 
     python scripts/predict.py --checkpoint runs/flowers/best.pth photos/ cat.jpg --output predictions.csv
     python scripts/predict.py --model convnext_tiny photos/
+    python scripts/predict.py --checkpoint runs/streets/best.pth photos/ --output maps
 
 A checkpoint of this repository knows its model, its image size and its classes. For any other, give --model; if it has
 1000 classes, they are named as those of ImageNet-1K.
+
+Of a segmenter, each line says which parts of the image the classes cover; --output is a folder, for labels/NAME.png
+with the values of the label files it was trained on, in colours, and overlays/NAME.jpg.
 
 An image that cannot be read is named on standard error and has its error in the CSV file; the exit code is then 1.
 Ctrl-C keeps what was predicted.
@@ -14,23 +18,21 @@ import os
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import training.startup  # before torch  # noqa: F401  # isort: skip
 import torch
-from PIL import Image
 from timm.data import ImageNetInfo, infer_imagenet_subset
-from timm.data.loader import fast_collate
 from timm.layers import to_2tuple
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
-import datasets
 from models import NetworkRecipe, create_trained
+from scripts.prediction import masks
+from scripts.prediction.images import Images, Prediction, collate, find_images
 from storage import weights
 from tasks.classification.images import ImagePipeline
 from tasks.networks import (
@@ -45,8 +47,6 @@ from tasks.options import image_size
 from tasks.tables import complete, prediction_cells, prediction_columns, write_csv
 from training import flags
 from training.advice import with_advice
-from training.data import files
-from training.data.images import load_image
 from training.distributed import init_distributed
 from training.options import LoaderOptions
 from training.precision import Precision
@@ -59,7 +59,7 @@ from training.signals import (
     fault_of,
 )
 from training.task import reading_weights, refusal
-from utils import UsageError, UserError, print_line, printable, run_script, user_path
+from utils import UsageError, UserError, as_user_error, print_line, printable, run_script, user_path
 
 ADVICE = {
     OutOfMemoryFault: "lower --batch_size",
@@ -72,74 +72,6 @@ class Interrupted(UserError):
     """Ctrl-C, after images were predicted."""
 
     exit_code = 130
-
-
-class Prediction(NamedTuple):
-    """An image, and its (class, probability) pairs, the most probable first; or why it could not be read."""
-
-    path: Path
-    guesses: list[tuple[str, float | None]]
-    error: str = ""
-
-
-@dataclass(frozen=True)
-class Places:
-    """Of the images of a batch, their indices, and why they could not be read; goes where targets go in training."""
-
-    indices: list[int]
-    errors: list[str]
-
-    def to(self, *args: Any, **kwargs: Any) -> "Places":
-        return self
-
-
-class Images(Dataset):
-    """(transformed image, its index, "") of files; where one cannot be read, a black image, its index, and the reason.
-    """
-
-    def __init__(self, paths: list[Path], transform: datasets.Transform, exif_transpose: bool = True):
-        self.paths, self.transform, self.exif_transpose = paths, transform, exif_transpose
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[Any, int, str]:
-        try:
-            return self.transform(load_image(self.paths[index], self.exif_transpose)), index, ""
-        except UserError as error:
-            return self.transform(Image.new("RGB", (256, 256))), index, str(error)
-
-
-def collate(samples: list[tuple[Any, int, str]]) -> tuple[torch.Tensor, Places]:
-    """Samples of `Images` -> uint8 (B, 3, H, W), and whose they are."""
-    images, indices, errors = zip(*samples, strict=True)
-    return fast_collate([(image, 0) for image in images])[0], Places(list(indices), list(errors))
-
-
-def find_images(places: list[Path]) -> list[Path]:
-    """The files that were named, and the images in the folders that were, at any depth, in order.
-
-    Raises:
-        UserError: There is none.
-    """
-    found, empty = [], []
-    for place in places:
-        if not place.exists():
-            raise UserError(f"{place}: no such file or folder")
-        if not place.is_dir():
-            found.append(place)
-            continue
-        inside = files.find_images(place)
-        found += map(Path, inside.images)
-        empty += [] if inside.images else [place]
-        if left_out := files.describe_left_out(inside.left_out, place):
-            print(left_out, file=sys.stderr)
-    no_image = f"no image in {', '.join(map(str, empty))}; endings are {', '.join(files.IMAGE_EXTENSIONS)}"
-    if not found:
-        raise UserError(no_image)
-    if empty:
-        print(printable(no_image), file=sys.stderr)
-    return found
 
 
 def recipe_of(checkpoint: dict[str, Any], args: argparse.Namespace) -> NetworkRecipe:
@@ -264,14 +196,24 @@ def as_rows(predictions: Iterable[Prediction]) -> Iterator[list[Any]]:
         yield [path, *prediction_cells(guesses), error]
 
 
+def task_of(args: argparse.Namespace) -> str:
+    """The task that the network was trained for."""
+    if args.checkpoint is None:
+        return "classification"
+    with as_user_error(weights.WeightsError):
+        return NetworkRecipe.of(weights.read_checkpoint(args.checkpoint, mmap=True)).task
+
+
 def write(args: argparse.Namespace):
-    """Print what is predicted, and write it as CSV where it was asked for."""
+    """Print what is predicted, and write it where it was asked for: as CSV, or of a segmenter as label maps."""
     paths: dict[str, Path] = {}
     for path in find_images(args.images):
         paths.setdefault(os.path.abspath(path), path)  # once, however many arguments name it
-    predictions = printed(predict(args, list(paths.values())), len(paths))
+    is_segmenter = task_of(args) == "segmentation"
+    found = masks.predict(args, list(paths.values())) if is_segmenter else predict(args, list(paths.values()))
+    predictions = printed(found, len(paths))
     try:
-        if args.output:
+        if args.output and not is_segmenter:
             write_csv(args.output, as_rows(predictions))
         else:
             deque(predictions, maxlen=0)
@@ -295,7 +237,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--use_test_size", action="store_true",
                         help="the image size and the crop that timm's validate.py takes, instead of the checkpoint's")
     parser.add_argument("--topk", default=5, type=int, help="classes to name for each image (default: %(default)s)")
-    parser.add_argument("--output", type=user_path, metavar="FILE", help="write them as CSV too")
+    parser.add_argument("--output", type=user_path, metavar="FILE",
+                        help="write them as CSV too; of a segmenter, a folder for label maps")
     parser.add_argument("--batch_size", default=32, type=int, help="images of a forward pass (default: %(default)s)")
     parser.add_argument("--num_workers", default=min(8, os.cpu_count() or 1), type=int,
                         help="data loading processes (default: %(default)s)")

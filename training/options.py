@@ -87,7 +87,7 @@ class OptimizerOptions(Group):
     lr: float = flag(5e-4, "base learning rate; multiplied by the global batch / 512", type=float, check=positive)
     weight_decay: float = flag(0.05, "weight decay", type=float, check=not_negative)
     decay_groups: str = flag(
-        "timm", "no weight decay on: biases, norms and model.no_weight_decay() (timm), LayerNorms only, nothing",
+        "timm", "no weight decay on: biases, norms and model.no_weight_decay() (timm), LayerNorms and these, nothing",
         choices=["timm", "layernorm", "none"],
     )
     layer_decay: float | None = flag(None, "layer-wise learning rate decay",

@@ -39,6 +39,12 @@ class Segmenter(nn.Module):
     def num_classes(self) -> int:
         return self.decode_head.conv_seg.out_channels
 
+    @property
+    def default_cfg(self) -> dict[str, str]:
+        """What it is called in messages, where timm's models have it."""
+        body = getattr(self.backbone.body, "default_cfg", None) or {}
+        return dict(architecture=f"a segmenter on {body.get('architecture') or type(self.backbone.body).__name__}")
+
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return {f"backbone.body.{name}" for name in getattr(self.backbone.body, "no_weight_decay", set)()}

@@ -15,6 +15,7 @@ from PIL import Image
 import main as program
 from datasets import build_transform
 from scripts import make_label_maps, make_shards, plot_logs, predict
+from scripts.prediction import images
 from tasks.networks import model_data_config
 from training.data.images import load_image
 
@@ -266,14 +267,14 @@ def test_an_output_that_cannot_be_written_is_noticed_first(trained, tmp_path, ca
 
 def test_ctrl_c_keeps_what_was_predicted(trained, tmp_path, capfd, monkeypatch):
     write_images(tmp_path, "a.png", "b.png", "c.png")
-    load = predict.load_image
+    load = images.load_image
 
     def load_two(path, exif_transpose):
         if path.name == "c.png":
             raise KeyboardInterrupt
         return load(path)
 
-    monkeypatch.setattr(predict, "load_image", load_two)
+    monkeypatch.setattr(images, "load_image", load_two)
     arguments = ["--checkpoint", trained, tmp_path, "--batch_size", "1", "--output", tmp_path / "p.csv"]
     code, _, err = run(capfd, *arguments)
     # one batch is always loaded ahead
