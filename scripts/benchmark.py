@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py models biformer_tiny swin_tiny_patch4_window7_224 --batch_size 8
     python scripts/benchmark.py models biformer_tiny biformer_tiny:attn_impl=gather --modes infer
+    python scripts/benchmark.py models upernet/biformer_tiny --reference upernet/convnext_tiny --input_size 512x2048
     python scripts/benchmark.py op --batch_size 8
     python scripts/benchmark.py choice --budget 600         # what `auto` chooses, on shapes drawn from a grid
     python scripts/benchmark.py data --data_path FOLDER     # images/s of a core, and cores for one GPU
@@ -27,11 +28,13 @@ sys.path.insert(0, str(ROOT))
 import training.startup  # before torch, as main.py does  # noqa: E402, F401  # isort: skip
 import timm  # noqa: E402
 import torch  # noqa: E402
+from timm.layers import to_2tuple  # noqa: E402
 
 from ops import IMPLS  # noqa: E402
 from scripts.bench import attention, choice, loader, models, suite, tables  # noqa: E402
 from scripts.bench.suite import Case  # noqa: E402
 from scripts.bench.timing import machine  # noqa: E402
+from tasks.options import image_size  # noqa: E402
 from utils import UserError, replace_file, user_path  # noqa: E402
 
 DEFAULT_MODELS = ("biformer_tiny", "swin_tiny_patch4_window7_224", "convnext_tiny", "biformer_stl")
@@ -45,7 +48,7 @@ def all_cases(args: argparse.Namespace) -> list[Case]:
 
 def models_cases(args: argparse.Namespace) -> list[Case]:
     cases = []
-    size = args.input_size, args.input_size
+    size = to_2tuple(args.input_size)
     for mode in args.modes:
         setting = models.Setting(
             mode, args.batch_size, size, args.amp, args.channels_last, args.compile, args.cuda_graph
@@ -148,10 +151,12 @@ def named_rate(text: str) -> tuple[str, float]:
 
 
 def contender(text: str) -> models.Contender:
-    """A type of arguments: `NAME`, or `NAME:KEYWORD=VALUE,...`, of a model that timm knows."""
+    """A type of arguments: `NAME` or `NAME:KEYWORD=VALUE,...` of a model that timm knows, or `HEAD/NAME` and so on."""
     parsed = models.Contender.parse(text)
-    if not timm.is_model(parsed.model):
-        raise argparse.ArgumentTypeError(f"unknown model {parsed.model}")
+    try:
+        parsed.check()
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return parsed
 
 
@@ -160,11 +165,12 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     of_models = commands.add_parser("models", help="images per second and memory of timm models")
     defaults = [contender(name) for name in DEFAULT_MODELS]
-    of_models.add_argument("models", nargs="*", type=contender, default=defaults, help="NAME or NAME:KEYWORD=VALUE")
+    of_models.add_argument("models", nargs="*", type=contender, default=defaults,
+                           help="NAME or NAME:KEYWORD=VALUE; HEAD/NAME for a segmenter")
     of_models.add_argument(
         "--reference", type=contender, default="swin_tiny_patch4_window7_224", help="the model that ratios are to"
     )
-    of_models.add_argument("--input_size", type=int, default=224)
+    of_models.add_argument("--input_size", type=image_size, default=224, help="side, or HEIGHTxWIDTH")
     of_models.add_argument("--channels_last", action="store_true", help="images and weights in channels-last layout")
     of_models.add_argument("--compile", action="store_true", help="torch.compile each model")
     of_models.add_argument("--cuda_graph", action="store_true", help="replay each model from CUDA graphs")

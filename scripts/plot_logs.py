@@ -4,7 +4,7 @@
 
 Each folder is that of a run, its `--output_dir` or outputs/MODEL/DATE-TIME. The model labels its curve, with the
 folder's name where runs share one. The left panel shows the training loss of each epoch, the right one the top-1
-accuracy on the validation images, which runs with `--disable_eval` do not have.
+accuracy on the validation images, of segmenters the mIoU, which runs with `--disable_eval` do not have.
 """
 import argparse
 import json
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils import user_path
 
-PANELS = (("train_loss", "training loss"), ("val_acc1", "top-1 accuracy (%)"))
+LOSS, METRICS = "train_loss", dict(val_acc1="top-1 accuracy (%)", val_mIoU="mIoU (%)")
 
 
 def read_log(folder: Path) -> list[dict]:
@@ -30,18 +30,26 @@ def read_log(folder: Path) -> list[dict]:
     if not path.is_file():
         raise ValueError(f"no log at {path}")
     log = [json.loads(line) for line in path.read_text().splitlines()]
-    if not any(key in entry for entry in log for key, _ in PANELS):
-        raise ValueError(f"{path} holds no {' and no '.join(key for key, _ in PANELS)}")
+    if not any(key in entry for entry in log for key in (LOSS, *METRICS)):
+        raise ValueError(f"{path} holds no {' and no '.join((LOSS, *METRICS))}")
     return log
 
 
+def metric_of(logs: list[list[dict]]) -> str:
+    """The first of `METRICS` that one of the logs holds, or that all lack."""
+    held = [key for key in METRICS if any(key in entry for log in logs for entry in log)]
+    return (held or list(METRICS))[0]
+
+
 def model_of(folder: Path) -> str | None:
-    """The model of a run, as its args.yaml says; None where there is none."""
+    """The model of a run, of a segmenter behind its head, as its args.yaml says; None where there is none."""
     try:
         recipe = yaml.safe_load((folder / "args.yaml").read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return None
-    return str(recipe["model"]) if isinstance(recipe, dict) and "model" in recipe else None
+    if not isinstance(recipe, dict) or "model" not in recipe:
+        return None
+    return "_".join(str(recipe[key]) for key in ("head", "model") if key in recipe)
 
 
 def labels(folders: list[Path]) -> list[str]:
@@ -55,7 +63,8 @@ def labels(folders: list[Path]) -> list[str]:
 
 
 def draw(folders: list[Path]):
-    """A matplotlib Figure of the logged values of each epoch, from 0 as in the log, one panel for each of `PANELS`.
+    """A matplotlib Figure of the logged values of each epoch, from 0 as in the log: one panel for the loss, and one for
+    the metric.
 
     Raises:
         ValueError: A log is missing, or has neither of the values to plot.
@@ -65,13 +74,15 @@ def draw(folders: list[Path]):
 
     figure = Figure(figsize=(9, 3.6), dpi=150, layout="constrained")
     panels = figure.subplots(1, 2)
-    for folder, name in zip(folders, labels(folders), strict=True):
-        log = read_log(folder)
-        for axes, (key, _) in zip(panels, PANELS, strict=True):
-            held = [entry for entry in log if key in entry]
+    logs = [read_log(folder) for folder in folders]
+    metric = metric_of(logs)
+    shown = {LOSS: "training loss", metric: METRICS[metric]}
+    for log, name in zip(logs, labels(folders), strict=True):
+        for axes, key in zip(panels, shown, strict=True):
+            held = [entry for entry in log if entry.get(key) is not None]  # null is no number: NaN
             epochs, values = [entry["epoch"] for entry in held], [entry[key] for entry in held]
             axes.plot(epochs, values, marker="o", label=name)
-    for axes, (_, label) in zip(panels, PANELS, strict=True):
+    for axes, label in zip(panels, shown.values(), strict=True):
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

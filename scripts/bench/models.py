@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from models.bvit import broad_attention, split_qkv
+from models.segmentation import HEADS
 from tasks.networks import size_kwargs
+from tasks.segmentation.losses import pixel_loss
 from training.cuda_graphs import GraphedTraining
 from training.flags import key_value
 from training.precision import Precision
@@ -17,7 +19,7 @@ from training.precision import Precision
 from .timing import OUT_OF_MEMORY, Trial, compare, release
 
 INFER, TRAIN = "infer", "train"
-NUM_CLASSES = 1000
+NUM_CLASSES, PIXEL_CLASSES = 1000, 150
 GROWTH_REFERENCE = "swin_tiny_patch4_window7_224"
 # The parts of BViT that `measure_broad` compares.
 NETWORK, CLASS_TOKEN, ALL_TOKENS = "the network, without it", "class token", "all tokens"
@@ -26,7 +28,7 @@ CONCATENATED = "all tokens, layers concatenated (published)"
 
 @dataclass(frozen=True)
 class Contender:
-    """A timm model, and the keyword arguments to create it with, as (name, value) pairs."""
+    """A timm model, or HEAD/MODEL for a segmenter on it, and the keyword arguments to create it with, as pairs."""
     model: str
     kwargs: tuple = ()
     label: str = ""
@@ -44,6 +46,20 @@ class Contender:
     @property
     def name(self) -> str:
         return self.label or self.model
+
+    @property
+    def parts(self) -> tuple[str, str]:
+        """The head of a segmenter, or "", and the timm model."""
+        head, _, model = self.model.rpartition("/")
+        return head, model
+
+    def check(self):
+        """Raises ValueError where there is no such head, or timm knows no such model."""
+        head, model = self.parts
+        if head and head not in HEADS:
+            raise ValueError(f"unknown head {head}; choose from {', '.join(HEADS)}")
+        if not timm.is_model(model):
+            raise ValueError(f"unknown model {model}")
 
 
 @dataclass(frozen=True)
@@ -65,8 +81,11 @@ class Setting:
 def _create(contender: Contender, size: tuple[int, int], device: torch.device) -> torch.nn.Module:
     """A model on the device; cached, because initialising the weights of large ones takes seconds."""
     torch.manual_seed(0)
-    kwargs = size_kwargs(contender.model, size) | dict(contender.kwargs)
-    model = timm.create_model(contender.model, num_classes=NUM_CLASSES, **kwargs)
+    (head, name), kwargs = contender.parts, dict(contender.kwargs)
+    if head:
+        model = HEADS[head](name, PIXEL_CLASSES, img_size=size, **kwargs)
+    else:
+        model = timm.create_model(name, num_classes=NUM_CLASSES, **size_kwargs(name, size) | kwargs)
     for module in model.modules():
         # Some factories turn stochastic depth on and some do not; here all train without it.
         if isinstance(module, timm.layers.DropPath):
@@ -112,17 +131,25 @@ def build(contender: Contender, setting: Setting, device: torch.device) -> Calla
     if setting.cuda_graph:
         network = GraphedTraining(network, precision)
 
-    targets = torch.randint(NUM_CLASSES, (setting.batch,), device=device)
+    is_segmenter = bool(contender.parts[0])
+    loss_of = segmentation_loss if is_segmenter else F.cross_entropy
+    shape = (setting.batch, *setting.size) if is_segmenter else (setting.batch,)
+    targets = torch.randint(PIXEL_CLASSES if is_segmenter else NUM_CLASSES, shape, device=device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def train():
         with precision.autocast():
-            loss = F.cross_entropy(network(images), targets)
+            loss = loss_of(network(images), targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return train
+
+
+def segmentation_loss(logits: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+    """The sum of the heads' losses, of which weights cost nothing."""
+    return sum(pixel_loss(values, labels) for values in logits.values())
 
 
 def measure(contenders: Sequence[Contender], reference: str, setting: Setting, trial: Trial) -> list[dict]:

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from timm.layers import convert_sync_batchnorm, to_2tuple
 
 import datasets
@@ -30,26 +29,12 @@ from .data import SegmentationDataset, collate_samples
 from .errors import ADVICE, NoSegmenterError, NothingFitsError
 from .folder import open_folder
 from .inference import Inference
-from .labels import IGNORE
+from .losses import pixel_loss
 from .metrics import Sample, SegmentationScores
 from .options import SegmentationSettings
 from .transforms import Augmentation, TrainTransform, Views
 
 Batch = tuple[torch.Tensor, torch.Tensor]
-
-
-def pixel_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The cross-entropy of logits, brought to the size of the labels, as a mean over all pixels.
-
-    As published (mmsegmentation 0.x), pixels without a label count as 0: an image with few labels weighs little.
-    PyTorch's mean would be that of the labelled ones, and NaN where there is none.
-
-    Args:
-        logits: (B, classes, h, w).
-        labels: (B, H, W) class indices and `IGNORE`.
-    """
-    logits = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear", align_corners=False)
-    return F.cross_entropy(logits, labels.long(), ignore_index=IGNORE, reduction="sum") / labels.numel()
 
 
 class SegmentationTask(Task):

@@ -133,10 +133,20 @@ def test_keywords_of_a_model_are_values():
     assert contender.kwargs == (("num_regions", 4), ("attn_impl", "gather"))
 
 
+def test_segmenters_are_measured():
+    """Of a size that is no square; both losses are trained."""
+    contenders = [models.Contender(name) for name in ("semantic_fpn/biformer_nano", "semantic_fpn/resnet10t")]
+    for mode in ("infer", "train"):
+        rows = models.measure(contenders, contenders[1].name, Setting(mode, 2, (32, 64)), trial(rounds=2))
+        assert [row["model"] for row in rows] == [contender.name for contender in contenders]
+        assert all(row["images_per_second"] > 0 and row["size"] == "32 x 64" for row in rows)
+
+
 def test_mistakes(capsys, tmp_path):
     for arguments, message in (
         (["broad", "biformer_nano"], "broad attention is BViT's: bvit_5m, bvit_22m"),
         (["models", "biformer_nanoo"], "unknown model biformer_nanoo"),
+        (["models", "fpn/biformer_nano"], "unknown head fpn; choose from semantic_fpn, upernet"),
         (["models", "biformer_nano:gather"], "takes KEY=VALUE, not 'gather'"),
         (["op", "--device", "abacus"], "must be one of cuda, cpu, got abacus"),
         (["all", "--budget", "0", "--device", "cpu"], "--budget must be positive"),

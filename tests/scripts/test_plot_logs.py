@@ -24,6 +24,19 @@ def test_curves_are_those_of_the_logs(tmp_path):
     assert accuracy.lines[0].get_ydata().tolist() == [20, 31, 40]
 
 
+def test_segmenters_have_curves_of_miou(tmp_path):
+    """Labelled by head and model; an evaluation of NaN leaves a gap."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    entries = [dict(epoch=0, train_loss=2.0, val_mIoU=20.5), dict(epoch=1, train_loss=1.0, val_mIoU=None),
+               dict(epoch=2, train_loss=0.5), dict(epoch=3, train_loss=0.4, val_mIoU=30.5)]
+    (folder / "log.txt").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    (folder / "args.yaml").write_text("model: biformer_nano\nhead: upernet\n")
+    loss, scores = plot_logs.draw([folder]).axes
+    assert scores.lines[0].get_xydata().tolist() == [[0, 20.5], [3, 30.5]] and scores.get_ylabel() == "mIoU (%)"
+    assert loss.lines[0].get_label() == "upernet_biformer_nano"
+
+
 def test_a_run_of_one_epoch_has_its_epoch_for_a_tick(tmp_path):
     """And none between epochs, which there are not."""
     loss, _ = plot_logs.draw([write(tmp_path / "run", [(0, 2.0, 20)])]).axes

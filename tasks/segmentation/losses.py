@@ -1,0 +1,19 @@
+"""The loss of each pixel."""
+import torch
+import torch.nn.functional as F
+
+from .labels import IGNORE
+
+
+def pixel_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The cross-entropy of logits, brought to the size of the labels, as a mean over all pixels.
+
+    As published (mmsegmentation 0.x), pixels without a label count as 0: an image with few labels weighs little.
+    PyTorch's mean would be that of the labelled ones, and NaN where there is none.
+
+    Args:
+        logits: (B, classes, h, w).
+        labels: (B, H, W) class indices and `IGNORE`.
+    """
+    logits = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear", align_corners=False)
+    return F.cross_entropy(logits, labels.long(), ignore_index=IGNORE, reduction="sum") / labels.numel()
