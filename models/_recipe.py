@@ -9,7 +9,7 @@ from timm.models import PretrainedCfg
 ImageSize = int | tuple[int, int]
 
 
-def parse_image_size(value: Any) -> ImageSize | None:
+def _image_size(value: Any) -> ImageSize | None:
     """A side, or (height, width), of what a recipe says of it: 224, "224" or "224x320"."""
     if value is None:
         return None
@@ -72,7 +72,7 @@ class NetworkRecipe:
             return cls(model or (named if isinstance(named, str) else None), {}, num_classes, names)
         return cls(
             said.get("model"), said.get("model_kwargs") or {}, num_classes, names,
-            parse_image_size(said.get("input_size")), said.get("crop_pct"), said.get("exif_transpose", True),
+            _image_size(said.get("input_size")), said.get("crop_pct"), said.get("exif_transpose", True),
             said["task"],
         )
 

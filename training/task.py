@@ -13,7 +13,7 @@ Optimizer, schedule, EMA, checkpoints, exact resume, logs, signals and processes
 """
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -125,6 +125,14 @@ class Task(ABC):
         self.classes: list[str] | None = None
         self.num_classes: int | None = None
         self.held_out: HeldOut | None = None
+        self._told: set[str] = set()
+
+    def tell(self, notes: Iterable[str]):
+        """Print, in the main process, lines that were not printed yet: two splits may have some in common."""
+        for note in notes:
+            if self.distributed.is_main and note not in self._told:
+                print(note)
+            self._told.add(note)
 
     @classmethod
     @abstractmethod

@@ -6,7 +6,7 @@ import timm
 from timm.data import resolve_data_config
 
 from .._pretrained import stored
-from .._recipe import ImageSize, NetworkRecipe, parse_image_size
+from .._recipe import ImageSize, NetworkRecipe
 from ._images import SegmentationTransform, TestSize
 from ._network import HEADS, Segmenter
 from ._weights import load_into
@@ -51,12 +51,15 @@ class SegmenterRecipe:
         if said.get("head") not in HEADS or not timm.is_model(said.get("model") or ""):
             raise stored.WeightsError(f"{stored.public(source)} is of {said.get('head')} on {said.get('model')}, which "
                                       "are not known here")
-        names, shared = checkpoint.get("classes"), NetworkRecipe.of(checkpoint)
-        weights = stored.unwrap(checkpoint)
-        test_size = TestSize(said["short_side"], said["long_side"], said["test_rounding"])
+        shared = NetworkRecipe.of(checkpoint)
+        try:
+            num_classes = len(stored.unwrap(checkpoint)["decode_head.conv_seg.bias"])
+            test_size = TestSize(said["short_side"], said["long_side"], said["test_rounding"])
+        except KeyError as error:
+            raise stored.WeightsError(f"{stored.public(source)} lacks {error}") from error
         return cls(
-            shared.model, said["head"], len(weights["decode_head.conv_seg.bias"]), names, shared.kwargs,
-            said.get("extra_norms"), parse_image_size(said.get("input_size")), test_size, shared.exif_transpose,
+            shared.model, said["head"], num_classes, shared.class_names, shared.kwargs, said.get("extra_norms"),
+            shared.input_size, test_size, shared.exif_transpose,
         )
 
     def build(self, pretrained: bool = False, **kwargs: Any) -> Segmenter:

@@ -1,5 +1,4 @@
 """Image classification, as `training.task.Task` asks for it."""
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -67,7 +66,6 @@ class ClassificationTask(Task):
         if augmentation.use_test_size:
             self.images = ImagePipeline.of_validation(model.model, augmentation.crop_pct)
         self.criterion: Criterion | None = None
-        self._told: set[str] = set()
         # Training images of each class, where the loss weighs classes by them.
         self.class_counts: list[int] | None = None
         folder = settings.report.report
@@ -105,7 +103,7 @@ class ClassificationTask(Task):
         except NoValFolderError as error:
             raise NothingToEvaluateError(str(error)) if self.settings.evaluation.eval else error from None
         self.held_out = dataset.held_out
-        self._tell(dataset.notes)
+        self.tell(dataset.notes)
         if train:
             check_several_classes(dataset)
         if self.classes is not None:
@@ -133,13 +131,6 @@ class ClassificationTask(Task):
         data_set = self.settings.data.data_set
         is_numbered = data_set in IMAGE_FOLDERS or data_set.startswith("wds/")
         return networks.trained_classes(source) if source and is_numbered else None
-
-    def _tell(self, notes: Iterable[str]):
-        """Print, in the main process, lines that were not printed yet: two splits may have some in common."""
-        for note in notes:
-            if self.distributed.is_main and note not in self._told:
-                print(note)
-            self._told.add(note)
 
     def _count_classes(self, dataset: datasets.ImageDataset) -> int | None:
         """Classes of the model; None, for the model's own number, where neither the settings nor the data set know."""
@@ -198,12 +189,12 @@ class ClassificationTask(Task):
         notes = networks.load_checkpoint(
             network, checkpoint, source, key, new_classifier=True, trained_on=self.classes
         )
-        self._tell(notes)
+        self.tell(notes)
         # without an image in common, that run was on others
         unseen = self.held_out and self.held_out.unseen(checkpoint)
         if unseen is not None and len(unseen.images) > 0:
             leak = self.held_out.leak(checkpoint)
-            self._tell([f"warning: {source} {leak}"] if leak else [])
+            self.tell([f"warning: {source} {leak}"] if leak else [])
             self.held_out = unseen
 
     def _model_kwargs(self, training: bool) -> dict[str, Any]:
@@ -231,25 +222,25 @@ class ClassificationTask(Task):
                 if networks.takes(self.name, kwargs, without={"drop_path_rate", "token_head"}):
                     raise NoTokenHeadError(f"{self.name} has no token head, as BiFormer has") from None
                 raise
-        self._tell([f"{self.name} has no stochastic depth: drop path is left out"])
+        self.tell([f"{self.name} has no stochastic depth: drop path is left out"])
         kwargs = {key: value for key, value in kwargs.items() if key != "drop_path_rate"}
         return networks.build_model(self.name, pretrained, kwargs)
 
     def load(self, network: torch.nn.Module, source: str):
         checkpoint, source = networks.read(source), public(source)
         key = self.settings.checkpoint.model_key
-        self._tell(networks.load_checkpoint(network, checkpoint, source, key, trained_on=self.classes))
+        self.tell(networks.load_checkpoint(network, checkpoint, source, key, trained_on=self.classes))
         if self.held_out is None:
             # a folder val is a set of its own; shards may be of the images that the run was trained on
             if knows_images(checkpoint) and self.settings.data.data_set.startswith("wds/"):
                 told = "was trained on a part of a folder: shards do not tell whether on these images"
-                self._tell([f"warning: {source} {told}"])
+                self.tell([f"warning: {source} {told}"])
             return
         if leak := self.held_out.leak(checkpoint):
-            self._tell([f"warning: {source} {leak}"])
+            self.tell([f"warning: {source} {leak}"])
         elif not knows_images(checkpoint) and (difference := rule_difference(checkpoint, self.held_out)):
             said = difference if checkpoint["held_out"] else "does not say that images of this folder were held out"
-            self._tell([f"warning: {source} {said}; it may have been trained on these images"])
+            self.tell([f"warning: {source} {said}; it may have been trained on these images"])
 
     def _teacher(self, num_classes: int) -> torch.nn.Module | None:
         options, size = self.settings.distillation, self.settings.model.input_size
@@ -265,7 +256,7 @@ class ClassificationTask(Task):
             raise TeacherWeightsError(str(error)) from error
         except networks.OtherModelError as error:
             raise TeacherModelError(str(error)) from error
-        self._tell(notes)
+        self.tell(notes)
         return teacher
 
     # --- loss ---------------------------------------------------------------------------------------------------------

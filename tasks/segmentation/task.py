@@ -1,5 +1,4 @@
 """Semantic segmentation, as `training.task.Task` asks for it."""
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -56,7 +55,6 @@ class SegmentationTask(Task):
         )
         self.report_folder = None if folder is None else Path(folder)
         self.val_set: SegmentationDataset | None = None
-        self._told: set[str] = set()
 
     @classmethod
     def check_names(cls, settings: SegmentationSettings):
@@ -68,7 +66,7 @@ class SegmentationTask(Task):
         """In training uint8 (3, h, w) images and (h, w) labels, else views of whole images and their labels."""
         data, train = self.settings.data, split == "train" and not self.settings.evaluation.eval
         source = open_folder(data.data_path, split, data.data_set, data.exif_transpose)
-        self._tell(source.notes)
+        self.tell(source.notes)
         self.classes, self.num_classes = source.classes, len(source.classes)
         on_error = "raise" if not data.skip_bad_images else "next" if train else "mask"
         transform = self._augmented() if train else Views(self.size, self.settings.test.test_scales)
@@ -80,13 +78,6 @@ class SegmentationTask(Task):
             to_2tuple(asked.input_size), self.size, tuple(asked.scale_ratio), asked.hflip, asked.photometric
         )
         return TrainTransform(augmentation, self.config["mean"])
-
-    def _tell(self, notes: Iterable[str]):
-        """Print, in the main process, lines that were not printed yet: two splits may have some in common."""
-        for note in notes:
-            if self.distributed.is_main and note not in self._told:
-                print(note)
-            self._told.add(note)
 
     def loader(self, dataset: SegmentationDataset, train: bool) -> EpochLoader:
         if train:
@@ -129,7 +120,7 @@ class SegmentationTask(Task):
             if self.distributed.device.type == "cuda":
                 network = convert_sync_batchnorm(network)
             else:
-                self._tell(["batch norms are of each process alone: SyncBN needs GPUs"])
+                self.tell(["batch norms are of each process alone: SyncBN needs GPUs"])
         return network
 
     def _build(self) -> Segmenter:
@@ -143,7 +134,7 @@ class SegmentationTask(Task):
                 network = self._create()
             except UserError:
                 raise error from None
-        self._tell([f"{self.settings.model.model} has no stochastic depth: drop path is left out"])
+        self.tell([f"{self.settings.model.model} has no stochastic depth: drop path is left out"])
         return network
 
     def _create(self, **kwargs: Any) -> Segmenter:
@@ -173,7 +164,7 @@ class SegmentationTask(Task):
             except MismatchError as error:
                 raise NothingFitsError(f"{source}: {error}{NetworkRecipe.of(checkpoint).owner}") from error
             check_finite(network, source)
-        self._tell(notes)
+        self.tell(notes)
 
     @staticmethod
     def _load_segmenter(
@@ -195,7 +186,7 @@ class SegmentationTask(Task):
             difference = class_difference(checkpoint, self.classes)
             load_segmenter(network, weights)
             check_finite(network, source)
-        self._tell([*notes, *([f"warning: {source} {difference}"] if difference else [])])
+        self.tell([*notes, *([f"warning: {source} {difference}"] if difference else [])])
 
     # --- loss ---------------------------------------------------------------------------------------------------------
 
