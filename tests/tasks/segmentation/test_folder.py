@@ -176,6 +176,16 @@ def test_a_first_label_file_that_is_damaged_is_named_when_it_is_read(data):
         folder[0]
 
 
+def test_a_first_label_file_that_is_too_large_is_named_when_it_is_read(data, monkeypatch):
+    label = data / "annotations" / "training" / "0.png"
+    Image.new("L", (100, 100)).save(label)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)  # Pillow refuses twice as many
+    folder = opened(data)
+    assert folder.notes == []
+    with pytest.raises(UnreadableFileError, match=f"^cannot read {label}: it has more than 160 million pixels; "):
+        folder[0]
+
+
 # --- classes ----------------------------------------------------------------------------------------------------------
 
 
@@ -328,6 +338,13 @@ def test_a_label_file_of_another_size_is_no_matter_of_exif(data):
         opened(data)[0]
     turned(data, (20, 20))
     with pytest.raises(LabelError, match=r"is 20 x 20 pixels, and its image is 32 x 16 pixels$"):
+        opened(data)[0]
+
+
+def test_a_square_image_is_never_taken_for_a_turned_one(data):
+    Image.new("RGB", (20, 20)).save(data / "images" / "training" / "0.png")
+    Image.new("L", (20, 19), 1).save(data / "annotations" / "training" / "0.png")
+    with pytest.raises(LabelError, match=r"is 20 x 19 pixels, and its image is 20 x 20 pixels$"):
         opened(data)[0]
 
 
