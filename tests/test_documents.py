@@ -175,11 +175,14 @@ def test_recipe_is_as_described(name):
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """The working folder: a checkout that holds the run of README."""
+    """The working folder: a checkout that holds the run of README, and that of docs/segmentation.md."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    (tmp_path / "mine").mkdir()
-    recipe = dict(task="classification", model="biformer_nano", data_set="digits")
-    torch.save(dict(args=recipe), tmp_path / "mine" / "best.pth")
+    for name, recipe in dict(
+        mine=dict(task="classification", model="biformer_nano", data_set="digits"),
+        segmenter=dict(task="segmentation", model="biformer_nano", data_path="streets"),
+    ).items():
+        (tmp_path / name).mkdir()
+        torch.save(dict(args=recipe), tmp_path / name / "best.pth")
     monkeypatch.chdir(tmp_path)
 
 

@@ -3,12 +3,12 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from types import TracebackType
 from typing import Any
 
-from . import missing, process, threads
+from . import launcher, missing, process, threads
 
 
 def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None):
@@ -38,6 +38,12 @@ if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun ends its processes, unless i
 sys.excepthook, sys.unraisablehook = _report, _quiet_after_interrupts
 
 
+def _names_run(argv: Sequence[str], recipe: Mapping[str, Any]) -> bool:
+    """Whether a run is evaluated or resumed, or may be: it knows its task, and torch reads what it knows."""
+    given = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
+    return bool((given | recipe.keys()) & {"resume", "finetune", "auto_resume"}) or launcher.restart_count() > 0
+
+
 def check_command_line(argv: Sequence[str], description: str):
     """Answer --help, or words of main.py's command line that no settings could make right, and end the process.
 
@@ -53,7 +59,10 @@ def check_command_line(argv: Sequence[str], description: str):
         if config is not None and user_path(config).exists() and not user_path(config).is_file():
             return  # a pipe, which can be read once
         recipe = {} if config is None else recipes.read_recipe(config)
-        task = parsing.given_value(argv, "task", recipe) or options.TaskOptions().task
+        task = parsing.given_value(argv, "task", recipe)
+        if task is None and _names_run(argv, recipe):
+            return
+        task = task or options.TaskOptions().task
         if not task.isidentifier() or find_spec(f"tasks.{task}") is None:
             return
         settings_class = getattr(importlib.import_module(f"tasks.{task}.options"), f"{task.title()}Settings")

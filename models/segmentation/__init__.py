@@ -2,7 +2,7 @@
 
 `load("best.pth")` gives the network of a run, and the transform of its images.
 """
-from ._images import ROUNDINGS, STRIDE, SegmentationTransform, TestSize, fit, resize, round_up
+from ._images import ROUNDINGS, STRIDE, EvalSize, SegmentationTransform, fit, resize, round_up
 from ._load import SegmenterRecipe, load
 from ._network import HEADS, Segmenter, semantic_fpn, upernet
 from ._weights import is_segmenter, load_backbone, load_into, load_segmenter
@@ -11,10 +11,10 @@ __all__ = [
     "HEADS",
     "ROUNDINGS",
     "STRIDE",
+    "EvalSize",
     "SegmentationTransform",
     "Segmenter",
     "SegmenterRecipe",
-    "TestSize",
     "fit",
     "is_segmenter",
     "load",

@@ -34,7 +34,7 @@ def resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class TestSize:
+class EvalSize:
     """At which size an image is segmented.
 
     Args:
@@ -63,7 +63,7 @@ class SegmentationTransform:
         exif_transpose: Turn the image upright as its EXIF orientation says.
     """
 
-    size: TestSize
+    size: EvalSize
     mean: Sequence[float]
     std: Sequence[float]
     exif_transpose: bool = True

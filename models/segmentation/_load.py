@@ -7,7 +7,7 @@ from timm.data import resolve_data_config
 
 from .._pretrained import stored
 from .._recipe import ImageSize, NetworkRecipe
-from ._images import SegmentationTransform, TestSize
+from ._images import EvalSize, SegmentationTransform
 from ._network import HEADS, Segmenter
 from ._weights import load_into
 
@@ -35,7 +35,7 @@ class SegmenterRecipe:
     kwargs: dict[str, Any] = field(default_factory=dict)
     extra_norms: bool | None = None
     input_size: ImageSize | None = None
-    test_size: TestSize = field(default_factory=TestSize)
+    test_size: EvalSize = field(default_factory=EvalSize)
     exif_transpose: bool = True
 
     @classmethod
@@ -54,7 +54,7 @@ class SegmenterRecipe:
         shared = NetworkRecipe.of(checkpoint)
         try:
             num_classes = len(stored.unwrap(checkpoint)["decode_head.conv_seg.bias"])
-            test_size = TestSize(said["short_side"], said["long_side"], said["test_rounding"])
+            test_size = EvalSize(said["short_side"], said["long_side"], said["test_rounding"])
         except KeyError as error:
             raise stored.WeightsError(f"{stored.public(source)} lacks {error}") from error
         return cls(

@@ -17,7 +17,7 @@ from tasks.networks import building, model_data_config, read
 from tasks.options import image_size
 from tasks.segmentation.inference import Inference
 from tasks.segmentation.labels import overlay, write_label
-from tasks.segmentation.options import TestOptions
+from tasks.segmentation.options import ViewOptions
 from tasks.segmentation.transforms import Views
 from training.data.images import load_image
 from training.data.loader import build_loader
@@ -151,11 +151,11 @@ def predict(args: argparse.Namespace, paths: list[Path]) -> Iterator[Prediction]
         yield Prediction(path, _shares(labels, classes)[:args.topk])
 
 
-def _test_options(said: dict[str, Any]) -> TestOptions:
+def _test_options(said: dict[str, Any]) -> ViewOptions:
     """How the run evaluated."""
-    values = {field.name: said[field.name] for field in fields(TestOptions)}
+    values = {field.name: said[field.name] for field in fields(ViewOptions)}
     sizes = {name: image_size(str(values[name])) for name in ("crop", "stride") if values[name] is not None}
-    return TestOptions(**{**values, **sizes})
+    return ViewOptions(**{**values, **sizes})
 
 
 def _shares(labels: np.ndarray, classes: list[str]) -> list[tuple[str, float]]:

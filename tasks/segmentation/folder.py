@@ -10,6 +10,7 @@ in the place of classes.txt.
 import hashlib
 import os
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from training.data.files import describe_left_out, find_images, list_folder
-from training.data.images import load_image
+from training.data.images import UnreadableFileError, load_image, reading
 from utils import UserError, count, some, user_path
 
 from .errors import TurnedImageError
@@ -60,6 +61,9 @@ class SegmentationFolder(Sequence):
                             f"{missing[0]}, for example")
         if not self.samples:
             raise UserError(f"{self.root} holds no image")
+        if doubled := [label for label, number in Counter(label for _, label in self.samples).items() if number > 1]:
+            pair = [image for image, label in self.samples if label == doubled[0]]
+            raise UserError(f"{some(pair, 2)} have one label file, {doubled[0]}")
         self.notes = [note for note in (describe_left_out(found.left_out, self.root), self._about_palettes()) if note]
 
     def __len__(self) -> int:
@@ -73,7 +77,7 @@ class SegmentationFolder(Sequence):
         try:
             return image, read_label(Path(label_path), len(self.classes), size)
         except LabelError as error:
-            if self.exif_transpose and load_image(path, False).size[::-1] == size[::-1] != size:
+            if self.exif_transpose and _size_of(label_path) == load_image(path, False).size != image.size:
                 raise TurnedImageError(f"{error}, turned upright by its EXIF orientation") from None
             raise
 
@@ -84,11 +88,16 @@ class SegmentationFolder(Sequence):
 
     def _about_palettes(self) -> str | None:
         try:
-            with Image.open(self.samples[0][1]) as label:
+            with reading(self.samples[0][1]), Image.open(self.samples[0][1]) as label:
                 is_palette = label.mode == "P"
-        except (OSError, ValueError):  # it is named when it is read
+        except UnreadableFileError:  # it is named when it is read
             return None
         return "label files have palettes: their indices are taken for the classes" if is_palette else None
+
+
+def _size_of(path: str) -> tuple[int, int]:
+    with reading(path), Image.open(path) as image:
+        return image.size
 
 
 def _label_of(image: str, images: Path, labels: Path) -> Path:
@@ -134,7 +143,10 @@ def _read_ade20k(path: Path) -> list[str]:
     """The names of SceneParse150's classes by the table that comes with it; numbers where it was left out."""
     if not path.is_file():
         return [str(number) for number in range(1, _ADE_CLASSES + 1)]
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     names = [line.rpartition("\t")[2].strip() for line in lines if line.strip()]
     if len(names) != _ADE_CLASSES:
         raise UserError(f"{path}: names {len(names)} classes, and ADE20K has {_ADE_CLASSES}")

@@ -53,13 +53,14 @@ class Inference:
         if len(images) == 1 and not self.flip:
             logits = self._logits(network, images[0])
             return _largest(logits, size) if logits.isfinite().all() else logits.new_full(size, -1, dtype=torch.int64)
-        total = 0
+        total, is_finite = 0, True
         for image in images:
             for flips in ([False, True] if self.flip else [False]):
                 logits = self._logits(network, image.flip(3) if flips else image)
+                is_finite = is_finite & logits.isfinite().all()
                 probabilities = _resize(logits.flip(3) if flips else logits, size).softmax(dim=1)
                 total = total + probabilities
-        return total[0].argmax(dim=0) if total.isfinite().all() else total.new_full(size, -1, dtype=torch.int64)
+        return total[0].argmax(dim=0) if is_finite else total.new_full(size, -1, dtype=torch.int64)
 
     def _normalize(self, view: torch.Tensor) -> torch.Tensor:
         """uint8 (3, h, w) -> (1, 3, h, w)."""

@@ -10,6 +10,7 @@ from utils import UserError
 # In a label map, what is not labelled; also a value of label files, where there are fewer classes.
 IGNORE = 255
 # Pixel values in one channel; of a palette these are its indices.
+_SPREAD = {"L;2": 85, "L;4": 17}
 _ONE_CHANNEL = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 
 
@@ -30,12 +31,14 @@ def read_label(path: Path, num_classes: int, size: tuple[int, int] | None = None
         UnreadableFileError: It is not an intact image.
     """
     with reading(path), Image.open(path) as image:
+        # Greys of 2 and 4 bits, which Pillow spreads over 0 to 255.
+        spread = _SPREAD.get(image.tile[0][3], 1) if image.tile else 1
         mode, values = image.mode, np.asarray(image)
     if mode not in _ONE_CHANNEL:
         raise LabelError(f"{path}: is {mode}, and a label file has one channel: the numbers of classes")
     if size is not None and values.shape != size:
         raise LabelError(f"{path}: is {_shape(values.shape)}, and its image is {_shape(size)}")
-    values = values.astype(np.int32)
+    values = values.astype(np.int32) // spread
     beyond = (values > num_classes) & (values != IGNORE) | (values < 0)
     if beyond.any():
         y, x = np.argwhere(beyond)[0].tolist()

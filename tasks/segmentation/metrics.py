@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from training.distributed import Distributed
-from utils import UserError
+from utils import UserError, count
 
 from .inference import Inference
 from .labels import IGNORE
@@ -81,7 +81,8 @@ def _mean(values: np.ndarray) -> float:
 class SegmentationScores:
     """A `training.task.Evaluator` of batches that are lists of `Sample`.
 
-    Each image is evaluated by itself: its score depends neither on the batch nor on the number of processes.
+    Each image is evaluated by itself: its score depends neither on the batch nor on the number of processes. One with
+    an output that is not finite is in no count.
 
     Args:
         inference: How labels are predicted.
@@ -112,14 +113,16 @@ class SegmentationScores:
 
     def _count(self, network: torch.nn.Module, sample: Sample):
         predicted = self.inference.labels(network, sample.views, tuple(sample.labels.shape))
-        is_finite = predicted[0, 0] >= 0
-        self.counts += confusion_matrix(sample.labels, predicted.clamp(min=0), len(self.classes))
-        self.images += torch.stack([torch.ones_like(is_finite), ~is_finite]).long()
+        is_finite = bool(predicted[0, 0] >= 0)
+        self.images += torch.tensor([1, not is_finite], device=self.images.device)
+        if not is_finite:
+            return
+        self.counts += confusion_matrix(sample.labels, predicted, len(self.classes))
         if self.seen in self.places:
             self.shown.append(Shown(*(x.cpu() for x in (sample.views[0], sample.labels, predicted))))
 
     def compute(self, distributed: Distributed) -> dict[str, float]:
-        """"mIoU", "mAcc", "aAcc", of each class "IoU/NAME", in percent, and "images"; NaN where an output was none.
+        """"mIoU", "mAcc", "aAcc", of each class "IoU/NAME", in percent, and "images"; all NaN where an output was none.
 
         Raises:
             UserError: There was no image, or none with a label.
@@ -128,11 +131,9 @@ class SegmentationScores:
         images, not_finite = distributed.sum(self.images).tolist()
         if images == 0:
             raise UserError("there was no image to evaluate")
-        if not self.matrix.any():
-            raise UserError(f"no pixel of the {images} images to evaluate has a label")
+        if not self.matrix.any() and not not_finite:
+            raise UserError(f"no pixel of the {count(images, 'image')} to evaluate has a label")
         found = scores(self.matrix)
-        means = dict(mIoU=found.miou, mAcc=found.macc, aAcc=found.aacc)
-        if not_finite:
-            means = dict.fromkeys(means, float("nan"))
         of_classes = {f"IoU/{name}": value for name, value in zip(self.classes, found.iou.tolist(), strict=True)}
-        return {**means, "images": images, **of_classes}
+        results = dict(mIoU=found.miou, mAcc=found.macc, aAcc=found.aacc, images=images, **of_classes)
+        return dict(dict.fromkeys(results, float("nan")), images=images) if not_finite else results

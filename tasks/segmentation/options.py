@@ -54,7 +54,7 @@ class SegmentationAugmentation(Group):
 
 
 @dataclass(frozen=True)
-class TestOptions(Group):
+class ViewOptions(Group):
     """Size and views of evaluation"""
 
     short_side: int = flag(512, "images are scaled to fit with this shorter side", type=int, check=at_least(32))
@@ -113,7 +113,7 @@ class SegmentationSettings(Settings):
     """All options of a run that trains or evaluates a segmenter."""
 
     evaluated = Settings.evaluated | {"model", "model_kwargs", "head", "extra_norms", "input_size"} | {
-        field.name for group in (SegmentationDataOptions, TestOptions) for field in fields(group)
+        field.name for group in (SegmentationDataOptions, ViewOptions) for field in fields(group)
     }
     decides_epoch = Settings.decides_epoch | {"data_set", "exif_transpose", "short_side", "long_side"} | {
         field.name for field in fields(SegmentationAugmentation)
@@ -121,7 +121,7 @@ class SegmentationSettings(Settings):
     model: SegmenterOptions
     data: SegmentationDataOptions
     augmentation: SegmentationAugmentation
-    test: TestOptions
+    test: ViewOptions
     report: SegmentationReport
 
     most_used: ClassVar[tuple[str, ...]] = (

@@ -11,7 +11,7 @@ from timm.layers import convert_sync_batchnorm, to_2tuple
 
 import datasets
 from models import NetworkRecipe
-from models.segmentation import HEADS, Segmenter, TestSize, is_segmenter, load_backbone, load_segmenter
+from models.segmentation import HEADS, EvalSize, Segmenter, is_segmenter, load_backbone, load_segmenter
 from storage.remote import public
 from storage.weights import MismatchError, check_finite, class_difference, default_weights, unwrap
 from training.data.loader import EpochLoader, build_loader
@@ -48,7 +48,7 @@ class SegmentationTask(Task):
         super().__init__(settings, distributed, precision)
         self.config = networks.model_data_config(settings.model.model)
         test, folder = settings.test, settings.report.report
-        self.size = TestSize(test.short_side, test.long_side, test.test_rounding)
+        self.size = EvalSize(test.short_side, test.long_side, test.test_rounding)
         self.inference = Inference(
             self.config["mean"], self.config["std"], precision, test.test_rounding == "pad", test.window, test.step,
             test.test_flip,

@@ -14,7 +14,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from models.segmentation import TestSize, fit, resize
+from models.segmentation import EvalSize, fit, resize
 
 from .labels import IGNORE
 
@@ -89,7 +89,7 @@ class CropOfSeveralClasses(v2.Transform):
     def _is_of_one(labels: torch.Tensor) -> bool:
         """Whether there are less than two classes, or one has most of what is labelled."""
         counts = np.bincount(labels.as_subclass(torch.Tensor).numpy().ravel(), minlength=IGNORE + 1)[:IGNORE]
-        return np.count_nonzero(counts) < 2 or counts.max() >= MOST_OF_ONE * counts.sum()
+        return counts.max() >= MOST_OF_ONE * counts.sum()
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         return F.crop(inpt, **params)
@@ -178,7 +178,7 @@ class Augmentation:
     """
 
     crop: tuple[int, int]
-    size: TestSize
+    size: EvalSize
     ratio: Sequence[float] = (0.5, 2.0)
     flip: float = 0.5
     distortion: bool = True
@@ -210,7 +210,7 @@ class Views:
         ratios: Of its sides, for a view each.
     """
 
-    def __init__(self, size: TestSize, ratios: Sequence[float] = (1.0,)):
+    def __init__(self, size: EvalSize, ratios: Sequence[float] = (1.0,)):
         self.size, self.ratios = size, tuple(ratios)
 
     def __call__(

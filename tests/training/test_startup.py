@@ -46,6 +46,7 @@ def test_a_typo_needs_no_torch_and_is_told_as_by_the_program(arguments, message,
 
 @pytest.mark.parametrize("arguments", [
     [], ["--epochs", "3", "--clip_grad", "null"], ["--task", "clasification"], ["--task", "../main"],
+    ["--eval", "--resume", "best.pth", "--test_flip"], ["--auto_resume", "--test-flip"], ["--finetune=x.pth", "--what"],
 ])
 def test_all_else_is_left_to_the_program(arguments):
     code, _, err = without_torch(*arguments)

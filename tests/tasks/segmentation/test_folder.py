@@ -9,7 +9,7 @@ from PIL import Image
 
 from helpers.photos import noise, photograph
 from helpers.segments import CLASSES, write_segments
-from models.segmentation import TestSize as Size
+from models.segmentation import EvalSize
 from tasks.segmentation.data import SegmentationDataset, collate_samples
 from tasks.segmentation.errors import TurnedImageError
 from tasks.segmentation.folder import SegmentationFolder, open_folder, read_classes
@@ -409,7 +409,7 @@ def dataset_of(root, split, transform, on_error):
     return SegmentationDataset(folder, folder.classes, transform, on_error)
 
 
-AUGMENTED = TrainTransform(Augmentation((40, 48), Size(48, 160)), (0.5, 0.5, 0.5))
+AUGMENTED = TrainTransform(Augmentation((40, 48), EvalSize(48, 160)), (0.5, 0.5, 0.5))
 
 
 @pytest.mark.parametrize("kind", ["images", "annotations"])
@@ -427,7 +427,7 @@ def test_in_training_the_next_image_stands_for_one_that_cannot_be_read(data, kin
 @pytest.mark.parametrize("kind", ["images", "annotations"])
 def test_in_evaluation_an_image_that_cannot_be_read_has_no_labels(data, kind):
     damage(data / kind / "validation" / "0.png")
-    dataset = dataset_of(data, "val", Views(Size(32, 160)), "mask")
+    dataset = dataset_of(data, "val", Views(EvalSize(32, 160)), "mask")
     assert dataset[0][1] is None and dataset.bad_images.tolist() == [True, False]
     bad, good = collate_samples([dataset[0], dataset[1]])
     assert bad.labels.numel() == 0 and good.labels.shape == (53, 70)

@@ -1,4 +1,6 @@
 """Label files: the values of pixels as classes, what is refused, colours, and overlays."""
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -156,3 +158,23 @@ def test_an_overlay_by_hand():
 def test_the_overlay_of_class_254_has_its_own_colour():
     image = np.zeros((1, 2, 3), np.uint8)
     assert overlay(image, np.array([[254, 255]], np.uint8), 1.0).tolist() == [[[224, 224, 192], [0, 0, 0]]]
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_greys_of_few_bits_are_not_spread(tmp_path, bits):
+    """Pillow reads the value 1 of a PNG of 4 bits as 17."""
+    values = np.array([[0, 1, 2], [3, 1, 0]], np.uint8)
+    rows = [sum(int(v) << (8 - bits * (i + 1)) for i, v in enumerate(row)) for row in values] if bits == 2 else None
+    packed = (
+        b"".join(b"\0" + bytes([row]) for row in rows) if rows
+        else b"".join(b"\0" + bytes([row[0] << 4 | row[1], row[2] << 4]) for row in values.tolist())
+    )
+
+    def chunk(kind, data):
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    header = (3).to_bytes(4, "big") + (2).to_bytes(4, "big") + bytes([bits, 0, 0, 0, 0])
+    path = tmp_path / "label.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(packed))
+                     + chunk(b"IEND", b""))
+    assert read_label(path, 3).tolist() == [[IGNORE, 0, 1], [2, 0, IGNORE]]

@@ -10,8 +10,7 @@ from PIL import Image
 from torchvision import tv_tensors
 
 from helpers.photos import noise, photograph
-from models.segmentation import SegmentationTransform, fit, resize
-from models.segmentation import TestSize as Size
+from models.segmentation import EvalSize, SegmentationTransform, fit, resize
 from tasks.segmentation.labels import IGNORE
 from tasks.segmentation.transforms import (
     Augmentation,
@@ -57,10 +56,10 @@ def test_an_image_is_as_large_as_fits_with_two_sides(image, sides, expected):
 
 
 def test_the_size_of_a_view_multiplies_both_sides():
-    size = Size(512, 2048)
+    size = EvalSize(512, 2048)
     assert [size.of(480, 640, ratio) for ratio in (1.0, 0.5, 1.75)] == [(512, 683), (256, 341), (896, 1195)]
     assert size.of(200, 1000, 0.5) == (205, 1024)
-    assert Size(513, 2048).of(480, 640, 0.5) == (256, 341), "of 256.5 pixels the whole ones"
+    assert EvalSize(513, 2048).of(480, 640, 0.5) == (256, 341), "of 256.5 pixels the whole ones"
 
 
 @pytest.mark.parametrize("rounding, expected", [
@@ -68,7 +67,7 @@ def test_the_size_of_a_view_multiplies_both_sides():
     ("stretch", [(512, 704), (512, 512), (224, 1024)]),
 ])
 def test_sides_are_stretched_to_multiples_of_32(rounding, expected):
-    size = Size(512, 2048, rounding)
+    size = EvalSize(512, 2048, rounding)
     assert [size.of(480, 640), size.of(100, 100), size.of(200, 1000, 0.5)] == expected
 
 
@@ -321,7 +320,7 @@ def test_what_is_as_large_is_not_padded():
 
 def plain(crop, short, flip=0.0, distortion=False, ratio=(1, 1)):
     """A transform that scales images to fit with `short` and four times that."""
-    return TrainTransform(Augmentation(crop, Size(short, 4 * short), ratio, flip, distortion), MEAN)
+    return TrainTransform(Augmentation(crop, EvalSize(short, 4 * short), ratio, flip, distortion), MEAN)
 
 
 def test_a_flip_mirrors_image_and_labels():
@@ -407,7 +406,7 @@ def test_the_crop_has_its_size_and_labels_stay_with_their_pixels(crop, distortio
 
 def test_an_image_is_seen_at_each_ratio_and_its_labels_stay_as_they_are():
     pixels, labels = noise(30, 40), np.random.default_rng(0).integers(0, 256, (30, 40), np.uint8)
-    views, mask = Views(Size(45, 180), (0.5, 1.0, 1.75))(Image.fromarray(pixels), labels)
+    views, mask = Views(EvalSize(45, 180), (0.5, 1.0, 1.75))(Image.fromarray(pixels), labels)
     assert [view.shape for view in views] == [(3, 22, 29), (3, 45, 60), (3, 78, 104)]
     for view in views:
         assert view.dtype == torch.uint8
@@ -416,7 +415,7 @@ def test_an_image_is_seen_at_each_ratio_and_its_labels_stay_as_they_are():
 
 
 def test_views_of_an_image_without_labels():
-    (view,), labels = Views(Size(45, 180))(Image.fromarray(noise(30, 40)), None)
+    (view,), labels = Views(EvalSize(45, 180))(Image.fromarray(noise(30, 40)), None)
     assert view.shape == (3, 45, 60) and labels is None
 
 
@@ -425,17 +424,18 @@ def test_views_of_an_image_without_labels():
 ])
 def test_views_are_stretched_and_never_padded(rounding, shapes):
     """Each at its own ratio; what is padded is what the network sees, once it is normalised."""
-    views, labels = Views(Size(45, 180, rounding), (1.0, 2.0))(Image.fromarray(noise(30, 40)), np.zeros((30, 40), "u1"))
+    image, labels = Image.fromarray(noise(30, 40)), np.zeros((30, 40), "u1")
+    views, labels = Views(EvalSize(45, 180, rounding), (1.0, 2.0))(image, labels)
     assert [view.shape[1:] for view in views] == shapes and labels.shape == (30, 40)
 
 
 def test_a_loaded_segmenter_sees_the_view_of_an_evaluation(tmp_path):
     """Normalised, and upright: 16 x 32 pixels at 24 x 48."""
     upright, std = photograph(tmp_path / "a.png", 6), (0.2, 0.3, 0.4)
-    (view,), _ = Views(Size(24, 96))(Image.fromarray(upright), None)
+    (view,), _ = Views(EvalSize(24, 96))(Image.fromarray(upright), None)
     with Image.open(tmp_path / "a.png") as image:
-        found = SegmentationTransform(Size(24, 96), MEAN, std)(image)
-        assert SegmentationTransform(Size(24, 96), MEAN, std, exif_transpose=False)(image).shape == (3, 48, 24)
+        found = SegmentationTransform(EvalSize(24, 96), MEAN, std)(image)
+        assert SegmentationTransform(EvalSize(24, 96), MEAN, std, exif_transpose=False)(image).shape == (3, 48, 24)
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, std))
     assert found.shape == (3, 24, 48) and found.dtype == torch.float32
     torch.testing.assert_close(found, (view / 255 - mean) / std)
