@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from helpers import ROOT
+from helpers.segments import write_segments
 
 try:
     import tomllib
@@ -184,6 +185,24 @@ def test_training(python, tmp_path):
     assert "Acc@1" in output_of(done) and "Overwriting" not in done.stderr
     again = python("-m", "routedvit", *FLAGS, "--eval", "--resume", tmp_path / "run" / "best.pth")
     assert "of the network on 360 val images" in output_of(again)
+
+
+@pytest.mark.slow
+def test_a_segmenter_is_trained_and_loaded(python, tmp_path):
+    """In a project that has `models` and `utils` of its own."""
+    data = write_segments(tmp_path / "segments", train=4, val=2)
+    flags = ["--task", "segmentation", "--model", "biformer_nano", "--head", "semantic_fpn", "--input_size", 32,
+             "--short_side", 48, "--batch_size", 2, "--max_steps", 1, "--num_workers", 0, "--device", "cpu"]
+    done = python("-m", "routedvit", *flags, "--data_path", data, "--output_dir", tmp_path / "run")
+    assert "* mIoU " in output_of(done)
+    code = (
+        "import models.yolo, sys; from routedvit import segmentation; from PIL import Image\n"
+        "network, transform = segmentation.load(sys.argv[1])\n"
+        "print(network.classes, network(transform(Image.new('RGB', (96, 48)))[None]).shape[1:])"
+    )
+    assert output_of(python("-c", code, tmp_path / "run" / "last.pth")) == (
+        "['red', 'green', 'blue'] torch.Size([3, 12, 24])\n"
+    )
 
 
 @pytest.mark.slow
