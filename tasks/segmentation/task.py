@@ -148,14 +148,17 @@ class SegmentationTask(Task):
                 img_size=self.settings.augmentation.input_size, **kwargs,
             )
 
+    def _read(self, source: str) -> tuple[dict[str, Any], dict[str, torch.Tensor], list[str]]:
+        """A checkpoint, the weights to take from it, and lines about these."""
+        checkpoint, key = networks.read(source), self.settings.checkpoint.model_key
+        key, notes = (key, []) if key else default_weights(checkpoint, source)
+        with reading_weights():
+            return checkpoint, unwrap(checkpoint, key), notes
+
     def _fine_tune(self, network: Segmenter, source: str):
         """Start from a segmenter's weights, or from a classifier's for the backbone; tells which."""
-        checkpoint, source = networks.read(source), public(source)
-        key, notes = self.settings.checkpoint.model_key, []
-        if key is None:
-            key, notes = default_weights(checkpoint, source)
+        (checkpoint, weights, notes), source = self._read(source), public(source)
         with reading_weights():
-            weights = unwrap(checkpoint, key)
             try:
                 if is_segmenter(weights):
                     notes += self._load_segmenter(network, weights, class_difference(checkpoint, self.classes), source)
@@ -175,15 +178,11 @@ class SegmentationTask(Task):
         return [f"{source} {reason}: the classifiers are re-initialised"] if is_new else []
 
     def load(self, network: Segmenter, source: str):
-        checkpoint, source = networks.read(source), public(source)
-        key, notes = self.settings.checkpoint.model_key, []
-        if key is None:
-            key, notes = default_weights(checkpoint, source)
+        (checkpoint, weights, notes), source = self._read(source), public(source)
+        if not is_segmenter(weights):
+            raise NoSegmenterError(f"{source} holds no segmenter, but the weights of a classifier")
+        difference = class_difference(checkpoint, self.classes)
         with reading_weights():
-            weights = unwrap(checkpoint, key)
-            if not is_segmenter(weights):
-                raise NoSegmenterError(f"{source} holds no segmenter, but the weights of a classifier")
-            difference = class_difference(checkpoint, self.classes)
             load_segmenter(network, weights)
             check_finite(network, source)
         self.tell([*notes, *([f"warning: {source} {difference}"] if difference else [])])
