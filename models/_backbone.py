@@ -60,7 +60,7 @@ class Backbone(nn.Module):
 
 
 def _create_body(name: str, pretrained: bool, img_size: ImageSize | None, **kwargs: Any) -> nn.Module:
-    """A classifier of timm's without its classifier; for any image size where it can be."""
+    """A model of timm's without its classifier; for any image size where it can be."""
     if timm.models.get_pretrained_cfg_value(name, "fixed_input_size"):
         try:  # windows are of any map; positions of some other models are of one
             body = timm.create_model(name, pretrained=pretrained, num_classes=0, strict_img_size=False, **kwargs)

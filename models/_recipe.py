@@ -41,7 +41,7 @@ class NetworkRecipe:
         input_size: Side, or (height, width), of the images that it was trained on, in pixels; None for the published.
         crop_pct: Part of the resized image that evaluation's crop keeps; None for the published.
         exif_transpose: Whether images were turned upright, as their EXIF orientation says.
-        task: What it was trained for; of a network that is none of a run's, classification.
+        task: What it was trained for; classification where the checkpoint does not say.
     """
 
     model: str | None

@@ -38,6 +38,7 @@ from tasks.classification.images import ImagePipeline
 from tasks.networks import (
     PretrainedWeightsError,
     build_model,
+    check_is_no_segmenter,
     check_model,
     check_outputs,
     model_data_config,
@@ -201,7 +202,12 @@ def task_of(args: argparse.Namespace) -> str:
     if args.checkpoint is None:
         return "classification"
     with as_user_error(weights.WeightsError):
-        return NetworkRecipe.of(weights.read_checkpoint(args.checkpoint, mmap=True)).task
+        checkpoint = weights.read_checkpoint(args.checkpoint, mmap=True)
+    recipe = NetworkRecipe.of(checkpoint)
+    if recipe.task != "segmentation":
+        with reading_weights():
+            check_is_no_segmenter(weights.unwrap(checkpoint, args.model_key), args.checkpoint)
+    return recipe.task
 
 
 def write(args: argparse.Namespace):

@@ -36,6 +36,10 @@ class OtherModelError(UserError):
     """The weights are those of another model."""
 
 
+class SegmenterWeightsError(UserError):
+    """The weights of a segmenter, where a classifier's are needed."""
+
+
 class PretrainedClassesError(UserError):
     """The published classifier of a model has other classes than the data."""
 
@@ -65,6 +69,8 @@ def building(name: str, pretrained: bool) -> Iterator[None]:
     """Raise what goes wrong while a model, or a network on it, is built as a UserError."""
     try:
         yield
+    except UserError:
+        raise
     except (TypeError, ValueError) as error:
         raise UsageError(f"{name} cannot be built: {error}") from error
     except (ArithmeticError, AssertionError, AttributeError, LookupError) as error:  # whose text alone may say little
@@ -140,6 +146,7 @@ def load_checkpoint(
     with reading_weights():
         try:
             weights, own_filter = unwrap(checkpoint, key), family_filter(model)
+            check_is_no_segmenter(weights, source)
             kept = load_weights(model, weights, own_filter, classifiers, other_classes=difference is not None)
         except MismatchError as error:
             recipe = NetworkRecipe.of(checkpoint)
@@ -152,6 +159,12 @@ def load_checkpoint(
     elif difference:
         notes.append(f"warning: {public(source)} {difference}")
     return notes
+
+
+def check_is_no_segmenter(weights: dict[str, torch.Tensor], source: str):
+    """Raises SegmenterWeightsError where weights are those of a segmenter, by the names of its head."""
+    if any(name.startswith("decode_head.") for name in weights):
+        raise SegmenterWeightsError(f"{public(source)} holds a segmenter, and no classifier")
 
 
 def _classifiers(model: torch.nn.Module) -> tuple[str, ...]:

@@ -74,6 +74,8 @@ def understand(argv: Sequence[str], tasks: TaskRegistry, description: str) -> Co
     """
     recipe = parsing.recipe_of(argv)
     run = _run_recipe(parsing.given(Settings, argv, recipe))
+    if parsing.given_value(argv, "task", recipe) not in (None, run.values.get("task")):
+        run = run._replace(values={})  # another task's, whose flags are others
     task_class = choose_task(argv, tasks, {**run.values, **recipe})
     settings_class = task_class.settings_class
     parser = parsing.Parser(settings_class, prog="main.py", description=description)

@@ -226,9 +226,9 @@ def print_plan(task: Task, run: Run, data: Data, peak_lr: float, folder: Path):
     )
     recipe_batch = settings.optimizer.recipe_batch
     if recipe_batch not in (None, images):
-        times = images / recipe_batch
-        print(f"the recipe is for a global batch of {recipe_batch}, this run has {images}: the learning rate is "
-              f"{times:g} times the recipe's{_seen(settings.schedule.max_steps, times)}")
+        times = f"{images / recipe_batch:g} times"
+        print(f"the recipe is for a global batch of {recipe_batch}, this run has {images}: its learning rate is "
+              f"{times} what it would be there, and a step sees {times} as many images")
     # Where the start would still weigh 5 % at the end, if the decay did not warm up.
     if run.ema is not None and run.ema.decay < 1 and run.ema.decay**clock.total > 0.05:
         decay, enough = run.ema.decay, math.ceil(math.log(0.05) / math.log(run.ema.decay))
@@ -236,11 +236,6 @@ def print_plan(task: Task, run: Run, data: Data, peak_lr: float, folder: Path):
             f"EMA decay: warms up to {run.ema.get_decay(clock.total):.3g} by the last step; {decay:g} is for runs of "
             f"more than {enough:,} steps"
         )
-
-
-def _seen(max_steps: int | None, share: float) -> str:
-    """Of a run that counts steps, how many of the recipe's images it sees."""
-    return "" if max_steps is None else f", and its {count(max_steps, 'step')} see {share:g} times as many images"
 
 
 def _images(data: Data, left_out: int) -> str:

@@ -40,6 +40,7 @@ from .distributed import Distributed
 from .options import Settings
 from .precision import Precision
 from .run import Clock
+from .signals import fault_of
 
 Batch = Any
 
@@ -89,9 +90,11 @@ def refusal(kind: type[UserError], message: str) -> Iterator[None]:
     """Raise the error of a network that does not take its input as one of ours."""
     try:
         yield
-    except torch.OutOfMemoryError:  # the machine's fault, as in any later batch
+    except UserError:
         raise
     except (AssertionError, RuntimeError, ValueError) as error:
+        if isinstance(error, RuntimeError) and fault_of(error) is not None:  # the machine's, as in any later batch
+            raise
         raise kind(f"{message}: {error}") from error
 
 

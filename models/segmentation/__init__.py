@@ -2,20 +2,21 @@
 
 `load("best.pth")` gives the network of a run, and the transform of its images.
 """
-from ._images import ROUNDINGS, STRIDE, EvalSize, SegmentationTransform, fit, resize, round_up
+from .._backbone import NoMapsError
+from ._images import EvalSize, SegmentationTransform, fit, resize, round_up
 from ._load import SegmenterRecipe, load
 from ._network import HEADS, Segmenter, semantic_fpn, upernet
-from ._weights import is_segmenter, load_backbone, load_into, load_segmenter
+from ._weights import has_same_heads, is_segmenter, load_backbone, load_into, load_segmenter
 
 __all__ = [
     "HEADS",
-    "ROUNDINGS",
-    "STRIDE",
     "EvalSize",
+    "NoMapsError",
     "SegmentationTransform",
     "Segmenter",
     "SegmenterRecipe",
     "fit",
+    "has_same_heads",
     "is_segmenter",
     "load",
     "load_backbone",

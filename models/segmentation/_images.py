@@ -1,6 +1,6 @@
 """The images of a segmenter: whole, their shorter side at a size, and normalised."""
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
@@ -10,7 +10,6 @@ from torchvision.transforms.v2 import functional as F
 from .._load import to_rgb
 
 STRIDE = 32  # of the coarsest map
-ROUNDINGS = ("none", "stretch", "pad")
 
 
 def fit(height: int, width: int, short: float, long: float) -> tuple[int, int]:
@@ -52,6 +51,11 @@ class EvalSize:
         size = fit(height, width, int(self.short * ratio), int(self.long * ratio))
         return round_up(*size) if self.rounding == "stretch" else size
 
+    def resized(self, image: torch.Tensor, ratio: float = 1.0) -> torch.Tensor:
+        """(3, H, W) pixels at that size; as published, they are first resized in proportion, and then stretched."""
+        image = resize(image, replace(self, rounding="none").of(*image.shape[-2:], ratio))
+        return resize(image, round_up(*image.shape[-2:])) if self.rounding == "stretch" else image
+
 
 @dataclass(frozen=True)
 class SegmentationTransform:
@@ -70,5 +74,5 @@ class SegmentationTransform:
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         pixels = F.pil_to_tensor(to_rgb(image, self.exif_transpose))
-        pixels = F.to_dtype(resize(pixels, self.size.of(*pixels.shape[1:])), torch.float32, scale=True)
+        pixels = F.to_dtype(self.size.resized(pixels), torch.float32, scale=True)
         return F.normalize(pixels, list(self.mean), list(self.std))

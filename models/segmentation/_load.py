@@ -43,7 +43,7 @@ class SegmenterRecipe:
         """What the checkpoint of a run says.
 
         Raises:
-            WeightsError: It is none of a segmenter.
+            WeightsError: The run has not trained a segmenter.
         """
         said = checkpoint.get("args")
         if not isinstance(said, dict) or said.get("task") != "segmentation":
@@ -62,11 +62,10 @@ class SegmenterRecipe:
             shared.input_size, test_size, shared.exif_transpose,
         )
 
-    def build(self, pretrained: bool = False, **kwargs: Any) -> Segmenter:
-        """The network; `kwargs` are further arguments of the backbone."""
+    def build(self) -> Segmenter:
+        """The network, with random weights."""
         return HEADS[self.head](
-            self.model, self.num_classes, pretrained, extra_norms=self.extra_norms, img_size=self.input_size,
-            **{**kwargs, **self.kwargs},
+            self.model, self.num_classes, extra_norms=self.extra_norms, img_size=self.input_size, **self.kwargs
         )
 
 
@@ -74,9 +73,13 @@ def load(source: str, weights: str | None = None) -> tuple[Segmenter, Segmentati
     """The segmenter of a run in evaluation mode, on the CPU, and the transform of its images.
 
         network, transform = load("best.pth")
+        image = ImageOps.exif_transpose(Image.open("photo.jpg"))      # upright, as the transform takes it
         logits = network(transform(image)[None])                      # (1, classes, h / 4, w / 4)
         logits = F.interpolate(logits, image.size[::-1], mode="bilinear")
         labels = logits.argmax(dim=1)                                 # (1, H, W)
+
+    The transform sees an image whole and at one scale, also where the run's evaluation had windows, several scales,
+    mirrored images or padding.
 
     Args:
         source: File or URL of a checkpoint of this repository.
@@ -87,7 +90,7 @@ def load(source: str, weights: str | None = None) -> tuple[Segmenter, Segmentati
         The network, whose `classes` are the names of the classes where they are known, and the transform.
 
     Raises:
-        WeightsError: A ValueError in one line: the checkpoint cannot be read, is none of a segmenter, or does not fit.
+        WeightsError: A ValueError in one line: the checkpoint cannot be read, holds no segmenter, or does not fit.
     """
     checkpoint = stored.read_checkpoint(str(source))
     recipe = SegmenterRecipe.of(checkpoint, str(source))

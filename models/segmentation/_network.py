@@ -54,7 +54,7 @@ class Segmenter(nn.Module):
         self.backbone.body.set_grad_checkpointing(enable)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
-        """(B, 3, H, W) -> (B, num_classes, H / 4, W / 4) logits, sides rounded up.
+        """(B, 3, H, W) -> (B, num_classes, H / 4, W / 4) logits; sides are rounded up, by some backbones down.
 
         In training mode a dictionary: "decode", these logits, and with an auxiliary head "aux", those at stride 16.
         """

@@ -73,15 +73,17 @@ class _OnDevice:
         return iter(self.loader)
 
 
-def output_names(places: list[Path], paths: list[Path]) -> list[Path]:
+def output_names(places: list[Path], paths: list[Path], output: Path | None) -> list[Path]:
     """Where the label map of each image goes below the output folder, without its ending.
 
     Of an image in a folder that was named, that is its path there; of one that was named itself, its name.
 
     Raises:
-        UserError: Two images would be written to one file.
+        UserError: Two images would be written to one file, or the output would be read as images the next time.
     """
     folders = [place for place in places if place.is_dir()]
+    if output is not None:
+        _check_output(output, folders)
     names: dict[Path, Path] = {}
     for path in paths:
         above = next((folder for folder in folders if path.is_relative_to(folder)), path.parent)
@@ -90,6 +92,14 @@ def output_names(places: list[Path], paths: list[Path]) -> list[Path]:
             raise UserError(f"{names[name]} and {path} would be written to one file, {name}.png: predict them apart")
         names[name] = path
     return list(names)
+
+
+def _check_output(output: Path, folders: list[Path]):
+    if output.suffix.lower() == ".csv":
+        raise UsageError(f"--output {output}: of a segmenter it is a folder, for label maps")
+    above = {*output.resolve().parents, output.resolve()}
+    if inside := [folder for folder in folders if folder.resolve() in above]:
+        raise UserError(f"{output} lies in {inside[0]}, among the images: its label maps would be read as such")
 
 
 def load_network(args: argparse.Namespace) -> tuple[Segmenter, SegmenterRecipe, dict[str, Any]]:
@@ -122,7 +132,7 @@ def predict(args: argparse.Namespace, paths: list[Path]) -> Iterator[Prediction]
     Raises:
         UserError: The weights cannot be read, or a file cannot be written.
     """
-    names, distributed = output_names(args.images, paths), init_distributed(args.device)
+    names, distributed = output_names(args.images, paths, args.output), init_distributed(args.device)
     network, recipe, said = load_network(args)
     network.eval().to(distributed.device)
     classes = recipe.class_names or [str(index + 1) for index in range(recipe.num_classes)]

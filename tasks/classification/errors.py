@@ -49,6 +49,7 @@ ADVICE = {
     networks.PretrainedWeightsError: "--finetune takes a file of weights",
     networks.PretrainedClassesError: "fine-tune them first, or give their number with --nb_classes if the data's first "
                                      "classes are the same",
+    networks.SegmenterWeightsError: "--task segmentation trains and evaluates it",
     networks.OtherModelError: "--model must name the model of the weights",
     networks.UncheckedArgumentsError: "run without -O, or without --model_kwargs",
     NoTokenHeadError: "--token_label needs one",

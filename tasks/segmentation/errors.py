@@ -1,6 +1,6 @@
 """The errors of this task, and what a user of the command line can do about them."""
 from training.data import images
-from utils import UsageError, UserError
+from utils import UserError
 
 from .. import networks
 
@@ -9,12 +9,12 @@ class NoSegmenterError(UserError):
     """The weights to evaluate or to resume from are those of a classifier."""
 
 
-class BackboneError(UsageError):
-    """A model that is no backbone: it has no maps at strides 4, 8, 16 and 32."""
-
-
 class NothingFitsError(UserError):
     """Weights to start from that fit neither the segmenter nor its backbone."""
+
+
+class UnfitImageError(UserError):
+    """An image of a size that the network does not take."""
 
 
 class TurnedImageError(UserError):
@@ -25,6 +25,7 @@ ADVICE = {
     images.UnreadableFileError: "remove it and its label, or pass --skip_bad_images",
     NoSegmenterError: "start from it with --finetune, and train",
     NothingFitsError: "--model must name the model of the weights",
+    UnfitImageError: "--crop shows it in windows of one size, --test_rounding rounds its sides",
     TurnedImageError: "--exif_transpose false reads images as they are stored",
     networks.PretrainedWeightsError: "--finetune takes a file of weights",
     networks.UncheckedArgumentsError: "run without -O, or without --model_kwargs",

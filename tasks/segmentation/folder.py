@@ -11,7 +11,8 @@ import hashlib
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +25,11 @@ from utils import UserError, count, some, user_path
 from .errors import TurnedImageError
 from .labels import IGNORE, LabelError, read_label
 
-FOLDERS = dict(train="training", val="validation", test="test")
-DATA_SETS = ("segmentation_folder", "ade20k")
+# ADE20K's name of each split, and another that is taken too.
+FOLDERS = dict(train=("training", "train"), val=("validation", "val"), test=("test", "testing"))
 _ADE_CLASSES = 150
+# Label files that are read when a data set is opened: two seconds of ADE20K's.
+_LOOKED_AT = 500
 
 
 class SegmentationFolder(Sequence):
@@ -48,23 +51,22 @@ class SegmentationFolder(Sequence):
 
     def __init__(self, root: Path, split: str, classes: list[str], exif_transpose: bool = True):
         self.classes, self.exif_transpose = classes, exif_transpose
-        self.root, labels = root / "images" / FOLDERS[split], root / "annotations" / FOLDERS[split]
-        for folder in (self.root, labels):
-            if not folder.is_dir():
-                raise UserError(f"{root} has no folder {folder.relative_to(root)}: expected {_layout(root)}")
+        self.root, labels = (_split_folder(root, kind, split) for kind in ("images", "annotations"))
         found = find_images(self.root)
         self.samples = [(image, str(_label_of(image, self.root, labels))) for image in found.images]
         missing = [image for image, label in self.samples if not os.path.isfile(label)]
         if missing:
             expected = _label_of(missing[0], self.root, labels)
-            raise UserError(f"{count(len(missing), 'image')} of {self.root} without a label file: {expected} for "
+            jpeg = " (it is there as JPEG, which changes the values)" if expected.with_suffix(".jpg").is_file() else ""
+            raise UserError(f"{count(len(missing), 'image')} of {self.root} without a label file: {expected}{jpeg} for "
                             f"{missing[0]}, for example")
         if not self.samples:
             raise UserError(f"{self.root} holds no image")
         if doubled := [label for label, number in Counter(label for _, label in self.samples).items() if number > 1]:
             pair = [image for image, label in self.samples if label == doubled[0]]
             raise UserError(f"{some(pair, 2)} have one label file, {doubled[0]}")
-        self.notes = [note for note in (describe_left_out(found.left_out, self.root), self._about_palettes()) if note]
+        notes = (describe_left_out(found.left_out, self.root), self._about_palettes(), *self._about_labels())
+        self.notes = [note for note in notes if note]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -95,19 +97,48 @@ class SegmentationFolder(Sequence):
         return "label files have palettes: their indices are taken for the classes" if is_palette else None
 
 
+    def _about_labels(self) -> Iterator[str]:
+        """Lines about what is odd in the labels of at most `_LOOKED_AT` images, before a run trains on them.
+
+        Raises:
+            LabelError: A label file does not fit the classes, or no pixel of them has a label.
+        """
+        paths = [label for _, label in self.samples[::-(-len(self.samples) // _LOOKED_AT)]]
+        pixels = np.zeros(IGNORE + 1, np.int64)
+        for path in paths:
+            with suppress(UnreadableFileError):  # it is named when its image is read
+                pixels += np.bincount(read_label(Path(path), len(self.classes)).ravel(), minlength=IGNORE + 1)
+        if not pixels[:IGNORE].any() and pixels.any():
+            raise LabelError(f"no pixel of {count(len(paths), 'label file')} such as {paths[0]} has a label: they hold "
+                             "0 and 255 alone, which both stand for what is not labelled; the first class is 1")
+        absent = [name for name, number in zip(self.classes, pixels, strict=False) if not number]
+        if absent and len(paths) == len(self.samples):
+            yield (f"warning: no pixel of {self.root.parent.parent / 'annotations' / self.root.name} is labelled "
+                   f"{some(absent)}; the value 1 is the first class, {self.classes[0]}")
+
+
 def _size_of(path: str) -> tuple[int, int]:
     with reading(path), Image.open(path) as image:
         return image.size
 
 
 def _label_of(image: str, images: Path, labels: Path) -> Path:
-    return (labels / Path(image).relative_to(images)).with_suffix(".png")
+    label = (labels / Path(image).relative_to(images)).with_suffix(".png")
+    upper = label.with_suffix(".PNG")
+    return upper if upper.is_file() and not label.is_file() else label
 
 
-def _layout(root: Path) -> str:
-    folders, files = list_folder(root)
-    found = some(sorted([*folders, *files])) or "nothing"
-    return f"images/{{{','.join(FOLDERS.values())}}} and annotations/ with the same folders, found {found}"
+def _split_folder(root: Path, kind: str, split: str) -> Path:
+    """The folder of a split's "images" or "annotations". Raises UserError where there is none."""
+    folders = [root / kind / name for name in FOLDERS[split]]
+    if found := [folder for folder in folders if folder.is_dir()]:
+        return found[0]
+    place = root / kind if (root / kind).is_dir() else root
+    names, files = list_folder(place)
+    inside = some(sorted([*names, *files])) or "nothing"
+    expected = f"images/{{{','.join(names[0] for names in FOLDERS.values())}}} and annotations/ with the same folders"
+    missing = folders[0].relative_to(root)
+    raise UserError(f"{root} has no folder {missing}: expected {expected}, found {inside} in {place}")
 
 
 def read_classes(root: Path, data_set: str) -> list[str]:
@@ -120,9 +151,9 @@ def read_classes(root: Path, data_set: str) -> list[str]:
         return _read_ade20k(root / "objectInfo150.txt")
     path = root / "classes.txt"
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
-        raise UserError(f"{root} has no classes.txt: a class a line, the first is that of the value 1") from None
+        raise UserError(f"{root} has no classes.txt: a class a line, the first has the value 1") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is no text in UTF-8'}") from None
     names = [unicodedata.normalize("NFC", line.strip()) for line in lines]
@@ -132,6 +163,9 @@ def read_classes(root: Path, data_set: str) -> list[str]:
         raise UserError(f"{path}: line {names.index('') + 1} is empty, and each is to name a class")
     if not names:
         raise UserError(f"{path}: it is empty")
+    if len(names) == 1:
+        raise UserError(f"{path}: one class alone cannot be told from another; name the background too, since 0 stands "
+                        "for what is not labelled")
     if doubled := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise UserError(f"{path}: names {some(doubled)} twice")
     if len(names) > IGNORE:
@@ -159,4 +193,5 @@ def open_folder(root: str, split: str, data_set: str, exif_transpose: bool) -> S
     folder = user_path(root)
     if not folder.is_dir():
         raise UserError(f"data folder {folder} {'is not a folder' if folder.exists() else 'does not exist'}")
+    _split_folder(folder, "images", split)
     return SegmentationFolder(folder, split, read_classes(folder, data_set), exif_transpose)

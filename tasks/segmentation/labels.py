@@ -15,7 +15,7 @@ _ONE_CHANNEL = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 
 
 class LabelError(UserError):
-    """A label file that is none, or does not fit its image or the classes; names the file."""
+    """A file that holds no labels, or labels that do not fit its image or the classes; names the file."""
 
 
 def read_label(path: Path, num_classes: int, size: tuple[int, int] | None = None) -> np.ndarray:
@@ -77,5 +77,4 @@ def overlay(image: np.ndarray, labels: np.ndarray, opacity: float = 0.5) -> np.n
 
 
 def _shape(shape: tuple[int, ...]) -> str:
-    height, width = shape[:2]
-    return f"{width} x {height} pixels"
+    return f"{shape[0]} x {shape[1]} pixels"

@@ -9,7 +9,7 @@ def pixel_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The cross-entropy of logits, brought to the size of the labels, as a mean over all pixels.
 
     As published (mmsegmentation 0.x), pixels without a label count as 0: an image with few labels weighs little.
-    PyTorch's mean would be that of the labelled ones, and NaN where there is none.
+    PyTorch's own mean is over labelled pixels, and NaN where there is none.
 
     Args:
         logits: (B, classes, h, w).

@@ -7,8 +7,10 @@ import numpy as np
 import torch
 
 from training.distributed import Distributed
+from training.task import refusal
 from utils import UserError, count
 
+from .errors import UnfitImageError
 from .inference import Inference
 from .labels import IGNORE
 
@@ -51,10 +53,10 @@ class Scores(NamedTuple):
     """What follows from a confusion matrix, in percent; NaN where it is not defined.
 
     Args:
-        iou: Of each class, the pixels that have it and were given it, of those that have it or were given it.
-        accuracy: Of each class, the share of its pixels that were given it.
+        iou: Intersection over union of each class: pixels predicted correctly, of all labelled or predicted so.
+        accuracy: Of each class, the share of its labelled pixels that is predicted correctly.
         miou, macc: Means of these over the classes for which they are defined.
-        aacc: The share of all pixels that were given their class.
+        aacc: The share of all labelled pixels that is predicted correctly.
     """
 
     iou: np.ndarray
@@ -112,7 +114,9 @@ class SegmentationScores:
             self.seen += 1
 
     def _count(self, network: torch.nn.Module, sample: Sample):
-        predicted = self.inference.labels(network, sample.views, tuple(sample.labels.shape))
+        height, width = sample.labels.shape
+        with refusal(UnfitImageError, f"the network cannot take an image of {height} x {width} pixels"):
+            predicted = self.inference.labels(network, sample.views, (height, width))
         is_finite = bool(predicted[0, 0] >= 0)
         self.images += torch.tensor([1, not is_finite], device=self.images.device)
         if not is_finite:

@@ -62,7 +62,8 @@ class ViewOptions(Group):
     test_rounding: str = flag("none", "of sides that are no multiples of 32: stretch the image to the next ones, or "
                                       "pad it", choices=ROUNDINGS)
     crop: int | tuple[int, int] | None = flag(None, "see images in windows of this side, or HEIGHTxWIDTH (default: "
-                                                    "whole)", type=image_size, metavar="PIXELS")
+                                                    "whole)", type=image_size, metavar="PIXELS",
+                                              check=lambda side: at_least(32)(min(_both(side))))
     stride: int | tuple[int, int] | None = flag(None, "from one window to the next (default: two thirds of --crop)",
                                                 type=image_size, metavar="PIXELS")
     test_scales: list[float] = flag([1.0], "see images at several scales, and average the probabilities", type=float,

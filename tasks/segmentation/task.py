@@ -11,9 +11,18 @@ from timm.layers import convert_sync_batchnorm, to_2tuple
 
 import datasets
 from models import NetworkRecipe
-from models.segmentation import HEADS, EvalSize, Segmenter, is_segmenter, load_backbone, load_segmenter
+from models.segmentation import (
+    HEADS,
+    EvalSize,
+    NoMapsError,
+    Segmenter,
+    has_same_heads,
+    is_segmenter,
+    load_backbone,
+    load_segmenter,
+)
 from storage.remote import public
-from storage.weights import MismatchError, check_finite, class_difference, default_weights, unwrap
+from storage.weights import MismatchError, check_finite, class_difference, class_names, default_weights, unwrap
 from training.data.loader import EpochLoader, build_loader
 from training.distributed import Distributed
 from training.options import LoaderOptions
@@ -102,10 +111,11 @@ class SegmentationTask(Task):
     def _description(self) -> str:
         test = self.settings.test
         rounding = dict(none="", stretch=", stretched to multiples of 32", pad=", padded to multiples of 32")
-        seen = f", in windows of {_shape(test.window)} by {_shape(test.step)}" if test.window else ""
+        seen = f", in windows of {_shape(test.window)}, every {_shape(test.step)}" if test.window else ""
         scales = f", scales {' '.join(f'{ratio:g}' for ratio in test.test_scales)}" if test.test_scales != [1] else ""
         mirrored = ", and mirrored" if test.test_flip else ""
-        return f"{test.short_side} x {test.long_side}{rounding[test.test_rounding]}{seen}{scales}{mirrored}"
+        sides = f"a shorter side of {test.short_side} and a longer one of at most {test.long_side}"
+        return f"{sides}{rounding[test.test_rounding]}{seen}{scales}{mirrored}"
 
     # --- network ------------------------------------------------------------------------------------------------------
 
@@ -143,10 +153,13 @@ class SegmentationTask(Task):
         pretrained = asked.load_release and not checkpoint.resumes_here()
         kwargs = {**kwargs, **asked.model_kwargs}
         with networks.building(asked.model, pretrained):
-            return HEADS[asked.head](
-                asked.model, self.num_classes, pretrained, extra_norms=asked.extra_norms,
-                img_size=self.settings.augmentation.input_size, **kwargs,
-            )
+            try:
+                return HEADS[asked.head](
+                    asked.model, self.num_classes, pretrained, extra_norms=asked.extra_norms,
+                    img_size=self.settings.augmentation.input_size, **kwargs,
+                )
+            except NoMapsError as error:  # which names the model
+                raise UsageError(str(error)) from error
 
     def _read(self, source: str) -> tuple[dict[str, Any], dict[str, torch.Tensor], list[str]]:
         """A checkpoint, the weights to take from it, and lines about these."""
@@ -156,11 +169,13 @@ class SegmentationTask(Task):
             return checkpoint, unwrap(checkpoint, key), notes
 
     def _fine_tune(self, network: Segmenter, source: str):
-        """Start from a segmenter's weights, or from a classifier's for the backbone; tells which."""
+        """Start from the weights of a segmenter, or for the backbone alone from those of a classifier or of a segmenter
+        with another head; tells which.
+        """
         (checkpoint, weights, notes), source = self._read(source), public(source)
         with reading_weights():
             try:
-                if is_segmenter(weights):
+                if is_segmenter(weights) and has_same_heads(network, weights):
                     notes += self._load_segmenter(network, weights, class_difference(checkpoint, self.classes), source)
                 else:
                     notes += [f"{source}: {note}" for note in load_backbone(network, weights)]
@@ -175,13 +190,16 @@ class SegmentationTask(Task):
     ) -> list[str]:
         is_new = load_segmenter(network, weights, new_classes=True, other_classes=difference is not None)
         reason = difference or "has another number of classes"
-        return [f"{source} {reason}: the classifiers are re-initialised"] if is_new else []
+        return [f"{source} {reason}: the classifiers are re-initialised" if is_new else f"{source}: all is loaded"]
 
     def load(self, network: Segmenter, source: str):
         (checkpoint, weights, notes), source = self._read(source), public(source)
         if not is_segmenter(weights):
             raise NoSegmenterError(f"{source} holds no segmenter, but the weights of a classifier")
         difference = class_difference(checkpoint, self.classes)
+        names = class_names(checkpoint) or []
+        if difference and (len(names) != len(self.classes) or sorted(names) == sorted(self.classes)):
+            raise UserError(f"{source} {difference}")
         with reading_weights():
             load_segmenter(network, weights)
             check_finite(network, source)
@@ -235,13 +253,15 @@ class SegmentationTask(Task):
         print(f"training images: {file}")
 
     def dummy_batch(self, size: int, train: bool) -> Batch | list[Sample]:
-        height, width = to_2tuple(self.settings.augmentation.input_size)
         device = self.distributed.device
         if train:
+            height, width = to_2tuple(self.settings.augmentation.input_size)
             images = torch.zeros(size, 3, height, width, device=device)
             return images, torch.zeros(size, height, width, dtype=torch.uint8, device=device)
-        view = torch.zeros(3, height, width, dtype=torch.uint8, device=device)
-        return [Sample([view], view[0]) for _ in range(size)]
+        # Of the size of evaluation, for a photograph of 3 : 4.
+        sizes = [self.size.of(3, 4, ratio) for ratio in self.settings.test.test_scales]
+        views = [torch.zeros(3, *view, dtype=torch.uint8, device=device) for view in sizes]
+        return [Sample(views, views[0][0]) for _ in range(size)]
 
     @property
     def input_description(self) -> str:

@@ -4,7 +4,7 @@ The steps and their numbers are those of mmsegmentation's pipeline: a random sca
 photometric distortion, and padding. Pixels stay uint8; they are normalised on the device.
 """
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from models.segmentation import EvalSize, fit, resize
+from models.segmentation import EvalSize, resize
 
 from .labels import IGNORE
 
@@ -42,18 +42,16 @@ class RandomScale(v2.Transform):
     """Resize by a random ratio, so that the image fits with two sides, both multiplied by the ratio.
 
     Args:
-        short, long: The sides, in pixels.
+        size: The sides.
         ratio: Smallest and largest ratio.
     """
 
-    def __init__(self, short: int, long: int, ratio: Sequence[float]):
+    def __init__(self, size: EvalSize, ratio: Sequence[float]):
         super().__init__()
-        self.short, self.long, self.ratio = short, long, tuple(ratio)
+        self.size, self.ratio = replace(size, rounding="none"), tuple(ratio)
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        ratio = _uniform(*self.ratio)
-        height, width = v2.query_size(flat_inputs)
-        return dict(size=fit(height, width, int(self.short * ratio), int(self.long * ratio)))
+        return dict(size=self.size.of(*v2.query_size(flat_inputs), _uniform(*self.ratio)))
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         if isinstance(inpt, tv_tensors.Mask):
@@ -188,9 +186,8 @@ class TrainTransform:
     """(PIL RGB image, (H, W) uint8 labels) -> uint8 (3, h, w) and (h, w) tensors: augmented, of the crop's size."""
 
     def __init__(self, augmentation: Augmentation, mean: Sequence[float]):
-        size = augmentation.size
         self.steps = v2.Compose([
-            RandomScale(size.short, size.long, augmentation.ratio),
+            RandomScale(augmentation.size, augmentation.ratio),
             CropOfSeveralClasses(augmentation.crop),
             v2.RandomHorizontalFlip(augmentation.flip),
             *([PhotometricDistortion()] if augmentation.distortion else []),
@@ -218,5 +215,5 @@ class Views:
     ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """Returns [uint8 (3, h_i, w_i), ...], and the labels (H, W) as they are."""
         pixels = F.pil_to_tensor(image)
-        views = [resize(pixels, self.size.of(*pixels.shape[1:], ratio)) for ratio in self.ratios]
+        views = [self.size.resized(pixels, ratio) for ratio in self.ratios]
         return views, None if labels is None else torch.from_numpy(labels)

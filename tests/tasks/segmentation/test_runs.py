@@ -144,8 +144,8 @@ def test_evaluations_are_as_often_as_asked_for(segments, tmp_path):
 
 def test_another_global_batch_than_the_recipes_is_told(segments, tmp_path, capfd):
     assert train(segments, tmp_path / "a", "--max_steps", 1, "--recipe_batch", 16, "--disable_eval") == 0
-    assert ("the recipe is for a global batch of 16, this run has 4: the learning rate is 0.25 times the recipe's, and "
-            "its 1 step see 0.25 times as many images") in capfd.readouterr().out
+    assert ("the recipe is for a global batch of 16, this run has 4: its learning rate is 0.25 times what it would be "
+            "there, and a step sees 0.25 times as many images") in capfd.readouterr().out
     assert train(segments, tmp_path / "b", "--max_steps", 1, "--recipe_batch", 4, "--disable_eval") == 0
     assert "the recipe is for" not in capfd.readouterr().out
 

@@ -97,7 +97,7 @@ def test_an_image_is_resized_as_by_torch(size):
 
 def test_a_scaled_image_is_bilinear_and_its_labels_nearest():
     pixels, labels = pixels_of(24, 32), torch.randint(0, 256, (24, 32), dtype=torch.uint8)
-    image, mask = RandomScale(18, 100, (1, 1))(tv_tensors.Image(pixels), tv_tensors.Mask(labels))
+    image, mask = RandomScale(EvalSize(18, 100), (1, 1))(tv_tensors.Image(pixels), tv_tensors.Mask(labels))
     assert type(image) is tv_tensors.Image and type(mask) is tv_tensors.Mask
     assert torch.equal(image.as_subclass(torch.Tensor), resize(pixels, (18, 24)))
     nearest = F.interpolate(labels[None, None], (18, 24), mode="nearest")[0, 0]
@@ -106,14 +106,14 @@ def test_a_scaled_image_is_bilinear_and_its_labels_nearest():
 
 def test_labels_are_repeated_and_left_out_by_hand():
     labels = as_mask([[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 255, 11], [12, 13, 14, 15]])
-    assert RandomScale(2, 2, (1, 1))(labels).tolist() == [[0, 2], [8, 255]]
-    assert RandomScale(4, 4, (1, 1))(as_mask([[0, 255], [2, 1]])).tolist() == [
+    assert RandomScale(EvalSize(2, 2), (1, 1))(labels).tolist() == [[0, 2], [8, 255]]
+    assert RandomScale(EvalSize(4, 4), (1, 1))(as_mask([[0, 255], [2, 1]])).tolist() == [
         [0, 0, 255, 255], [0, 0, 255, 255], [2, 2, 1, 1], [2, 2, 1, 1]]
 
 
 def test_scales_are_uniform_between_both_ratios():
     """Of 100 x 400 pixels the shorter side is 50 to 200; each quarter of the way has a quarter of the images."""
-    scale, image = RandomScale(100, 400, (0.5, 2.0)), [tv_tensors.Image(torch.zeros(3, 48, 64))]
+    scale, image = RandomScale(EvalSize(100, 400), (0.5, 2.0)), [tv_tensors.Image(torch.zeros(3, 48, 64))]
     with seeded(0):
         sizes = np.array([scale.make_params(image)["size"] for _ in range(2000)])
     heights = sizes[:, 0]
@@ -124,7 +124,7 @@ def test_scales_are_uniform_between_both_ratios():
 
 
 def test_a_panorama_is_scaled_by_its_longer_side():
-    scale, image = RandomScale(100, 400, (0.5, 2.0)), [tv_tensors.Image(torch.zeros(3, 10, 100))]
+    scale, image = RandomScale(EvalSize(100, 400), (0.5, 2.0)), [tv_tensors.Image(torch.zeros(3, 10, 100))]
     with seeded(0):
         widths = {scale.make_params(image)["size"][1] for _ in range(500)}
     assert min(widths) in range(200, 212) and max(widths) in range(790, 801)
