@@ -47,11 +47,17 @@ class Parser(argparse.ArgumentParser):
     """The parser of a settings class; raises `UsageError`, one line, where argparse would print its usage and exit.
 
     --help starts with the flags that the settings class names in `most_used`, where it does.
+
+    Args:
+        settings_class: Whose flags it knows.
+        elsewhere: Flags of other tasks, and the task of each, for messages.
+        kwargs: As of ArgumentParser.
     """
 
-    def __init__(self, settings_class: type, **kwargs: Any):
+    def __init__(self, settings_class: type, elsewhere: Mapping[str, str] = MappingProxyType({}), **kwargs: Any):
         usage = "%(prog)s [--config YAML] [--FLAG VALUE ...]"
         super().__init__(usage=usage, formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
+        self.elsewhere = elsewhere
         # argparse takes -1 for a number but -1e-4, -1% and -inf for flags.
         self._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")
         self.add_argument("--config", metavar="YAML", help="recipe to start from; flags given here win over it")
@@ -89,6 +95,8 @@ class Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(tokens)
         if unknown:
             name = unknown[0].partition("=")[0]
+            if task := self.elsewhere.get(name.removeprefix("--")):
+                raise UsageError(f"{name} is a flag of --task {task}")
             if name.startswith("--"):
                 raise UsageError(f"unknown flag {name}{similar(name.removeprefix('--'), self.names(), '--')}")
             raise UsageError(f"unexpected argument {unknown[0]!r}")
@@ -233,13 +241,17 @@ def typed(parser: Parser, recipe: Mapping[str, Any]) -> dict[str, Any]:
     return values | _typed(parser, as_tokens({name: value for name, value in values.items() if value is not None}))
 
 
+def flags_of(settings_class: type) -> set[str]:
+    """The names of all flags of a settings class."""
+    return {field.name for group in group_classes(settings_class).values() for field in dataclasses.fields(group)}
+
+
 def remaining(settings_class: type, values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Those of `values`, but for None, of flags of a settings class that are not `given`, nor an alternative to them.
 
     See `Group.alternatives`.
     """
-    groups = group_classes(settings_class).values()
-    known = {field.name for group in groups for field in dataclasses.fields(group)}
+    groups, known = group_classes(settings_class).values(), flags_of(settings_class)
     covered = set(given)
     for pair in (pair for group in groups for pair in group.alternatives):
         if any(given.get(name) is not None for name in pair):

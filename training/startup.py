@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
+from pkgutil import iter_modules
 from types import TracebackType
 from typing import Any
 
@@ -44,6 +45,11 @@ def _names_run(argv: Sequence[str], recipe: Mapping[str, Any]) -> bool:
     return bool((given | recipe.keys()) & {"resume", "finetune", "auto_resume"}) or launcher.restart_count() > 0
 
 
+def _settings(task: str) -> type:
+    """The settings class of a task."""
+    return getattr(importlib.import_module(f"tasks.{task}.options"), f"{task.title()}Settings")
+
+
 def check_command_line(argv: Sequence[str], description: str):
     """Answer --help, or words of main.py's command line that no settings could make right, and end the process.
 
@@ -65,7 +71,9 @@ def check_command_line(argv: Sequence[str], description: str):
         task = task or options.TaskOptions().task
         if not task.isidentifier() or find_spec(f"tasks.{task}") is None:
             return
-        settings_class = getattr(importlib.import_module(f"tasks.{task}.options"), f"{task.title()}Settings")
-        parsing.check_words(parsing.Parser(settings_class, prog="main.py", description=description), argv)
+        tasks = [name for _, name, is_package in iter_modules(importlib.import_module("tasks").__path__) if is_package]
+        elsewhere = {flag: other for other in tasks for flag in parsing.flags_of(_settings(other)) if other != task}
+        parser = parsing.Parser(_settings(task), elsewhere, prog="main.py", description=description)
+        parsing.check_words(parser, argv)
     except UsageError as error:
         sys.exit(fail(str(error), error.exit_code))

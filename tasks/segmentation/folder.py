@@ -27,7 +27,7 @@ from .labels import IGNORE, LabelError, read_label
 
 # ADE20K's name of each split, and another that is taken too.
 FOLDERS = dict(train=("training", "train"), val=("validation", "val"), test=("test", "testing"))
-_ADE_CLASSES = 150
+_ADE_CLASSES, _ADE_NAMES = 150, "objectInfo150.txt"
 # Label files that are read when a data set is opened: two seconds of ADE20K's.
 _LOOKED_AT = 500
 
@@ -65,8 +65,7 @@ class SegmentationFolder(Sequence):
         if doubled := [label for label, number in Counter(label for _, label in self.samples).items() if number > 1]:
             pair = [image for image, label in self.samples if label == doubled[0]]
             raise UserError(f"{some(pair, 2)} have one label file, {doubled[0]}")
-        notes = (describe_left_out(found.left_out, self.root), self._about_palettes(), *self._about_labels())
-        self.notes = [note for note in notes if note]
+        self.notes = [note for note in (describe_left_out(found.left_out, self.root), self._about_palettes()) if note]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -97,8 +96,8 @@ class SegmentationFolder(Sequence):
         return "label files have palettes: their indices are taken for the classes" if is_palette else None
 
 
-    def _about_labels(self) -> Iterator[str]:
-        """Lines about what is odd in the labels of at most `_LOOKED_AT` images, before a run trains on them.
+    def look_at_labels(self) -> Iterator[str]:
+        """Lines about what is odd in the labels of at most `_LOOKED_AT` images.
 
         Raises:
             LabelError: A label file does not fit the classes, or no pixel of them has a label.
@@ -141,14 +140,20 @@ def _split_folder(root: Path, kind: str, split: str) -> Path:
     raise UserError(f"{root} has no folder {missing}: expected {expected}, found {inside} in {place}")
 
 
+def _about_names(root: Path, data_set: str) -> list[str]:
+    """A line where the classes have numbers for names."""
+    is_named = data_set != "ade20k" or (root / _ADE_NAMES).is_file()
+    return [] if is_named else [f"{root} has no {_ADE_NAMES}: classes are called by their numbers"]
+
+
 def read_classes(root: Path, data_set: str) -> list[str]:
-    """The names of the classes of a data set in `DATA_SETS`.
+    """The names of the classes of a data set, "ade20k" or "segmentation_folder".
 
     Raises:
         UserError: There is no list of them, it is empty, names one twice, or has more than 255.
     """
     if data_set == "ade20k":
-        return _read_ade20k(root / "objectInfo150.txt")
+        return _read_ade20k(root / _ADE_NAMES)
     path = root / "classes.txt"
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -189,9 +194,15 @@ def _read_ade20k(path: Path) -> list[str]:
 
 
 def open_folder(root: str, split: str, data_set: str, exif_transpose: bool) -> SegmentationFolder:
-    """A split of a data set in `DATA_SETS`; raises UserError as `read_classes` and `SegmentationFolder`."""
+    """A split of a data set, "ade20k" or "segmentation_folder", of which some labels were looked at.
+
+    Raises:
+        UserError: As `read_classes`, `SegmentationFolder` and `look_at_labels`.
+    """
     folder = user_path(root)
     if not folder.is_dir():
         raise UserError(f"data folder {folder} {'is not a folder' if folder.exists() else 'does not exist'}")
     _split_folder(folder, "images", split)
-    return SegmentationFolder(folder, split, read_classes(folder, data_set), exif_transpose)
+    found = SegmentationFolder(folder, split, read_classes(folder, data_set), exif_transpose)
+    found.notes += [*_about_names(folder, data_set), *found.look_at_labels()]  # before a run trains for hours
+    return found

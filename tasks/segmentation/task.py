@@ -224,7 +224,7 @@ class SegmentationTask(Task):
         return SegmentationScores(self.inference, self.classes, self.distributed.device, report.places_to_show(own))
 
     def pictures(self, evaluator: SegmentationScores) -> dict[str, np.ndarray]:
-        return dict(overlays=report.draw_overlays(evaluator.shown)) if evaluator.shown else {}
+        return dict(overlays=report.draw_overlays(evaluator.shown, self.classes)) if evaluator.shown else {}
 
     def report(self, results: dict[str, float], evaluator: SegmentationScores, what: str):
         if self.settings.evaluation.eval:
@@ -249,7 +249,7 @@ class SegmentationTask(Task):
             for image, labels in zip(images, targets.cpu().numpy(), strict=True)
         ][:report.SHOWN]
         file = Path(self.settings.report.show_batch)
-        pictures.write_picture(file, report.draw_batch(*zip(*shown, strict=True)))
+        pictures.write_picture(file, report.draw_batch(*zip(*shown, strict=True), self.classes))
         print(f"training images: {file}")
 
     def dummy_batch(self, size: int, train: bool) -> Batch | list[Sample]:

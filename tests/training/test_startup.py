@@ -44,6 +44,15 @@ def test_a_typo_needs_no_torch_and_is_told_as_by_the_program(arguments, message,
     assert capfd.readouterr().err == f"error: {message}\n"
 
 
+@pytest.mark.parametrize("arguments,message", [
+    (["--task", "segmentation", "--mixup", "0.8"], "--mixup is a flag of --task classification"),
+    (["--head", "upernet"], "--head is a flag of --task segmentation"),
+    (["--task", "segmentation", "--headd", "upernet"], "unknown flag --headd; did you mean --head?"),
+])
+def test_flags_of_another_task_are_told(arguments, message):
+    assert without_torch(*arguments) == (2, "", f"error: {message}\n")
+
+
 @pytest.mark.parametrize("arguments", [
     [], ["--epochs", "3", "--clip_grad", "null"], ["--task", "clasification"], ["--task", "../main"],
     ["--eval", "--resume", "best.pth", "--test_flip"], ["--auto_resume", "--test-flip"], ["--finetune=x.pth", "--what"],

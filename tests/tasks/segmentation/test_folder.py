@@ -103,19 +103,19 @@ def test_a_data_folder_that_is_none(data):
     assert complaint_about(data / "classes.txt") == f"data folder {data}/classes.txt is not a folder"
 
 
-@pytest.mark.parametrize("missing, found", [
-    ("images", "annotations, classes.txt"), ("images/training", "annotations, classes.txt, images"),
-    ("annotations", "classes.txt, images"), ("annotations/training", "annotations, classes.txt, images"),
+@pytest.mark.parametrize("missing, found, place", [
+    ("images", "annotations, classes.txt", ""), ("images/training", "validation", "/images"),
+    ("annotations", "classes.txt, images", ""), ("annotations/training", "validation", "/annotations"),
 ])
-def test_a_missing_folder_is_named_with_what_is_there(data, missing, found):
+def test_a_missing_folder_is_named_with_what_is_there(data, missing, found, place):
     shutil.rmtree(data / missing)
     folder = f"{missing.partition('/')[0]}/training"
     layout = "expected images/{training,validation,test} and annotations/ with the same folders"
-    assert complaint_about(data) == f"{data} has no folder {folder}: {layout}, found {found}"
+    assert complaint_about(data) == f"{data} has no folder {folder}: {layout}, found {found} in {data}{place}"
 
 
 def test_an_empty_folder_holds_nothing(tmp_path):
-    with pytest.raises(UserError, match=r"has no folder images/validation: .* with the same folders, found nothing$"):
+    with pytest.raises(UserError, match=r"has no folder images/validation: .* with the same folders, found nothing"):
         SegmentationFolder(tmp_path, "val", ["a"])
 
 
@@ -218,7 +218,7 @@ def test_classes_of_any_script_are_composed(tmp_path):
 
 def test_no_list_of_classes(data):
     (data / "classes.txt").unlink()
-    assert complaint_about(data) == f"{data} has no classes.txt: a class a line, the first is that of the value 1"
+    assert complaint_about(data) == f"{data} has no classes.txt: a class a line, the first has the value 1"
     (data / "classes.txt").mkdir()
     assert complaint_about(data) == f"cannot read {data}/classes.txt: Is a directory"
 
@@ -316,7 +316,7 @@ def test_a_label_file_of_the_upright_image(data):
     upright = turned(data, (32, 16))
     image, labels = opened(data)[0]
     assert np.array_equal(np.array(image), upright) and labels.shape == (16, 32) and (labels == 0).all()
-    with pytest.raises(LabelError, match=r"is 32 x 16 pixels, and its image is 16 x 32 pixels$") as raised:
+    with pytest.raises(LabelError, match=r"is 16 x 32 pixels, and its image is 32 x 16 pixels$") as raised:
         opened(data, exif_transpose=False)[0]
     assert not isinstance(raised.value, TurnedImageError)
 
@@ -325,7 +325,7 @@ def test_a_label_file_of_the_image_as_it_is_stored(data):
     upright = turned(data, (16, 32))
     with pytest.raises(TurnedImageError) as raised:
         opened(data)[0]
-    assert str(raised.value) == (f"{data}/annotations/training/0.png: is 16 x 32 pixels, and its image is 32 x 16 "
+    assert str(raised.value) == (f"{data}/annotations/training/0.png: is 32 x 16 pixels, and its image is 16 x 32 "
                                  "pixels, turned upright by its EXIF orientation")
     image, labels = opened(data, exif_transpose=False)[0]
     assert np.array_equal(np.array(image), np.rot90(upright)) and labels.shape == (32, 16)
@@ -334,17 +334,17 @@ def test_a_label_file_of_the_image_as_it_is_stored(data):
 def test_a_label_file_of_another_size_is_no_matter_of_exif(data):
     """Neither of an image that has no orientation, nor of one whose stored size is another too."""
     Image.new("L", (57, 43), 1).save(data / "annotations" / "training" / "0.png")
-    with pytest.raises(LabelError, match=r"is 57 x 43 pixels, and its image is 57 x 44 pixels$"):
+    with pytest.raises(LabelError, match=r"is 43 x 57 pixels, and its image is 44 x 57 pixels$"):
         opened(data)[0]
     turned(data, (20, 20))
-    with pytest.raises(LabelError, match=r"is 20 x 20 pixels, and its image is 32 x 16 pixels$"):
+    with pytest.raises(LabelError, match=r"is 20 x 20 pixels, and its image is 16 x 32 pixels$"):
         opened(data)[0]
 
 
 def test_a_square_image_is_never_taken_for_a_turned_one(data):
     Image.new("RGB", (20, 20)).save(data / "images" / "training" / "0.png")
     Image.new("L", (20, 19), 1).save(data / "annotations" / "training" / "0.png")
-    with pytest.raises(LabelError, match=r"is 20 x 19 pixels, and its image is 20 x 20 pixels$"):
+    with pytest.raises(LabelError, match=r"is 19 x 20 pixels, and its image is 20 x 20 pixels$"):
         opened(data)[0]
 
 
@@ -378,7 +378,7 @@ def test_the_fingerprint_changes_with_names(data):
     assert len({original, renamed, opened(data).fingerprint()}) == 3
 
 
-@pytest.mark.parametrize("classes", ["green\nred\nblue", "red\ngreen", "red\ngreen\nblue\nother", "red\ngreen\nBlue"])
+@pytest.mark.parametrize("classes", ["green\nred\nblue", "red\ngreen\nblue\nother", "red\ngreen\nBlue"])
 def test_the_fingerprint_changes_with_classes(data, classes):
     original = opened(data).fingerprint()
     (data / "classes.txt").write_text(classes)
@@ -465,3 +465,52 @@ def test_a_sample_is_a_function_of_its_seed(data):
     torch.manual_seed(1)
     assert all(torch.equal(x, y) for x, y in zip(first, dataset[2, 5], strict=True))
     assert not all(torch.equal(x, y) for x, y in zip(first, dataset[2, 6], strict=True))
+
+
+# --- what is told before a run trains ---------------------------------------------------------------------------------
+
+
+def relabel(data, change, split="training"):
+    """Change the values of all label files of a split."""
+    for path in (data / "annotations" / split).rglob("*.png"):
+        Image.fromarray(change(np.asarray(Image.open(path)))).save(path)
+
+
+def test_one_class_is_refused(data):
+    (data / "classes.txt").write_text("crack\n")
+    assert complaint_about(data) == (f"{data}/classes.txt: one class alone cannot be told from another; name the "
+                                     "background too, since 0 stands for what is not labelled")
+
+
+@pytest.mark.parametrize("change", [np.zeros_like, lambda x: np.where(x > 0, 255, 0).astype(np.uint8)])
+def test_labels_that_say_nothing_are_refused(data, change):
+    """Masks of 0 and 255 too."""
+    relabel(data, change)
+    assert " has a label: they hold 0 and 255 alone, which both stand for what is not labelled" in complaint_about(data)
+
+
+def test_a_class_that_never_occurs_is_told(data):
+    """As where labels start at 0."""
+    assert opened(data).notes == []
+    relabel(data, lambda x: np.maximum(x, 1) - 1)
+    assert opened(data).notes == [f"warning: no pixel of {data}/annotations/training is labelled blue; the value 1 is "
+                                  "the first class, red"]
+
+
+def test_a_value_beyond_the_classes_is_found_at_the_start(data):
+    relabel(data, lambda x: x + (x == 3).astype(np.uint8), "validation")
+    with pytest.raises(LabelError, match="holds the value 4"):
+        opened(data, "val")
+
+
+def test_folders_may_be_called_train_and_val(data):
+    before = [image.rpartition("/")[2] for image, _ in opened(data, "val").samples]
+    for kind in ("images", "annotations"):
+        (data / kind / "validation").rename(data / kind / "val")
+    assert [image.rpartition("/")[2] for image, _ in opened(data, "val").samples] == before
+
+
+def test_label_files_may_end_in_capitals(data):
+    for path in (data / "annotations" / "training").glob("*.png"):
+        path.rename(path.with_suffix(".PNG"))
+    assert set(np.unique(opened(data)[0][1])) == {0, 1, 2, IGNORE}

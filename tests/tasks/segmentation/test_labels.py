@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tasks.segmentation.labels import IGNORE, LabelError, overlay, palette, read_label, write_label
+import tasks.segmentation.labels as labels_module
+from tasks.segmentation.labels import IGNORE, LabelError, _cielab, overlay, palette, read_label, write_label
 from training.data.images import UnreadableFileError
 
 
@@ -91,8 +92,8 @@ def test_a_value_below_0_is_none(tmp_path):
 def test_a_label_file_has_the_size_of_its_image(tmp_path):
     path = write(tmp_path / "a.png", [[0, 1, 2], [3, 0, 1]])
     assert read_label(path, 3, (2, 3)).shape == (2, 3)
-    assert complaint_about(path, size=(3, 2)) == f"{path}: is 3 x 2 pixels, and its image is 2 x 3 pixels"
-    assert complaint_about(path, size=(2, 4)) == f"{path}: is 3 x 2 pixels, and its image is 4 x 2 pixels"
+    assert complaint_about(path, size=(3, 2)) == f"{path}: is 2 x 3 pixels, and its image is 3 x 2 pixels"
+    assert complaint_about(path, size=(2, 4)) == f"{path}: is 2 x 3 pixels, and its image is 2 x 4 pixels"
 
 
 # --- files that are none ----------------------------------------------------------------------------------------------
@@ -127,35 +128,33 @@ def test_what_is_written_is_read(tmp_path, num_classes):
     with Image.open(tmp_path / "a.png") as image:
         assert image.mode == "P" and np.asarray(image)[0].tolist() == [*range(1, num_classes + 1), 0]
         colours = np.asarray(image.convert("RGB"))[0]
-    assert np.array_equal(colours, palette(256)[[*range(1, num_classes + 1), 0]])
+    assert np.array_equal(colours, palette()[[*range(1, num_classes + 1), 0]])
 
 
-# As PASCAL VOC publishes the colours of its background, its 20 classes and its void.
-VOC = [
-    (0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128), (0, 128, 128), (128, 128, 128),
-    (64, 0, 0), (192, 0, 0), (64, 128, 0), (192, 128, 0), (64, 0, 128), (192, 0, 128), (64, 128, 128), (192, 128, 128),
-    (0, 64, 0), (128, 64, 0), (0, 192, 0), (128, 192, 0), (0, 64, 128),
-]
+def test_colours_are_far_apart():
+    """The first of them above all, in CIELAB by scikit-image's values of four colours; none comes twice."""
+    colours = palette()
+    assert colours.shape == (256, 3) and colours.dtype == np.uint8
+    assert colours[0].tolist() == [0, 0, 0] and len({tuple(colour) for colour in colours.tolist()}) == 256
+    known = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [128, 128, 128]], np.uint8)
+    expected = [[53.24, 80.09, 67.2], [87.73, -86.18, 83.18], [32.3, 79.2, -107.86], [53.59, 0, 0]]
+    assert np.abs(_cielab(known) - expected).max() < 0.1
+    places = _cielab(colours[1:])
+    for number, least in ((5, 80), (11, 50), (20, 35), (150, 12)):
+        distances = np.linalg.norm(places[:number, None] - places[None, :number], axis=-1) + 1e3 * np.eye(number)
+        assert distances.min() > least, number
 
 
-def test_the_palette_is_vocs():
-    colours = palette(256)
-    assert colours.dtype == np.uint8 and [*map(tuple, colours[:21].tolist())] == VOC
-    assert colours[255].tolist() == [224, 224, 192]
-    assert len(np.unique(colours, axis=0)) == 256, "each value has a colour of its own"
-    assert np.array_equal(palette(7), colours[:7])
-
-
-def test_an_overlay_by_hand():
+def test_an_overlay_by_hand(monkeypatch):
     """Class 0 is (128, 0, 0) and class 1 is (0, 128, 0); what is not labelled stays."""
+    colours = np.zeros((256, 3), np.uint8)
+    colours[1], colours[2], colours[255] = (128, 0, 0), (0, 128, 0), (224, 224, 192)
+    monkeypatch.setattr(labels_module, "palette", lambda: colours)
     image = np.array([[[100, 200, 50], [10, 20, 30], [0, 101, 255]]], np.uint8)
     labels = np.array([[0, IGNORE, 1]], np.uint8)
     assert overlay(image, labels).tolist() == [[[114, 100, 25], [10, 20, 30], [0, 114, 128]]]
     assert overlay(image, labels, 0.25).tolist() == [[[107, 150, 38], [10, 20, 30], [0, 108, 191]]]
     assert overlay(image, labels, 1.0).tolist() == [[[128, 0, 0], [10, 20, 30], [0, 128, 0]]]
-
-
-def test_the_overlay_of_class_254_has_its_own_colour():
     image = np.zeros((1, 2, 3), np.uint8)
     assert overlay(image, np.array([[254, 255]], np.uint8), 1.0).tolist() == [[[224, 224, 192], [0, 0, 0]]]
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 import main as program
 from helpers.segments import CLASSES, write_segments
-from models.segmentation import semantic_fpn, upernet
+from models.segmentation import HEADS, EvalSize, semantic_fpn, upernet
+from tasks.segmentation import options
 from tasks.segmentation.labels import IGNORE
 from tasks.segmentation.losses import pixel_loss
 from tasks.segmentation.options import SegmentationSettings
@@ -106,7 +107,7 @@ def test_a_segmenter_gives_all_but_other_classifiers(segments, tmp_path, capsys)
     source = semantic_fpn("biformer_nano", num_classes=3)
     network = network_of(segments, "--finetune", saved(source, tmp_path / "s.pth", classes=list(CLASSES)))
     assert all(torch.equal(x, source.state_dict()[name]) for name, x in network.state_dict().items())
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == f"{tmp_path}/s.pth: all is loaded\n"
     names = ["sky", "sea", "sand"]
     network = network_of(segments, "--finetune", saved(source, tmp_path / "s.pth", classes=names))
     same = {name: torch.equal(x, source.state_dict()[name]) for name, x in network.state_dict().items()}
@@ -118,13 +119,28 @@ def test_a_segmenter_gives_all_but_other_classifiers(segments, tmp_path, capsys)
     assert "has another number of classes: the classifiers are re-initialised" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("other,first", [
-    (lambda: timm.create_model("resnet18"), "biformer_nano"), (lambda: upernet("biformer_nano"), "a segmenter"),
-])
-def test_weights_that_do_not_fit_start_nothing(segments, tmp_path, capfd, other, first):
+def test_a_segmenter_with_another_head_gives_the_backbone(segments, tmp_path, capsys):
+    """With its extra norms; also in the published layout, and of a file that holds the backbone alone."""
+    source = upernet("biformer_nano", num_classes=3)
+    torch.nn.init.normal_(source.backbone.extra_norms[0].weight)
+    weights = source.state_dict()
+    published = {name.replace("backbone.body.", "backbone."): x for name, x in weights.items()}
+    alone = {name: x for name, x in weights.items() if name.startswith("backbone.")}
+    for content in (dict(model=weights), dict(state_dict=published, meta={}), alone):
+        torch.save(content, tmp_path / "u.pth")
+        network = network_of(segments, "--finetune", tmp_path / "u.pth")
+        assert all(torch.equal(x, network.state_dict()[name]) for name, x in alone.items())
+        out = capsys.readouterr().out
+        assert f"{len(alone)} tensors of the backbone are loaded" in out
+        assert "not there, and newly initialised: neck (16), decode_head (44)" in out
+    assert "left out" not in out
+
+
+@pytest.mark.parametrize("other", [lambda: timm.create_model("resnet18"), lambda: upernet("resnet18")])
+def test_weights_that_do_not_fit_start_nothing(segments, tmp_path, capfd, other):
     path = saved(other(), tmp_path / "x.pth")
     code, line = complaint(capfd, segments, "--finetune", path)
-    assert code == 1 and re.match(rf"error: {path}: the checkpoint does not fit ({first})", line)
+    assert code == 1 and re.match(rf"error: {path}: the checkpoint does not fit biformer_nano: ", line)
     assert line.endswith("; --model must name the model of the weights")
 
 
@@ -134,6 +150,30 @@ def test_a_classifier_cannot_be_evaluated(segments, tmp_path, capfd):
     assert code == 1
     assert line == (f"error: {path} holds no segmenter, but the weights of a classifier; start from it with "
                     "--finetune, and train")
+
+
+@pytest.mark.parametrize("names", [["blue", "green", "red"], ["red", "green"]])
+def test_an_evaluation_with_other_numbers_is_refused(segments, tmp_path, capfd, names):
+    """Whose table would have wrong names."""
+    path = saved(semantic_fpn("biformer_nano", num_classes=len(names)), tmp_path / "s.pth", classes=names)
+    code, line = complaint(capfd, segments, "--eval", "--finetune", path)
+    assert code == 1 and line.startswith(f"error: {path} was trained on ") and "instead of" not in line
+
+
+def test_a_segmenter_is_no_classifier(segments, tmp_path, capfd):
+    path = saved(semantic_fpn("biformer_nano", num_classes=3), tmp_path / "s.pth")
+    for arguments in (["--finetune"], ["--eval", "--resume"]):
+        words = ["--task", "classification", "--model", "biformer_nano", "--data_set", "digits", *arguments, str(path)]
+        assert program.main([*words, "--device", "cpu", "--num_workers", "0"]) == 1
+        assert capfd.readouterr().err == (f"error: {path} holds a segmenter, and no classifier; --task segmentation "
+                                          "trains and evaluates it\n")
+
+
+@pytest.mark.parametrize("name", ["maxvit_rmlp_pico_rw_256", "hiera_tiny_224"])
+def test_a_backbone_of_one_size_is_refused_before_it_trains(segments, capfd, name):
+    code, line = complaint(capfd, segments, "--model", name, "--input_size", 64, "--short_side", 64)
+    assert code == 1 and line.startswith("error: the network cannot take an image of 64 x 85 pixels: ")
+    assert line.endswith("; --crop shows it in windows of one size, --test_rounding rounds its sides")
 
 
 def test_other_classes_are_told_in_an_evaluation(segments, tmp_path, capfd):
@@ -147,8 +187,7 @@ def test_other_classes_are_told_in_an_evaluation(segments, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("arguments,message", [
-    (["--model", "deit_tiny_patch16_224"], "deit_tiny_patch16_224 cannot be built: deit_tiny_patch16_224 has maps at "
-                                           "strides 16, and a backbone needs those at 4, 8, 16 and 32"),
+    (["--model", "deit_tiny_patch16_224"], "deit_tiny_patch16_224 has maps at strides 16, and a backbone needs"),
     (["--model", "biformer_nan"], "unknown model 'biformer_nan'; did you mean biformer_nano"),
     (["--model_kwargs", "num_regions=0"], "biformer_nano cannot be built: "),
     (["--head", "fpn"], "--head: invalid choice: 'fpn'"),
@@ -179,6 +218,15 @@ def test_a_model_without_stochastic_depth_is_told(segments, capsys):
     network = network_of(segments, "--drop_path", "0.2")
     rates = [module.drop_prob for module in network.modules() if type(module).__name__ == "DropPath"]
     assert max(rates) == pytest.approx(0.2) and capsys.readouterr().out == ""
+
+
+def test_options_name_what_there_is():
+    """They are read before torch is imported, and so have names of their own."""
+    assert set(options.HEADS) == set(HEADS)
+    pixels = torch.zeros(3, 40, 70, dtype=torch.uint8)
+    for rounding in options.ROUNDINGS:
+        shape = EvalSize(40, 90, rounding).resized(pixels).shape[1:]
+        assert shape == ((64, 96) if rounding == "stretch" else (40, 70))
 
 
 # --- batch norm over processes ----------------------------------------------------------------------------------------
