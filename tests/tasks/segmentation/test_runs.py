@@ -171,7 +171,7 @@ def test_an_evaluation_takes_all_from_the_run(trained, capfd):
     record = records(trained)[-1]
     assert last == (f"* mIoU {record['val_mIoU']:.3f} mAcc {record['val_mAcc']:.3f} aAcc {record['val_aAcc']:.3f} "
                     "of the network on 5 val images")
-    assert "evaluated at 48 x 160" in lines
+    assert "evaluated at a shorter side of 48 and a longer one of at most 160" in lines
     assert [line.split()[0] for line in lines[-4:]] == ["class", *CLASSES]
     assert f"{record['val_IoU/red']:.3f}" in lines[-3]
 
