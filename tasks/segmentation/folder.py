@@ -22,12 +22,12 @@ from training.data.files import describe_left_out, find_images, list_folder
 from training.data.images import UnreadableFileError, load_image, reading
 from utils import UserError, count, some, user_path
 
+from .classes import about_names, read_classes
 from .errors import TurnedImageError
 from .labels import IGNORE, LabelError, read_label
 
 # ADE20K's name of each split, and another that is taken too.
 FOLDERS = dict(train=("training", "train"), val=("validation", "val"), test=("test", "testing"))
-_ADE_CLASSES, _ADE_NAMES = 150, "objectInfo150.txt"
 # Label files that are read when a data set is opened: two seconds of ADE20K's.
 _LOOKED_AT = 500
 
@@ -42,6 +42,7 @@ class SegmentationFolder(Sequence):
         exif_transpose: Turn images upright as their EXIF orientation says; label files have none.
 
     Attributes:
+        root, labels: The folders of the split's images and of its label files.
         samples: (path of the image, path of its label file) of each image.
         notes: What a user should know about them, a line each.
 
@@ -51,12 +52,12 @@ class SegmentationFolder(Sequence):
 
     def __init__(self, root: Path, split: str, classes: list[str], exif_transpose: bool = True):
         self.classes, self.exif_transpose = classes, exif_transpose
-        self.root, labels = (_split_folder(root, kind, split) for kind in ("images", "annotations"))
+        self.root, self.labels = (_split_folder(root, kind, split) for kind in ("images", "annotations"))
         found = find_images(self.root)
-        self.samples = [(image, str(_label_of(image, self.root, labels))) for image in found.images]
+        self.samples = [(image, str(_label_of(image, self.root, self.labels))) for image in found.images]
         missing = [image for image, label in self.samples if not os.path.isfile(label)]
         if missing:
-            expected = _label_of(missing[0], self.root, labels)
+            expected = _label_of(missing[0], self.root, self.labels)
             jpeg = " (it is there as JPEG, which changes the values)" if expected.with_suffix(".jpg").is_file() else ""
             raise UserError(f"{count(len(missing), 'image')} of {self.root} without a label file: {expected}{jpeg} for "
                             f"{missing[0]}, for example")
@@ -95,7 +96,6 @@ class SegmentationFolder(Sequence):
             return None
         return "label files have palettes: their indices are taken for the classes" if is_palette else None
 
-
     def look_at_labels(self) -> Iterator[str]:
         """Lines about what is odd in the labels of at most `_LOOKED_AT` images.
 
@@ -112,8 +112,8 @@ class SegmentationFolder(Sequence):
                              "0 and 255 alone, which both stand for what is not labelled; the first class is 1")
         absent = [name for name, number in zip(self.classes, pixels, strict=False) if not number]
         if absent and len(paths) == len(self.samples):
-            yield (f"warning: no pixel of {self.root.parent.parent / 'annotations' / self.root.name} is labelled "
-                   f"{some(absent)}; the value 1 is the first class, {self.classes[0]}")
+            yield (f"warning: no pixel of {self.labels} is labelled {some(absent)}; the value 1 is the first class, "
+                   f"{self.classes[0]}")
 
 
 def _size_of(path: str) -> tuple[int, int]:
@@ -140,59 +140,6 @@ def _split_folder(root: Path, kind: str, split: str) -> Path:
     raise UserError(f"{root} has no folder {missing}: expected {expected}, found {inside} in {place}")
 
 
-def _about_names(root: Path, data_set: str) -> list[str]:
-    """A line where the classes have numbers for names."""
-    is_named = data_set != "ade20k" or (root / _ADE_NAMES).is_file()
-    return [] if is_named else [f"{root} has no {_ADE_NAMES}: classes are called by their numbers"]
-
-
-def read_classes(root: Path, data_set: str) -> list[str]:
-    """The names of the classes of a data set, "ade20k" or "segmentation_folder".
-
-    Raises:
-        UserError: There is no list of them, it is empty, names one twice, or has more than 255.
-    """
-    if data_set == "ade20k":
-        return _read_ade20k(root / _ADE_NAMES)
-    path = root / "classes.txt"
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except FileNotFoundError:
-        raise UserError(f"{root} has no classes.txt: a class a line, the first has the value 1") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is no text in UTF-8'}") from None
-    names = [unicodedata.normalize("NFC", line.strip()) for line in lines]
-    while names and not names[-1]:
-        names.pop()
-    if not all(names):
-        raise UserError(f"{path}: line {names.index('') + 1} is empty, and each is to name a class")
-    if not names:
-        raise UserError(f"{path}: it is empty")
-    if len(names) == 1:
-        raise UserError(f"{path}: one class alone cannot be told from another; name the background too, since 0 stands "
-                        "for what is not labelled")
-    if doubled := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-        raise UserError(f"{path}: names {some(doubled)} twice")
-    if len(names) > IGNORE:
-        raise UserError(f"{path}: {len(names)} classes are more than the {IGNORE} that label files of 8 bits can hold")
-    return names
-
-
-def _read_ade20k(path: Path) -> list[str]:
-    """The names of SceneParse150's classes by the table that comes with it; numbers where it was left out."""
-    if not path.is_file():
-        return [str(number) for number in range(1, _ADE_CLASSES + 1)]
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    names = [line.rpartition("\t")[2].strip() for line in lines if line.strip()]
-    if len(names) != _ADE_CLASSES:
-        raise UserError(f"{path}: names {len(names)} classes, and ADE20K has {_ADE_CLASSES}")
-    first = [name.partition(",")[0] for name in names]  # of synonyms
-    return first if len(set(first)) == len(first) else names
-
-
 def open_folder(root: str, split: str, data_set: str, exif_transpose: bool) -> SegmentationFolder:
     """A split of a data set, "ade20k" or "segmentation_folder", of which some labels were looked at.
 
@@ -204,5 +151,5 @@ def open_folder(root: str, split: str, data_set: str, exif_transpose: bool) -> S
         raise UserError(f"data folder {folder} {'is not a folder' if folder.exists() else 'does not exist'}")
     _split_folder(folder, "images", split)
     found = SegmentationFolder(folder, split, read_classes(folder, data_set), exif_transpose)
-    found.notes += [*_about_names(folder, data_set), *found.look_at_labels()]  # before a run trains for hours
+    found.notes += [*about_names(folder, data_set), *found.look_at_labels()]  # before a run trains for hours
     return found

@@ -45,6 +45,7 @@ def test_training_gives_the_logits_of_each_head():
 BACKBONES = ["vitaev2_s", "debiformer_tiny", "swin_tiny_patch4_window7_224", "resnet18", "convnext_atto"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BACKBONES)
 def test_any_backbone_with_maps_at_four_strides(name):
     """Of any size, also where timm's classifier is built for one."""
@@ -220,6 +221,7 @@ def test_modules_are_named_as_published(head):
     assert all(any(pattern.fullmatch(name) for name in names) for pattern in patterns)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["biformer_small", "debiformer_small", "vitaev2_s"])
 def test_a_published_segmenter_is_loaded(name):
     """`backbone.` and the classifier's published names, through the family's own renaming; each tensor arrives."""

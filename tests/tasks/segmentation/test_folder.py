@@ -10,9 +10,10 @@ from PIL import Image
 from helpers.photos import noise, photograph
 from helpers.segments import CLASSES, write_segments
 from models.segmentation import EvalSize
+from tasks.segmentation.classes import read_classes
 from tasks.segmentation.data import SegmentationDataset, collate_samples
 from tasks.segmentation.errors import TurnedImageError
-from tasks.segmentation.folder import SegmentationFolder, open_folder, read_classes
+from tasks.segmentation.folder import SegmentationFolder, open_folder
 from tasks.segmentation.labels import IGNORE, LabelError, write_label
 from tasks.segmentation.transforms import Augmentation, TrainTransform, Views
 from training.data.images import UnreadableFileError

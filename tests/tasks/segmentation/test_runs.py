@@ -27,6 +27,8 @@ from training.checkpointer import Checkpointer
 from training.data.images import load_image
 from training.signals import EXIT_RESUME
 
+pytestmark = pytest.mark.slow
+
 # Of every part but UPerNet, which is six times as large: dropout, stochastic depth, EMA weights, accumulation, all of
 # the augmentation.
 COMMAND = ["--task", "segmentation", "--model", "biformer_nano", "--head", "semantic_fpn", "--input_size", "32",
@@ -105,7 +107,6 @@ def test_it_learns_colours(trained):
     assert records(trained)[-1]["val_mIoU"] > 50
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_a_run_that_is_stopped_resumes_exactly(segments, trained, tmp_path, monkeypatch, step):
     taken, after_step = [], Checkpointer.after_step
@@ -124,7 +125,6 @@ def test_a_run_that_is_stopped_resumes_exactly(segments, trained, tmp_path, monk
     assert differences(trained, tmp_path) == []
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_train_and_resume_exactly(segments, tmp_path):
     """From the middle of the first epoch."""
@@ -184,7 +184,6 @@ def test_scores_do_not_depend_on_the_batch(trained, capfd, arguments):
     assert len({score(capfd, trained, *arguments, "--batch_size", size)[0] for size in (1, 2, 5)}) == 1
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_have_the_score_of_one(trained, tmp_path, capfd):
     """To the last digit: the counts of pixels are whole numbers."""

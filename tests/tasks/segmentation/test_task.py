@@ -169,6 +169,7 @@ def test_a_segmenter_is_no_classifier(segments, tmp_path, capfd):
                                           "trains and evaluates it\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["maxvit_rmlp_pico_rw_256", "hiera_tiny_224"])
 def test_a_backbone_of_one_size_is_refused_before_it_trains(segments, capfd, name):
     code, line = complaint(capfd, segments, "--model", name, "--input_size", 64, "--short_side", 64)
