@@ -136,16 +136,11 @@ def predict(args: argparse.Namespace, paths: list[Path]) -> Iterator[Prediction]
     network, recipe, said = load_network(args)
     network.eval().to(distributed.device)
     classes = recipe.class_names or [str(index + 1) for index in range(recipe.num_classes)]
-    config, options = model_data_config(recipe.model), _test_options(said)
-    inference = Inference(
-        config["mean"], config["std"], Precision.on(distributed.device, args.amp), options.test_rounding == "pad",
-        options.window, options.step, options.test_flip,
-    )
+    options = _view_options(said)
+    inference = Inference.of(options, model_data_config(recipe.model), Precision.on(distributed.device, args.amp))
     dataset = Images(paths, Views(recipe.test_size, options.test_scales), recipe.exif_transpose)
     loader_options = LoaderOptions(batch_size=args.batch_size, num_workers=args.num_workers)
-    loader = build_loader(
-        dataset, loader_options, distributed, train=False, collate_fn=list, transfer=_OnDevice
-    )
+    loader = build_loader(dataset, loader_options, distributed, train=False, collate_fn=list, transfer=_OnDevice)
     for item in (item for batch in loader for item in batch):
         path = paths[item.index]
         if item.error:
@@ -161,7 +156,7 @@ def predict(args: argparse.Namespace, paths: list[Path]) -> Iterator[Prediction]
         yield Prediction(path, _shares(labels, classes)[:args.topk])
 
 
-def _test_options(said: dict[str, Any]) -> ViewOptions:
+def _view_options(said: dict[str, Any]) -> ViewOptions:
     """How the run evaluated."""
     values = {field.name: said[field.name] for field in fields(ViewOptions)}
     sizes = {name: image_size(str(values[name])) for name in ("crop", "stride") if values[name] is not None}

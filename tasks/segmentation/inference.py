@@ -1,6 +1,7 @@
 """The labels of whole images: at one size or several, at once or in windows, and mirrored."""
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,10 @@ from torch import nn
 
 from models.segmentation import round_up
 from training.precision import Precision
+from training.task import refusal
+
+from .errors import UnfitImageError
+from .options import ViewOptions
 
 # Values of a tensor of logits at the size of an image: 0.25 GB in float32.
 _MOST_VALUES = 2**26
@@ -36,6 +41,12 @@ class Inference:
     stride: tuple[int, int] | None = None
     flip: bool = False
 
+    @classmethod
+    def of(cls, options: ViewOptions, config: dict[str, Any], precision: Precision) -> "Inference":
+        """What the options of a run say; `config` has the mean and std of its model."""
+        pads = options.test_rounding == "pad"
+        return cls(config["mean"], config["std"], precision, pads, options.window, options.step, options.test_flip)
+
     def labels(self, network: nn.Module, views: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
         """The class of each pixel of an image.
 
@@ -48,7 +59,14 @@ class Inference:
 
         Returns:
             int64 (height, width) class indices; all -1 where an output is NaN or infinite.
+
+        Raises:
+            UnfitImageError: The network does not take an image of this size.
         """
+        with refusal(UnfitImageError, f"the network cannot take an image of {size[0]} x {size[1]} pixels"):
+            return self._labels(network, views, size)
+
+    def _labels(self, network: nn.Module, views: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
         images = [self._normalize(view) for view in views]
         if len(images) == 1 and not self.flip:
             logits = self._logits(network, images[0])

@@ -7,10 +7,8 @@ import numpy as np
 import torch
 
 from training.distributed import Distributed
-from training.task import refusal
 from utils import UserError, count
 
-from .errors import UnfitImageError
 from .inference import Inference
 from .labels import IGNORE
 
@@ -114,9 +112,7 @@ class SegmentationScores:
             self.seen += 1
 
     def _count(self, network: torch.nn.Module, sample: Sample):
-        height, width = sample.labels.shape
-        with refusal(UnfitImageError, f"the network cannot take an image of {height} x {width} pixels"):
-            predicted = self.inference.labels(network, sample.views, (height, width))
+        predicted = self.inference.labels(network, sample.views, tuple(sample.labels.shape))
         is_finite = bool(predicted[0, 0] >= 0)
         self.images += torch.tensor([1, not is_finite], device=self.images.device)
         if not is_finite:

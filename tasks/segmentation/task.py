@@ -58,10 +58,7 @@ class SegmentationTask(Task):
         self.config = networks.model_data_config(settings.model.model)
         test, folder = settings.test, settings.report.report
         self.size = EvalSize(test.short_side, test.long_side, test.test_rounding)
-        self.inference = Inference(
-            self.config["mean"], self.config["std"], precision, test.test_rounding == "pad", test.window, test.step,
-            test.test_flip,
-        )
+        self.inference = Inference.of(test, self.config, precision)
         self.report_folder = None if folder is None else Path(folder)
         self.val_set: SegmentationDataset | None = None
 
