@@ -424,7 +424,8 @@ def test_wrong_command_lines(photos, capfd):
 
 
 def test_wrong_tasks(photos, tmp_path, capfd):
-    refuses(capfd, 2, "error: unknown task 'clasification'; choose from classification\n", "--task", "clasification")
+    message = "error: unknown task 'clasification'; choose from classification, segmentation\n"
+    refuses(capfd, 2, message, "--task", "clasification")
     refuses(capfd, 2, "--task: expected one argument\n", "--task")
     recipe = tmp_path / "recipe.yaml"
     for value in ("segmentatoin", "3", "[a]"):
