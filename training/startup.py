@@ -50,6 +50,12 @@ def _settings(task: str) -> type:
     return getattr(importlib.import_module(f"tasks.{task}.options"), f"{task.title()}Settings")
 
 
+def _other_tasks(task: str) -> list[str]:
+    """The names of the tasks beside one; a folder without options is none."""
+    names = [module.name for module in iter_modules(importlib.import_module("tasks").__path__) if module.ispkg]
+    return [name for name in names if name != task and find_spec(f"tasks.{name}.options") is not None]
+
+
 def check_command_line(argv: Sequence[str], description: str):
     """Answer --help, or words of main.py's command line that no settings could make right, and end the process.
 
@@ -71,8 +77,7 @@ def check_command_line(argv: Sequence[str], description: str):
         task = task or options.TaskOptions().task
         if not task.isidentifier() or find_spec(f"tasks.{task}") is None:
             return
-        tasks = [name for _, name, is_package in iter_modules(importlib.import_module("tasks").__path__) if is_package]
-        elsewhere = {flag: other for other in tasks for flag in parsing.flags_of(_settings(other)) if other != task}
+        elsewhere = {flag: other for other in _other_tasks(task) for flag in parsing.flags_of(_settings(other))}
         parser = parsing.Parser(_settings(task), elsewhere, prog="main.py", description=description)
         parsing.check_words(parser, argv)
     except UsageError as error:
