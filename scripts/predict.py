@@ -116,6 +116,8 @@ def load_network(args: argparse.Namespace) -> tuple[torch.nn.Module, NetworkReci
         except PretrainedWeightsError as error:
             raise UserError(f"{error}; --checkpoint takes a file of weights") from error
     checkpoint = read(args.checkpoint)
+    with reading_weights():
+        check_is_no_segmenter(weights.unwrap(checkpoint, args.model_key), args.checkpoint)
     recipe = recipe_of(checkpoint, args)
     key, notes = (args.model_key, []) if args.model_key else weights.default_weights(checkpoint, args.checkpoint)
     for note in notes:
@@ -202,12 +204,7 @@ def task_of(args: argparse.Namespace) -> str:
     if args.checkpoint is None:
         return "classification"
     with as_user_error(weights.WeightsError):
-        checkpoint = weights.read_checkpoint(args.checkpoint, mmap=True)
-    recipe = NetworkRecipe.of(checkpoint)
-    if recipe.task != "segmentation":
-        with reading_weights():
-            check_is_no_segmenter(weights.unwrap(checkpoint, args.model_key), args.checkpoint)
-    return recipe.task
+        return NetworkRecipe.of(weights.read_checkpoint(args.checkpoint, mmap=True)).task
 
 
 def write(args: argparse.Namespace):

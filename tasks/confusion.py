@@ -1,9 +1,13 @@
 """The confusion matrix of a classifier, and a picture of it."""
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .lettering import drawable, load_font
+from utils import replace_file
+
+from .lettering import can_draw, drawable, load_font
+from .tables import write_csv
 
 # At most so many classes have their names on the axes, and their counts in the cells.
 _NAMED, _COUNTED = 60, 20
@@ -49,6 +53,21 @@ def confusion_figure(matrix: np.ndarray, classes: list[str], counts: bool = True
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(matrix[row, column]), ha="center", va="center", color=colour, fontsize=8)
     return figure
+
+
+def write_confusion(folder: Path, matrix: np.ndarray, classes: list[str], counts: bool = True):
+    """Write `confusion.csv` and, where matplotlib is installed, `confusion.png`; arguments as of `confusion_figure`.
+
+    Raises:
+        UserError: They cannot be written.
+    """
+    lines = ([name, *row] for name, row in zip(classes, matrix.tolist(), strict=True))
+    write_csv(folder / "confusion.csv", [["true class", *classes], *lines])
+    if can_draw():
+        figure = confusion_figure(matrix, classes, counts)
+        replace_file(folder / "confusion.png", lambda file: figure.savefig(file, format="png", dpi=120))
+    else:
+        print("no confusion.png is drawn: pip install matplotlib")
 
 
 def as_pixels(figure: Any) -> np.ndarray:

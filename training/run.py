@@ -113,6 +113,11 @@ class Clock:
         rest = "; training is complete, its last epoch is evaluated and logged again" if self.is_trained else ""
         return f"epoch {self.epoch}, step {self.step} of {self.epoch_steps}{rest}"
 
+    @property
+    def next_step(self) -> tuple[int, int]:
+        """The epoch and the step in it that are trained next."""
+        return (self.epoch + 1, 0) if self.epoch_is_over else (self.epoch, self.step)
+
     def advance(self):
         """Count an optimizer step."""
         self.step += 1

@@ -8,6 +8,7 @@ from timm.data.mixup import Mixup
 from torchvision.utils import make_grid
 
 from ..lettering import can_draw, drawable, load_font
+from ..pictures import as_pixels
 
 # Pixels: the least width of an image, which a title needs; and the height of a line of its title.
 _WIDTH, _LINE = 128, 13
@@ -16,9 +17,7 @@ Title = tuple[str, str]  # two lines, whatever is in the names that they hold
 
 def draw_grid(images: torch.Tensor, titles: Sequence[Title], mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """Normalised (B, 3, H, W) images and their titles -> uint8 (H', W', 3)."""
-    mean, std = (torch.tensor(x, device=images.device).view(-1, 1, 1) for x in (mean, std))
-    pixels = (images.float() * std + mean).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    tiles = [_tile(image, title) for image, title in zip(pixels, titles, strict=True)]
+    tiles = [_tile(image, title) for image, title in zip(as_pixels(images, mean, std), titles, strict=True)]
     grid = make_grid(torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2), nrow=4, padding=4, pad_value=255)
     return grid.permute(1, 2, 0).numpy()
 

@@ -6,10 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from utils import replace_file
-
-from ..confusion import confusion_figure, confusion_matrix
-from ..lettering import can_draw
+from ..confusion import confusion_matrix, write_confusion
 from ..tables import complete, prediction_cells, prediction_columns, write_csv
 from .metrics import RecordedAccuracy
 
@@ -32,13 +29,7 @@ def write_report(folder: Path, recorded: RecordedAccuracy, images: Sequence[str]
     by_class = class_rows(matrix, targets, top, names)
     write_csv(folder / "predictions.csv", _predictions(recorded, images, names))
     write_csv(folder / "classes.csv", [["class", "images", "acc1", "acc5", "precision", "recall", "f1"], *by_class])
-    lines = ([name, *row] for name, row in zip(names, matrix.tolist(), strict=True))
-    write_csv(folder / "confusion.csv", [["true class", *names], *lines])
-    if can_draw():
-        figure = confusion_figure(matrix, names)
-        replace_file(folder / "confusion.png", lambda file: figure.savefig(file, format="png", dpi=120))
-    else:
-        print("no confusion.png is drawn: pip install matplotlib")
+    write_confusion(folder, matrix, names)
     there = matrix.any(axis=1)  # of the others no accuracy is defined
     mean = 100 * np.mean(np.diag(matrix)[there] / matrix.sum(axis=1)[there])
     print(f"report: {folder}, mean accuracy of the classes {mean:.3f}")

@@ -21,17 +21,6 @@ SHOWN, DRAWN = 16, 50
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
-def places_to_show(images: int, world_size: int) -> list[int]:
-    """The places, among the main process's own images in order, of those that it shows.
-
-    Args:
-        images: How many there are on all processes.
-        world_size: Processes, each of which has every `world_size`-th.
-    """
-    own = len(range(0, images, world_size))
-    return sorted({place * own // SHOWN for place in range(SHOWN)}) if own else []
-
-
 def evaluation_pictures(
     recorded: RecordedAccuracy, names: Sequence[str], config: dict[str, Any], world_size: int
 ) -> dict[str, np.ndarray]:
@@ -104,7 +93,7 @@ def next_batches(
         mixup: What mixes a batch.
         distributed: The process.
     """
-    epoch, step = (clock.epoch + 1, 0) if clock.epoch_is_over else (clock.epoch, clock.step)
+    epoch, step = clock.next_step
     loader.set_epoch(epoch, first_batch=step * update_freq)
     for number, (images, targets) in enumerate(loader):
         if number % update_freq == 0:

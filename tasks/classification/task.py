@@ -276,7 +276,7 @@ class ClassificationTask(Task):
         device = self.distributed.device
         if not self.settings.evaluation.eval:
             images = len(self.val_set) if self.distributed.is_main and self.val_set is not None else 0
-            places = shown.places_to_show(images, self.eval_processes.world_size)
+            places = pictures.places_to_show(shown.SHOWN, images, self.eval_processes.world_size)
             return RecordedAccuracy(device, self.precision, places)
         kind = Accuracy if self.report_folder is None else RecordedAccuracy
         return kind(device, self.precision)

@@ -27,7 +27,7 @@ class Sample(NamedTuple):
 
 @dataclass
 class Shown:
-    """An image of an evaluation, to be shown: uint8 (3, h, w), its labels and those that were predicted, (H, W)."""
+    """An image of an evaluation, to be shown: uint8 (3, h, w), its labels and the predicted ones, (H, W)."""
 
     image: torch.Tensor
     labels: torch.Tensor
@@ -35,7 +35,7 @@ class Shown:
 
 
 def confusion_matrix(labels: torch.Tensor, predicted: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """int64 (true, predicted) counts of pixels, of those that have a label.
+    """int64 (true, predicted) counts of labelled pixels.
 
     Args:
         labels: (H, W) class indices and `IGNORE`.

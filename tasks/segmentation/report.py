@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from utils import print_line, replace_file
+from utils import print_line
 
-from ..confusion import confusion_figure
+from ..confusion import write_confusion
 from ..lettering import can_draw, drawable, load_font
 from ..tables import write_csv
 from .labels import IGNORE, overlay, palette
@@ -44,23 +44,12 @@ def write_report(folder: Path, evaluator: SegmentationScores):
         UserError: They cannot be written.
     """
     write_csv(folder / "classes.csv", [["class", "pixels", "IoU", "Acc"], *class_table(evaluator)])
-    lines = ([name, *row] for name, row in zip(evaluator.classes, evaluator.matrix.tolist(), strict=True))
-    write_csv(folder / "confusion.csv", [["true class", *evaluator.classes], *lines])
-    if can_draw():
-        figure = confusion_figure(evaluator.matrix, evaluator.classes, counts=False)
-        replace_file(folder / "confusion.png", lambda file: figure.savefig(file, format="png", dpi=120))
-    else:
-        print("no confusion.png is drawn: pip install matplotlib")
+    write_confusion(folder, evaluator.matrix, evaluator.classes, counts=False)
     print(f"report: {folder}")
 
 
-def places_to_show(images: int) -> list[int]:
-    """The places, among so many images, of those that are shown."""
-    return sorted({place * images // SHOWN for place in range(SHOWN)}) if images else []
-
-
 def draw_overlays(shown: Sequence[Shown], classes: Sequence[str]) -> np.ndarray:
-    """A row for each image, with its labels and with those that were predicted, and a legend; uint8 (H, W, 3)."""
+    """A row for each image, with its labels and with the predicted ones, and a legend; uint8 (H, W, 3)."""
     rows = [
         [_at_width(overlay(_fit_labels(x.image, labels), labels.numpy())) for labels in (x.labels, x.predicted)]
         for x in shown

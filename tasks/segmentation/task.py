@@ -217,8 +217,9 @@ class SegmentationTask(Task):
 
     def evaluator(self) -> SegmentationScores:
         is_shown = self.distributed.is_main and self.val_set is not None and not self.settings.evaluation.eval
-        own = len(range(0, len(self.val_set), self.eval_processes.world_size)) if is_shown else 0
-        return SegmentationScores(self.inference, self.classes, self.distributed.device, report.places_to_show(own))
+        images = len(self.val_set) if is_shown else 0
+        places = pictures.places_to_show(report.SHOWN, images, self.eval_processes.world_size)
+        return SegmentationScores(self.inference, self.classes, self.distributed.device, places)
 
     def pictures(self, evaluator: SegmentationScores) -> dict[str, np.ndarray]:
         return dict(overlays=report.draw_overlays(evaluator.shown, self.classes)) if evaluator.shown else {}
@@ -237,13 +238,12 @@ class SegmentationTask(Task):
         if self.settings.report.show_batch is None or not self.distributed.is_main:
             return
         loader = self._train_loader(dataset, replace(self.settings.loader, num_workers=0))
-        epoch, step = (clock.epoch + 1, 0) if clock.epoch_is_over else (clock.epoch, clock.step)
+        epoch, step = clock.next_step
         loader.set_epoch(epoch, first_batch=step * self.settings.optimizer.update_freq)
-        mean, std = (np.array(self.config[name]) for name in ("mean", "std"))
+        mean, std = self.config["mean"], self.config["std"]
         shown = [
-            (np.rint(255 * (image.permute(1, 2, 0).cpu().numpy() * std + mean)).clip(0, 255).astype(np.uint8), labels)
-            for images, targets in islice(loader, report.SHOWN)
-            for image, labels in zip(images, targets.cpu().numpy(), strict=True)
+            pair for images, targets in islice(loader, report.SHOWN)
+            for pair in zip(pictures.as_pixels(images, mean, std), targets.cpu().numpy(), strict=True)
         ][:report.SHOWN]
         file = Path(self.settings.report.show_batch)
         pictures.write_picture(file, report.draw_batch(*zip(*shown, strict=True), self.classes))

@@ -18,7 +18,6 @@ import models  # noqa: F401, registers our models with timm
 from datasets import build_dataset
 from scripts import make_shards
 from tasks import confusion
-from tasks.classification import report
 from tasks.classification.report import class_rows
 from tasks.confusion import confusion_figure, confusion_matrix
 
@@ -124,7 +123,7 @@ def test_images_of_shards_and_of_the_digits_have_names_too(photos, weights, tmp_
 
 
 def test_without_matplotlib_all_but_the_picture_is_written(photos, weights, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(report, "can_draw", lambda: False)
+    monkeypatch.setattr(confusion, "can_draw", lambda: False)
     assert evaluate(weights, "--data_path", photos, "--report", tmp_path) == 0
     assert "no confusion.png is drawn: pip install matplotlib\n" in capfd.readouterr().out
     assert {p.name for p in tmp_path.iterdir()} == {"predictions.csv", "classes.csv", "confusion.csv"}
