@@ -23,6 +23,7 @@ class SegmenterRecipe:
         class_names: Their names, in order, where they are known.
         kwargs: Arguments of the backbone.
         extra_norms: See `Backbone`.
+        head_channels: Width of the head; None for what was published.
         input_size: Of the crops that it was trained on, for backbones that are built for one size.
         test_size: Of evaluation.
         exif_transpose: Whether images were turned upright, as their EXIF orientation says.
@@ -34,6 +35,7 @@ class SegmenterRecipe:
     class_names: list[str] | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
     extra_norms: bool | None = None
+    head_channels: int | None = None
     input_size: ImageSize | None = None
     test_size: EvalSize = field(default_factory=EvalSize)
     exif_transpose: bool = True
@@ -59,13 +61,14 @@ class SegmenterRecipe:
             raise stored.WeightsError(f"{stored.public(source)} lacks {error}") from error
         return cls(
             shared.model, said["head"], num_classes, shared.class_names, shared.kwargs, said.get("extra_norms"),
-            shared.input_size, test_size, shared.exif_transpose,
+            said.get("head_channels"), shared.input_size, test_size, shared.exif_transpose,
         )
 
     def build(self) -> Segmenter:
         """The network, with random weights."""
         return HEADS[self.head](
-            self.model, self.num_classes, extra_norms=self.extra_norms, img_size=self.input_size, **self.kwargs
+            self.model, self.num_classes, head_channels=self.head_channels, extra_norms=self.extra_norms,
+            img_size=self.input_size, **self.kwargs,
         )
 
 

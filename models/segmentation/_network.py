@@ -72,7 +72,10 @@ def _create(backbone: str, pretrained: bool, **kwargs: Any) -> Backbone:
     return create_backbone(backbone, pretrained, **dict(dict(num_regions=NUM_REGIONS), **kwargs))
 
 
-def semantic_fpn(backbone: str, num_classes: int = 150, pretrained: bool = False, **kwargs: Any) -> Segmenter:
+def semantic_fpn(
+    backbone: str, num_classes: int = 150, pretrained: bool = False, head_channels: int | None = None,
+    **kwargs: Any,
+) -> Segmenter:
     """Semantic FPN (https://arxiv.org/abs/1901.02446) on a timm model.
 
     >>> semantic_fpn("biformer_tiny", num_classes=11).eval()(torch.zeros(1, 3, 64, 96)).shape
@@ -82,6 +85,7 @@ def semantic_fpn(backbone: str, num_classes: int = 150, pretrained: bool = False
         backbone: Name of a timm model with maps at strides 4, 8, 16 and 32.
         num_classes: Classes.
         pretrained: Start from the backbone's published weights.
+        head_channels: Width of the head; None for what was published: 128, and 512 in UPerNet.
         kwargs: `extra_norms` of `Backbone`, and arguments of the model; `num_regions` is 8 for BiFormer and DeBiFormer.
 
     Raises:
@@ -89,14 +93,21 @@ def semantic_fpn(backbone: str, num_classes: int = 150, pretrained: bool = False
     """
     body = _create(backbone, pretrained, **kwargs)
     neck = FeaturePyramid(body.channels)
-    return Segmenter(body, neck, SemanticFPNHead([256] * len(body.channels), num_classes))
+    width = 128 if head_channels is None else head_channels
+    return Segmenter(body, neck, SemanticFPNHead([256] * len(body.channels), num_classes, width))
 
 
-def upernet(backbone: str, num_classes: int = 150, pretrained: bool = False, **kwargs: Any) -> Segmenter:
-    """UPerNet (https://arxiv.org/abs/1807.10221) on a timm model, with an auxiliary head; as `semantic_fpn`."""
+def upernet(
+    backbone: str, num_classes: int = 150, pretrained: bool = False, head_channels: int | None = None,
+    **kwargs: Any,
+) -> Segmenter:
+    """UPerNet (https://arxiv.org/abs/1807.10221) on a timm model, with an auxiliary head of half the width; as
+    `semantic_fpn`.
+    """
     body = _create(backbone, pretrained, **kwargs)
-    head = UPerHead(body.channels, num_classes)
-    return Segmenter(body, None, head, AuxiliaryHead(body.channels[2], num_classes))
+    width = 512 if head_channels is None else head_channels
+    head = UPerHead(body.channels, num_classes, width)
+    return Segmenter(body, None, head, AuxiliaryHead(body.channels[2], num_classes, width // 2))
 
 
 HEADS = dict(semantic_fpn=semantic_fpn, upernet=upernet)

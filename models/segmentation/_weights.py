@@ -1,6 +1,6 @@
 """Weights of segmenters: published and own checkpoints, and those of classifiers for the backbone."""
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -74,9 +74,12 @@ def load_segmenter(
 
 
 def has_same_heads(network: Segmenter, weights: Weights) -> bool:
-    """Whether the weights of a segmenter are of the network's head, or of one with another number of classes."""
-    def heads(names: Iterable[str]) -> set[str]:
-        return {name for name in names if not name.startswith(("backbone.", "auxiliary_head."))}
+    """Whether the weights of a segmenter are of the network's head and width; the number of classes may be another."""
+    def heads(weights: Weights) -> dict[str, tuple[int, ...]]:
+        return {
+            name: value.shape[1:] if ".conv_seg." in name else value.shape
+            for name, value in weights.items() if not name.startswith(("backbone.", "auxiliary_head."))
+        }
 
     return heads(weights) == heads(network.state_dict())
 

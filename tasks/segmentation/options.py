@@ -20,6 +20,8 @@ class SegmenterOptions(NetworkOptions):
     """Network"""
 
     head: str = flag("upernet", "the head on the backbone, which --model names", choices=HEADS)
+    head_channels: int | None = flag(None, "width of the head (default: as published, 512 of upernet, 128 of "
+                                           "semantic_fpn)", type=int, check=at_least(2))
     extra_norms: bool | None = flag(None, "norm each map of the backbone (default: with BiFormer and DeBiFormer)",
                                     type=boolean, metavar="BOOL")
     aux_weight: float = flag(0.4, "weight of the loss of UPerNet's auxiliary head", type=float, check=not_negative)
@@ -113,7 +115,7 @@ class SegmentationReport(Group):
 class SegmentationSettings(Settings):
     """All options of a run that trains or evaluates a segmenter."""
 
-    evaluated = Settings.evaluated | {"model", "model_kwargs", "head", "extra_norms", "input_size"} | {
+    evaluated = Settings.evaluated | {"model", "model_kwargs", "head", "head_channels", "extra_norms", "input_size"} | {
         field.name for group in (SegmentationDataOptions, ViewOptions) for field in fields(group)
     }
     decides_epoch = Settings.decides_epoch | {"data_set", "exif_transpose", "short_side", "long_side"} | {

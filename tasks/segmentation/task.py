@@ -152,8 +152,8 @@ class SegmentationTask(Task):
         with networks.building(asked.model, pretrained):
             try:
                 return HEADS[asked.head](
-                    asked.model, self.num_classes, pretrained, extra_norms=asked.extra_norms,
-                    img_size=self.settings.augmentation.input_size, **kwargs,
+                    asked.model, self.num_classes, pretrained, head_channels=asked.head_channels,
+                    extra_norms=asked.extra_norms, img_size=self.settings.augmentation.input_size, **kwargs,
                 )
             except NoMapsError as error:  # which names the model
                 raise UsageError(str(error)) from error

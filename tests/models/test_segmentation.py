@@ -69,6 +69,17 @@ def test_maps_of_a_padded_image_show_the_image_alone():
             assert torch.equal(found, of_padded[..., :height, :width])
 
 
+def test_heads_have_the_published_width_or_the_one_asked_for(create):
+    def widths(network):
+        return {m.out_channels for m in network.decode_head.modules() if isinstance(m, torch.nn.Conv2d)} - {5}
+
+    assert widths(create(NANO, num_classes=5)) == {512 if create is upernet else 128}
+    narrow = create(NANO, num_classes=5, head_channels=24)
+    assert widths(narrow) == {24}
+    if narrow.auxiliary_head is not None:
+        assert narrow.auxiliary_head.conv_seg.in_channels == 12
+
+
 def test_a_backbone_of_one_stride_is_refused():
     with pytest.raises(ValueError, match=r"deit_tiny_patch16_224 has maps at strides 16, and a backbone needs"):
         upernet("deit_tiny_patch16_224")

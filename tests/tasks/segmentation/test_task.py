@@ -136,6 +136,19 @@ def test_a_segmenter_with_another_head_gives_the_backbone(segments, tmp_path, ca
     assert "left out" not in out
 
 
+def test_a_head_of_another_width_is_not_taken(segments, tmp_path, capfd):
+    """Nor is it evaluated as another."""
+    source = semantic_fpn("biformer_nano", num_classes=3, head_channels=24)
+    path = saved(source, tmp_path / "s.pth")
+    network = network_of(segments, "--finetune", path)
+    assert torch.equal(network.backbone.extra_norms[0].weight, source.backbone.extra_norms[0].weight)
+    assert "newly initialised: neck (16), decode_head (44)" in capfd.readouterr().out
+    network = network_of(segments, "--finetune", path, "--head_channels", 24)
+    assert capfd.readouterr().out == f"{path}: all is loaded\n"
+    code, line = complaint(capfd, segments, "--eval", "--resume", path)
+    assert code == 1 and "does not fit" in line and "decode_head" in line
+
+
 @pytest.mark.parametrize("other", [lambda: timm.create_model("resnet18"), lambda: upernet("resnet18")])
 def test_weights_that_do_not_fit_start_nothing(segments, tmp_path, capfd, other):
     path = saved(other(), tmp_path / "x.pth")
