@@ -14,7 +14,8 @@ from training.buffers import copy_buffers, put_back
 from training.data.loader import EpochLoader, report_skipped
 from training.distributed import share_statistics
 from training.health import LossWatch, OwnTime, check_loss_scale
-from training.log import Meter, RunLog, check_finite, is_watched, log_line
+from training.log import RunLog, is_watched
+from training.meter import Meter, check_finite, log_line
 from training.progress import Doing
 from training.run import Run
 from training.task import Batch, Evaluator, Task

@@ -15,7 +15,8 @@ from torch import nn
 from engine import Trainer, evaluate
 from optim_factory import Schedule
 from training.distributed import Distributed
-from training.log import NonFiniteLossError, RunLog
+from training.log import RunLog
+from training.meter import NonFiniteLossError
 from training.precision import Precision
 from training.run import Clock, Run, create_ema
 

@@ -10,7 +10,7 @@ from . import (
     cuda_graphs,
     distributed,
     launcher,
-    log,
+    meter,
     restarts,
     resuming,
     run,
@@ -51,7 +51,7 @@ ADVICE: Mapping[type[UserError], str] = {
     run.BatchMismatchError: "keep --batch_size x processes x --update_freq, or resume from the end of an epoch",
     run.DataMismatchError: "give what it had, or resume from the end of an epoch",
     run.ShardMismatchError: "keep the number of processes, or resume from the end of an epoch",
-    log.NonFiniteLossError: "try a lower --lr, longer --warmup_epochs, --clip_grad 5 or --amp off",
+    meter.NonFiniteLossError: "try a lower --lr, longer --warmup_epochs, --clip_grad 5 or --amp off",
     trackers.WandbError: "log in with `wandb login`, set WANDB_MODE=offline, or leave out --enable_wandb",
     signals.OutOfMemoryFault: "lower --batch_size and raise --update_freq by as much, which trains the same, or pass "
                               "--grad_checkpointing",

@@ -8,7 +8,7 @@ from typing import Any
 from .alike import check_same_weights
 from .checkpoints import CheckpointStore
 from .distributed import Distributed
-from .log import Meter, check_finite
+from .meter import Meter, check_finite
 from .options import CheckpointOptions
 from .progress import Doing
 from .restarts import MOST, NoProgressError, count_starts

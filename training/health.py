@@ -6,7 +6,7 @@ from statistics import median
 import torch
 
 from .distributed import Distributed
-from .log import NonFiniteLossError
+from .meter import NonFiniteLossError
 from .precision import INITIAL_SCALE
 from .run import Clock
 

@@ -12,7 +12,7 @@ from training.advice import with_advice
 from training.checkpointer import Checkpointer, Stopped
 from training.checkpoints import CheckpointStore
 from training.distributed import Distributed
-from training.log import Meter
+from training.meter import Meter
 from training.options import CheckpointOptions
 from training.progress import Progress
 from training.restarts import NoProgressError
