@@ -9,6 +9,8 @@ from torch import nn
 from ._recipe import ImageSize, size_kwargs
 
 STRIDES = (4, 8, 16, 32)
+# Families whose windows shift as published if they are built for an image of which no map is a single window.
+_SHIFTED, _LARGE = ("swin_transformer", "swin_transformer_v2"), 1024
 # Families whose published backbones norm each map, and take a number of regions that suits large images.
 _ROUTED = ("biformer", "debiformer")
 
@@ -37,7 +39,8 @@ class Backbone(nn.Module):
         of_stride = {info["reduction"]: i for i, info in enumerate(getattr(body, "feature_info", ()))}
         name = (getattr(body, "default_cfg", None) or {}).get("architecture") or type(body).__name__
         if not of_stride.keys() >= set(STRIDES) or not hasattr(body, "forward_intermediates"):
-            found = f"has maps at strides {', '.join(map(str, of_stride))}" if of_stride else "has no maps"
+            strides = of_stride if hasattr(body, "forward_intermediates") else ()
+            found = f"has maps at strides {', '.join(map(str, strides))}" if strides else "gives no maps"
             raise NoMapsError(f"{name} {found}, and a backbone needs those at 4, 8, 16 and 32")
         self.indices = [of_stride[stride] for stride in STRIDES]
         self.channels = tuple(body.feature_info[i]["num_chs"] for i in self.indices)
@@ -59,11 +62,17 @@ class Backbone(nn.Module):
         return [norm(x) for norm, x in zip(self.extra_norms, maps, strict=True)]
 
 
+def _family(name: str) -> str:
+    """The file that registers a model."""
+    return timm.model_entrypoint(name).__module__.rpartition(".")[2]
+
+
 def _create_body(name: str, pretrained: bool, img_size: ImageSize | None, **kwargs: Any) -> nn.Module:
     """A model of timm's without its classifier; for any image size where it can be."""
     if timm.models.get_pretrained_cfg_value(name, "fixed_input_size"):
         try:  # windows are of any map; positions of some other models are of one
-            body = timm.create_model(name, pretrained=pretrained, num_classes=0, strict_img_size=False, **kwargs)
+            of_any = dict(img_size=_LARGE) | kwargs if _family(name) in _SHIFTED else kwargs
+            body = timm.create_model(name, pretrained=pretrained, num_classes=0, strict_img_size=False, **of_any)
             body.patch_embed.dynamic_img_pad = True
             return body
         except TypeError:
@@ -92,7 +101,7 @@ def create_backbone(
     Raises:
         NoMapsError: It has no such maps.
     """
-    is_routed = timm.model_entrypoint(name).__module__.rpartition(".")[2] in _ROUTED
+    is_routed = _family(name) in _ROUTED
     if is_routed:
         kwargs = dict(num_regions=num_regions) | kwargs
     body = _create_body(name, pretrained, img_size, **kwargs)
