@@ -11,6 +11,7 @@ import torch
 
 from helpers import ROOT
 from helpers.run_state import differences
+from helpers.segments import write_segments
 
 pytestmark = pytest.mark.gpu
 # Small, with everything that has a state of its own: EMA, accumulation, mixup, erasing, stochastic depth.
@@ -43,6 +44,18 @@ def test_a_killed_and_resumed_run_is_exact(tmp_path, way):
     kill_in_second_epoch(killed, *more)
     subprocess.run(command(killed, *more, "--auto_resume", "true"), cwd=ROOT, check=True, capture_output=True)
     assert differences(whole, killed) == []
+
+
+@pytest.mark.parametrize("head", ["upernet", "semantic_fpn"])
+def test_segmenters_train_deterministically(tmp_path, head):
+    """Two runs are equal, bit for bit."""
+    data = write_segments(tmp_path / "data", train=9, val=3)
+    for name in ("first", "second"):
+        run = [sys.executable, "main.py", "--task", "segmentation", "--data_path", str(data), "--head", head,
+               "--model", "biformer_nano", "--input_size", "64", "--short_side", "64", "--batch_size", "4",
+               "--device", "cuda", "--amp", "bf16", "--deterministic", "--max_steps", "4", "--warmup_epochs", "0"]
+        subprocess.run([*run, "--output_dir", str(tmp_path / name)], cwd=ROOT, check=True, capture_output=True)
+    assert differences(tmp_path / "first", tmp_path / "second") == []
 
 
 def test_deformable_attention_cannot_be_deterministic_and_says_so(tmp_path):

@@ -106,6 +106,27 @@ class SemanticFPNHead(Classifier):
         return self.classify(total)
 
 
+class AveragePool(nn.Module):
+    """A map averaged to so many rows and columns.
+
+    As nn.AdaptiveAvgPool2d, whose gradient is not deterministic on GPUs.
+    """
+
+    def __init__(self, side: int):
+        super().__init__()
+        self.side = side
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, C, side, side)."""
+        for dim in (2, 3):
+            length = x.shape[dim]
+            starts = [i * length // self.side for i in range(self.side)]
+            ends = [-(-(i + 1) * length // self.side) for i in range(self.side)]
+            bins = [x.narrow(dim, start, end - start) for start, end in zip(starts, ends, strict=True)]
+            x = torch.stack([part.mean(dim) for part in bins], dim)
+        return x
+
+
 class UPerHead(Classifier):
     """Pyramid pooling of the coarsest map, a top-down pyramid of all, and one convolution over their concatenation.
 
@@ -126,7 +147,7 @@ class UPerHead(Classifier):
         super().__init__(channels, num_classes)
         *finer, coarsest = in_channels
         self.psp_modules = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(scale), ConvNorm(coarsest, channels)) for scale in pool_scales
+            nn.Sequential(AveragePool(scale), ConvNorm(coarsest, channels)) for scale in pool_scales
         )
         self.bottleneck = ConvNorm(coarsest + len(pool_scales) * channels, channels, 3)
         self.lateral_convs = nn.ModuleList(ConvNorm(c, channels) for c in finer)

@@ -16,4 +16,5 @@ def pixel_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         labels: (B, H, W) class indices and `IGNORE`.
     """
     logits = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear", align_corners=False)
-    return F.cross_entropy(logits, labels.long(), ignore_index=IGNORE, reduction="sum") / labels.numel()
+    # Not by its own reduction: on GPUs that is not deterministic.
+    return F.cross_entropy(logits, labels.long(), ignore_index=IGNORE, reduction="none").mean()
