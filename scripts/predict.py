@@ -4,8 +4,8 @@
     python scripts/predict.py --model convnext_tiny photos/
     python scripts/predict.py --checkpoint runs/streets/best.pth photos/ --output maps
 
-A checkpoint of this repository knows its model, its image size and its classes. For any other, give --model; if it has
-1000 classes, they are named as those of ImageNet-1K.
+A checkpoint of this repository knows its model, its image size and its classes. For any other, give --model, of a
+segmenter its backbone; if a classifier has 1000 classes, they are named as those of ImageNet-1K.
 
 Of a segmenter, each line says which parts of the image the classes cover; --output is a folder, for labels/NAME.png
 with the values of the label files it was trained on, in colours, and overlays/NAME.jpg.
@@ -31,6 +31,7 @@ from timm.layers import to_2tuple
 from tqdm import tqdm
 
 from models import NetworkRecipe, create_trained
+from models.segmentation import is_segmenter
 from scripts.prediction import masks
 from scripts.prediction.images import Images, Prediction, collate, find_images
 from storage import weights
@@ -38,7 +39,6 @@ from tasks.classification.images import ImagePipeline
 from tasks.networks import (
     PretrainedWeightsError,
     build_model,
-    check_is_no_segmenter,
     check_model,
     check_outputs,
     model_data_config,
@@ -116,8 +116,6 @@ def load_network(args: argparse.Namespace) -> tuple[torch.nn.Module, NetworkReci
         except PretrainedWeightsError as error:
             raise UserError(f"{error}; --checkpoint takes a file of weights") from error
     checkpoint = read(args.checkpoint)
-    with reading_weights():
-        check_is_no_segmenter(weights.unwrap(checkpoint, args.model_key), args.checkpoint)
     recipe = recipe_of(checkpoint, args)
     key, notes = (args.model_key, []) if args.model_key else weights.default_weights(checkpoint, args.checkpoint)
     for note in notes:
@@ -199,12 +197,14 @@ def as_rows(predictions: Iterable[Prediction]) -> Iterator[list[Any]]:
         yield [path, *prediction_cells(guesses), error]
 
 
-def task_of(args: argparse.Namespace) -> str:
-    """The task that the network was trained for."""
+def is_of_segmenter(args: argparse.Namespace) -> bool:
+    """Whether the checkpoint is a segmenter's, of a run or a published one."""
     if args.checkpoint is None:
-        return "classification"
+        return False
     with as_user_error(weights.WeightsError):
-        return NetworkRecipe.of(weights.read_checkpoint(args.checkpoint, mmap=True)).task
+        checkpoint = weights.read_checkpoint(args.checkpoint, mmap=True)
+        is_run = NetworkRecipe.of(checkpoint).task == "segmentation"
+        return is_run or is_segmenter(weights.unwrap(checkpoint, args.model_key))
 
 
 def write(args: argparse.Namespace):
@@ -212,11 +212,11 @@ def write(args: argparse.Namespace):
     paths: dict[str, Path] = {}
     for path in find_images(args.images):
         paths.setdefault(os.path.abspath(path), path)  # once, however many arguments name it
-    is_segmenter = task_of(args) == "segmentation"
-    found = masks.predict(args, list(paths.values())) if is_segmenter else predict(args, list(paths.values()))
+    is_mask = is_of_segmenter(args)
+    found = masks.predict(args, list(paths.values())) if is_mask else predict(args, list(paths.values()))
     predictions = printed(found, len(paths))
     try:
-        if args.output and not is_segmenter:
+        if args.output and not is_mask:
             write_csv(args.output, as_rows(predictions))
         else:
             deque(predictions, maxlen=0)
@@ -242,7 +242,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--topk", default=5, type=int, help="classes to name for each image (default: %(default)s)")
     parser.add_argument("--output", type=user_path, metavar="FILE",
                         help="write them as CSV too; of a segmenter, a folder for label maps")
-    parser.add_argument("--batch_size", default=32, type=int, help="images of a forward pass (default: %(default)s)")
+    parser.add_argument("--batch_size", default=32, type=int,
+                        help="images of a forward pass, of a segmenter always 1 (default: %(default)s)")
     parser.add_argument("--num_workers", default=min(8, os.cpu_count() or 1), type=int,
                         help="data loading processes (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1 or cpu (default: %(default)s)")

@@ -4,23 +4,24 @@
 """
 from .._backbone import NoMapsError
 from ._images import EvalSize, SegmentationTransform, fit, resize, round_up
-from ._load import SegmenterRecipe, load
+from ._load import NoBackboneError, SegmenterRecipe, create_trained, load
 from ._network import HEADS, Segmenter, semantic_fpn, upernet
-from ._weights import has_same_heads, is_segmenter, load_backbone, load_into, load_segmenter
+from ._weights import has_same_heads, is_segmenter, load_backbone, load_segmenter
 
 __all__ = [
     "HEADS",
     "EvalSize",
+    "NoBackboneError",
     "NoMapsError",
     "SegmentationTransform",
     "Segmenter",
     "SegmenterRecipe",
+    "create_trained",
     "fit",
     "has_same_heads",
     "is_segmenter",
     "load",
     "load_backbone",
-    "load_into",
     "load_segmenter",
     "resize",
     "round_up",

@@ -9,7 +9,14 @@ from .._pretrained import stored
 from .._recipe import ImageSize, NetworkRecipe
 from ._images import EvalSize, SegmentationTransform
 from ._network import HEADS, Segmenter
-from ._weights import load_into
+from ._weights import Weights, is_segmenter, load_into
+
+# What only one head has, by name.
+_PARTS = dict(upernet="decode_head.psp_modules.", semantic_fpn="decode_head.scale_heads.")
+
+
+class NoBackboneError(stored.WeightsError):
+    """The weights of a published segmenter, which do not say what their backbone is."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +48,20 @@ class SegmenterRecipe:
     exif_transpose: bool = True
 
     @classmethod
-    def of(cls, checkpoint: dict[str, Any], source: str) -> "SegmenterRecipe":
-        """What the checkpoint of a run says.
+    def of(cls, checkpoint: dict[str, Any], source: str, model: str | None = None) -> "SegmenterRecipe":
+        """What the checkpoint of a run says or, of a published segmenter, what its weights show.
+
+        Args:
+            checkpoint: As `storage.weights.read_checkpoint` returns it.
+            source: Where it was read from, for messages.
+            model: The name of its backbone, where the checkpoint does not say it.
 
         Raises:
-            WeightsError: The run has not trained a segmenter.
+            WeightsError: It is of no segmenter that is known here, or nothing names its backbone.
         """
         said = checkpoint.get("args")
         if not isinstance(said, dict) or said.get("task") != "segmentation":
-            raise stored.WeightsError(f"{stored.public(source)} is not the checkpoint of a run that trains a segmenter")
+            return cls._of_published(stored.unwrap(checkpoint), stored.public(source), model)
         if said.get("head") not in HEADS or not timm.is_model(said.get("model") or ""):
             raise stored.WeightsError(f"{stored.public(source)} is of {said.get('head')} on {said.get('model')}, which "
                                       "are not known here")
@@ -64,6 +76,21 @@ class SegmenterRecipe:
             said.get("head_channels"), shared.input_size, test_size, shared.exif_transpose,
         )
 
+    @classmethod
+    def _of_published(cls, weights: Weights, source: str, model: str | None) -> "SegmenterRecipe":
+        """The head and its width, by the names and shapes of its weights."""
+        if not is_segmenter(weights):
+            raise stored.WeightsError(f"{source} is not the checkpoint of a run that trains a segmenter")
+        found = [head for head, part in _PARTS.items() if any(name.startswith(part) for name in weights)]
+        classifier = weights.get("decode_head.conv_seg.weight")
+        if len(found) != 1 or classifier is None:
+            raise stored.WeightsError(f"{source} has a head other than {' and '.join(_PARTS)}")
+        if model is None:
+            raise NoBackboneError(f"{source} does not say which model its backbone is")
+        if not timm.is_model(model):
+            raise stored.WeightsError(f"timm knows no model {model!r}")
+        return cls(model, found[0], len(classifier), head_channels=classifier.shape[1])
+
     def build(self) -> Segmenter:
         """The network, with random weights."""
         return HEADS[self.head](
@@ -72,7 +99,35 @@ class SegmenterRecipe:
         )
 
 
-def load(source: str, weights: str | None = None) -> tuple[Segmenter, SegmentationTransform]:
+def create_trained(
+    recipe: SegmenterRecipe, checkpoint: dict[str, Any], source: str, weights: str | None = None
+) -> Segmenter:
+    """The segmenter of a recipe with the weights of a checkpoint, in evaluation mode, on the CPU.
+
+    Args:
+        recipe: As `SegmenterRecipe.of` returns it.
+        checkpoint: As `storage.weights.read_checkpoint` returns it.
+        source: Where it was read from, for messages.
+        weights: Its key in the checkpoint; None for `storage.weights.default_weights`.
+
+    Raises:
+        WeightsError: One line: the backbone refuses the recipe's arguments, or the weights do not fit, or are not
+            finite.
+    """
+    source = stored.public(source)
+    try:
+        network = recipe.build()
+    except Exception as error:  # on arguments that it does not take, a model raises nearly anything
+        reason = " ".join(str(error).split()) or repr(error)
+        raise stored.WeightsError(f"{source}: {recipe.model} cannot be built: {reason}") from error
+    load_into(network, checkpoint, source, weights)
+    network.classes = recipe.class_names
+    return network.eval()
+
+
+def load(
+    source: str, weights: str | None = None, model: str | None = None
+) -> tuple[Segmenter, SegmentationTransform]:
     """The segmenter of a run in evaluation mode, on the CPU, and the transform of its images.
 
         network, transform = load("best.pth")
@@ -85,9 +140,10 @@ def load(source: str, weights: str | None = None) -> tuple[Segmenter, Segmentati
     mirrored images or padding.
 
     Args:
-        source: File or URL of a checkpoint of this repository.
+        source: File or URL of a checkpoint of this repository, or of a published segmenter.
         weights: Its key in the checkpoint, for example "model_ema"; None for the model's own or, of a run whose best
             metric is the EMA's, for the EMA weights.
+        model: The name of its backbone, for weights that do not say it; any of timm's.
 
     Returns:
         The network, whose `classes` are the names of the classes where they are known, and the transform.
@@ -96,10 +152,11 @@ def load(source: str, weights: str | None = None) -> tuple[Segmenter, Segmentati
         WeightsError: A ValueError in one line: the checkpoint cannot be read, holds no segmenter, or does not fit.
     """
     checkpoint = stored.read_checkpoint(str(source))
-    recipe = SegmenterRecipe.of(checkpoint, str(source))
-    network = recipe.build()
-    load_into(network, checkpoint, str(source), weights)
-    network.classes = recipe.class_names
+    try:
+        recipe = SegmenterRecipe.of(checkpoint, str(source), model)
+    except NoBackboneError as error:
+        raise NoBackboneError(f"{error}; name it: load(..., model='NAME')") from error
+    network = create_trained(recipe, checkpoint, str(source), weights)
     config = resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(recipe.model).to_dict())
     transform = SegmentationTransform(recipe.test_size, config["mean"], config["std"], recipe.exif_transpose)
-    return network.eval(), transform
+    return network, transform

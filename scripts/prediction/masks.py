@@ -1,5 +1,6 @@
 """Label maps of images, by a segmenter: written as PNGs with a palette, and as overlays."""
 import argparse
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,9 +12,10 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from models.segmentation import Segmenter, SegmenterRecipe, load_into
+from models import NetworkRecipe
+from models.segmentation import NoBackboneError, Segmenter, SegmenterRecipe, create_trained
 from storage.weights import default_weights
-from tasks.networks import building, model_data_config, read
+from tasks.networks import model_data_config, read
 from tasks.options import image_size
 from tasks.segmentation.inference import Inference
 from tasks.segmentation.labels import overlay, write_label
@@ -30,7 +32,7 @@ from utils import UsageError, UserError, replace_file
 from .images import Prediction
 
 # Flags of predict.py that are for classifiers alone.
-_OF_CLASSIFIERS = ("model", "nb_classes", "input_size", "use_test_size")
+_OF_CLASSIFIERS = ("nb_classes", "input_size", "use_test_size")
 
 
 @dataclass(frozen=True)
@@ -103,23 +105,25 @@ def _check_output(output: Path, folders: list[Path]):
 
 
 def load_network(args: argparse.Namespace) -> tuple[Segmenter, SegmenterRecipe, dict[str, Any]]:
-    """The segmenter of `args.checkpoint`, its recipe, and the checkpoint's recipe of the run.
+    """The segmenter of `args.checkpoint`, its recipe, and the run's, which is empty for published weights.
 
     Raises:
-        UserError: It cannot be read or built; UsageError where a flag is for classifiers alone.
+        UserError: It cannot be read or built; UsageError where a flag is for classifiers alone, or a model is missing.
     """
-    if given := [f"--{name}" for name in _OF_CLASSIFIERS if getattr(args, name)]:
-        raise UsageError(f"{' and '.join(given)}: a segmenter is what its checkpoint says")
     checkpoint = read(args.checkpoint)
+    said = checkpoint.get("args") if NetworkRecipe.of(checkpoint).task == "segmentation" else {}
+    of_others = (*_OF_CLASSIFIERS, "model") if said else _OF_CLASSIFIERS
+    if given := [f"--{name}" for name in of_others if getattr(args, name)]:
+        raise UsageError(f"{' and '.join(given)}: a segmenter is what its checkpoint says")
     key, notes = (args.model_key, []) if args.model_key else default_weights(checkpoint, args.checkpoint)
     for note in notes:
-        tqdm.write(note)
+        tqdm.write(note, file=sys.stderr)
     with reading_weights():
-        recipe = SegmenterRecipe.of(checkpoint, args.checkpoint)
-        with building(recipe.model, False):
-            network = recipe.build()
-        load_into(network, checkpoint, args.checkpoint, key)
-    return network, recipe, checkpoint["args"]
+        try:
+            recipe = SegmenterRecipe.of(checkpoint, args.checkpoint, args.model)
+        except NoBackboneError as error:
+            raise UsageError(f"{error}; give --model") from error
+        return create_trained(recipe, checkpoint, args.checkpoint, key), recipe, said
 
 
 @torch.inference_mode()
@@ -134,12 +138,12 @@ def predict(args: argparse.Namespace, paths: list[Path]) -> Iterator[Prediction]
     """
     names, distributed = output_names(args.images, paths, args.output), init_distributed(args.device)
     network, recipe, said = load_network(args)
-    network.eval().to(distributed.device)
+    network.to(distributed.device)
     classes = recipe.class_names or [str(index + 1) for index in range(recipe.num_classes)]
     options = _view_options(said)
     inference = Inference.of(options, model_data_config(recipe.model), Precision.on(distributed.device, args.amp))
     dataset = Images(paths, Views(recipe.test_size, options.test_scales), recipe.exif_transpose)
-    loader_options = LoaderOptions(batch_size=args.batch_size, num_workers=args.num_workers)
+    loader_options = LoaderOptions(batch_size=1, num_workers=args.num_workers)  # photographs of any size wait in memory
     loader = build_loader(dataset, loader_options, distributed, train=False, collate_fn=list, transfer=_OnDevice)
     for item in (item for batch in loader for item in batch):
         path = paths[item.index]
@@ -158,8 +162,8 @@ def predict(args: argparse.Namespace, paths: list[Path]) -> Iterator[Prediction]
 
 def _view_options(said: dict[str, Any]) -> ViewOptions:
     """How the run evaluated."""
-    values = {field.name: said[field.name] for field in fields(ViewOptions)}
-    sizes = {name: image_size(str(values[name])) for name in ("crop", "stride") if values[name] is not None}
+    values = {field.name: said[field.name] for field in fields(ViewOptions) if field.name in said}
+    sizes = {name: image_size(str(values[name])) for name in ("crop", "stride") if values.get(name) is not None}
     return ViewOptions(**{**values, **sizes})
 
 

@@ -8,8 +8,19 @@ import torch.nn.functional as F
 
 import models
 from helpers.published import published_state_dict
-from models.segmentation import HEADS, Segmenter, is_segmenter, load_backbone, load_segmenter, semantic_fpn, upernet
-from storage.weights import MismatchError
+from models.segmentation import (
+    HEADS,
+    EvalSize,
+    Segmenter,
+    is_segmenter,
+    load,
+    load_backbone,
+    load_segmenter,
+    semantic_fpn,
+    upernet,
+)
+from models.segmentation._heads import AveragePool
+from storage.weights import MismatchError, WeightsError
 
 NANO = "biformer_nano"
 
@@ -102,6 +113,19 @@ def test_extra_norms_are_of_the_maps_alone():
     assert semantic_fpn(NANO, extra_norms=False).backbone.extra_norms is None
 
 
+@pytest.mark.parametrize("side", [1, 2, 3, 6])
+@pytest.mark.parametrize("size", [(6, 12), (7, 11), (3, 5), (1, 1), (16, 64)])
+def test_maps_are_pooled_as_by_pytorch(side, size):
+    """Also where bins overlap, and of maps that are smaller than what they are pooled to."""
+    x, y = (images(2, 3, *size).double().requires_grad_() for _ in range(2))
+    pooled, expected = AveragePool(side)(x), F.adaptive_avg_pool2d(y, side)
+    torch.testing.assert_close(pooled, expected)
+    weights = images(*expected.shape, seed=1).double()
+    (pooled * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+
+
 @pytest.mark.parametrize("name", [NANO, "debiformer_tiny"])
 def test_routed_backbones_have_eight_regions(name):
     def regions(network):
@@ -110,6 +134,16 @@ def test_routed_backbones_have_eight_regions(name):
     with torch.device("meta"):
         assert regions(upernet(name)) == {8} and regions(semantic_fpn(name, num_regions=5)) == {5}
         assert regions(timm.create_model(name)) == {7}
+
+
+@pytest.mark.parametrize("name,shift", [("swin_tiny_patch4_window7_224", 3), ("swinv2_tiny_window8_256", 4)])
+@pytest.mark.parametrize("img_size", [None, 160, 512])
+def test_windows_shift_in_every_stage(name, shift, img_size):
+    """As published: timm leaves the shift out where a map of the size that it is built for is a single window."""
+    with torch.device("meta"):
+        body = semantic_fpn(name, img_size=img_size).backbone.body
+    for stage in body.layers:
+        assert [block.shift_size for block in stage.blocks[:2]] == [(0, 0), (shift, shift)]
 
 
 @pytest.mark.parametrize("head,name,parameters", [
@@ -303,6 +337,36 @@ def test_windows_of_a_small_classifier_are_taken_over():
     load_backbone(network, small.state_dict())
     with torch.inference_mode():
         assert network.eval()(images(1, 3, 64, 96)).isfinite().all()
+
+
+@pytest.mark.parametrize("wrapped", [lambda weights: weights, lambda weights: dict(state_dict=weights, meta={})])
+def test_a_published_segmenter_is_loaded_by_the_name_of_its_backbone(create, tmp_path, wrapped):
+    """Its weights show the head, its width and the classes."""
+    source = create(NANO, num_classes=5, head_channels=24).eval()
+    weights = {name.replace("backbone.body.", "backbone."): value for name, value in source.state_dict().items()}
+    torch.save(wrapped(weights), tmp_path / "p.pth")
+    network, transform = load(tmp_path / "p.pth", model=NANO)
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in network.state_dict().items())
+    assert not network.training and network.classes is None and transform.size == EvalSize()
+    with pytest.raises(WeightsError, match=r"p\.pth does not say which model its backbone is; name it: load\("):
+        load(tmp_path / "p.pth")
+    with pytest.raises(WeightsError, match="timm knows no model 'nano'"):
+        load(tmp_path / "p.pth", model="nano")
+
+
+def test_a_published_segmenter_with_a_head_that_is_not_known(tmp_path):
+    weights = {"decode_head.conv_seg.weight": torch.zeros(3, 8, 1, 1), "backbone.stem.weight": torch.zeros(1)}
+    torch.save(weights, tmp_path / "p.pth")
+    with pytest.raises(WeightsError, match=r"p\.pth has a head other than upernet and semantic_fpn"):
+        load(tmp_path / "p.pth", model=NANO)
+
+
+def test_arguments_that_a_backbone_does_not_take_are_one_line(tmp_path):
+    said = dict(task="segmentation", head="semantic_fpn", model=NANO, model_kwargs=dict(depth=3), short_side=64,
+                long_side=64, test_rounding="none")
+    torch.save(dict(model=semantic_fpn(NANO).state_dict(), args=said), tmp_path / "c.pth")
+    with pytest.raises(WeightsError, match=r"c\.pth: biformer_nano cannot be built: .*'depth'"):
+        load(tmp_path / "c.pth")
 
 
 def test_state_survives_a_file(tmp_path):

@@ -274,6 +274,30 @@ def test_label_maps_are_written(segments, trained, tmp_path, capfd):
     assert name == max(shares, key=shares.get) and abs(float(share) - 100 * shares[name]) < 0.2
 
 
+def test_a_published_segmenter_predicts(segments, trained, tmp_path, capfd):
+    """As at the sizes of the published recipes; what it has been trained on is not known."""
+    weights = torch.load(trained / "last.pth", weights_only=True)["model"]
+    published = {name.replace("backbone.body.", "backbone."): value for name, value in weights.items()}
+    torch.save(dict(state_dict=published), tmp_path / "p.pth")
+    image, maps = segments / "images" / "validation" / "0.png", tmp_path / "maps"
+    code, _, err = predicted(capfd, "--checkpoint", tmp_path / "p.pth", image)
+    assert code == 2 and err.endswith("p.pth does not say which model its backbone is; give --model\n")
+    model = ("--model", "biformer_nano")
+    code, out, _ = predicted(capfd, "--checkpoint", tmp_path / "p.pth", *model, image, "--output", maps)
+    assert code == 0 and re.search(r"0\.png: [123] \d", out)
+    assert Image.open(maps / "labels" / "0.png").size == Image.open(image).size
+
+
+def test_a_prediction_says_nothing_but_predictions_on_standard_output(segments, trained, tmp_path, capfd):
+    """Of the EMA weights, and of a checkpoint from before a flag of today."""
+    checkpoint = torch.load(trained / "last.pth", weights_only=True)
+    checkpoint["best"] = dict(ema_mIoU=60.0)
+    del checkpoint["args"]["test_flip"]
+    torch.save(checkpoint, tmp_path / "c.pth")
+    code, out, err = predicted(capfd, "--checkpoint", tmp_path / "c.pth", segments / "images" / "validation" / "0.png")
+    assert code == 0 and len(out.splitlines()) == 1 and "the EMA weights are taken" in err
+
+
 def test_mistakes_of_a_prediction_are_one_line(segments, trained, tmp_path, capfd):
     image = segments / "images" / "validation" / "0.png"
     (tmp_path / "bad.png").write_bytes(b"no image")
