@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from training.data.files import describe_left_out, find_images, list_folder
 from training.data.images import UnreadableFileError, load_image, reading
@@ -100,25 +100,33 @@ class SegmentationFolder(Sequence):
         """Lines about what is odd in the labels of at most `_LOOKED_AT` images.
 
         Raises:
-            LabelError: A label file does not fit the classes, or no pixel of them has a label.
+            LabelError: A label file does not fit the classes or its image, or no pixel of them has a label.
         """
-        paths = [label for _, label in self.samples[::-(-len(self.samples) // _LOOKED_AT)]]
+        indices = range(0, len(self), -(-len(self) // _LOOKED_AT))
+        paths = [self.samples[index][1] for index in indices]
         pixels = np.zeros(IGNORE + 1, np.int64)
-        for path in paths:
+        for index, path in zip(indices, paths, strict=True):
             with suppress(UnreadableFileError):  # it is named when its image is read
-                pixels += np.bincount(read_label(Path(path), len(self.classes)).ravel(), minlength=IGNORE + 1)
+                labels = read_label(Path(path), len(self.classes))
+                if labels.shape != _size_of(self.samples[index][0], self.exif_transpose)[::-1]:
+                    self[index]  # which says what does not fit, if the header is right
+                pixels += np.bincount(labels.ravel(), minlength=IGNORE + 1)
         if not pixels[:IGNORE].any() and pixels.any():
             raise LabelError(f"no pixel of {count(len(paths), 'label file')} such as {paths[0]} has a label: they hold "
                              "0 and 255 alone, which both stand for what is not labelled; the first class is 1")
         absent = [name for name, number in zip(self.classes, pixels, strict=False) if not number]
-        if absent and len(paths) == len(self.samples):
-            yield (f"warning: no pixel of {self.labels} is labelled {some(absent)}; the value 1 is the first class, "
-                   f"{self.classes[0]}")
+        is_all = len(paths) == len(self)  # else rare classes may well be absent
+        if absent and (is_all or absent[-1] == self.classes[-1]):
+            place = str(self.labels) if is_all else f"{count(len(paths), 'label file')} of {self.labels}"
+            yield (f"warning: no pixel of {place} is labelled {some(absent) if is_all else absent[-1]}; the value 1 is "
+                   f"the first class, {self.classes[0]}: labels from 0 have to be raised by one")
 
 
-def _size_of(path: str) -> tuple[int, int]:
+def _size_of(path: str, upright: bool = False) -> tuple[int, int]:
+    """(width, height) as a file's header says, or of the image turned upright by its EXIF orientation."""
     with reading(path), Image.open(path) as image:
-        return image.size
+        is_turned = upright and image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+        return image.size[::-1] if is_turned else image.size
 
 
 def _label_of(image: str, images: Path, labels: Path) -> Path:

@@ -10,6 +10,7 @@ from PIL import Image
 from helpers.photos import noise, photograph
 from helpers.segments import CLASSES, write_segments
 from models.segmentation import EvalSize
+from tasks.segmentation import folder
 from tasks.segmentation.classes import read_classes
 from tasks.segmentation.data import SegmentationDataset, collate_samples
 from tasks.segmentation.errors import TurnedImageError
@@ -445,7 +446,8 @@ def test_an_unreadable_image_ends_a_run_that_skips_none(data, kind):
 
 
 @pytest.mark.parametrize("on_error", ["next", "mask"])
-def test_a_label_file_that_does_not_fit_is_never_skipped(data, on_error):
+def test_a_label_file_that_does_not_fit_is_never_skipped(data, on_error, monkeypatch):
+    monkeypatch.setattr(folder, "_LOOKED_AT", 1)
     Image.new("L", (9, 9), 1).save(data / "annotations" / "training" / "1.png")
     dataset = dataset_of(data, "train", AUGMENTED, on_error)
     with pytest.raises(LabelError, match=r"1.png: is 9 x 9 pixels"):
@@ -494,8 +496,28 @@ def test_a_class_that_never_occurs_is_told(data):
     """As where labels start at 0."""
     assert opened(data).notes == []
     relabel(data, lambda x: np.maximum(x, 1) - 1)
-    assert opened(data).notes == [f"warning: no pixel of {data}/annotations/training is labelled blue; the value 1 is "
-                                  "the first class, red"]
+    advice = "the value 1 is the first class, red: labels from 0 have to be raised by one"
+    assert opened(data).notes == [f"warning: no pixel of {data}/annotations/training is labelled blue; {advice}"]
+
+
+def test_a_last_class_that_does_not_occur_in_a_sample_is_told(data, monkeypatch):
+    """Any other may be rare."""
+    monkeypatch.setattr(folder, "_LOOKED_AT", 2)
+    relabel(data, lambda x: np.where(x == 1, 2, x))
+    assert opened(data).notes == []
+    relabel(data, lambda x: np.where(x == 3, 2, x))
+    (note,) = opened(data).notes
+    assert note.startswith(f"warning: no pixel of 2 label files of {data}/annotations/training is labelled blue; ")
+
+
+def test_a_label_file_of_another_size_is_found_at_the_start(data):
+    """Also of a photograph that is stored on its side, and not where the label file is as it should be."""
+    turned(data, (32, 16))
+    assert opened(data).notes == []
+    turned(data, (16, 32))
+    assert complaint_about(data).endswith("turned upright by its EXIF orientation")
+    Image.new("L", (9, 9), 1).save(data / "annotations" / "validation" / "1.png")
+    assert "1.png: is 9 x 9 pixels, and its image is " in complaint_about(data, "val")
 
 
 def test_a_value_beyond_the_classes_is_found_at_the_start(data):
