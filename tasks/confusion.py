@@ -1,4 +1,4 @@
-"""The confusion matrix of a classifier, and a picture of it."""
+"""Confusion matrices, and a picture of one."""
 from pathlib import Path
 from typing import Any
 

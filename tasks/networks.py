@@ -8,6 +8,7 @@ import torch
 from timm.data import resolve_data_config
 
 from models import NetworkRecipe, NoWeightsError, family_filter, size_kwargs
+from models.segmentation import is_segmenter
 from storage.remote import public
 from storage.weights import (
     MismatchError,
@@ -163,7 +164,7 @@ def load_checkpoint(
 
 def check_is_no_segmenter(weights: dict[str, torch.Tensor], source: str):
     """Raises SegmenterWeightsError where weights are those of a segmenter, by the names of its head."""
-    if any(name.startswith("decode_head.") for name in weights):
+    if is_segmenter(weights):
         raise SegmenterWeightsError(f"{public(source)} holds a segmenter, and no classifier")
 
 
@@ -177,6 +178,14 @@ def check_outputs(outputs: torch.Tensor, what: str):
     """Raises NonFiniteOutputError where the outputs for `what`, the name of an image, are NaN or infinite."""
     if not outputs.isfinite().all():
         raise NonFiniteOutputError(f"{what}: the outputs of the network are NaN or infinite")
+
+
+def checkpoint_gradients(model: torch.nn.Module, name: str):
+    """Have a network recompute activations in the backward pass; raises UsageError where it cannot, by its name."""
+    try:
+        model.set_grad_checkpointing()
+    except (AssertionError, AttributeError, NotImplementedError) as error:
+        raise UsageError(f"{name} does not support gradient checkpointing") from error
 
 
 def freeze_backbone(model: torch.nn.Module):

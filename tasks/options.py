@@ -54,10 +54,11 @@ class NetworkOptions(Group):
     grad_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
     load_release: bool = flag(False, "start from the published weights of the model")
     parts_of: ClassVar[Mapping[str, str]] = MappingProxyType({"model_kwargs": "model"})
+    classes_are: ClassVar[str] = "the data's"
 
     def check(self):
         if "num_classes" in self.model_kwargs:
-            raise UsageError("--model_kwargs num_classes: the number of classes is the data's, or --nb_classes")
+            raise UsageError(f"--model_kwargs num_classes: the number of classes is {self.classes_are}")
 
 
 def check_weights(

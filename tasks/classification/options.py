@@ -31,6 +31,7 @@ def _data_set(text: str) -> str:
 class ModelOptions(NetworkOptions):
     """Model"""
 
+    classes_are: ClassVar[str] = "the data's, or --nb_classes"
     input_size: int | tuple[int, int] = flag(224, "side of the image, or HEIGHTxWIDTH", type=image_size,
                                              metavar="PIXELS")
     nb_classes: int | None = flag(None, "number of classes (default: what the data holds)", type=int, check=positive)

@@ -171,7 +171,7 @@ class ClassificationTask(Task):
             networks.check_pretrained_classes(self.name, self.num_classes)
         network = self._build(self._model_kwargs(training))
         if settings.model.grad_checkpointing:
-            network.set_grad_checkpointing()
+            networks.checkpoint_gradients(network, self.name)
         if training:
             if settings.checkpoint.finetune and not settings.checkpoint.resumes_here():
                 self._fine_tune(network, settings.checkpoint.finetune)

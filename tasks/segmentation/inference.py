@@ -71,13 +71,12 @@ class Inference:
         if len(images) == 1 and not self.flip:
             logits = self._logits(network, images[0])
             return _largest(logits, size) if logits.isfinite().all() else logits.new_full(size, -1, dtype=torch.int64)
-        total, is_finite = 0, True
+        total, is_finite = None, True
         for image in images:
             for flips in ([False, True] if self.flip else [False]):
                 logits = self._logits(network, image.flip(3) if flips else image)
                 is_finite = is_finite & logits.isfinite().all()
-                probabilities = _resize(logits.flip(3) if flips else logits, size).softmax(dim=1)
-                total = total + probabilities
+                total = _add(total, _softmax(_resize(logits.flip(3) if flips else logits, size)))
         return total[0].argmax(dim=0) if is_finite else total.new_full(size, -1, dtype=torch.int64)
 
     def _normalize(self, view: torch.Tensor) -> torch.Tensor:
@@ -127,6 +126,17 @@ def windows(size: Sequence[int], crop: tuple[int, int], stride: tuple[int, int])
 
 def _resize(logits: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
+
+
+def _softmax(logits: torch.Tensor) -> torch.Tensor:
+    """Probabilities in the place of (1, classes, h, w) logits, which of many classes fill gigabytes."""
+    for rows in logits.split(max(1, _MOST_VALUES // logits[:, :, 0].numel()), dim=2):
+        rows.copy_(rows.softmax(dim=1))
+    return logits
+
+
+def _add(total: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:
+    return values if total is None else total.add_(values)
 
 
 def _largest(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

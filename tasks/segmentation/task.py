@@ -120,7 +120,7 @@ class SegmentationTask(Task):
         settings = self.settings
         network, training = self._build(), not settings.evaluation.eval
         if settings.model.grad_checkpointing:
-            network.set_grad_checkpointing()
+            networks.checkpoint_gradients(network, settings.model.model)
         if training and settings.checkpoint.finetune and not settings.checkpoint.resumes_here():
             self._fine_tune(network, settings.checkpoint.finetune)
         if training and settings.model.sync_bn and self.distributed.is_distributed:

@@ -181,6 +181,16 @@ def test_probabilities_of_views_and_mirrored_ones_are_averaged(scales, flip):
     assert not torch.equal(labels, averaged(network, views[:1], size, False)), "nor is the first one all"
 
 
+@pytest.mark.parametrize("rows", [0, 1, 4, 45])
+def test_probabilities_of_large_images_are_found_some_rows_at_a_time(monkeypatch, rows):
+    network, size = convolution(5), (45, 61)
+    network.weight *= 3
+    views = [view_of(32, 48), view_of(*size)]
+    whole = inference_of(flip=True).labels(network, views, size)
+    monkeypatch.setattr(inference, "_MOST_VALUES", rows * 7 * 61)
+    assert torch.equal(inference_of(flip=True).labels(network, views, size), whole)
+
+
 def test_an_average_by_hand():
     """One view is sure of class 0, two think it rather class 1: of logits it would be class 0."""
     views = [torch.tensor(x, dtype=torch.uint8).view(3, 1, 1) for x in ([9, 0, 0], [0, 4, 0], [0, 4, 0])]

@@ -182,6 +182,16 @@ def test_a_segmenter_is_no_classifier(segments, tmp_path, capfd):
                                           "trains and evaluates it\n")
 
 
+def test_a_backbone_without_gradient_checkpointing(segments, capfd):
+    code, line = complaint(capfd, segments, "--model", "dla34", "--grad_checkpointing")
+    assert code == 2 and line == "error: dla34 does not support gradient checkpointing"
+
+
+def test_a_model_without_maps_is_told_as_such(segments, capfd):
+    code, line = complaint(capfd, segments, "--model", "resnet18", "--model_kwargs", "features_only=True")
+    assert code == 2 and "resnet18 gives no maps, and a backbone needs those at 4, 8, 16 and 32" in line
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["maxvit_rmlp_pico_rw_256", "hiera_tiny_224"])
 def test_a_backbone_of_one_size_is_refused_before_it_trains(segments, capfd, name):
