@@ -60,8 +60,11 @@ class SegmenterRecipe:
             WeightsError: It is of no segmenter that is known here, or nothing names its backbone.
         """
         said = checkpoint.get("args")
-        if not isinstance(said, dict) or said.get("task") != "segmentation":
+        task = said.get("task") if isinstance(said, dict) else None
+        if task is None:
             return cls._of_published(stored.unwrap(checkpoint), stored.public(source), model)
+        if task != "segmentation":
+            raise stored.WeightsError(f"{stored.public(source)} is not the checkpoint of a run that trains a segmenter")
         if said.get("head") not in HEADS or not timm.is_model(said.get("model") or ""):
             raise stored.WeightsError(f"{stored.public(source)} is of {said.get('head')} on {said.get('model')}, which "
                                       "are not known here")
@@ -80,7 +83,7 @@ class SegmenterRecipe:
     def _of_published(cls, weights: Weights, source: str, model: str | None) -> "SegmenterRecipe":
         """The head and its width, by the names and shapes of its weights."""
         if not is_segmenter(weights):
-            raise stored.WeightsError(f"{source} is not the checkpoint of a run that trains a segmenter")
+            raise stored.WeightsError(f"{source} holds no segmenter: it has no decode_head")
         found = [head for head, part in _PARTS.items() if any(name.startswith(part) for name in weights)]
         classifier = weights.get("decode_head.conv_seg.weight")
         if len(found) != 1 or classifier is None:
