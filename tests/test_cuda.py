@@ -36,9 +36,17 @@ def kill_in_second_epoch(output, *more):
     assert process.wait() == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("way", ["eager", "cuda_graph", pytest.param("compile", marks=pytest.mark.compile)])
-def test_a_killed_and_resumed_run_is_exact(tmp_path, way):
-    more = {"eager": [], "cuda_graph": ["--cuda_graph", "--update_freq", "1"], "compile": ["--compile"]}[way]
+GRAPHS = ["--cuda_graph", "--update_freq", "1"]
+COMPILED = pytest.mark.compile
+
+
+@pytest.mark.parametrize("more", [
+    pytest.param([], id="eager"),
+    pytest.param(GRAPHS, id="cuda_graph"),
+    pytest.param(["--compile"], id="compile", marks=COMPILED),
+    pytest.param(["--compile", *GRAPHS], id="compile-cuda_graph", marks=COMPILED),
+])
+def test_a_killed_and_resumed_run_is_exact(tmp_path, more):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run(command(whole, *more), cwd=ROOT, check=True, capture_output=True)
     kill_in_second_epoch(killed, *more)
@@ -65,9 +73,12 @@ def test_deformable_attention_cannot_be_deterministic_and_says_so(tmp_path):
     assert "leave out --deterministic" in result.stderr and "Traceback" not in result.stderr
 
 
-def test_graphs_train_what_eager_steps_train(tmp_path):
+@pytest.mark.parametrize("how", [
+    pytest.param([], id="eager"), pytest.param(["--compile"], id="compiled", marks=COMPILED)
+])
+def test_graphs_train_what_launched_steps_train(tmp_path, how):
     """The same kernels one after another: equal losses and weights, but for what a GPU adds in another order."""
-    shared = ["--update_freq", "1", "--epochs", "2", "--drop_path", "0.1"]
+    shared = ["--update_freq", "1", "--epochs", "2", "--drop_path", "0.1", *how]
     for name, more in (("eager", []), ("graphs", ["--cuda_graph"])):
         subprocess.run(command(tmp_path / name, *shared, *more), cwd=ROOT, check=True, capture_output=True)
     eager, graphs = (torch.load(tmp_path / name / "last.pth", weights_only=True) for name in ("eager", "graphs"))

@@ -390,8 +390,6 @@ class Settings:
         return found
 
     def _check_cuda_graph(self):
-        if self.machine.cuda_graph and self.machine.compile:
-            raise UsageError("--cuda_graph and --compile are mutually exclusive")
         if self.machine.cuda_graph and self.optimizer.update_freq > 1:
             raise UsageError(f"--cuda_graph takes a step on each batch, --update_freq must be 1, "
                              f"got {self.optimizer.update_freq}")

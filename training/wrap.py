@@ -30,9 +30,8 @@ def wrap(
     model: torch.nn.Module, machine: MachineOptions, precision: Precision, distributed: Distributed
 ) -> torch.nn.Module:
     """The model with the wrappers that are asked for, which `check_wrappers` has passed."""
-    if machine.cuda_graph:
-        return GraphedTraining(model, precision)
-    return wrap_ddp(compiled_as_asked(model, machine, distributed), distributed)
+    network = compiled_as_asked(model, machine, distributed)
+    return GraphedTraining(network, precision) if machine.cuda_graph else wrap_ddp(network, distributed)
 
 
 def warm_up(

@@ -24,7 +24,6 @@ def test_a_gpu_and_one_process_are_asked_for():
 
 @pytest.mark.parametrize("more,message", [
     (["--device", "cpu"], "CUDA graphs need a GPU, the device is cpu; leave out --cuda_graph"),
-    (["--compile"], "--cuda_graph and --compile are mutually exclusive"),
     (["--update_freq", "2"], "--update_freq must be 1, got 2"),
     (["--grad_checkpointing"], "--cuda_graph cannot capture --grad_checkpointing"),
 ])
