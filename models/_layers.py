@@ -81,7 +81,7 @@ class AddLayerNorm(LayerNorm):
 
 
 class Mlp(timm.layers.Mlp):
-    """timm's MLP by `ops.linear_gelu` and `ops.apply_linear`, where they save copies."""
+    """timm's MLP by `ops.apply_linear`, and by `ops.linear_gelu` where that saves copies."""
 
     def _saves_copies(self, x: torch.Tensor) -> bool:
         """Whether it does, and nothing watches or changes the modules up to `fc2`, or stands between them."""
@@ -94,9 +94,11 @@ class Mlp(timm.layers.Mlp):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features)."""
-        if not self._saves_copies(x):
-            return super().forward(x)
-        return self.drop2(apply_linear(self.fc2, linear_gelu(x, self.fc1.weight, self.fc1.bias)))
+        if self._saves_copies(x):
+            x = linear_gelu(x, self.fc1.weight, self.fc1.bias)
+        else:
+            x = self.norm(self.drop1(self.act(apply_linear(self.fc1, x))))
+        return self.drop2(apply_linear(self.fc2, x))
 
 
 class Block(nn.Module):

@@ -13,7 +13,7 @@ from .transforms import is_traced_or_transformed
 _ONEDNN_ON_X86 = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether a tracer, a mode, functorch or forward-mode AD sees the calls made here.
 
     They know PyTorch's own operators, each with its derivatives, its batching rule and its translation.
@@ -42,7 +42,7 @@ def runs_on_onednn(*tensors: torch.Tensor | None) -> bool:
             return False
     if not _ONEDNN_ON_X86 or not torch._C._get_mkldnn_enabled() or torch.is_autocast_enabled("cpu"):
         return False
-    return not _is_transformed()
+    return not is_transformed()
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:

@@ -66,7 +66,8 @@ tune)
     run 260 tune "$python" scripts/tune_kernels.py "${tiles[@]}" --output "$folder/tiles.json"
     if command -v ncu >/dev/null && [ "$device" = cuda ]; then
         run 200 counters ncu --clock-control none --section SpeedOfLight --section Occupancy --section WarpStateStats \
-            --kernel-name-base demangled --kernel-name "regex:.*(forward|gradient|gradients)_kernel.*" --launch-count 12 \
+            --kernel-name-base demangled --kernel-name "regex:.*(forward|gradient|gradients)_kernel.*" \
+            --filter-mode per-launch-config --launch-skip 1 --launch-count 1 \
             "$python" scripts/benchmark.py op --contenders triton --modes train --amp bf16 --batch_size 128 --rounds 2 \
             --device cuda --output "$folder/counters"
     fi

@@ -182,3 +182,78 @@ def test_bias_of_any_strides(change, channels):
     layer.weight.data, layer.bias.data = weight, change(bias)
     with torch.no_grad():
         torch.testing.assert_close(apply_linear(layer, x), F.linear(x, weight, change(bias)))
+
+
+# --- training on a GPU ------------------------------------------------------------------------------------------------
+
+IN_LOW_PRECISION = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+
+
+def gradients(function, x, layer, grad):
+    inputs = (x, layer.weight, layer.bias)
+    return torch.autograd.grad(function(*inputs), inputs, grad)
+
+
+def rows_and_layer(device, dtype, parameters=torch.float32, rows=(4, 999)):
+    layer, _ = make_layer(64)
+    layer = layer.to(device, parameters)
+    generator = torch.Generator().manual_seed(1)
+    x, grad = (torch.randn(*rows, n, generator=generator).to(device, dtype) for n in (64, 192))
+    return layer, x.requires_grad_(), grad
+
+
+@IN_LOW_PRECISION
+@pytest.mark.parametrize("same_type", [False, True], ids=["cast", "same type"])
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_gradients_in_low_precision_are_no_further_off_than_pytorchs(device, same_type, dtype):
+    layer, x, grad = rows_and_layer(device, dtype, dtype if same_type else torch.float32)
+    exact = gradients(F.linear, x.double(), layer.double(), grad.double())
+    layer = layer.to(dtype if same_type else torch.float32)
+    eagers = gradients(lambda x, w, b: F.linear(x, w.to(dtype), b.to(dtype)), x, layer, grad)
+    ours = gradients(linear._LowPrecisionLinear.apply, x, layer, grad)
+    for name, found, eager, expected in zip(("x", "weight", "bias"), ours, eagers, exact, strict=True):
+        assert found.dtype == eager.dtype, name
+        rounding = torch.finfo(dtype).eps * expected.norm()
+        assert (found.double() - expected).norm() <= 2 * (eager.double() - expected).norm() + rounding, name
+
+
+def test_second_derivatives_in_low_precision():
+    layer, x, grad = rows_and_layer("cpu", torch.bfloat16, rows=(6,))
+    found = []
+    for function in (linear._LowPrecisionLinear.apply, lambda x, w, b: F.linear(x, w.bfloat16(), b.bfloat16())):
+        grads = torch.autograd.grad(function(x, layer.weight, layer.bias), (x, layer.weight), grad, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.float().square().sum() for g in grads), (x, layer.weight)))
+    torch.testing.assert_close(found[0], found[1], rtol=0.02, atol=0.1)
+
+
+@pytest.mark.parametrize("frozen", range(3), ids=["x", "weight", "bias"])
+def test_what_is_frozen_gets_no_gradient(frozen):
+    layer, x, grad = rows_and_layer("cpu", torch.bfloat16)
+    inputs = [x.detach(), layer.weight.detach(), layer.bias.detach()]
+    for index, tensor in enumerate(inputs):
+        tensor.requires_grad_(index != frozen)
+    linear._LowPrecisionLinear.apply(*inputs).backward(grad)
+    assert [tensor.grad is None for tensor in inputs] == [index == frozen for index in range(3)]
+
+
+@pytest.mark.gpu
+@IN_LOW_PRECISION
+def test_a_layer_trained_in_low_precision_on_a_gpu(dtype, called):
+    layer, x, grad = rows_and_layer("cuda", dtype)
+    with torch.autocast("cuda", dtype):
+        first, second = (gradients(lambda *_: apply_linear(layer, x), x, layer, grad) for _ in range(2))
+        assert not called
+        expected = gradients(lambda *_: layer(x), x, layer, grad)
+        called.clear()
+        assert torch.equal(apply_linear(layer, x), layer(x))
+        called.clear()
+        with torch.no_grad():
+            apply_linear(layer, x)
+        apply_linear(layer, x.float())
+        layer.bias.requires_grad_(False)
+        apply_linear(layer, x)
+    assert called == 3 * [layer], "inference, other types and frozen layers are PyTorch's own"
+    for a, b, c in zip(first, second, expected, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c, rtol=0.02, atol=0.05 * c.abs().max().item())
