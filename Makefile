@@ -6,7 +6,7 @@ QUICKSTART_OUTPUT := outputs/quickstart
 BENCHMARKS ?= benchmarks
 GPU_TESTS = $(shell grep -rl 'mark\.gpu' tests --include='test_*.py')
 
-.PHONY: help quickstart test test-fast test-gpu test-faults lint benchmark benchmark-gpu benchmark-cpu clean
+.PHONY: help quickstart test test-all test-fast test-gpu test-faults lint benchmark benchmark-gpu benchmark-cpu clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -44,11 +44,14 @@ quickstart: $(VENV)/.requirements  ## train biformer_nano on handwritten digits,
 # One thread for each process: more threads than cores wait for one another.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
-test: $(VENV)/.requirements-dev  ## run all tests that need no GPU
+test: $(VENV)/.requirements-dev  ## run the tests that need no GPU, but for the longest
+	$(PYTEST) -m "not (long or gpu)"
+
+test-all: $(VENV)/.requirements-dev  ## run all tests that need no GPU
 	$(PYTEST) -m "not gpu"
 
 test-fast: $(VENV)/.requirements-dev  ## run the tests that take no more than a minute on two cores
-	$(PYTEST) -m "not (slow or compile or distributed or gpu or slurm)"
+	$(PYTEST) -m "not (slow or long or compile or distributed or gpu or slurm)"
 
 # Most of the time goes into compiling kernels, on the CPU: several processes share the GPU. A kernel that hangs cannot be
 # interrupted, so its process ends when the time is up, and another takes its place.

@@ -186,6 +186,7 @@ def test_bands_export_for_any_batch(monkeypatch):
     torch.testing.assert_close(program.module()(x), whole)
 
 
+@pytest.mark.long
 @pytest.mark.compile
 def test_bands_compile(monkeypatch):
     module, x = attention(), torch.randn(2, 12, 8, 64, dtype=torch.float64, requires_grad=True)

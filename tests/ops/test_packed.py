@@ -56,7 +56,7 @@ def test_it_computes_what_its_parts_compute(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["by list", "dense"])
+@pytest.mark.parametrize("name", [pytest.param("by list", marks=pytest.mark.long), "dense"])
 def test_repeated_runs_agree_to_the_bit(name):
     size, regions, topk = CASES[name]
     attention = module(regions, topk)

@@ -64,6 +64,7 @@ def test_summary():
     assert other["threads"] == 2 and other["decile"] == 1.0
 
 
+@pytest.mark.long
 def test_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(choice, "shapes", lambda dtype, mode: iter([
         replace(shape(4, 2, 1, mode), dtype=dtype), replace(shape(6, 3, 2, mode), dtype=dtype),

@@ -14,12 +14,15 @@ def measure(step, folder):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+LONG = pytest.mark.long
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("step,left", [
-    ("tests", ["kernels.log", "kernels-on-maps.log"]),
-    ("measure", ["measure.log", "*-cores.json", "*-cores.md"]),
-    pytest.param("headline", ["eager/*.json", "compiled/*.json", "eager.log"], marks=pytest.mark.compile),
-    ("tune", ["tiles.json", "tune.log"]),
+    pytest.param("tests", ["kernels.log", "kernels-on-maps.log"], marks=LONG),
+    pytest.param("measure", ["measure.log", "*-cores.json", "*-cores.md"], marks=LONG),
+    pytest.param("headline", ["eager/*.json", "compiled/*.json", "eager.log"], marks=[LONG, pytest.mark.compile]),
+    pytest.param("tune", ["tiles.json", "tune.log"], marks=LONG),
     ("resume", ["resume.log"]),
 ])
 def test_steps_run_and_leave_their_results(step, left, tmp_path):

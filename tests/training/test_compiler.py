@@ -95,7 +95,7 @@ def launch(command):
     return done.stdout + done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.compile
 @pytest.mark.distributed
 def test_two_processes_resume_exactly(tmp_path, compiler):
@@ -112,7 +112,7 @@ def test_two_processes_resume_exactly(tmp_path, compiler):
     assert differences(left, whole) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.compile
 def test_deformable_attention_is_one_graph(photos, tmp_path, compiler):
     run_command([*DEBIFORMER, *COMMAND, "--data_path", photos, "--output_dir", tmp_path], graphs=1)
@@ -134,7 +134,7 @@ def test_a_network_trains_as_without_the_compiler(photos, tmp_path, compiler):
     assert records[1]["train_loss"] == pytest.approx(records[0]["train_loss"], rel=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.compile
 def test_evaluation_with_a_last_batch_of_another_size(photos, tmp_path, compiler, capfd):
     """Seven images in batches of four: the results are the network's own, from a graph for each size."""
