@@ -1,4 +1,5 @@
 """A network of timm's as the backbone of a segmenter or detector: its maps at strides 4, 8, 16 and 32."""
+from collections.abc import Callable
 from typing import Any
 
 import timm
@@ -86,6 +87,7 @@ def create_backbone(
     extra_norms: bool | None = None,
     num_regions: int = 7,
     img_size: ImageSize | None = None,
+    make: Callable[[nn.Module, bool], Backbone] = Backbone,
     **kwargs: Any,
 ) -> Backbone:
     """The backbone of a timm model.
@@ -96,6 +98,7 @@ def create_backbone(
         extra_norms: See `Backbone`; None for what was published: with BiFormer and DeBiFormer.
         num_regions: Regions along a side, for BiFormer and DeBiFormer.
         img_size: Side, or (height, width), for models that are built for one size.
+        make: The class of what is returned, from a model and `extra_norms`.
         kwargs: Arguments of the model; they stand above `num_regions`.
 
     Raises:
@@ -105,4 +108,4 @@ def create_backbone(
     if is_routed:
         kwargs = dict(num_regions=num_regions) | kwargs
     body = _create_body(name, pretrained, img_size, **kwargs)
-    return Backbone(body, is_routed if extra_norms is None else extra_norms)
+    return make(body, is_routed if extra_norms is None else extra_norms)

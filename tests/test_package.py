@@ -206,6 +206,18 @@ def test_a_segmenter_is_trained_and_loaded(python, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_detector_in_code_of_another_project(python):
+    code = (
+        "import models.yolo, torch; from routedvit import detection\n"
+        "network = detection.mask_rcnn('biformer_nano', 2, channels=16, head_channels=32, short=64, long=96)\n"
+        "target = dict(boxes=torch.tensor([[4., 4, 40, 40]]), labels=torch.tensor([2]), masks=torch.ones(1, 64, 96))\n"
+        "print(sorted(network.train()([torch.rand(3, 64, 96)], [target])))"
+    )
+    expected = "['loss_box_reg', 'loss_classifier', 'loss_mask', 'loss_objectness', 'loss_rpn_box_reg']\n"
+    assert output_of(python("-c", code)) == expected
+
+
+@pytest.mark.slow
 def test_training_described_by_overrides(python, site, tmp_path):
     overrides = [f"{name}={value}" for name, value in TINY.items()]
     done = python(site / "bin" / "routedvit-hydra", *overrides, f"output_dir={tmp_path / 'run'}")

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from .._backbone import Backbone, create_backbone
-from ._heads import AuxiliaryHead, FeaturePyramid, SemanticFPNHead, UPerHead
+from .._pyramid import FeaturePyramid
+from ._heads import AuxiliaryHead, SemanticFPNHead, UPerHead
 
 # Regions along a side of the maps, as published for segmentation.
 NUM_REGIONS = 8

@@ -1,15 +1,13 @@
 """Weights of segmenters: published and own checkpoints, and those of classifiers for the backbone."""
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from .._load import family_filter
+from .._backbone_weights import Weights, as_body, rename_backbone
 from .._pretrained import stored
 from ._network import Segmenter
 
-Weights = Mapping[str, torch.Tensor]
 _BODY, _NORMS = "backbone.body.", "backbone.extra_norms."
 
 
@@ -23,26 +21,7 @@ def rename(weights: Weights, network: Segmenter) -> dict[str, torch.Tensor]:
 
     Statistics of batch norms under mmcv's names are ours, and every other module is named as published.
     """
-    of_body = {
-        name.removeprefix("backbone."): value for name, value in weights.items()
-        if name.startswith("backbone.") and not name.startswith((_BODY, _NORMS))
-    }
-    if not of_body:
-        return dict(weights)
-    kept = {name: value for name, value in weights.items() if name.removeprefix("backbone.") not in of_body}
-    return kept | {f"{_BODY}{name}": value for name, value in _as_body(of_body, network).items()}
-
-
-def _as_body(weights: dict[str, torch.Tensor], network: Segmenter) -> dict[str, torch.Tensor]:
-    """The entries of a classifier, or of a published backbone, under the names of the network's body."""
-    body = network.backbone.body
-    filter_fn = family_filter(body)
-    if filter_fn is None:
-        return weights
-    try:
-        return filter_fn(weights, body)
-    except Exception:  # of weights of another family; what does not fit is listed by its names then
-        return weights
+    return rename_backbone(weights, network.backbone)
 
 
 def load_segmenter(
@@ -122,7 +101,7 @@ def _parts(weights: Weights, network: Segmenter) -> tuple[dict[str, torch.Tensor
     """
     if not any(name.startswith("backbone.") for name in weights):
         plain = stored.without_model_prefix(dict(weights), network.backbone.body.state_dict())
-        return _as_body(plain, network), {}, []
+        return as_body(plain, network.backbone.body), {}, []
     renamed = rename(weights, network)
     body = {name.removeprefix(_BODY): value for name, value in renamed.items() if name.startswith(_BODY)}
     norms = {name: value for name, value in renamed.items() if name.startswith(_NORMS)}
