@@ -1,5 +1,6 @@
 """Bi-level routing attention as a ready module."""
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .attention import routed_attention, unsupported
@@ -26,17 +27,22 @@ class BiLevelRoutingAttention(nn.Module):
     Args:
         dim: Channels.
         num_heads: Heads; must divide `dim`.
-        num_regions: Regions along each side of the map. Sizes that it does not divide are padded, without an effect.
+        num_regions: Regions along each side of the map. Sizes that it does not divide are padded, see `padding`.
         topk: Key regions for each query region, 1 to `num_regions` ** 2; a map with fewer regions uses all of them.
         qkv_bias: Give the query, key and value projection a bias.
         scale: Factor of the logits. The published networks scale by the whole width, dim ** -0.5, the default.
         attn_impl: The implementation of `ops.routed_attention`.
         layer_impl: The implementation of `ops.depthwise_conv`, for the local term. Where it and `attn_impl` are or
             choose "triton", routing, attention and local term are one fused operator on the packed projection.
+        padding: "masked": padding has no effect, and small maps have fewer regions, so that none is padding alone.
+            "published", for weights that were trained with the published code on maps that `num_regions` does not
+            divide: the input is padded with zeros to `num_regions` regions along each side, and padding tokens are
+            tokens like any other, with the projection's bias as query, key and value. Both are the same where
+            `num_regions` divides the map.
 
     Raises:
         ValueError: `dim` is not a multiple of `num_heads`, `num_regions` or `topk` is out of range, or there is no such
-            implementation.
+            implementation or padding.
     """
 
     def __init__(
@@ -49,6 +55,7 @@ class BiLevelRoutingAttention(nn.Module):
         scale: float | None = None,
         attn_impl: str = "auto",
         layer_impl: str = "auto",
+        padding: str = "masked",
         device=None,
         dtype=None,
     ):
@@ -62,28 +69,51 @@ class BiLevelRoutingAttention(nn.Module):
         if attn_impl != "auto" and unsupported(attn_impl):
             raise ValueError(f"attn_impl={attn_impl!r}: {unsupported(attn_impl)}")
         check_layer_impl(layer_impl)
+        if padding not in ("masked", "published"):
+            raise ValueError(f"padding must be 'masked' or 'published', got {padding!r}")
         dd = dict(device=device, dtype=dtype)
         self.num_heads = num_heads
         self.num_regions = num_regions
         self.topk = topk
         self.scale = dim**-0.5 if scale is None else scale
         self.attn_impl = attn_impl
+        self.padding = padding
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.lepe = DepthwiseConv(dim, 5, layer_impl, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
 
+    def _pad(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, dim) -> (B, H', W', dim): as published, zeros up to multiples of `num_regions`; else `x` itself."""
+        if self.padding == "masked":
+            return x
+        pad_bottom, pad_right = (-side % self.num_regions for side in x.shape[1:3])
+        return F.pad(x, (0, 0, 0, pad_right, 0, pad_bottom)) if pad_bottom or pad_right else x
+
+    def _crop(self, attended: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """(B, H', W', dim) of the padded map -> (B, H, W, dim) of the input `x`."""
+        if attended.shape == x.shape:
+            return attended
+        # A linear layer adds its bias in a second pass over what is not contiguous.
+        return attended[:, : x.shape[1], : x.shape[2]].contiguous()
+
     def _project(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, H, W, dim) -> (B, H, W, 3 * dim): queries, keys and values, all heads of each side by side."""
+        """(B, H, W, dim) -> (B, H', W', 3 * dim): queries, keys and values of the padded map.
+
+        All heads of each are side by side. H' and W' are H and W but for published padding.
+        """
         if x.ndim != 4 or x.shape[-1] != self.qkv.in_features:
             raise ValueError(f"input must be (B, H, W, {self.qkv.in_features}), channels last, got {tuple(x.shape)}")
-        return apply_linear(self.qkv, x)
+        return apply_linear(self.qkv, self._pad(x))
 
     def _split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values, (B, H, W, heads, head_dim) each, as views of the projection."""
         return qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(3)
 
     def routing(self, x: torch.Tensor) -> Routing:
-        """The regions that each region of a (B, H, W, dim) map attends to."""
+        """The regions that each region of a (B, H, W, dim) map attends to.
+
+        With published padding they are those of the padded map, and so are the grids.
+        """
         query, key, _ = self._split(self._project(x))
         return self._route(query, key)
 
@@ -128,4 +158,4 @@ class BiLevelRoutingAttention(nn.Module):
         qkv = self._project(x)
         settings = self._packed_settings(qkv)
         attended = self._attend(qkv) if settings is None else self._attend_packed(qkv, settings)
-        return apply_linear(self.proj, attended)
+        return apply_linear(self.proj, self._crop(attended, x))

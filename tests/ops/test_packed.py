@@ -56,6 +56,20 @@ def test_it_computes_what_its_parts_compute(name):
 
 
 @pytest.mark.slow
+def test_published_padding_is_fused_too():
+    """It reads the padded projection, of which every token counts. Of 4 x 4 regions the last are padding alone."""
+    fused = module(4, 3, padding="published")
+    parts = module(4, 3, padding="published", attn_impl="gather", layer_impl="torch")
+    x, upstream = inputs((5, 5), batch=1)
+    with patch.object(packed, "packed_attention", wraps=packed.packed_attention) as calls:
+        found = results(fused, x, upstream)
+    assert calls.call_count == 1
+    exact = results(parts, x, upstream, torch.float64)
+    for ours, expected in zip(found, exact, strict=True):
+        assert (ours - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param("by list", marks=pytest.mark.long), "dense"])
 def test_repeated_runs_agree_to_the_bit(name):
     size, regions, topk = CASES[name]
