@@ -79,11 +79,14 @@ class BiFormer(HierarchicalNetwork):
         attn_impl: The implementation of `ops.routed_attention`.
         layer_impl: The implementation of layer norms and depthwise convolutions: "torch", "triton" (fused, for GPUs) or
             "auto", see `ops.layer_norm` and `ops.depthwise_conv`.
+        padding: What the routed stages do on maps that `num_regions` does not divide: "masked" (padding has no effect)
+            or "published" (it is attended to, as in the published code), for the published weights of detection and
+            segmentation. See `ops.BiLevelRoutingAttention`; the last stage has no regions and pads nothing.
         **kwargs: `num_classes`, `global_pool`, `drop_rate` and `token_head`, as of `HierarchicalNetwork`.
 
     Raises:
         ValueError: `layout` is unknown, there is not one entry for each stage, heads do not divide the channels, or
-            `num_regions` or `topk` is out of range.
+            `num_regions` or `topk` is out of range, or there is no such padding.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class BiFormer(HierarchicalNetwork):
         drop_path_rate: float = 0.0,
         attn_impl: str = "auto",
         layer_impl: str = "auto",
+        padding: str = "masked",
         device=None,
         dtype=None,
         **kwargs,
@@ -113,6 +117,7 @@ class BiFormer(HierarchicalNetwork):
         check_per_stage(num_routed, "routed stages", topk=topk)
         check_divides("head_dim", head_dim, "the routed stages' channels", dims[:num_routed])
         dd = dict(device=device, dtype=dtype)
+        routed = dict(attn_impl=attn_impl, layer_impl=layer_impl, padding=padding, **dd)
         patchify = layout == "stl"
         stem = Stem(in_chans, dims[0], patchify, **dd)
         drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
@@ -121,9 +126,7 @@ class BiFormer(HierarchicalNetwork):
             blocks = []
             for drop_path in drop_path_rates[i]:
                 if i < num_routed:
-                    attn = BiLevelRoutingAttention(
-                        dim, dim // head_dim, num_regions, topk[i], attn_impl=attn_impl, layer_impl=layer_impl, **dd
-                    )
+                    attn = BiLevelRoutingAttention(dim, dim // head_dim, num_regions, topk[i], **routed)
                 else:
                     attn = LePEAttention(dim, lepe_on_value=lepe_on_value, layer_impl=layer_impl, **dd)
                 mlp = Mlp(dim, int(dim * mlp_ratio), **dd)

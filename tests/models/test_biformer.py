@@ -2,10 +2,11 @@ import pytest
 import timm
 import torch
 
-import models  # noqa: F401
+import models
 from helpers.costs import BIFORMER as COSTS
 from helpers.published import assert_agrees, gmacs, published_state_dict, save_published
 from models.biformer import checkpoint_filter_fn
+from ops import BiLevelRoutingAttention
 
 PUBLISHED = ["biformer_tiny", "biformer_small", "biformer_base", "biformer_stl", "biformer_stl_nchw"]
 # parameters, GMACs at 224
@@ -47,6 +48,52 @@ def test_regions_and_topk_are_open_to_the_caller():
     assert timm.create_model("biformer_nano", topk=2).stages[0].blocks[0].attn.topk == 2
 
 
+@pytest.mark.parametrize("name", COSTS)
+def test_padding_is_open_to_the_caller(name):
+    """In the routed stages; the last one attends to the whole map and pads nothing."""
+    for kwargs, expected in [({}, "masked"), (dict(padding="published"), "published")]:
+        model = timm.create_model(name, device="meta", **kwargs)
+        attentions = [block.attn for stage in model.stages for block in stage.blocks]
+        routed = [a for a in attentions if isinstance(a, BiLevelRoutingAttention)]
+        assert len(routed) == len(attentions) - len(model.stages[3].blocks)
+        assert {attention.padding for attention in routed} == {expected}
+
+
+@pytest.mark.parametrize("name", ["biformer_nano", "biformer_stl"])
+@pytest.mark.parametrize("size,agree", [((224, 224), True), ((150, 203), False)])
+def test_padding_matters_where_regions_do_not_divide_the_map(name, size, agree):
+    """Maps of 224 x 224 are 56, 28, 14 and 7 wide: 7 regions divide them all."""
+    torch.manual_seed(0)
+    masked = timm.create_model(name, depths=(1, 1, 1, 1)).eval()
+    published = timm.create_model(name, depths=(1, 1, 1, 1), padding="published").eval()
+    published.load_state_dict(masked.state_dict())
+    images = torch.randn(1, 3, *size)
+    with torch.inference_mode():
+        ours, theirs = masked.forward_intermediates(images)[1], published.forward_intermediates(images)[1]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.shape == other.shape and other.isfinite().all()
+        assert one.equal(other) == agree
+
+
+def test_published_padding_trains_at_an_odd_size():
+    model = timm.create_model("biformer_nano", padding="published", num_classes=3)
+    model(torch.randn(2, 3, 75, 50)).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_features_with_published_padding():
+    backbone = timm.create_model("biformer_nano", features_only=True, padding="published", num_regions=16)
+    shapes = [tuple(x.shape[2:]) for x in backbone(torch.randn(1, 3, 96, 160))]
+    assert shapes == [(24, 40), (12, 20), (6, 10), (3, 5)]
+
+
+def test_routing_maps_with_published_padding():
+    """Of as many regions as asked for, on every map."""
+    model = timm.create_model("biformer_nano", padding="published").eval()
+    for routing in models.collect_routing(model, torch.randn(1, 3, 75, 50)).values():
+        assert routing.query_grid.num_regions == routing.routes.shape[1] == 49
+
+
 @pytest.mark.parametrize(
     "kwargs,message",
     [
@@ -58,6 +105,7 @@ def test_regions_and_topk_are_open_to_the_caller():
         (dict(dims=(32, 64, 128, 100)), "num_heads must divide dim 100, got 8"),
         (dict(topk=0), "topk must be 1 to num_regions"),
         (dict(layout="swin"), "layout must be"),
+        (dict(padding="same"), "padding must be 'masked' or 'published', got 'same'"),
     ],
 )
 def test_mistakes_are_explained(kwargs, message):
