@@ -1,5 +1,16 @@
 """Object detection and instance segmentation on any backbone of timm's: `mask_rcnn("biformer_small")`."""
 from .._backbone import NoMapsError
+from .._backbone_weights import load_backbone
 from ._network import DETECTORS, cascade_mask_rcnn, mask_rcnn, retinanet
+from ._weights import is_detector, load_detector
 
-__all__ = ["DETECTORS", "NoMapsError", "cascade_mask_rcnn", "mask_rcnn", "retinanet"]
+__all__ = [
+    "DETECTORS",
+    "NoMapsError",
+    "cascade_mask_rcnn",
+    "is_detector",
+    "load_backbone",
+    "load_detector",
+    "mask_rcnn",
+    "retinanet",
+]

@@ -1,9 +1,10 @@
-"""Weights of published detectors, in mmdetection's layout, under our names."""
+"""Weights of detectors: published ones in mmdetection's layout, and our own."""
 import re
 
 import torch
 
 from .._backbone_weights import Weights, rename_backbone
+from .._pretrained import stored
 from ._network import Detector
 
 # Published name, ours; a stage of a cascade has its index behind the head's name there.
@@ -70,3 +71,31 @@ def rename(weights: Weights, network: Detector) -> dict[str, torch.Tensor]:
             renamed = {name.replace(before, f"backbone.top.{top}."): value for name, value in renamed.items()}
         renamed = {name: value for name, value in renamed.items() if not name.startswith("backbone.extra_norms.0.")}
     return rename_backbone(renamed, network.backbone)
+
+
+def _classifiers(network: Detector) -> list[str]:
+    """The layers whose size is that of the classes."""
+    last = ("cls_score", "mask_fcn_logits", "cls_logits")
+    of_heads = (name for name, _ in network.named_modules() if not name.startswith(("backbone.", "rpn.")))
+    return [name for name in of_heads if name.endswith((*last, "box_predictor.bbox_pred"))]
+
+
+def load_detector(
+    network: Detector, weights: Weights, new_classes: bool = False, other_classes: bool = False
+) -> bool:
+    """Load the weights of a detector in full.
+
+    Args:
+        network: The network, without wrappers.
+        weights: As `storage.weights.unwrap` returns them; published ones are renamed.
+        new_classes: Keep the network's own layers of the classes where their number differs.
+        other_classes: Keep those too where it is the same.
+
+    Returns:
+        Whether the network's own layers of the classes were kept.
+
+    Raises:
+        MismatchError: They do not fit; lists the first mismatches.
+    """
+    classifiers = tuple(_classifiers(network)) if new_classes else ()
+    return stored.load_weights(network, rename(weights, network), None, classifiers, other_classes)

@@ -3,10 +3,11 @@
 `load("best.pth")` gives the network of a run, and the transform of its images.
 """
 from .._backbone import NoMapsError
+from .._backbone_weights import load_backbone
 from ._images import EvalSize, SegmentationTransform, fit, resize, round_up
 from ._load import NoBackboneError, SegmenterRecipe, create_trained, load
 from ._network import HEADS, Segmenter, semantic_fpn, upernet
-from ._weights import has_same_heads, is_segmenter, load_backbone, load_segmenter
+from ._weights import has_same_heads, is_segmenter, load_segmenter
 
 __all__ = [
     "HEADS",

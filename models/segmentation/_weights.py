@@ -1,14 +1,11 @@
-"""Weights of segmenters: published and own checkpoints, and those of classifiers for the backbone."""
-from collections import Counter
+"""Weights of segmenters: published and own checkpoints."""
 from typing import Any
 
 import torch
 
-from .._backbone_weights import Weights, as_body, rename_backbone
+from .._backbone_weights import Weights, rename_backbone
 from .._pretrained import stored
 from ._network import Segmenter
-
-_BODY, _NORMS = "backbone.body.", "backbone.extra_norms."
 
 
 def is_segmenter(weights: Weights) -> bool:
@@ -61,57 +58,6 @@ def has_same_heads(network: Segmenter, weights: Weights) -> bool:
         }
 
     return heads(weights) == heads(network.state_dict())
-
-
-def load_backbone(network: Segmenter, weights: Weights) -> list[str]:
-    """Load the weights of a classifier, or those of another segmenter's backbone, into the network's backbone.
-
-    Args:
-        network: The network, without wrappers.
-        weights: As `storage.weights.unwrap` returns them.
-
-    Returns:
-        Lines: how many entries were loaded; which of the others' were not needed; which of the network's were not
-        there.
-
-    Raises:
-        MismatchError: They do not fit the backbone: lists the first entries that are missing or of another shape.
-    """
-    body = network.backbone.body
-    expected, own = body.state_dict(), network.state_dict()
-    found, norms, left_out = _parts(weights, network)
-    if norms.keys() != {name for name in own if name.startswith(_NORMS)}:
-        norms, left_out = {}, [*left_out, *norms]
-    # A larger network of the family has layers more in modules that the backbone has too.
-    modules = {name.partition(".")[0] for name in expected}
-    left_out += [name for name in found if name.partition(".")[0] not in modules]
-    stored.load_weights(body, {name: value for name, value in found.items() if name not in left_out})
-    network.load_state_dict(norms, strict=False)
-    missing = [name for name in own if not name.startswith(_BODY) and name not in norms]
-    return [
-        f"{len(expected) + len(norms)} tensors of the backbone are loaded",
-        *([f"not needed, and left out: {_by_module(left_out)}"] if left_out else []),
-        f"not there, and newly initialised: {_by_module(missing)}",
-    ]
-
-
-def _parts(weights: Weights, network: Segmenter) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[str]]:
-    """The entries of the network's body among those of a classifier or a segmenter, under the body's names; the extra
-    norms; and the names of the others.
-    """
-    if not any(name.startswith("backbone.") for name in weights):
-        plain = stored.without_model_prefix(dict(weights), network.backbone.body.state_dict())
-        return as_body(plain, network.backbone.body), {}, []
-    renamed = rename(weights, network)
-    body = {name.removeprefix(_BODY): value for name, value in renamed.items() if name.startswith(_BODY)}
-    norms = {name: value for name, value in renamed.items() if name.startswith(_NORMS)}
-    return body, norms, [name for name in renamed if not name.startswith((_BODY, _NORMS))]
-
-
-def _by_module(names: list[str]) -> str:
-    """Names of tensors by their first parts: "decode_head (58), backbone.extra_norms (8)"."""
-    modules = Counter(".".join(name.split(".")[: 2 if name.startswith(_NORMS) else 1]) for name in names)
-    return ", ".join(f"{module} ({number})" for module, number in modules.items())
 
 
 def load_into(network: Segmenter, checkpoint: dict[str, Any], source: str, key: str | None = None):

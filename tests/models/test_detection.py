@@ -2,13 +2,22 @@
 import math
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou
 
-from models.detection import DETECTORS, NoMapsError, cascade_mask_rcnn, mask_rcnn
+from models.detection import (
+    DETECTORS,
+    NoMapsError,
+    cascade_mask_rcnn,
+    is_detector,
+    load_backbone,
+    load_detector,
+    mask_rcnn,
+)
 from models.detection._anchors import Anchors, Matcher
 from models.detection._cascade import LOSS_WEIGHTS, OVERLAPS, CascadeHeads, Stage
 from models.detection._images import DetectionTransform
@@ -17,7 +26,8 @@ from models.detection._pool import RoIPool, level_of
 from models.detection._retinanet import Head
 from models.detection._roi_heads import RoIHeads, Samples, mask_loss
 from models.detection._rpn import RPN
-from models.detection._weights import is_detector, rename
+from models.detection._weights import rename
+from storage.weights import MismatchError
 
 SMALL = dict(num_classes=3, channels=16, short=96, long=160)
 KINDS = list(DETECTORS)
@@ -656,7 +666,7 @@ def test_published_weights_are_renamed(kind):
         nn.init.normal_(p)
     published = as_published(network)
     assert is_detector(published) and is_detector(network.state_dict())
-    other.load_state_dict(rename(published, other))
+    assert not load_detector(other, published)
     for name, value in network.state_dict().items():
         loaded = other.state_dict()[name].clone()
         if name.startswith("roi_heads") and ("bbox_pred" in name or "mask_fcn_logits" in name):
@@ -674,3 +684,35 @@ def test_published_biformers_have_extra_norms(kind):
     first = {f"backbone.extra_norms.0.{x}": torch.ones(64) for x in ("weight", "bias")}
     renamed = rename({**network.state_dict(), **first}, network)
     assert {name for name in renamed if "extra_norms" in name} == own and len(own) == (8 if kind == "mask_rcnn" else 6)
+
+
+@pytest.mark.parametrize("kind,layers", [("mask_rcnn", 3), ("cascade_mask_rcnn", 9), ("retinanet", 1)])
+def test_a_detector_of_other_classes_keeps_its_own_layers_of_them(kind, layers):
+    source, network = make(kind, num_classes=5), make(kind)
+    for p in source.parameters():
+        nn.init.normal_(p)
+    own = {name: value.clone() for name, value in network.state_dict().items()}
+    with pytest.raises(MismatchError):
+        load_detector(network, source.state_dict())
+    assert load_detector(network, source.state_dict(), new_classes=True)
+    kept = [name for name in own if own[name].shape != source.state_dict()[name].shape]
+    assert len(kept) == 2 * layers and all(torch.equal(network.state_dict()[name], own[name]) for name in kept)
+    for name, value in network.state_dict().items():
+        assert name in kept or torch.equal(value, source.state_dict()[name]), name
+
+
+def test_a_backbone_comes_from_a_classifier_or_another_detector():
+    network = make("retinanet")
+    classifier = timm.create_model("biformer_nano")
+    loaded, left_out, new = load_backbone(network, classifier.state_dict())
+    assert "head" in left_out and "backbone.fpn (" in new and "backbone.extra_norms (6)" in new
+    body = network.backbone.body.state_dict()
+    assert loaded.startswith(f"{len(body)} ") and all(torch.equal(body[k], classifier.state_dict()[k]) for k in body)
+    source = make("mask_rcnn")
+    for p in source.parameters():
+        nn.init.normal_(p)
+    loaded, left_out, new = load_backbone(network, source.state_dict())
+    assert loaded.startswith(f"{len(body) + 6} ") and "extra_norms" not in new
+    assert "backbone.extra_norms (2)" in left_out and "roi_heads" in left_out, "the norm of a map that is not used"
+    norms = {name: value for name, value in network.state_dict().items() if "extra_norms" in name}
+    assert len(norms) == 6 and all(torch.equal(value, source.state_dict()[name]) for name, value in norms.items())
