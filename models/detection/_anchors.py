@@ -32,13 +32,29 @@ class Anchors(AnchorGenerator):
         half_width, half_height = (sides / root[:, None]).flatten() / 2, (sides * root[:, None]).flatten() / 2
         return torch.stack([-half_width, -half_height, half_width, half_height], dim=1)
 
+    def set_cell_anchors(self, dtype: torch.dtype, device: torch.device):
+        """Compute them anew: cast from a lower precision they would stay as rounded there."""
+        if self.cell_anchors[0].dtype != dtype or self.cell_anchors[0].device != device:
+            of_maps = zip(self.sizes, self.aspect_ratios, strict=True)
+            self.cell_anchors = [self.generate_anchors(*of_map, dtype, device) for of_map in of_maps]
+
     def forward(self, image_list: ImageList, feature_maps: list[torch.Tensor]) -> list[torch.Tensor]:
-        """For each image (anchors, 4) corners in pixels, map after map, row after row, in the images' own type."""
-        images = image_list.tensors  # maps may be of a type that cannot tell one pixel from the next
-        self.set_cell_anchors(images.dtype, images.device)
+        """For each image (anchors, 4) corners in pixels, map after map, row after row, in float32 or float64."""
+        images = image_list.tensors
+        self.set_cell_anchors(images.dtype if images.dtype == torch.float64 else torch.float32, images.device)
         strides = [[torch.tensor(stride, device=images.device)] * 2 for stride in self.strides]
         of_maps = self.grid_anchors([list(x.shape[-2:]) for x in feature_maps], strides)
         return [torch.cat(of_maps)] * len(image_list.image_sizes)
+
+
+def see_image(anchors: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Which of the (anchors, 4) are around a cell of an image (height, width), not of what fills its batch.
+
+    The image is padded to a multiple of 32 for itself; in a batch, up to the largest.
+    """
+    height, width = (-(-int(side) // 32) * 32 for side in size)
+    x, y = (anchors[:, 0] + anchors[:, 2]) / 2, (anchors[:, 1] + anchors[:, 3]) / 2
+    return (x < width - 0.5) & (y < height - 0.5)  # centres are whole pixels, up to rounding
 
 
 class Matcher:
@@ -57,6 +73,8 @@ class Matcher:
 
     def __call__(self, overlaps: torch.Tensor) -> torch.Tensor:
         """(objects, boxes) intersections over unions -> (boxes,): index of the object, -1 background, -2 ignored."""
+        if overlaps.shape[1] == 0:
+            return overlaps.new_zeros(0, dtype=torch.long)
         largest, matches = overlaps.max(dim=0)
         matches = matches.masked_fill(largest < self.high, IGNORED).masked_fill(largest < self.low, BACKGROUND)
         if self.low_quality is None:

@@ -1,5 +1,7 @@
 """Cascade R-CNN in the form of mmdetection 2.x, as Swin and ViTAEv2 were published with it.
 
+In evaluation the logits of the classes are averaged, and the probabilities of masks.
+
 `Cascade R-CNN: High Quality Object Detection and Instance Segmentation` - https://arxiv.org/abs/1906.09756
 """
 from collections import OrderedDict
@@ -27,7 +29,9 @@ class Stage(RoIHeads):
     def __init__(self, num_classes: int, channels: int, width: int, overlap: float, weights: Sequence[float]):
         size = (channels, BOX_SIZE, BOX_SIZE)
         box_head = FastRCNNConvFCHead(size, [channels] * 4, [width], norm_layer=nn.BatchNorm2d)
-        super().__init__(num_classes, channels, width, box_head, overlap, weights)
+        nn.init.xavier_uniform_(box_head[-2].weight)
+        nn.init.zeros_(box_head[-2].bias)
+        super().__init__(num_classes, channels, width, box_head, overlap, low_quality=False, weights=weights)
 
     def box_loss(self, deltas: torch.Tensor, wanted: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
         """Ten times the sum of 1 - GIoU (https://arxiv.org/abs/1902.09630)."""
@@ -84,14 +88,13 @@ class CascadeHeads(nn.Module):
         return losses
 
     def _detect(self, features, boxes: list[torch.Tensor], sizes) -> Detections:
-        scores = []
+        of_stages = []
         for stage in self.stages:
             seen = boxes
             logits, deltas = stage.predict(features, seen)
-            scores.append(logits.softmax(dim=1))
+            of_stages.append(logits)
             boxes = stage.refine(seen, deltas, _most_likely(logits), sizes)
-        mean = torch.stack(scores).mean(dim=0).log()  # whose softmax is the mean itself
-        found = stage.postprocess_detections(mean, deltas, seen, sizes)
+        found = stage.postprocess_detections(torch.stack(of_stages).mean(dim=0), deltas, seen, sizes)
         detections = [dict(boxes=b, scores=s, labels=i) for b, s, i in zip(*found, strict=True)]
         of_images = [x["boxes"] for x in detections]
         masks = torch.stack([stage.predict_masks(features, of_images).sigmoid() for stage in self.stages]).mean(dim=0)

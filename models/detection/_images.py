@@ -4,7 +4,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform, res
 
 from .._images import fit, resize
 from ._masks import paste_masks
-from ._types import Detections
+from ._types import Detections, Targets
 
 
 class DetectionTransform(GeneralizedRCNNTransform):
@@ -19,6 +19,14 @@ class DetectionTransform(GeneralizedRCNNTransform):
     def __init__(self, short: int, long: int, mean, std, resize_in_training: bool = True):
         super().__init__(short, long, list(mean), list(std), size_divisible=32)
         self.short, self.long, self.resize_in_training = short, long, resize_in_training
+
+    def forward(self, images: list[torch.Tensor], targets: Targets | None = None):
+        """The images as a batch, and the targets, each of which learns the `image_size` that is seen."""
+        batch, targets = super().forward(images, targets)
+        if targets is not None:
+            of_images = zip(targets, batch.image_sizes, strict=True)
+            targets = [dict(target, image_size=torch.tensor(size)) for target, size in of_images]
+        return batch, targets
 
     def resize(self, image: torch.Tensor, target: dict[str, torch.Tensor] | None = None):
         """A normalised image (3, H, W) and its target, in the size to be seen."""

@@ -35,10 +35,11 @@ def paste_masks(masks: torch.Tensor, boxes: torch.Tensor, height: int, width: in
         (N, height, width) bool: where the probability, interpolated at the pixel's centre, is at least 0.5.
     """
     out = torch.zeros((len(masks), height, width), dtype=torch.bool, device=masks.device)
-    for mask, box, pixels in zip(masks, boxes, out, strict=True):
-        # Outside of its box a mask fades from at most a half.
-        left, top = (max(0, int(v)) for v in box[:2].floor().tolist())
-        right, bottom = (min(int(v), end) for v, end in zip(box[2:].ceil().tolist(), (width, height), strict=True))
+    # Outside of its box a mask fades from at most a half.
+    first, last = boxes[:, :2].floor().clamp(min=0), boxes[:, 2:].ceil().clamp(min=0)
+    bounds = torch.cat([first, last], dim=1).long().tolist()
+    for mask, box, pixels, (left, top, right, bottom) in zip(masks, boxes, out, bounds, strict=True):
+        right, bottom = min(right, width), min(bottom, height)
         if left >= right or top >= bottom:
             continue
         x = (torch.arange(left, right, device=box.device) + 0.5 - box[0]) / (box[2] - box[0]) * 2 - 1

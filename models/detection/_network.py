@@ -59,10 +59,12 @@ class Detector:
             of a network with a mask head, masks (N, H, W) bool, best first.
 
         Raises:
-            ValueError: Targets are missing, or cannot be right; the message says of which image.
+            ValueError: There are no images, or targets are missing or cannot be right; the message says of which image.
         """
+        if len(images) == 0:
+            raise ValueError("a detector takes at least one image, got none")
         if self.training:
-            check_targets(targets, len(images), self.num_classes, self.has_masks)
+            check_targets(targets, images, self.num_classes, self.has_masks)
         return super().forward(images, targets)
 
 

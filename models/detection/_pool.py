@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torchvision.ops import roi_align
 
+from ._types import at_least_float32
+
 _FINEST = 56  # side of the square boxes from twice which the second map is taken
 
 
@@ -45,6 +47,8 @@ class RoIPool(nn.Module):
         out = maps[0].new_zeros((len(rois), maps[0].shape[1], self.size, self.size))
         for i, (x, stride) in enumerate(zip(maps, self.strides, strict=True)):
             of_level = torch.where(levels == i)[0]
+            # In the type of a map in low precision, a box would be known to some pixels.
+            x, = at_least_float32([x])
             pooled = roi_align(x, rois[of_level].to(x.dtype), self.size, 1 / stride, sampling_ratio=0, aligned=True)
             out = out.index_put((of_level,), pooled.to(out.dtype))
         return out

@@ -5,7 +5,7 @@ from torch import nn
 from torchvision.models.detection.retinanet import RetinaNet, RetinaNetHead
 from torchvision.ops import box_iou, sigmoid_focal_loss
 
-from ._anchors import BACKGROUND, IGNORED, RATIOS, Anchors, Matcher
+from ._anchors import BACKGROUND, IGNORED, RATIOS, Anchors, Matcher, see_image
 from ._images import DetectionTransform
 from ._types import Targets, at_least_float32
 
@@ -59,8 +59,10 @@ class RetinaNetDetector(RetinaNet):
         matched = []
         for target, of_image in zip(targets, anchors, strict=True):
             boxes = target["boxes"].to(of_image)
-            none = torch.full((len(of_image),), BACKGROUND, device=of_image.device)
-            matched.append(self.proposal_matcher(box_iou(boxes, of_image)) if len(boxes) else none)
+            found = torch.full((len(of_image),), IGNORED, device=of_image.device)
+            kept = torch.where(see_image(of_image, target["image_size"].tolist()))[0]
+            found[kept] = self.proposal_matcher(box_iou(boxes, of_image[kept])) if len(boxes) else BACKGROUND
+            matched.append(found)
         return self.head.compute_loss(targets, head_outputs, anchors, matched)
 
     def postprocess_detections(self, head_outputs, anchors, image_shapes):

@@ -13,8 +13,9 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads as TorchvisionHeads
 from torchvision.models.detection.roi_heads import maskrcnn_inference
+from torchvision.ops import box_iou
 
-from ._anchors import Matcher
+from ._anchors import BACKGROUND, Matcher
 from ._masks import cut_masks
 from ._pool import RoIPool
 from ._types import Detections, Targets, at_least_float32
@@ -41,7 +42,7 @@ def make_box_head(channels: int, width: int) -> TwoMLPHead:
 
 def of_their_class(boxes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """(N, (classes + 1) * 4), (N,) -> (N, 4): what is said of each one's own class."""
-    return boxes.view(len(boxes), -1, 4)[torch.arange(len(boxes), device=boxes.device), labels]
+    return boxes.unflatten(1, (-1, 4))[torch.arange(len(boxes), device=boxes.device), labels]
 
 
 def mask_loss(
@@ -91,13 +92,14 @@ class RoIHeads(TorchvisionHeads):
         width: Of what the box head returns.
         box_head: (N, channels, 7, 7) -> (N, width); None for two linear layers.
         overlap: With an object, from which a proposal is taken for it in training.
+        low_quality: Take an object's best proposals for it where they overlap another one more, if by `overlap`.
         weights: Of the differences of boxes.
         with_masks: Whether to have a mask head.
     """
 
     def __init__(
         self, num_classes: int, channels: int, width: int, box_head: nn.Module | None = None, overlap: float = 0.5,
-        weights: Sequence[float] = BOX_WEIGHTS, with_masks: bool = True,
+        low_quality: bool = True, weights: Sequence[float] = BOX_WEIGHTS, with_masks: bool = True,
     ):
         masks = {}
         if with_masks:
@@ -110,8 +112,28 @@ class RoIHeads(TorchvisionHeads):
             RoIPool(BOX_SIZE), make_box_head(channels, width) if box_head is None else box_head,
             FastRCNNPredictor(width, num_classes + 1), overlap, overlap, 512, 0.25, weights, 0.05, 0.5, 100, **masks,
         )
-        self.proposal_matcher = Matcher(overlap, overlap)
+        self.proposal_matcher = Matcher(overlap, overlap, overlap if low_quality else None)
         init_predictor(self.box_predictor)
+
+    def assign_targets_to_proposals(
+        self, proposals: list[torch.Tensor], gt_boxes: list[torch.Tensor], gt_labels: list[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """For each image the index of each proposal's object, and its label: 0 for none.
+
+        The last proposals of each image are its objects themselves, each of which is its own.
+        """
+        matched, labels = [], []
+        for boxes, objects, of_objects in zip(proposals, gt_boxes, gt_labels, strict=True):
+            own = torch.arange(len(objects), device=boxes.device)
+            others = boxes[: len(boxes) - len(objects)]
+            found = torch.full((len(others),), BACKGROUND, device=boxes.device)
+            if len(objects):
+                found = self.proposal_matcher(box_iou(objects, others))
+            index = torch.cat([found, own])
+            with_none = torch.cat([of_objects, of_objects.new_zeros(1)])  # the last for the background's index, -1
+            labels.append(with_none[index])
+            matched.append(index.clamp(min=0))
+        return matched, labels
 
     def predict(self, features, boxes: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """(N, classes + 1) logits and (N, (classes + 1) * 4) refinements of all images' boxes."""
@@ -136,9 +158,9 @@ class RoIHeads(TorchvisionHeads):
         found = torch.where(of_all > 0)[0]
         said = of_their_class(samples.deltas, of_all)[found]
         loss = self.box_loss(said, torch.cat(wanted)[found], torch.cat(boxes)[found])
-        losses = dict(
-            loss_classifier=F.cross_entropy(samples.logits, of_all), loss_box_reg=loss / max(1, len(of_all))
-        )
+        count = max(1, len(of_all))
+        score_loss = F.cross_entropy(samples.logits, of_all, reduction="sum")
+        losses = dict(loss_classifier=score_loss / count, loss_box_reg=loss / count)
         if self.has_mask():
             boxes, matched = ([x[i] for x, i in zip(xs, positive, strict=True)] for xs in (boxes, matched))
             losses["loss_mask"] = mask_loss(self.predict_masks(features, boxes), boxes, matched, targets)

@@ -7,7 +7,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
 from torchvision.ops import box_iou
 
-from ._anchors import BACKGROUND, RATIOS, Anchors, Matcher
+from ._anchors import BACKGROUND, RATIOS, Anchors, Matcher, see_image
 from ._types import Targets, at_least_float32
 
 STRIDES = (4, 8, 16, 32, 64)
@@ -34,11 +34,12 @@ class RPN(RegionProposalNetwork):
     def _label(self, anchors: torch.Tensor, boxes: torch.Tensor, size: Sequence[int]) -> tuple[torch.Tensor, ...]:
         """For each anchor 1 for an object, 0 for none, -1 for neither; and the box that it is to become."""
         labels, matched = anchors.new_full((len(anchors),), -1), torch.zeros_like(anchors)
-        kept = slice(None)
+        kept = see_image(anchors, size)
         if self.inside:
             height, width = size
             left, top, right, bottom = anchors.unbind(1)
-            kept = torch.where((left >= 0) & (top >= 0) & (right < width) & (bottom < height))[0]
+            kept = (left >= 0) & (top >= 0) & (right < width) & (bottom < height)
+        kept = torch.where(kept)[0]
         if len(boxes) == 0:
             labels[kept] = 0
             return labels, matched

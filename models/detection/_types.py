@@ -16,12 +16,14 @@ def at_least_float32(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [x.float() if x.dtype in _LOW else x for x in outputs]
 
 
-def check_targets(targets: Targets | None, num_images: int, num_classes: int, with_masks: bool):
-    """Raises ValueError, in one line, unless `targets` are what a detector is trained on."""
-    if targets is None or len(targets) != num_images:
+def check_targets(
+    targets: Targets | None, images: Sequence[torch.Tensor], num_classes: int, with_masks: bool
+):
+    """Raises ValueError, in one line, unless `targets` are what a detector is trained on with these images."""
+    if targets is None or len(targets) != len(images):
         found = "none" if targets is None else str(len(targets))
-        raise ValueError(f"training takes targets for each of the {num_images} images, got {found}")
-    for index, target in enumerate(targets):
+        raise ValueError(f"training takes targets for each of the {len(images)} images, got {found}")
+    for index, (image, target) in enumerate(zip(images, targets, strict=True)):
         missing = {"boxes", "labels", *(["masks"] if with_masks else [])} - target.keys()
         if missing:
             raise ValueError(f"targets of image {index} lack {', '.join(sorted(missing))}")
@@ -31,8 +33,9 @@ def check_targets(targets: Targets | None, num_images: int, num_classes: int, wi
         if labels.dtype != torch.int64 or labels.shape != boxes.shape[:1]:
             raise ValueError(f"labels of image {index} must be (N,) int64 for {len(boxes)} boxes, got "
                              f"{tuple(labels.shape)} {labels.dtype}")
-        if with_masks and len(target["masks"]) != len(boxes):
-            raise ValueError(f"image {index} has {len(boxes)} boxes and {len(target['masks'])} masks")
+        of_masks = (len(boxes), *image.shape[1:])
+        if with_masks and target["masks"].shape != of_masks:
+            raise ValueError(f"masks of image {index} must be {of_masks}, got {tuple(target['masks'].shape)}")
         empty = ~((boxes[:, 2:] > boxes[:, :2]).all(dim=1) & boxes.isfinite().all(dim=1))
         if empty.any():
             raise ValueError(f"image {index} has a box without area, {boxes[empty][0].tolist()}")
