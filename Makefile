@@ -42,7 +42,7 @@ quickstart: $(VENV)/.requirements  ## train biformer_nano on handwritten digits,
 	@echo "next:       . $(BIN)/activate && python main.py --help"
 
 # One thread for each process: more threads than cores wait for one another.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/.requirements-dev  ## run the tests that need no GPU, but for the longest
 	$(PYTEST) -m "not (long or gpu)"

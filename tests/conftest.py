@@ -35,7 +35,11 @@ def takes_network(item: pytest.Item, names: set[str]) -> bool:
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]):
-    """Mark the tests of large networks as slow: each has the same code as the smallest of its family."""
+    """Mark the tests of large networks as slow: each has the same code as the smallest of its family.
+
+    Those of Slurm, which take minutes in one file, come first: nothing would run beside them in the end.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
     for item in items:
         if takes_network(item, LARGE_FOR_CONTRACT if item.path.name == "test_models.py" else LARGE):
             item.add_marker(pytest.mark.slow)

@@ -69,8 +69,8 @@ def test_published_padding_is_fused_too():
         assert (ours - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param("by list", marks=pytest.mark.long), "dense"])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["by list", "dense"])
 def test_repeated_runs_agree_to_the_bit(name):
     size, regions, topk = CASES[name]
     attention = module(regions, topk)
