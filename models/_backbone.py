@@ -63,6 +63,31 @@ class Backbone(nn.Module):
         return [norm(x) for norm, x in zip(self.extra_norms, maps, strict=True)]
 
 
+class OnBackbone:
+    """What a network built on a `Backbone`, its `backbone`, says of it where timm's models speak for themselves.
+
+    Attributes:
+        kind: What it is called in messages, with an article.
+    """
+
+    kind: str
+    backbone: Backbone
+
+    @property
+    def default_cfg(self) -> dict[str, str]:
+        """What it is called in messages, where timm's models have it."""
+        body = getattr(self.backbone.body, "default_cfg", None) or {}
+        return dict(architecture=f"{self.kind} on {body.get('architecture') or type(self.backbone.body).__name__}")
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {f"backbone.body.{name}" for name in getattr(self.backbone.body, "no_weight_decay", set)()}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True):
+        self.backbone.body.set_grad_checkpointing(enable)
+
+
 def _family(name: str) -> str:
     """The file that registers a model."""
     return timm.model_entrypoint(name).__module__.rpartition(".")[2]

@@ -33,7 +33,7 @@ class Anchors(AnchorGenerator):
         return torch.stack([-half_width, -half_height, half_width, half_height], dim=1)
 
     def set_cell_anchors(self, dtype: torch.dtype, device: torch.device):
-        """Compute them anew: cast from a lower precision they would stay as rounded there."""
+        """Recompute them: cast from a lower precision, they would keep its rounding."""
         if self.cell_anchors[0].dtype != dtype or self.cell_anchors[0].device != device:
             of_maps = zip(self.sizes, self.aspect_ratios, strict=True)
             self.cell_anchors = [self.generate_anchors(*of_map, dtype, device) for of_map in of_maps]

@@ -84,17 +84,18 @@ class CascadeHeads(nn.Module):
         for index, (stage, weight) in enumerate(zip(self.stages, LOSS_WEIGHTS, strict=True)):
             found, samples = stage.learn(features, boxes, targets)
             losses |= {f"{name}_{index}": weight * loss for name, loss in found.items()}
-            boxes = self._corrected(stage, samples, targets, sizes)
+            if stage is not self.stages[-1]:
+                boxes = self._corrected(stage, samples, targets, sizes)
         return losses
 
     def _detect(self, features, boxes: list[torch.Tensor], sizes) -> Detections:
         of_stages = []
         for stage in self.stages:
-            seen = boxes
-            logits, deltas = stage.predict(features, seen)
+            logits, deltas = stage.predict(features, boxes)
             of_stages.append(logits)
-            boxes = stage.refine(seen, deltas, _most_likely(logits), sizes)
-        found = stage.postprocess_detections(torch.stack(of_stages).mean(dim=0), deltas, seen, sizes)
+            if stage is not self.stages[-1]:
+                boxes = stage.refine(boxes, deltas, _most_likely(logits), sizes)
+        found = stage.postprocess_detections(torch.stack(of_stages).mean(dim=0), deltas, boxes, sizes)
         detections = [dict(boxes=b, scores=s, labels=i) for b, s, i in zip(*found, strict=True)]
         of_images = [x["boxes"] for x in detections]
         masks = torch.stack([stage.predict_masks(features, of_images).sigmoid() for stage in self.stages]).mean(dim=0)

@@ -7,7 +7,7 @@ import torch
 from timm.data import resolve_data_config
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from .._backbone import create_backbone
+from .._backbone import OnBackbone, create_backbone
 from ._backbone import PyramidBackbone
 from ._cascade import CascadeHeads
 from ._images import DetectionTransform
@@ -21,29 +21,16 @@ NUM_REGIONS, _OF_MODEL = 16, dict(debiformer_tiny=8, debiformer_base=32)
 SHORT, LONG = 800, 1333
 
 
-class Detector:
+class Detector(OnBackbone):
     """What all detectors have in common.
 
     Attributes:
         num_classes: Classes, without the background.
     """
 
+    kind = "a detector"
     num_classes: int
     has_masks: bool
-
-    @property
-    def default_cfg(self) -> dict[str, str]:
-        """What it is called in messages, where timm's models have it."""
-        body = getattr(self.backbone.body, "default_cfg", None) or {}
-        return dict(architecture=f"a detector on {body.get('architecture') or type(self.backbone.body).__name__}")
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        return {f"backbone.body.{name}" for name in getattr(self.backbone.body, "no_weight_decay", set)()}
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True):
-        self.backbone.body.set_grad_checkpointing(enable)
 
     def forward(
         self, images: list[torch.Tensor], targets: Targets | None = None

@@ -74,7 +74,7 @@ def rename(weights: Weights, network: Detector) -> dict[str, torch.Tensor]:
 
 
 def _classifiers(network: Detector) -> list[str]:
-    """The layers whose size is that of the classes."""
+    """The layers whose output size depends on the number of classes."""
     last = ("cls_score", "mask_fcn_logits", "cls_logits")
     of_heads = (name for name, _ in network.named_modules() if not name.startswith(("backbone.", "rpn.")))
     return [name for name in of_heads if name.endswith((*last, "box_predictor.bbox_pred"))]

@@ -4,7 +4,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._backbone import Backbone, create_backbone
+from .._backbone import Backbone, OnBackbone, create_backbone
 from .._pyramid import FeaturePyramid
 from ._heads import AuxiliaryHead, SemanticFPNHead, UPerHead
 
@@ -12,7 +12,7 @@ from ._heads import AuxiliaryHead, SemanticFPNHead, UPerHead
 NUM_REGIONS = 8
 
 
-class Segmenter(nn.Module):
+class Segmenter(OnBackbone, nn.Module):
     """A backbone, a neck where the head needs one, a head and, for training, an auxiliary head on the third map.
 
     Args:
@@ -24,6 +24,8 @@ class Segmenter(nn.Module):
     Attributes:
         num_classes: Classes of the logits.
     """
+
+    kind = "a segmenter"
 
     def __init__(
         self,
@@ -39,20 +41,6 @@ class Segmenter(nn.Module):
     @property
     def num_classes(self) -> int:
         return self.decode_head.conv_seg.out_channels
-
-    @property
-    def default_cfg(self) -> dict[str, str]:
-        """What it is called in messages, where timm's models have it."""
-        body = getattr(self.backbone.body, "default_cfg", None) or {}
-        return dict(architecture=f"a segmenter on {body.get('architecture') or type(self.backbone.body).__name__}")
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        return {f"backbone.body.{name}" for name in getattr(self.backbone.body, "no_weight_decay", set)()}
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True):
-        self.backbone.body.set_grad_checkpointing(enable)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
         """(B, 3, H, W) -> (B, num_classes, H / 4, W / 4) logits; sides are rounded up, by some backbones down.
