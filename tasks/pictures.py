@@ -2,12 +2,21 @@
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from utils import UserError, replace_file
+
+from .lettering import can_draw, drawable, load_font
+
+# Of a picture among others, in pixels.
+WIDTH = 320
+_LINE, _GAP = 14, 4
+# Names in a line of the legend.
+_NAMES = 5
 
 
 def prepare_folder(folder: Path):
@@ -52,3 +61,38 @@ def write_picture(file: Path, pixels: np.ndarray):
         replace_file(file, lambda out: image.save(out, Image.registered_extensions()[file.suffix.lower()], quality=95))
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror}") from error
+
+
+def at_width(pixels: np.ndarray) -> Image.Image:
+    """uint8 (H, W, 3) pixels as a picture of `WIDTH`."""
+    height = max(1, round(pixels.shape[0] * WIDTH / pixels.shape[1]))
+    return Image.fromarray(pixels).resize((WIDTH, height))
+
+
+def stack(
+    rows: list[list[Image.Image]], titles: Sequence[str], legend: Sequence[tuple[str, tuple[int, ...]]] = ()
+) -> np.ndarray:
+    """Pictures of `WIDTH` in rows, below the titles of their columns and above a legend of names and colours."""
+    heights, width = [row[0].height for row in rows], len(titles) * (WIDTH + _GAP) - _GAP
+    lines = -(-len(legend) // _NAMES) * _LINE
+    canvas = Image.new("RGB", (width, _LINE + sum(heights) + _GAP * len(rows) + lines), "white")
+    draw, (font, letters) = ImageDraw.Draw(canvas), load_font(can_draw())
+    top = _LINE
+    for column, title in enumerate(titles):
+        draw.text((column * (WIDTH + _GAP) + 2, 1), title, fill="black", font=font)
+    for row, height in zip(rows, heights, strict=True):
+        for column, picture in enumerate(row):
+            canvas.paste(picture, (column * (WIDTH + _GAP), top))
+        top += height + _GAP
+    for place, (name, colour) in enumerate(legend):
+        left, line = place % _NAMES * (width // _NAMES), top + place // _NAMES * _LINE
+        draw.rectangle((left + 2, line + 2, left + 10, line + 10), fill=colour)
+        draw.text((left + 14, line), _short(drawable(name, letters), draw, font, width // _NAMES - 16), "black", font)
+    return np.asarray(canvas)
+
+
+def _short(text: str, draw: ImageDraw.ImageDraw, font: Any, width: int) -> str:
+    """As much of a text as fits into a width."""
+    while text and draw.textlength(text, font) > width:
+        text = text[:-1]
+    return text

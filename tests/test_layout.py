@@ -40,7 +40,7 @@ FORBIDDEN = {
 NAME_FLAGS = (
     "main.py", "hydra_main.py", "package/*", "scripts/*", "training/flags.py", "training/parsing.py",
     "training/options.py", "training/advice.py", "training/command_line.py", "training/recipes.py",
-    "tasks/options.py", "tasks/*/options.py", "tasks/*/errors.py",
+    "tasks/options.py", "tasks/errors.py", "tasks/*/options.py", "tasks/*/errors.py",
 )
 # They build on argparse.
 PARSE = ("training/flags.py", "training/parsing.py")

@@ -2,6 +2,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -89,6 +90,24 @@ class Distributed:
         with self.progress.waiting():
             dist.all_gather(gathered, own)
         return [of_rank.tolist() for of_rank in gathered]
+
+    def gather_objects(self, value: Any) -> list[Any] | None:
+        """The `value` of each process on the main process, None on the others; pickled, and exchanged between CPUs."""
+        if not self.is_distributed:
+            return [value]
+        gathered = [None] * self.world_size if self.is_main else None
+        with self.progress.waiting():
+            dist.gather_object(value, gathered)
+        return gathered
+
+    def broadcast_object(self, value: Any) -> Any:
+        """The main process's `value` on all of them; pickled, and exchanged between CPUs."""
+        if not self.is_distributed:
+            return value
+        shared = [value]
+        with self.progress.waiting():
+            dist.broadcast_object_list(shared, device=torch.device("cpu"))
+        return shared[0]
 
 
 def init_distributed(device: str = "auto", timeout: float = 30.0) -> Distributed:

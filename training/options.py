@@ -40,12 +40,13 @@ START = frozenset({"finetune", "load_release", "resume"})
 NOT_OF_RUN = _PLACE | START | {"eval"}
 # Flags that do not change the result of a run.
 NO_RESULT = _PLACE | {
-    "data_path", "dist_eval", "download", "enable_wandb", "keep_checkpoints", "log_every", "project", "report",
-    "save_every", "save_every_minutes", "save_every_steps", "shard_cache", "shard_cache_gb",
+    "data_path", "detections", "dist_eval", "download", "enable_wandb", "keep_checkpoints", "log_every", "project",
+    "report", "save_every", "save_every_minutes", "save_every_steps", "shard_cache", "shard_cache_gb", "train_json",
+    "val_json",
 }  # fmt: skip
 # Flags that may differ between the processes of a run, which may be on several machines, where all have them or none.
 PLACES = (NOT_OF_RUN - {"auto_resume", "eval", "load_release"}) | {
-    "data_path", "report", "shard_cache", "teacher_path", "token_label",
+    "data_path", "detections", "report", "shard_cache", "teacher_path", "token_label", "train_json", "val_json",
 }
 
 

@@ -99,3 +99,16 @@ def load_detector(
     """
     classifiers = tuple(_classifiers(network)) if new_classes else ()
     return stored.load_weights(network, rename(weights, network), None, classifiers, other_classes)
+
+
+def has_same_parts(network: Detector, weights: Weights) -> bool:
+    """Whether the weights of a detector are of the network's kind and width; the number of classes may be another."""
+    others = ("backbone.body.", *(f"{name}." for name in _classifiers(network)))
+
+    def parts(weights: Weights) -> dict[str, torch.Size]:
+        return {
+            name: value.shape for name, value in weights.items()
+            if not name.startswith(others) and not name.endswith("num_batches_tracked")
+        }
+
+    return parts(rename(weights, network)) == parts(network.state_dict())

@@ -11,7 +11,7 @@ from models.segmentation import round_up
 from training.precision import Precision
 from training.task import refusal
 
-from .errors import UnfitImageError
+from ..errors import UnfitImageError
 from .options import ViewOptions
 
 # Values of a tensor of logits at the size of an image: 0.25 GB in float32.

@@ -7,34 +7,21 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from timm.layers import convert_sync_batchnorm, to_2tuple
+from timm.layers import to_2tuple
 
 import datasets
-from models import NetworkRecipe
-from models.segmentation import (
-    HEADS,
-    EvalSize,
-    NoMapsError,
-    Segmenter,
-    has_same_heads,
-    is_segmenter,
-    load_backbone,
-    load_segmenter,
-)
-from storage.remote import public
-from storage.weights import MismatchError, check_finite, class_difference, class_names, default_weights, unwrap
+from models.segmentation import HEADS, EvalSize, Segmenter, has_same_heads, is_segmenter, load_segmenter
 from training.data.loader import EpochLoader, build_loader
 from training.distributed import Distributed
 from training.options import LoaderOptions
 from training.precision import Precision
 from training.run import Clock
-from training.task import Task, reading_weights
-from utils import UsageError, UserError
 
 from .. import networks, pictures
+from ..on_backbone import TaskOnBackbone
 from . import report
 from .data import SegmentationDataset, collate_samples
-from .errors import ADVICE, NoSegmenterError, NothingFitsError
+from .errors import ADVICE
 from .folder import open_folder
 from .inference import Inference
 from .losses import pixel_loss
@@ -45,9 +32,10 @@ from .transforms import Augmentation, TrainTransform, Views
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
-class SegmentationTask(Task):
+class SegmentationTask(TaskOnBackbone):
     """Trains and evaluates Semantic FPN and UPerNet on any backbone of timm's."""
 
+    kind = "segmenter"
     settings_class = SegmentationSettings
     metrics: ClassVar[dict[str, bool]] = dict(mIoU=True, mAcc=True, aAcc=True)
     advice = ADVICE
@@ -61,10 +49,6 @@ class SegmentationTask(Task):
         self.inference = Inference.of(test, self.config, precision)
         self.report_folder = None if folder is None else Path(folder)
         self.val_set: SegmentationDataset | None = None
-
-    @classmethod
-    def check_names(cls, settings: SegmentationSettings):
-        networks.check_model(settings.model.model)
 
     # --- data ---------------------------------------------------------------------------------------------------------
 
@@ -116,91 +100,16 @@ class SegmentationTask(Task):
 
     # --- network ------------------------------------------------------------------------------------------------------
 
-    def network(self) -> Segmenter:
-        settings = self.settings
-        network, training = self._build(), not settings.evaluation.eval
-        if settings.model.grad_checkpointing:
-            networks.checkpoint_gradients(network, settings.model.model)
-        if training and settings.checkpoint.finetune and not settings.checkpoint.resumes_here():
-            self._fine_tune(network, settings.checkpoint.finetune)
-        if training and settings.model.sync_bn and self.distributed.is_distributed:
-            if self.distributed.device.type == "cuda":
-                network = convert_sync_batchnorm(network)
-            else:
-                self.tell(["batch norms are of each process alone: SyncBN needs GPUs"])
-        return network
+    def create(self, pretrained: bool, **kwargs: Any) -> Segmenter:
+        asked = self.settings.model
+        return HEADS[asked.head](
+            asked.model, self.num_classes, pretrained, head_channels=asked.head_channels, extra_norms=asked.extra_norms,
+            img_size=self.settings.augmentation.input_size, **kwargs,
+        )
 
-    def _build(self) -> Segmenter:
-        """The network; without stochastic depth if the backbone has none."""
-        if self.settings.model.model_kwargs:
-            networks.check_asserts(self.settings.model.model)
-        try:
-            return self._create(drop_path_rate=self.settings.model.drop_path)
-        except UsageError as error:
-            try:
-                network = self._create()
-            except UserError:
-                raise error from None
-        self.tell([f"{self.settings.model.model} has no stochastic depth: drop path is left out"])
-        return network
-
-    def _create(self, **kwargs: Any) -> Segmenter:
-        asked, checkpoint = self.settings.model, self.settings.checkpoint
-        # A run that resumes has its weights in its checkpoint.
-        pretrained = asked.load_release and not checkpoint.resumes_here()
-        kwargs = {**kwargs, **asked.model_kwargs}
-        with networks.building(asked.model, pretrained):
-            try:
-                return HEADS[asked.head](
-                    asked.model, self.num_classes, pretrained, head_channels=asked.head_channels,
-                    extra_norms=asked.extra_norms, img_size=self.settings.augmentation.input_size, **kwargs,
-                )
-            except NoMapsError as error:  # which names the model
-                raise UsageError(str(error)) from error
-
-    def _read(self, source: str) -> tuple[dict[str, Any], dict[str, torch.Tensor], list[str]]:
-        """A checkpoint, the weights to take from it, and lines about these."""
-        checkpoint, key = networks.read(source), self.settings.checkpoint.model_key
-        key, notes = (key, []) if key else default_weights(checkpoint, source)
-        with reading_weights():
-            return checkpoint, unwrap(checkpoint, key), notes
-
-    def _fine_tune(self, network: Segmenter, source: str):
-        """Start from the weights of a segmenter, or for the backbone alone from those of a classifier or of a segmenter
-        with another head; tells which.
-        """
-        (checkpoint, weights, notes), source = self._read(source), public(source)
-        with reading_weights():
-            try:
-                if is_segmenter(weights) and has_same_heads(network, weights):
-                    notes += self._load_segmenter(network, weights, class_difference(checkpoint, self.classes), source)
-                else:
-                    notes += [f"{source}: {note}" for note in load_backbone(network, weights)]
-            except MismatchError as error:
-                raise NothingFitsError(f"{source}: {error}{NetworkRecipe.of(checkpoint).owner}") from error
-            check_finite(network, source)
-        self.tell(notes)
-
-    @staticmethod
-    def _load_segmenter(
-        network: Segmenter, weights: dict[str, torch.Tensor], difference: str | None, source: str
-    ) -> list[str]:
-        is_new = load_segmenter(network, weights, new_classes=True, other_classes=difference is not None)
-        reason = difference or "has another number of classes"
-        return [f"{source} {reason}: the classifiers are re-initialised" if is_new else f"{source}: all is loaded"]
-
-    def load(self, network: Segmenter, source: str):
-        (checkpoint, weights, notes), source = self._read(source), public(source)
-        if not is_segmenter(weights):
-            raise NoSegmenterError(f"{source} holds no segmenter, but the weights of a classifier")
-        difference = class_difference(checkpoint, self.classes)
-        names = class_names(checkpoint) or []
-        if difference and (len(names) != len(self.classes) or sorted(names) == sorted(self.classes)):
-            raise UserError(f"{source} {difference}")
-        with reading_weights():
-            load_segmenter(network, weights)
-            check_finite(network, source)
-        self.tell([*notes, *([f"warning: {source} {difference}"] if difference else [])])
+    is_own = staticmethod(is_segmenter)
+    has_same_parts = staticmethod(has_same_heads)
+    load_own = staticmethod(load_segmenter)
 
     # --- loss ---------------------------------------------------------------------------------------------------------
 
