@@ -5,6 +5,7 @@ numbered from 1, since it takes one whose id is 0 for none, and the area of a de
 """
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -125,7 +126,7 @@ def _check_ids(path: Path, part: str, entries: list[dict]):
         raise UserError(f"{path}: it has no {part}: their list is empty")
     for index, entry in enumerate(entries):
         if not _is_id(entry.get("id")):
-            raise UserError(f"{path}: entry {index} of its {part} has no id that is an integer")
+            raise UserError(f"{path}: entry {index} of its {part} has no id that is an integer of 64 bits")
     number, times = Counter(entry["id"] for entry in entries).most_common(1)[0]
     if times > 1:
         raise UserError(f"{path}: {times} of its {part} have the id {number}")
@@ -135,7 +136,7 @@ def _problem_of_annotation(entry: dict, images: set[int], categories: set[int]) 
     """What is wrong with an annotation, apart from its mask."""
     for key, known, part in (("image_id", images, "images"), ("category_id", categories, "categories")):
         if not _is_id(entry.get(key)):
-            return f"has no {key} that is an integer"
+            return f"has no {key} that is an integer of 64 bits"
         if entry[key] not in known:
             return f"has the {key} {entry[key]}, which is not among the {part}"
     if problem := _problem_of_box(entry.get("bbox")):
@@ -152,7 +153,7 @@ def _problem_of_detection(entry: Any) -> str | None:
         return "is no object with image_id, category_id, score and bbox or segmentation"
     for key in ("image_id", "category_id"):
         if not _is_id(entry.get(key)):
-            return f"has no {key} that is an integer"
+            return f"has no {key} that is an integer of 64 bits"
     if "score" not in entry:
         return "has no score"
     if not _is_number(entry["score"]):
@@ -164,11 +165,11 @@ def _problem_of_detection(entry: Any) -> str | None:
 
 
 def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _problem_of_box(box: Any) -> str | None:
@@ -380,7 +381,7 @@ def _compressed(segmentation: Any, size: tuple[int, int]) -> dict:
     """A mask in COCO's compressed run lengths."""
     if isinstance(segmentation, list):
         return masks.merge(masks.frPyObjects(segmentation, *size))
-    return masks.frPyObjects(segmentation, *size) if isinstance(segmentation["counts"], list) else dict(segmentation)
+    return masks.frPyObjects(segmentation, *size) if isinstance(segmentation["counts"], list) else segmentation
 
 
 def _evaluate(

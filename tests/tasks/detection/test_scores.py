@@ -341,9 +341,9 @@ def test_masks_of_detections_in_every_form_are_the_same():
     polygons = [dict(x, segmentation=[polygon_of(x["bbox"])]) for x in detections]
     merged = [coco_masks.merge(coco_masks.frPyObjects(x["segmentation"], HEIGHT, WIDTH)) for x in polygons]
     expected = score(annotations, polygons, MASK)
-    assert expected == check_equal(annotations, [dict(x, segmentation=m) for x, m in zip(detections, merged, strict=True)],
-                                   MASK)
-    lists = [dict(x, segmentation=uncompressed(m)) for x, m in zip(detections, merged, strict=True)]
+    compressed = [dict(x, segmentation=mask) for x, mask in zip(detections, merged, strict=True)]
+    assert check_equal(annotations, compressed, MASK) == expected
+    lists = [dict(x, segmentation=uncompressed(x["segmentation"])) for x in compressed]
     assert score(annotations, lists, MASK) == expected
 
 
@@ -387,7 +387,7 @@ def test_detections_that_do_not_belong_to_the_annotations(change, kind, message)
 
 
 def test_images_to_score_that_are_not_there():
-    with pytest.raises(UserError, match="^2 images to score that the annotations do not have, with the ids 8, 9$"):
+    with pytest.raises(UserError, match=r"^2 images to score that the annotations do not have, with the ids 8, 9$"):
         score(one_image((0, 0, 10, 10)), [], BOX, [9, 4, 8])
 
 
@@ -397,7 +397,7 @@ def test_polygons_need_the_size_of_their_image(where):
     annotations, detections = one_image(box), detected((box, 0.9))
     annotations["annotations"][0]["segmentation"] = detections[0]["segmentation"] = [polygon_of(box)]
     del annotations["images"][0]["height"]
-    with pytest.raises(UserError, match="the annotations do not say the height and width of its image$"):
+    with pytest.raises(UserError, match=r"the annotations do not say the height and width of its image$"):
         score(annotations, detections if where == "detections" else [], MASK)
 
 
@@ -452,13 +452,13 @@ TRUTH = dict(images=[dict(id=4)], annotations=[OBJECT, OBJECT], categories=[dict
     (dict(TRUTH, categories=["dog"]), "its categories are no list of objects"),
     (dict(TRUTH, images=[]), "it has no images: their list is empty"),
     (dict(TRUTH, categories=[]), "it has no categories: their list is empty"),
-    (dict(TRUTH, images=[dict(id=4), dict(id="5")]), "entry 1 of its images has no id that is an integer"),
+    (dict(TRUTH, images=[dict(id=4), dict(id="5")]), "entry 1 of its images has no id that is an integer of 64 bits"),
     (dict(TRUTH, images=[dict(id=5), dict(id=4), dict(id=4)]), "2 of its images have the id 4"),
     (dict(TRUTH, categories=[dict(id=2)]), "entry 0 of its categories has no name"),
     *[(dict(TRUTH, annotations=[OBJECT, dict(OBJECT, **change)]), f"entry 1 of its annotations has {message}")
       for change, message in [
-          (dict(image_id=None), "no image_id that is an integer"),
-          (dict(category_id=True), "no category_id that is an integer"),
+          (dict(image_id=None), "no image_id that is an integer of 64 bits"),
+          (dict(category_id=True), "no category_id that is an integer of 64 bits"),
           (dict(image_id=5), "the image_id 5, which is not among the images"),
           (dict(category_id=1), "the category_id 1, which is not among the categories"),
           (dict(bbox=None), "no bbox of four finite numbers"),
@@ -485,11 +485,13 @@ FOUND = dict(image_id=4, category_id=2, score=0.5, bbox=[0, 0, 10, 10])
     ({}, "it is no list, as detections in COCO's format are"),
     ([FOUND, 3], "entry 1 is no object with image_id, category_id, score and bbox or segmentation"),
     *[([FOUND, dict(FOUND, **change), {}], f"entry 1 has {message}") for change, message in [
-        (dict(image_id="4"), "no image_id that is an integer"),
-        (dict(category_id=None), "no category_id that is an integer"),
+        (dict(image_id="4"), "no image_id that is an integer of 64 bits"),
+        (dict(category_id=None), "no category_id that is an integer of 64 bits"),
         (dict(score=math.nan), "the score nan, which is no finite number"),
         (dict(score=math.inf), "the score inf, which is no finite number"),
         (dict(score="0.5"), "the score '0.5', which is no finite number"),
+        (dict(image_id=2**63), "no image_id that is an integer of 64 bits"),
+        (dict(bbox=[0, 0, 10**400, 10]), "no bbox of four finite numbers"),
         (dict(score=True), "the score True, which is no finite number"),
         (dict(bbox=[]), "neither bbox nor segmentation"),
         (dict(bbox=[0, 0, 10, 10, 10]), "no bbox of four finite numbers"),
@@ -540,8 +542,9 @@ def test_table_by_class(tmp_path):
     boxes = Score(BOX, {}, [("=dog", 3, 0.5, 0.625), ("none", 0, nan, nan)])
     masks = Score(MASK, {}, [("=dog", 3, 1 / 3, 0.0), ("none", 0, nan, nan)])
     title = ["class", "objects", "box_AP", "box_AP50", "mask_AP", "mask_AP50"]
-    for scores, row in [([boxes, masks], ["50.000", "62.500", "33.333", "0.000"]), ([masks], ["", "", "33.333", "0.000"]),
-                        ([boxes], ["50.000", "62.500", "", ""])]:
+    of_boxes, of_masks, empty = ["50.000", "62.500"], ["33.333", "0.000"], ["", ""]
+    cases = [([boxes, masks], of_boxes + of_masks), ([masks], empty + of_masks), ([boxes], of_boxes + empty)]
+    for scores, row in cases:
         write_classes(tmp_path / "classes.csv", scores)
         with open(tmp_path / "classes.csv", newline="") as file:
             assert list(csv.reader(file)) == [title, ["'=dog", "3", *row], ["none", "0", "", "", "", ""]]
