@@ -109,7 +109,8 @@ def load(source: str, weights: str | None = None, model: str | None = None) -> t
     source = stored.public(str(source))
     recipe = NetworkRecipe.of(checkpoint, model)
     if recipe.task != "classification":
-        how = ": load it by models.segmentation.load" if recipe.task == "segmentation" else ""
+        has_load = recipe.task in ("segmentation", "detection")
+        how = f": load it by models.{recipe.task}.load" if has_load else ""
         raise stored.WeightsError(f"{source} is no classifier, but of the task {recipe.task}{how}")
     if recipe.model is None:
         raise stored.WeightsError(f"{source} does not say which model it belongs to; name it: load(..., model='NAME')")

@@ -54,6 +54,11 @@ def _reorder(name: str, value: torch.Tensor) -> torch.Tensor:
     return torch.cat([value.new_zeros((rows, *value.shape[1:])), value])
 
 
+def rename_heads(weights: Weights) -> dict[str, torch.Tensor]:
+    """The entries of a published detector, its pyramid and heads under our names; values as they are."""
+    return {_rename(name): value for name, value in weights.items()}
+
+
 def rename(weights: Weights, network: Detector) -> dict[str, torch.Tensor]:
     """The entries of a published detector under our names; ours as they are.
 

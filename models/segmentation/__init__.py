@@ -4,8 +4,9 @@
 """
 from .._backbone import NoMapsError
 from .._backbone_weights import load_backbone
+from .._trained import NoBackboneError
 from ._images import EvalSize, SegmentationTransform, fit, resize, round_up
-from ._load import NoBackboneError, SegmenterRecipe, create_trained, load
+from ._load import SegmenterRecipe, create_trained, load
 from ._network import HEADS, Segmenter, semantic_fpn, upernet
 from ._weights import has_same_heads, is_segmenter, load_segmenter
 

@@ -5,18 +5,16 @@ from typing import Any
 import timm
 from timm.data import resolve_data_config
 
+from .._backbone_weights import Weights
 from .._pretrained import stored
 from .._recipe import ImageSize, NetworkRecipe
+from .._trained import advising, check_backbone, create, said_of
 from ._images import EvalSize, SegmentationTransform
 from ._network import HEADS, Segmenter
-from ._weights import Weights, is_segmenter, load_into
+from ._weights import is_segmenter, load_segmenter
 
 # What only one head has, by name.
 _PARTS = dict(upernet="decode_head.psp_modules.", semantic_fpn="decode_head.scale_heads.")
-
-
-class NoBackboneError(stored.WeightsError):
-    """The weights of a published segmenter, which do not say what their backbone is."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +57,9 @@ class SegmenterRecipe:
         Raises:
             WeightsError: It is of no segmenter that is known here, or nothing names its backbone.
         """
-        said = checkpoint.get("args")
-        task = said.get("task") if isinstance(said, dict) else None
-        if task is None:
+        said = said_of(checkpoint, source, "segmentation", Segmenter.kind)
+        if said is None:
             return cls._of_published(stored.unwrap(checkpoint), stored.public(source), model)
-        if task != "segmentation":
-            raise stored.WeightsError(f"{stored.public(source)} is not the checkpoint of a run that trains a segmenter")
         if said.get("head") not in HEADS or not timm.is_model(said.get("model") or ""):
             raise stored.WeightsError(f"{stored.public(source)} is of {said.get('head')} on {said.get('model')}, which "
                                       "are not known here")
@@ -88,10 +83,7 @@ class SegmenterRecipe:
         classifier = weights.get("decode_head.conv_seg.weight")
         if len(found) != 1 or classifier is None:
             raise stored.WeightsError(f"{source} has a head other than {' and '.join(_PARTS)}")
-        if model is None:
-            raise NoBackboneError(f"{source} does not say which model its backbone is")
-        if not timm.is_model(model):
-            raise stored.WeightsError(f"timm knows no model {model!r}")
+        check_backbone(source, model)
         return cls(model, found[0], len(classifier), head_channels=classifier.shape[1])
 
     def build(self) -> Segmenter:
@@ -117,15 +109,7 @@ def create_trained(
         WeightsError: One line: the backbone refuses the recipe's arguments, or the weights do not fit, or are not
             finite.
     """
-    source = stored.public(source)
-    try:
-        network = recipe.build()
-    except Exception as error:  # on arguments that it does not take, a model raises nearly anything
-        reason = " ".join(str(error).split()) or repr(error)
-        raise stored.WeightsError(f"{source}: {recipe.model} cannot be built: {reason}") from error
-    load_into(network, checkpoint, source, weights)
-    network.classes = recipe.class_names
-    return network.eval()
+    return create(recipe, load_segmenter, checkpoint, source, weights)
 
 
 def load(
@@ -155,10 +139,8 @@ def load(
         WeightsError: A ValueError in one line: the checkpoint cannot be read, holds no segmenter, or does not fit.
     """
     checkpoint = stored.read_checkpoint(str(source))
-    try:
+    with advising():
         recipe = SegmenterRecipe.of(checkpoint, str(source), model)
-    except NoBackboneError as error:
-        raise NoBackboneError(f"{error}; name it: load(..., model='NAME')") from error
     network = create_trained(recipe, checkpoint, str(source), weights)
     config = resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(recipe.model).to_dict())
     transform = SegmentationTransform(recipe.test_size, config["mean"], config["std"], recipe.exif_transpose)

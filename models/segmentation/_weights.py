@@ -1,6 +1,4 @@
 """Weights of segmenters: published and own checkpoints."""
-from typing import Any
-
 import torch
 
 from .._backbone_weights import Weights, rename_backbone
@@ -58,23 +56,3 @@ def has_same_heads(network: Segmenter, weights: Weights) -> bool:
         }
 
     return heads(weights) == heads(network.state_dict())
-
-
-def load_into(network: Segmenter, checkpoint: dict[str, Any], source: str, key: str | None = None):
-    """Load a checkpoint of a segmenter, in full, and check that its weights are finite.
-
-    Args:
-        network: The network, without wrappers.
-        checkpoint: As `storage.weights.read_checkpoint` returns it.
-        source: Where it was read from, for messages.
-        key: Of its weights; None for `storage.weights.default_weights`.
-
-    Raises:
-        WeightsError: They do not fit, or are NaN or infinite.
-    """
-    key = key or stored.default_weights(checkpoint, source)[0]
-    weights = stored.unwrap(checkpoint, key)
-    if not is_segmenter(weights):
-        raise stored.WeightsError(f"{stored.public(source)} holds no segmenter: it has no decode_head")
-    load_segmenter(network, weights)
-    stored.check_finite(network, source)
