@@ -10,6 +10,7 @@ from PIL import ImageFont
 from utils import printable
 
 _SIZE = 10  # pixels
+Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 _QUOTES = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")  # typographic ones, which ASCII has not
 
 
@@ -19,17 +20,17 @@ def can_draw() -> bool:
 
 
 @cache
-def load_font(with_matplotlib: bool) -> tuple[ImageFont.ImageFont | ImageFont.FreeTypeFont, Container[int]]:
-    """A font, and the code points that it has: DejaVu Sans, which comes with matplotlib and has the alphabets of
-    Europe, or else Pillow's own, which has ASCII.
+def load_font(with_matplotlib: bool, size: int = _SIZE) -> tuple[Font, Container[int]]:
+    """A font of so many pixels, and the code points that it has: DejaVu Sans, which comes with matplotlib and has the
+    alphabets of Europe, or else Pillow's own, which has ASCII.
     """
     if not with_matplotlib:
-        return ImageFont.load_default(), range(32, 127)
+        return ImageFont.load_default(size), range(32, 127)
     from matplotlib import get_data_path
     from matplotlib.ft2font import FT2Font
 
     file = str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
-    return ImageFont.truetype(file, _SIZE), FT2Font(file).get_charmap().keys()
+    return ImageFont.truetype(file, size), FT2Font(file).get_charmap().keys()
 
 
 def drawable(text: str, letters: Container[int]) -> str:
@@ -42,3 +43,10 @@ def drawable(text: str, letters: Container[int]) -> str:
         known = "".join(part for part in parts if ord(part) in letters)
         found.append(known or c.encode("ascii", "backslashreplace").decode())
     return "".join(found)
+
+
+def shorten(text: str, font: Font, width: float) -> str:
+    """As much of a text as fits into a width, in pixels."""
+    while text and font.getlength(text) > width:
+        text = text[:-1]
+    return text

@@ -2,7 +2,6 @@
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from utils import UserError, replace_file
 
-from .lettering import can_draw, drawable, load_font
+from .lettering import can_draw, drawable, load_font, shorten
 
 # Of a picture among others, in pixels.
 WIDTH = 320
@@ -87,12 +86,5 @@ def stack(
     for place, (name, colour) in enumerate(legend):
         left, line = place % _NAMES * (width // _NAMES), top + place // _NAMES * _LINE
         draw.rectangle((left + 2, line + 2, left + 10, line + 10), fill=colour)
-        draw.text((left + 14, line), _short(drawable(name, letters), draw, font, width // _NAMES - 16), "black", font)
+        draw.text((left + 14, line), shorten(drawable(name, letters), font, width // _NAMES - 16), "black", font)
     return np.asarray(canvas)
-
-
-def _short(text: str, draw: ImageDraw.ImageDraw, font: Any, width: int) -> str:
-    """As much of a text as fits into a width."""
-    while text and draw.textlength(text, font) > width:
-        text = text[:-1]
-    return text

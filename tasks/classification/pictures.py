@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw
 from timm.data.mixup import Mixup
 from torchvision.utils import make_grid
 
-from ..lettering import can_draw, drawable, load_font
+from ..lettering import can_draw, drawable, load_font, shorten
 from ..pictures import as_pixels
 
 # Pixels: the least width of an image, which a title needs; and the height of a line of its title.
@@ -31,9 +31,7 @@ def _tile(image: np.ndarray, title: Title) -> np.ndarray:
     tile.paste(Image.fromarray(image))
     draw, (font, letters) = ImageDraw.Draw(tile), load_font(can_draw())
     for row, line in enumerate(title):
-        text = drawable(line, letters)
-        while text and draw.textlength(text, font) > width:
-            text = text[:-1]
+        text = shorten(drawable(line, letters), font, width)
         draw.text((1, height + 1 + _LINE * row), text, fill="black", font=font)
     return np.asarray(tile)
 

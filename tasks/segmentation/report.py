@@ -8,10 +8,11 @@ from PIL import Image
 
 from utils import print_line
 
+from ..colours import palette
 from ..confusion import write_confusion
 from ..pictures import at_width, stack
 from ..tables import write_csv
-from .labels import IGNORE, overlay, palette
+from .labels import IGNORE, overlay
 from .metrics import SegmentationScores, Shown, scores
 
 # Images of an evaluation that are shown.

@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 import tasks.segmentation.labels as labels_module
-from tasks.segmentation.labels import IGNORE, LabelError, _cielab, overlay, palette, read_label, write_label
+from tasks.colours import palette
+from tasks.segmentation.labels import IGNORE, LabelError, overlay, read_label, write_label
 from training.data.images import UnreadableFileError
 
 
@@ -129,20 +130,6 @@ def test_what_is_written_is_read(tmp_path, num_classes):
         assert image.mode == "P" and np.asarray(image)[0].tolist() == [*range(1, num_classes + 1), 0]
         colours = np.asarray(image.convert("RGB"))[0]
     assert np.array_equal(colours, palette()[[*range(1, num_classes + 1), 0]])
-
-
-def test_colours_are_far_apart():
-    """The first of them above all, in CIELAB by scikit-image's values of four colours; none comes twice."""
-    colours = palette()
-    assert colours.shape == (256, 3) and colours.dtype == np.uint8
-    assert colours[0].tolist() == [0, 0, 0] and len({tuple(colour) for colour in colours.tolist()}) == 256
-    known = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [128, 128, 128]], np.uint8)
-    expected = [[53.24, 80.09, 67.2], [87.73, -86.18, 83.18], [32.3, 79.2, -107.86], [53.59, 0, 0]]
-    assert np.abs(_cielab(known) - expected).max() < 0.1
-    places = _cielab(colours[1:])
-    for number, least in ((5, 80), (11, 50), (20, 35), (150, 12)):
-        distances = np.linalg.norm(places[:number, None] - places[None, :number], axis=-1) + 1e3 * np.eye(number)
-        assert distances.min() > least, number
 
 
 def test_an_overlay_by_hand(monkeypatch):
