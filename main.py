@@ -29,7 +29,7 @@ from training.wrap import check_wrappers, compiled_as_asked, warm_up, wrap
 from utils import UserError, check_name, fail, seed_everything, use_deterministic_algorithms
 
 # Where each task is; it is imported when it is asked for.
-TASKS = {name: f"tasks.{name}.task:{name.title()}Task" for name in ("classification", "segmentation")}
+TASKS = {name: f"tasks.{name}.task:{name.title()}Task" for name in ("classification", "detection", "segmentation")}
 ADVICE = {
     **advice.ADVICE,
     OptimizerError: "see --opt_eps, --opt_betas, --momentum and --layer_decay",

@@ -13,7 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tasks.detection.scores import BOX, MASK, read_annotations, read_detections, score, write_classes
+from tasks.detection.files import read_annotations, read_detections
+from tasks.detection.scores import BOX, MASK, score, write_classes
 from tasks.tables import check_output
 from utils import UserError, count, print_line, run_script, user_path
 

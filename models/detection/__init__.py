@@ -10,7 +10,6 @@ from ._load import DetectorRecipe, create_trained, load, to_tensor
 from ._network import DETECTORS, Detector, cascade_mask_rcnn, mask_rcnn, retinanet
 from ._weights import has_same_parts, is_detector, load_detector
 
-
 __all__ = [
     "DETECTORS",
     "Detector",

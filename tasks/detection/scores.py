@@ -1,11 +1,9 @@
-"""COCO's average precision and recall of boxes and masks, and the files that they are computed from.
+"""COCO's average precision and recall of boxes and masks.
 
 faster-coco-eval computes them. What it is given are copies, in which nothing is left to its conventions: objects are
 numbered from 1, since it takes one whose id is 0 for none, and the area of a detection is that of what is scored.
 """
-import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -16,13 +14,13 @@ import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as masks
 
-from utils import UserError, count, one_line, some
+from utils import UserError, count, some
 
 from ..tables import write_csv
+from .masks import compressed, problem_of_mask, problem_of_size, size_of, tidy
 
 BOX, MASK = "box", "mask"
 _TYPES = {BOX: "bbox", MASK: "segm"}
-_PARTS = ("images", "annotations", "categories")
 # What each value is: precision rather than recall, over which IoU, area and number of detections in an image.
 _VALUES = {
     "AP": (True, None, "all", 100), "AP50": (True, 0.5, "all", 100), "AP75": (True, 0.75, "all", 100),
@@ -60,178 +58,6 @@ def _line(value: float, is_precision: bool, iou: float | None, area: str, most: 
     return f" {title:<18} {short} @[ IoU={ious:<9} | area={area:>6} | maxDets={most:>3} ] = {shown:.3f}"
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def read_annotations(path: Path) -> dict[str, Any]:
-    """The content of a file of annotations in COCO's format.
-
-    Raises:
-        UserError: It cannot be read, or is no such file; the first image, category or annotation that is wrong is
-            named by its index.
-    """
-    data = _read_json(path)
-    if isinstance(data, list):
-        raise UserError(f"{path}: it is a list, as detections are, and annotations have {', '.join(_PARTS)}")
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: it is no annotations in COCO's format")
-    if missing := [part for part in _PARTS if part not in data]:
-        raise UserError(f"{path}: it has no {' and no '.join(missing)}")
-    for part in _PARTS:
-        if not isinstance(data[part], list) or not all(isinstance(entry, dict) for entry in data[part]):
-            raise UserError(f"{path}: its {part} are no list of objects")
-    for part in ("images", "categories"):
-        _check_ids(path, part, data[part])
-    for index, category in enumerate(data["categories"]):
-        if not isinstance(category.get("name"), str):
-            raise UserError(f"{path}: entry {index} of its categories has no name")
-    images, categories = ({entry["id"] for entry in data[part]} for part in ("images", "categories"))
-    for index, entry in enumerate(data["annotations"]):
-        if problem := _problem_of_annotation(entry, images, categories):
-            raise UserError(f"{path}: entry {index} of its annotations {problem}")
-    return data
-
-
-def read_detections(path: Path) -> list[dict]:
-    """The content of a file of detections in COCO's format of results.
-
-    Raises:
-        UserError: It cannot be read, or is no such file; the first entry that is wrong is named by its index.
-    """
-    data = _read_json(path)
-    if not isinstance(data, list):
-        is_other = isinstance(data, dict) and any(part in data for part in _PARTS)
-        hint = "; it holds annotations" if is_other else ""
-        raise UserError(f"{path}: it is no list, as detections in COCO's format are{hint}")
-    for index, entry in enumerate(data):
-        if problem := _problem_of_detection(entry):
-            raise UserError(f"{path}: entry {index} {problem}")
-    return data
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except RecursionError as error:
-        raise UserError(f"{path}: it is no COCO file: lists lie in lists too deep to read") from error
-    except ValueError as error:  # bytes that are no text, too
-        raise UserError(f"{path}: it is no JSON: {one_line(error)}") from error
-
-
-def _check_ids(path: Path, part: str, entries: list[dict]):
-    """Raises UserError where there is no entry, or one has no id, or that of another."""
-    if not entries:
-        raise UserError(f"{path}: it has no {part}: their list is empty")
-    for index, entry in enumerate(entries):
-        if not _is_id(entry.get("id")):
-            raise UserError(f"{path}: entry {index} of its {part} has no id that is an integer of 64 bits")
-    number, times = Counter(entry["id"] for entry in entries).most_common(1)[0]
-    if times > 1:
-        raise UserError(f"{path}: {times} of its {part} have the id {number}")
-
-
-def _problem_of_annotation(entry: dict, images: set[int], categories: set[int]) -> str | None:
-    """What is wrong with an annotation, apart from its mask."""
-    for key, known, part in (("image_id", images, "images"), ("category_id", categories, "categories")):
-        if not _is_id(entry.get(key)):
-            return f"has no {key} that is an integer of 64 bits"
-        if entry[key] not in known:
-            return f"has the {key} {entry[key]}, which is not among the {part}"
-    if problem := _problem_of_box(entry.get("bbox")):
-        return problem
-    if "area" in entry and not (_is_number(entry["area"]) and entry["area"] >= 0):
-        return f"has the area {entry['area']!r}, which is no number of at least 0"
-    if entry.get("iscrowd", 0) not in (0, 1):
-        return f"has the iscrowd {entry['iscrowd']!r}, which is neither 0 nor 1"
-    return None
-
-
-def _problem_of_detection(entry: Any) -> str | None:
-    if not isinstance(entry, dict):
-        return "is no object with image_id, category_id, score and bbox or segmentation"
-    for key in ("image_id", "category_id"):
-        if not _is_id(entry.get(key)):
-            return f"has no {key} that is an integer of 64 bits"
-    if "score" not in entry:
-        return "has no score"
-    if not _is_number(entry["score"]):
-        return f"has the score {entry['score']!r}, which is no finite number"
-    if not entry.get("bbox") and not entry.get("segmentation"):
-        return "has neither bbox nor segmentation"
-    problem = _problem_of_box(entry["bbox"]) if entry.get("bbox") else None
-    return problem or (_problem_of_mask(entry["segmentation"]) if entry.get("segmentation") else None)
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def _problem_of_box(box: Any) -> str | None:
-    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
-        return "has no bbox of four finite numbers"
-    return f"has a bbox of negative size, {box[2]:g} x {box[3]:g}" if min(box[2:]) < 0 else None
-
-
-def _problem_of_mask(segmentation: Any) -> str | None:
-    """What is wrong with polygons, or a mask in COCO's run lengths: faster-coco-eval trusts much of what it reads."""
-    if isinstance(segmentation, list):
-        is_right = all(
-            isinstance(points, list) and len(points) >= 6 and len(points) % 2 == 0 and all(map(_is_number, points))
-            for points in segmentation
-        )
-        return None if is_right else "has a polygon that is no list of three points or more, x and y in turn"
-    if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
-        return "has a segmentation that is neither polygons nor an object with size and counts"
-    size = segmentation["size"]
-    if not isinstance(size, list | tuple) or len(size) != 2 or not all(_is_id(x) and x > 0 for x in size):
-        return "has a mask whose size is not its height and width"
-    pixels = _pixels(segmentation["counts"])
-    if pixels is None:
-        return "has a mask whose counts are no run lengths"
-    is_right = pixels == size[0] * size[1]
-    return None if is_right else f"has a mask of {size[0]} x {size[1]} pixels, and counts of {pixels}"
-
-
-def _pixels(counts: Any) -> int | None:
-    """How many pixels run lengths cover, in a list or in COCO's compressed form; None where they are none.
-
-    A compressed length is one character or more, each 48 more than 6 bits: one that says whether another follows, and
-    five of the number, lowest first, whose highest is the sign. From the fourth on it is what it is longer than the
-    last but one.
-    """
-    if isinstance(counts, list):
-        return sum(counts) if all(_is_id(x) and x >= 0 for x in counts) else None
-    if not isinstance(counts, str | bytes):
-        return None
-    text = counts.encode("utf-8", "surrogatepass") if isinstance(counts, str) else counts
-    digits = np.frombuffer(text, np.uint8).astype(np.int64) - 48
-    if not digits.size:
-        return 0
-    is_last = (digits & 32) == 0
-    if digits.min() < 0 or digits.max() > 63 or not is_last[-1]:
-        return None
-    ends = np.flatnonzero(is_last)
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    lengths = ends - starts + 1
-    if lengths.max() > 7:  # more than 34 bits, which no image has pixels for
-        return None
-    places = np.arange(digits.size) - np.repeat(starts, lengths)
-    runs = np.add.reduceat((digits & 31) << 5 * places, starts)
-    runs -= np.where(digits[ends] & 16, 1 << 5 * lengths, 0)
-    for chain in (runs[1::2], runs[2::2]):
-        chain[:] = np.cumsum(chain)
-    return int(runs.sum()) if runs.min() >= 0 else None
-
-
-# --- what is scored ---------------------------------------------------------------------------------------------------
-
-
 def check_detections(detections: list[dict], annotations: dict[str, Any], kind: str):
     """Check that detections belong to annotations, and have what is scored: masks of `MASK`, of `BOX` either.
 
@@ -251,10 +77,10 @@ def check_detections(detections: list[dict], annotations: dict[str, Any], kind: 
     if lacking:
         raise UserError(f"no {' and no '.join(keys)} in {len(lacking)} of {count(len(detections), 'detection')}, the "
                         f"first of them entry {lacking[0]}; a {kind} cannot be scored without")
-    sizes = {image["id"]: _size(image) for image in annotations["images"]}
+    sizes = {image["id"]: size_of(image) for image in annotations["images"]}
     for index, entry in enumerate(detections):
         is_read = kind == MASK or not _has(entry, "bbox")
-        if is_read and (problem := _problem_of_size(entry["segmentation"], sizes[entry["image_id"]])):
+        if is_read and (problem := problem_of_size(entry["segmentation"], sizes[entry["image_id"]])):
             raise UserError(f"entry {index} of the detections, of image {entry['image_id']}, {problem}")
 
 
@@ -262,22 +88,6 @@ def _has(entry: dict, key: str) -> bool:
     """Whether an entry has a box or a mask; [] stands for none, as in COCO's own tools."""
     value = entry.get(key)
     return value is not None and len(value) > 0
-
-
-def _size(image: dict) -> tuple[int, int] | None:
-    """Height and width of an image; None where the annotations do not say."""
-    size = image.get("height"), image.get("width")
-    return size if all(_is_id(x) and x > 0 for x in size) else None
-
-
-def _problem_of_size(segmentation: Any, size: tuple[int, int] | None) -> str | None:
-    """Why a mask cannot be laid over an image, of which polygons know no size, and others may have another."""
-    if size is None:
-        return "has a mask, and the annotations do not say the height and width of its image"
-    if isinstance(segmentation, list) or tuple(segmentation["size"]) == size:
-        return None
-    height, width = segmentation["size"]
-    return f"has a mask of {height} x {width} pixels, and its image has {size[0]} x {size[1]}"
 
 
 def score(
@@ -288,9 +98,9 @@ def score(
     Nothing is printed, and the arguments are left as they are.
 
     Args:
-        annotations: As of `read_annotations`. Where one lacks `iscrowd` it is no crowd, and where it lacks `area` it
-            has that of its box. The ids of annotations are not read.
-        detections: As of `read_detections`. `BOX` takes the box of a mask where an entry has none of its own.
+        annotations: As of `files.read_annotations`. Where one lacks `iscrowd` it is no crowd, and where it lacks `area`
+            it has that of its box. The ids of annotations are not read.
+        detections: As of `files.read_detections`. `BOX` takes the box of a mask where an entry has none of its own.
         kind: `BOX` or `MASK`.
         images: Ids of the images to score, rather than all; detections and annotations of others do not count.
 
@@ -306,7 +116,7 @@ def score(
     chosen = known if images is None else {number: known[number] for number in set(images)}
     # Their other keys are of no use here.
     categories = sorted((dict(id=x["id"], name=x["name"]) for x in annotations["categories"]), key=lambda x: x["id"])
-    sizes = {number: _size(image) for number, image in chosen.items()}
+    sizes = {number: size_of(image) for number, image in chosen.items()}
     names = {entry["id"] for entry in categories}
     objects = [x for x in annotations["annotations"] if x["image_id"] in sizes and x["category_id"] in names]
     truth = [_object(entry, kind, sizes) for entry in objects]
@@ -344,11 +154,14 @@ def _object(entry: dict, kind: str, sizes: dict[int, tuple[int, int] | None]) ->
     if kind == BOX:
         return copy
     segmentation = entry.get("segmentation")
-    if not segmentation and copy["iscrowd"]:
+    problem = problem_of_mask(segmentation) if segmentation else None
+    segmentation = None if problem else tidy(segmentation)
+    if segmentation is None and copy["iscrowd"]:
         right, bottom = left + width, top + height
         segmentation = [[left, top, left, bottom, right, bottom, right, top]]
-    problem = _problem_of_mask(segmentation) if segmentation else "has no segmentation, and masks are to be scored"
-    if problem := problem or _problem_of_size(segmentation, sizes[entry["image_id"]]):
+    if segmentation is None:
+        problem = problem or "has no segmentation, and masks are to be scored"
+    if problem := problem or problem_of_size(segmentation, sizes[entry["image_id"]]):
         raise UserError(f"the annotation of id {entry.get('id')}, of image {entry['image_id']}, {problem}")
     return dict(copy, segmentation=segmentation)
 
@@ -370,18 +183,11 @@ def _found(entry: dict, kind: str, sizes: dict[int, tuple[int, int] | None]) -> 
     if kind == BOX and _has(entry, "bbox"):
         box = [float(x) for x in entry["bbox"]]
         return dict(copy, bbox=box, area=box[2] * box[3])
-    mask = _compressed(entry["segmentation"], sizes[entry["image_id"]])
+    mask = compressed(tidy(entry["segmentation"]), sizes[entry["image_id"]])
     area = float(masks.area(mask))
     if kind == BOX:  # with the area of the mask, as in COCO's own tools
         return dict(copy, bbox=masks.toBbox(mask).tolist(), area=area)
     return dict(copy, segmentation=mask, area=area)
-
-
-def _compressed(segmentation: Any, size: tuple[int, int]) -> dict:
-    """A mask in COCO's compressed run lengths."""
-    if isinstance(segmentation, list):
-        return masks.merge(masks.frPyObjects(segmentation, *size))
-    return masks.frPyObjects(segmentation, *size) if isinstance(segmentation["counts"], list) else segmentation
 
 
 def _evaluate(

@@ -14,16 +14,8 @@ from pycocotools import mask as coco_masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from tasks.detection.scores import (
-    BOX,
-    MASK,
-    Score,
-    check_detections,
-    read_annotations,
-    read_detections,
-    score,
-    write_classes,
-)
+from tasks.detection.files import read_annotations, read_detections
+from tasks.detection.scores import BOX, MASK, Score, check_detections, score, write_classes
 from utils import UserError
 
 # Of pycocotools, which knows an older NumPy.
@@ -500,11 +492,9 @@ FOUND = dict(image_id=4, category_id=2, score=0.5, bbox=[0, 0, 10, 10])
         (dict(segmentation="mask"), "a segmentation that is neither polygons nor an object with size and counts"),
         (dict(segmentation=dict(size=[2, 3])),
          "a segmentation that is neither polygons nor an object with size and counts"),
-        (dict(segmentation=[[0, 0, 1, 1]]), "a polygon that is no list of three points or more, x and y in turn"),
-        (dict(segmentation=[[0, 0, 1, 1, 2, 2, 3]]),
-         "a polygon that is no list of three points or more, x and y in turn"),
-        (dict(segmentation=[[0, 0, 1, 1, math.nan, 2]]),
-         "a polygon that is no list of three points or more, x and y in turn"),
+        (dict(segmentation=[[0, 0, 1, 1]]), "polygons of less than three points alone"),
+        (dict(segmentation=[[0, 0, 1, 1, 2, 2, 3]]), "a polygon that is no list of numbers, x and y in turn"),
+        (dict(segmentation=[[0, 0, 1, 1, math.nan, 2]]), "a polygon that is no list of numbers, x and y in turn"),
         (dict(segmentation=dict(size=[2], counts=[6])), "a mask whose size is not its height and width"),
         (dict(segmentation=dict(size=[2, 3], counts=[2, -1, 5])), "a mask whose counts are no run lengths"),
         (dict(segmentation=dict(size=[2, 3], counts=[2, 1])), "a mask of 2 x 3 pixels, and counts of 3"),
