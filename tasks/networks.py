@@ -8,6 +8,7 @@ import torch
 from timm.data import resolve_data_config
 
 from models import NetworkRecipe, NoWeightsError, family_filter, size_kwargs
+from models.detection import is_detector
 from models.segmentation import is_segmenter
 from storage.remote import public
 from storage.weights import (
@@ -39,6 +40,10 @@ class OtherModelError(UserError):
 
 class SegmenterWeightsError(UserError):
     """The weights of a segmenter, where a classifier's are needed."""
+
+
+class DetectorWeightsError(UserError):
+    """The weights of a detector, where a classifier's are needed."""
 
 
 class PretrainedClassesError(UserError):
@@ -147,7 +152,7 @@ def load_checkpoint(
     with reading_weights():
         try:
             weights, own_filter = unwrap(checkpoint, key), family_filter(model)
-            check_is_no_segmenter(weights, source)
+            check_is_classifier(weights, source)
             kept = load_weights(model, weights, own_filter, classifiers, other_classes=difference is not None)
         except MismatchError as error:
             recipe = NetworkRecipe.of(checkpoint)
@@ -162,8 +167,10 @@ def load_checkpoint(
     return notes
 
 
-def check_is_no_segmenter(weights: dict[str, torch.Tensor], source: str):
-    """Raises SegmenterWeightsError where weights are those of a segmenter, by the names of its head."""
+def check_is_classifier(weights: dict[str, torch.Tensor], source: str):
+    """Raises SegmenterWeightsError or DetectorWeightsError where weights are such, by their names."""
+    if is_detector(weights):
+        raise DetectorWeightsError(f"{public(source)} holds a detector, and no classifier")
     if is_segmenter(weights):
         raise SegmenterWeightsError(f"{public(source)} holds a segmenter, and no classifier")
 

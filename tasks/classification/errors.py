@@ -50,6 +50,7 @@ ADVICE = {
     networks.PretrainedClassesError: "fine-tune them first, or give their number with --nb_classes if the data's first "
                                      "classes are the same",
     networks.SegmenterWeightsError: "--task segmentation trains and evaluates it",
+    networks.DetectorWeightsError: "--task detection trains and evaluates it",
     networks.OtherModelError: "--model must name the model of the weights",
     networks.UncheckedArgumentsError: "run without -O, or without --model_kwargs",
     NoTokenHeadError: "--token_label needs one",

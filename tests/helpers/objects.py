@@ -25,7 +25,7 @@ def write_objects(root: Path, train: int = 6, val: int = 4, number: int = 3) -> 
             dict(id=id, name=name) for id, name in zip(IDS, CLASSES, strict=True)
         ])
         for i in range(images):
-            height, width = 64 + 9 * (i % 3), 70 + 13 * (i % 4)
+            height, width = 64 + 9 * (i % 3), 76 + 11 * (i % 4)
             if i % 3 == 2:
                 height, width = width, height
             pixels, entries = _shapes(rng, height, width, number)

@@ -116,7 +116,7 @@ def test_the_usual_places(tmp_path, place, folder):
     shutil.copytree(source / "train2017", root / folder, dirs_exist_ok=True)
     shutil.copy(source / "annotations/instances_train2017.json", root / place)
     images = opened(root)
-    assert len(images) == 6 and images.folder == root / folder and images[0][0].size == (70, 64)
+    assert len(images) == 6 and images.folder == root / folder and images[0][0].size == (76, 64)
 
 
 def test_valid_is_val(tmp_path):
@@ -185,7 +185,7 @@ def test_an_image_that_cannot_be_read(root):
 
 def test_an_image_of_another_size(root):
     Image.new("RGB", (50, 40)).save(root / "train2017/1.png")
-    with pytest.raises(OtherSizeError, match=r"1\.png: is 50 x 40, and its annotations \(image 11\) are of 83 x 73$"):
+    with pytest.raises(OtherSizeError, match=r"1\.png: is 50 x 40, and its annotations \(image 11\) are of 87 x 73$"):
         opened(root)[1]
 
 
