@@ -152,6 +152,8 @@ def measure(path: Path) -> Picture:
     """
     with reading(path), Image.open(path) as image:
         stored = image.size
+        if image.format == "PNG":  # whose EXIF may come after its pixels
+            image.load()
         try:
             orientation = image.getexif().get(ExifTags.Base.Orientation)
         except MemoryError:

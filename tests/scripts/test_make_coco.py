@@ -7,7 +7,7 @@ import pytest
 from faster_coco_eval import COCO, COCOeval_faster
 from PIL import Image
 
-from helpers.photos import photograph
+from helpers.photos import noise, photograph
 from scripts.make_coco import main
 
 
@@ -254,13 +254,21 @@ def test_images_are_measured_upright(yolo, convert, ending):
 
 def test_damaged_exif_is_passed_over(yolo, convert):
     """As in training."""
-    damaged = yolo / "images/train/a.jpg"
-    (yolo / "images/train/a.png").rename(damaged)
-    Image.new("RGB", (100, 50)).save(damaged, exif=b"Exif\0\0no such thing")
+    damaged = yolo / "images/train/a.png"
+    Image.new("RGB", (90, 50)).save(damaged, exif=b"Exif\0\0nonsense")
     with Image.open(damaged) as image, pytest.raises(SyntaxError):
         image.getexif()
     files, _, _ = convert(yolo)
-    assert images(files["train"])[0] == "images/train/a.jpg" and files["train"]["images"][0]["width"] == 100
+    assert [image["width"] for image in files["train"]["images"]] == [90, 100]
+
+
+def test_a_png_cut_off(yolo, refuse):
+    """It is decoded to find its EXIF; what is wrong with it is not taken for damaged EXIF."""
+    path = yolo / "images/train/a.png"
+    Image.fromarray(noise(50, 100)).save(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: content.index(b"IDAT") + 40])
+    assert refuse(yolo)[0].startswith(f"cannot read {path}: ")
 
 
 @pytest.mark.parametrize("row,message", [
@@ -346,7 +354,7 @@ def test_labels_without_an_image_are_counted(yolo, convert):
     ("train: images/train\nnames: [ant]\nnc: 2", "nc is 2, but there is 1 name"),
     ("train: images/train\nnames: [ant]\nkpt_shape: [17, 3]", "the labels are of key points"),
     ("train: [", "not YAML (while parsing a flow"),
-    ("[" * 2000, "not YAML ("),
+    ("[" * 2000, "not YAML (maximum recursion depth"),
     ("- ant", "does not describe a data set"),
 ])
 def test_wrong_yaml(yolo, refuse, text, message):
