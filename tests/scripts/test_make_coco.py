@@ -24,11 +24,11 @@ def picture(path, size=(100, 50)):
 
 
 def xml(*objects, size=(100, 50)):
-    """The XML of an image with objects: (name, "xmin ymin xmax ymax"), and 1 where it is difficult."""
+    """The XML of an image with objects: (name, "xmin ymin xmax ymax"), and what stands in `difficult`."""
     lines = ["<annotation>", f"<size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>"]
     for name, corners, *difficult in objects:
         sides = zip(("xmin", "ymin", "xmax", "ymax"), corners.split(), strict=True)
-        lines += ["<object>", f"<name>{name}</name>", f"<difficult>{int(bool(difficult))}</difficult>",
+        lines += ["<object>", f"<name>{name}</name>", f"<difficult>{difficult[0] if difficult else 0}</difficult>",
                   "<bndbox>" + "".join(f"<{side}>{value}</{side}>" for side, value in sides) + "</bndbox>",
                   "<part><name>head</name><bndbox><xmin>0</xmin></bndbox></part>", "</object>"]
     return "\n".join([*lines, "</annotation>"])
@@ -195,7 +195,7 @@ def test_a_yaml_file_elsewhere(yolo, convert, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("pattern", ["{kind}/{split}", "{split}/{kind}"])
 def test_folders_without_yaml(tmp_path, convert, refuse, pattern):
-    root = tmp_path / "data"
+    root = tmp_path / "images" / "data"
     for split in ("train", "valid", "test"):
         picture(root / pattern.format(kind="images", split=split) / "a.jpg")
         write(root / pattern.format(kind="labels", split=split) / "a.txt", "\ufeff0 .5 .5 1 1\n")
@@ -227,6 +227,20 @@ def test_a_part_is_held_out_by_the_seed(tmp_path, convert):
     assert len(found["a"]) == 1 and len(found["b"]) == 4 and found["b"] == found["c"] != found["d"]
     files, _, _ = convert(root, "--val_share", "0", output="all")
     assert list(files) == ["train"] and images(files["train"]) == everything
+
+
+def test_labels_beside_their_images(tmp_path, convert):
+    """Other texts there are no labels of a lost image. The data set's own YAML file is taken."""
+    root = tmp_path / "data"
+    write(root / "data.yaml", "train: photos\nnames: [ant]\nval: photos/list.txt")
+    write(root / "args.yaml", "lr: 1")
+    for name in ("a", "b"):
+        picture(root / f"photos/{name}.png")
+        write(root / f"photos/{name}.txt", "0 .5 .5 1 1")
+    write(root / "photos/list.txt", "b.png")
+    files, out, _ = convert(root)
+    assert boxes(files["train"]) == [(f"photos/{name}.png", "ant", [0, 0, 100, 50]) for name in "ab"]
+    assert images(files["val"]) == ["photos/b.png"] and "label file" not in out
 
 
 def test_boxes_at_the_edge(yolo, convert):
@@ -286,6 +300,7 @@ def test_a_png_cut_off(yolo, refuse):
     ("0 50 25 20 20", "50 is not from 0 to 1"),
     ("0 .1 .1 .5 .5 .5 1.002", "1.002 is not from 0 to 1"),
     ("0 .5 .5 0 .1", "the box has no area"),
+    ("0 .5 .5 -.0005 -.0005", "the box has no area"),
     ("0 .1 .1 .5 .5 .9 .9", "the polygon has no area"),
 ])
 def test_wrong_rows(yolo, refuse, convert, row, message):
@@ -426,6 +441,7 @@ def test_classes_in_another_order(voc, tmp_path, convert, refuse):
 
 def test_image_sets_of_voc(voc, convert, refuse):
     sets = voc / "ImageSets" / "Main"
+    (voc / "train").mkdir()
     for name in ("train.txt", "val.txt"):
         (sets / name).unlink()
     write(sets / "test.txt", "c 1\n")
@@ -456,6 +472,7 @@ def test_xml_files_beside_their_images(tmp_path, convert):
     assert boxes(files["train"]) == [("train/a.b.png", "cat", [0, 0, 10, 10])]
     assert boxes(files["val"]) == [("valid/a.b.png", "cat", [0, 0, 10, 10])]
     assert f"warning: left out 1 image that has no XML file: {root}/train/other.png\n" in out
+    (root / "valid" / "annotations").mkdir()
     files, _, _ = convert(root / "valid", format="voc", output="flat")
     assert boxes(files["train"]) == [("a.b.png", "cat", [0, 0, 10, 10])] and list(files) == ["train"]
     (root / "train").rename(root / "images")
@@ -469,9 +486,10 @@ def test_xml_files_beside_their_images(tmp_path, convert):
 
 def test_boxes_that_count_from_0(voc, convert):
     """Such a tool's reach out by up to a pixel, which is cut off."""
-    write(voc / "Annotations/a.xml", xml(("cat", "0 0 100 50"), ("cat", "51 26 101 51")))
+    write(voc / "Annotations/a.xml", xml(("cat", "0 0 100 50"), ("cat", "51 26 101 51", "True")))
     files, out, _ = convert(voc, format="voc")
     assert [box for *_, box in boxes(files["train"])] == [[0, 0, 100, 50], [50, 25, 50, 25]]
+    assert [annotation["iscrowd"] for annotation in files["train"]["annotations"]] == [0, 1]
     assert "warning: 2 objects that reached out of their images were cut off at the edge, first in " in out
 
 
