@@ -3,12 +3,17 @@
     python scripts/predict.py --checkpoint runs/flowers/best.pth photos/ cat.jpg --output predictions.csv
     python scripts/predict.py --model convnext_tiny photos/
     python scripts/predict.py --checkpoint runs/streets/best.pth photos/ --output maps
+    python scripts/predict.py --checkpoint runs/animals/best.pth photos/ --output found --score 0.5
 
 A checkpoint of this repository knows its model, its image size and its classes. For any other, give --model, of a
-segmenter its backbone; if a classifier has 1000 classes, they are named as those of ImageNet-1K.
+segmenter or detector its backbone; if a classifier has 1000 classes, they are named as those of ImageNet-1K, and the
+80 of a detector as COCO's.
 
 Of a segmenter, each line says which parts of the image the classes cover; --output is a folder, for labels/NAME.png
 with the values of the label files it was trained on, in colours, and overlays/NAME.jpg.
+
+Of a detector, each line names the objects in the image whose scores are above --score; --output is a folder, for
+NAME.jpg, into which they are drawn, and detections.json: all of them in COCO's format, masks too where there are any.
 
 An image that cannot be read is named on standard error and has its error in the CSV file; the exit code is then 1.
 Ctrl-C keeps what was predicted.
@@ -18,6 +23,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,8 +37,9 @@ from timm.layers import to_2tuple
 from tqdm import tqdm
 
 from models import NetworkRecipe, create_trained
+from models.detection import is_detector
 from models.segmentation import is_segmenter
-from scripts.prediction import masks
+from scripts.prediction import masks, objects
 from scripts.prediction.images import Images, Prediction, collate, find_images
 from storage import weights
 from tasks.classification.images import ImagePipeline
@@ -67,6 +74,8 @@ ADVICE = {
     **dict.fromkeys((HostMemoryFault, WorkerFault), "give fewer --num_workers or more memory"),
     **dict.fromkeys((OpenFilesFault, SharedMemoryFault), "give fewer --num_workers"),
 }
+# By their task, what predicts images whole, by a segmenter or detector, and writes files of each.
+WHOLE = dict(segmentation=masks.predict, detection=objects.predict)
 
 
 class Interrupted(UserError):
@@ -174,8 +183,7 @@ def printed(predictions: Iterable[Prediction], total: int) -> Iterator[Predictio
                 if prediction.error:
                     print(printable(prediction.error), file=sys.stderr)
                 else:
-                    guesses = ", ".join(f"{name} {100 * value:.1f} %" for name, value in prediction.guesses)
-                    print_line(f"{prediction.path}: {guesses}")
+                    print_line(f"{prediction.path}: {prediction.text}")
             yield prediction
             done += 1
             unreadable += bool(prediction.error)
@@ -190,36 +198,40 @@ def printed(predictions: Iterable[Prediction], total: int) -> Iterator[Predictio
 def as_rows(predictions: Iterable[Prediction]) -> Iterator[list[Any]]:
     """The rows of a CSV file: titles, then for each image its path, class_1, probability_1, class_2, ... and error."""
     has_titles = False
-    for path, guesses, error in predictions:
+    for path, guesses, error, _ in predictions:
         if not has_titles:
             yield ["image", *prediction_columns(len(guesses)), "error"]
             has_titles = True
         yield [path, *prediction_cells(guesses), error]
 
 
-def is_of_segmenter(args: argparse.Namespace) -> bool:
-    """Whether the checkpoint is a segmenter's, of a run or a published one."""
+def task_of(args: argparse.Namespace) -> str:
+    """What the network is for: as the run of its checkpoint says, or by the names of published weights."""
     if args.checkpoint is None:
-        return False
+        return "classification"
     with as_user_error(weights.WeightsError):
         checkpoint = weights.read_checkpoint(args.checkpoint, mmap=True)
-        is_run = NetworkRecipe.of(checkpoint).task == "segmentation"
-        return is_run or is_segmenter(weights.unwrap(checkpoint, args.model_key))
+        task = NetworkRecipe.of(checkpoint).task
+        if task in WHOLE:
+            return task
+        found = weights.unwrap(checkpoint, args.model_key)
+        return "segmentation" if is_segmenter(found) else "detection" if is_detector(found) else task
 
 
 def write(args: argparse.Namespace):
-    """Print what is predicted, and write it where it was asked for: as CSV, or of a segmenter as label maps."""
+    """Print what is predicted, and write it where it was asked for: as CSV, or what is written of `WHOLE` images."""
     paths: dict[str, Path] = {}
     for path in find_images(args.images):
         paths.setdefault(os.path.abspath(path), path)  # once, however many arguments name it
-    is_mask = is_of_segmenter(args)
-    found = masks.predict(args, list(paths.values())) if is_mask else predict(args, list(paths.values()))
+    task = task_of(args)
+    found = WHOLE.get(task, predict)(args, list(paths.values()))
     predictions = printed(found, len(paths))
     try:
-        if args.output and not is_mask:
-            write_csv(args.output, as_rows(predictions))
-        else:
-            deque(predictions, maxlen=0)
+        with closing(found):  # which then writes what it has, whatever ended it
+            if args.output and task not in WHOLE:
+                write_csv(args.output, as_rows(predictions))
+            else:
+                deque(predictions, maxlen=0)
     except (OSError, RuntimeError, MemoryError) as error:
         fault = fault_of(error)
         if fault is None:
@@ -239,11 +251,14 @@ def main(argv: list[str] | None = None) -> int:
                         help="side of the image, or HEIGHTxWIDTH (default: the checkpoint's)")
     parser.add_argument("--use_test_size", action="store_true",
                         help="the image size and the crop that timm's validate.py takes, instead of the checkpoint's")
-    parser.add_argument("--topk", default=5, type=int, help="classes to name for each image (default: %(default)s)")
-    parser.add_argument("--output", type=user_path, metavar="FILE",
-                        help="write them as CSV too; of a segmenter, a folder for label maps")
+    parser.add_argument("--topk", default=5, type=int,
+                        help="classes, or objects, to name for each image (default: %(default)s)")
+    parser.add_argument("--score", default=0.3, type=float,
+                        help="of a detector, above which score, 0 to 1, objects are named (default: %(default)s)")
+    parser.add_argument("--output", type=user_path, metavar="FILE_OR_FOLDER",
+                        help="write them as CSV too; of a segmenter or detector, a folder for label maps or pictures")
     parser.add_argument("--batch_size", default=32, type=int,
-                        help="images of a forward pass, of a segmenter always 1 (default: %(default)s)")
+                        help="images of a forward pass, of a segmenter or detector always 1 (default: %(default)s)")
     parser.add_argument("--num_workers", default=min(8, os.cpu_count() or 1), type=int,
                         help="data loading processes (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1 or cpu (default: %(default)s)")
@@ -255,6 +270,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("topk", "batch_size", "nb_classes"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if not 0 <= args.score <= 1:
+        parser.error(f"--score must be 0 to 1, got {args.score}")
     return run_script(lambda: write(args))
 
 

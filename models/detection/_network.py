@@ -54,6 +54,16 @@ class Detector(OnBackbone):
             check_targets(targets, images, self.num_classes, self.has_masks)
         return super().forward(images, targets)
 
+    def find_above(self, score: float):
+        """Have it find objects above a score, which at first is 0.05.
+
+        What it finds is the same as without those of lower scores, whose masks, each as large as the image, are not
+        made.
+        """
+        for module in self.modules():
+            if isinstance(module, (RoIHeads, RetinaNetDetector)):
+                module.score_thresh = score
+
 
 class RCNN(Detector, GeneralizedRCNN):
     """Mask R-CNN, and what is built like it: proposals, and heads that look at them."""

@@ -1,1 +1,1 @@
-"""The parts of scripts/predict.py: files of images, and what a segmenter says of them."""
+"""The parts of scripts/predict.py: files of images, and what segmenters and detectors say of them."""

@@ -78,9 +78,17 @@ def find_images(places: list[Path]) -> list[Path]:
 class Prediction(NamedTuple):
     """An image, and its (class, share) pairs, the largest first; or why it could not be read.
 
-    The share of a class is its probability, and of a segmenter the part of the image that it covers.
+    The share of a class is its probability, of a segmenter the part of the image that it covers, and of a detector the
+    score of an object of it; `more` objects have lower ones.
     """
 
     path: Path
     guesses: list[tuple[str, float | None]]
     error: str = ""
+    more: int = 0
+
+    @property
+    def text(self) -> str:
+        """What is printed of the image: "cat 98.7 %, dog 91.2 % and 3 more"."""
+        listed = ", ".join(f"{name} {100 * share:.1f} %" for name, share in self.guesses)
+        return f"{listed} and {self.more} more" if self.more else listed or "nothing found"

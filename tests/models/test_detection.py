@@ -425,6 +425,21 @@ def test_whole_networks_in_bfloat16(kind):
         assert all(found["boxes"].dtype == torch.float32 for found in network.eval()(images))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_objects_are_found_above_a_score(kind):
+    """The same as without those below it; at first, above 0.05."""
+    network, (images, _) = make(kind).eval(), batch()
+    assert all((x["scores"] > 0.05).all() for x in network(images))
+    network.find_above(0.0)
+    every = network(images)
+    score = every[0]["scores"][10].item()
+    network.find_above(score)
+    for found, expected in zip(network(images), every, strict=True):
+        kept = expected["scores"] > score
+        assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k][kept]) for k in found)
+    assert len(every[0]["scores"]) > 20 and 0 < (every[0]["scores"] > score).sum() < 20
+
+
 def test_no_images():
     with pytest.raises(ValueError, match="at least one image"):
         make("retinanet").eval()([])
