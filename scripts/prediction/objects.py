@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from faster_coco_eval.core import mask as rle
 from PIL import Image
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 from torchvision.transforms.v2 import functional as F
@@ -16,10 +15,12 @@ from torchvision.transforms.v2 import functional as F
 from models.detection import Detector, DetectorRecipe, create_trained
 from tasks.colours import colours_of
 from tasks.detection.drawing import draw_objects
-from tasks.networks import check_outputs
+from tasks.detection.masks import encode
+from tasks.detection.metrics import watch_outputs
 from tasks.pictures import prepare_folder, write_picture
 from training.distributed import init_distributed
 from training.precision import Precision
+from training.task import NonFiniteOutputError
 from utils import UserError, replace_file
 
 from .images import Prediction
@@ -46,7 +47,7 @@ def predict(args: argparse.Namespace, paths: list[Path]) -> Iterator[Prediction]
     distributed = init_distributed(args.device)
     network, recipe, _ = load_network(DETECTOR, args)
     network.to(distributed.device).find_above(args.score)
-    precision, watch = Precision.on(distributed.device, args.amp), Watch(network)
+    precision = Precision.on(distributed.device, args.amp)
     classes = class_names(recipe)
     results, has_ended = Results(classes), False
     try:
@@ -55,9 +56,10 @@ def predict(args: argparse.Namespace, paths: list[Path]) -> Iterator[Prediction]
             if item.error:
                 yield Prediction(path, [], item.error)
                 continue
-            watch.image = str(path)
-            with precision.autocast():
+            with precision.autocast(), watch_outputs(network) as problems:
                 found, = network([F.to_dtype(item.views[0].to(distributed.device), torch.float32, scale=True)])
+            if problems:  # which looks like an image without objects
+                raise NonFiniteOutputError(f"{path}: the outputs of the network are NaN or infinite")
             found = {name: value.cpu().numpy() for name, value in found.items()}
             objects = [(classes[i - 1], s) for i, s in zip(found["labels"], found["scores"].tolist(), strict=True)]
             if args.output is not None:
@@ -89,27 +91,6 @@ def _coco_names() -> list[str]:
     return [name for name in categories if name not in ("__background__", "N/A")]
 
 
-class Watch:
-    """Raises NonFiniteOutputError where maps or outputs of a detector are NaN or infinite, which finds no objects.
-
-    Attributes:
-        image: The one that the network sees, for messages.
-    """
-
-    def __init__(self, network: Detector):
-        self.image = ""
-        for name, module in network.named_modules():
-            if name in ("backbone", "rpn.head", "head") or name.endswith("_predictor"):
-                module.register_forward_hook(lambda module, inputs, outputs: self._check(outputs))
-
-    def _check(self, outputs: Any):
-        if isinstance(outputs, torch.Tensor):
-            check_outputs(outputs, self.image)
-            return
-        for value in outputs.values() if isinstance(outputs, dict) else outputs:
-            self._check(value)
-
-
 class Results:
     """Images and their objects, in COCO's format with a score for each, which labelling tools and pycocotools open.
 
@@ -126,17 +107,14 @@ class Results:
         """Add an image, (height, width) pixels upright, and what was found in it: boxes, labels, scores, masks."""
         self.images.append(dict(id=image_id, file_name=name, width=size[1], height=size[0]))
         boxes = np.concatenate([found["boxes"][:, :2], found["boxes"][:, 2:] - found["boxes"][:, :2]], axis=1)
+        masks = encode(found["masks"]) if "masks" in found else None
         for index, (box, score) in enumerate(zip(boxes.tolist(), found["scores"].tolist(), strict=True)):
             entry = dict(
                 id=len(self.annotations) + 1, image_id=image_id, category_id=int(found["labels"][index]),
                 bbox=[round(x, 2) for x in box], area=round(box[2] * box[3], 2), iscrowd=0, score=round(score, 5),
             )
-            if "masks" in found:
-                mask = found["masks"][index]
-                encoded = rle.encode(np.asfortranarray(mask, np.uint8))
-                counts = encoded["counts"]
-                counts = counts.decode("ascii") if isinstance(counts, bytes) else counts
-                entry |= dict(area=int(mask.sum()), segmentation=dict(size=list(mask.shape), counts=counts))
+            if masks is not None:
+                entry |= dict(area=int(found["masks"][index].sum()), segmentation=masks[index])
             self.annotations.append(entry)
 
     def write(self, file: Path):

@@ -113,9 +113,7 @@ def rasterize(segmentation: Any, height: int, width: int) -> np.ndarray:
 
 def encode(masks: np.ndarray) -> list[dict[str, Any]]:
     """(N, H, W) bool masks as compressed run lengths, which JSON can hold."""
-    if not len(masks):
-        return []
-    runs = coco.encode(np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8)))
+    runs = (coco.encode(np.asfortranarray(mask, np.uint8)) for mask in masks)  # one at a time, of large photographs
     return [dict(size=list(map(int, run["size"])), counts=_text(run["counts"])) for run in runs]
 
 

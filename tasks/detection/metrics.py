@@ -15,6 +15,9 @@ from .data import UNREAD, Sample
 from .masks import encode
 from .scores import BOX, MASK, Score, score
 
+# Parts of a detector whose outputs are looked at, beside its predictors.
+_PARTS = ("backbone", "rpn.head", "head")
+
 
 @dataclass(frozen=True)
 class Truth:
@@ -57,7 +60,7 @@ class DetectionScores:
 
     def __init__(self, truth: Truth | None, with_masks: bool, device: torch.device, shown: Sequence[int] = ()):
         self.truth, self.with_masks, self.places = truth, with_masks, set(shown)
-        # Images, and those among them of which a map is not finite.
+        # Images, and those among them of which an output is not finite.
         self.images = torch.zeros(2, dtype=torch.int64, device=device)
         self.detections, self.ids, self.seen, self.shown = [], [], 0, []
         self.scores: list[Score] = []
@@ -72,7 +75,7 @@ class DetectionScores:
     def _detect(self, network: torch.nn.Module, sample: Sample):
         height, width = sample.image.shape[1:]
         message = f"the network cannot take an image of {height} x {width} pixels"
-        with refusal(UnfitImageError, message), watch_maps(network) as problems:
+        with refusal(UnfitImageError, message), watch_outputs(network) as problems:
             found, = network([sample.image.float() / 255])
         self.images += torch.tensor([1, bool(problems)], device=self.images.device)
         self.ids.append(sample.id)
@@ -121,18 +124,33 @@ def flat(found: Score) -> dict[str, float]:
 
 
 @contextmanager
-def watch_maps(network: torch.nn.Module) -> Iterator[list[str]]:
-    """A list that is filled when maps of a detector's backbone are NaN or infinite: of such, nothing is detected."""
+def watch_outputs(network: torch.nn.Module) -> Iterator[list[str]]:
+    """A list that gets the names of a detector's parts whose outputs are NaN or infinite: of such, nothing is detected.
+    """
     problems = []
 
-    def look(_, __, maps: dict[str, torch.Tensor]):
-        problems.extend(name for name, value in maps.items() if not value.isfinite().all())
+    def look(name: str, outputs: Any):
+        if not all(x.isfinite().all() for x in _tensors(outputs)):
+            problems.append(name)
 
-    handle = network.backbone.register_forward_hook(look)
+    handles = [
+        module.register_forward_hook(lambda module, inputs, outputs, name=name: look(name, outputs))
+        for name, module in network.named_modules() if name in _PARTS or name.endswith("_predictor")
+    ]
     try:
         yield problems
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def _tensors(outputs: Any) -> Iterator[torch.Tensor]:
+    """The tensors in a part's outputs."""
+    if isinstance(outputs, torch.Tensor):
+        yield outputs
+        return
+    for value in outputs.values() if isinstance(outputs, dict) else outputs:
+        yield from _tensors(value)
 
 
 def as_entries(found: dict[str, torch.Tensor], image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from pycocotools import mask as coco_masks
 from helpers.objects import CLASSES, IDS, read_annotations, write_objects
 from tasks.detection.coco import open_coco
 from tasks.detection.data import UNREAD, Sample
-from tasks.detection.metrics import DetectionScores, Truth, as_entries, flat, watch_maps
+from tasks.detection.metrics import DetectionScores, Truth, as_entries, flat, watch_outputs
 from tasks.detection.scores import MASK, score
 from tasks.errors import UnfitImageError
 from training.distributed import Distributed
@@ -126,9 +126,9 @@ def test_maps_that_are_not_finite_are_told(images):
     _, results = scored(images, Known(images, value=float("nan")))
     assert math.isnan(results["mask_AP"]) and math.isnan(results["box_AP"]) and results["images"] == 4
     network = Known(images, value=float("inf"))
-    with watch_maps(network) as problems:
+    with watch_outputs(network) as problems:
         network([torch.zeros(3, 8, 8)])
-    assert problems == ["0"] and not network.backbone._forward_hooks
+    assert problems == ["backbone"] and not network.backbone._forward_hooks
 
 
 def test_nothing_to_evaluate(images):
