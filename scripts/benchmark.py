@@ -166,7 +166,7 @@ def build_parser() -> argparse.ArgumentParser:
     of_models = commands.add_parser("models", help="images per second and memory of timm models")
     defaults = [contender(name) for name in DEFAULT_MODELS]
     of_models.add_argument("models", nargs="*", type=contender, default=defaults,
-                           help="NAME or NAME:KEYWORD=VALUE; HEAD/NAME for a segmenter")
+                           help="NAME or NAME:KEYWORD=VALUE; HEAD/NAME for a segmenter, DETECTOR/NAME")
     of_models.add_argument(
         "--reference", type=contender, default="swin_tiny_patch4_window7_224", help="the model that ratios are to"
     )

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from models.bvit import broad_attention, split_qkv
+from models.detection import DETECTORS
 from models.segmentation import HEADS
 from tasks.networks import size_kwargs
 from tasks.segmentation.losses import pixel_loss
@@ -19,7 +20,8 @@ from training.precision import Precision
 from .timing import OUT_OF_MEMORY, Trial, compare, release
 
 INFER, TRAIN = "infer", "train"
-NUM_CLASSES, PIXEL_CLASSES = 1000, 150
+NUM_CLASSES, PIXEL_CLASSES, OBJECT_CLASSES = 1000, 150, 80
+OBJECTS = 7  # in an image to train a detector on, as in COCO's
 GROWTH_REFERENCE = "swin_tiny_patch4_window7_224"
 # The parts of BViT that `measure_broad` compares.
 NETWORK, CLASS_TOKEN, ALL_TOKENS = "the network, without it", "class token", "all tokens"
@@ -28,7 +30,7 @@ CONCATENATED = "all tokens, layers concatenated (published)"
 
 @dataclass(frozen=True)
 class Contender:
-    """A timm model, or HEAD/MODEL for a segmenter on it, and the keyword arguments to create it with, as pairs."""
+    """A timm model, or HEAD/MODEL for a segmenter or detector on it, and the keyword arguments to create it, as pairs."""
     model: str
     kwargs: tuple = ()
     label: str = ""
@@ -49,15 +51,15 @@ class Contender:
 
     @property
     def parts(self) -> tuple[str, str]:
-        """The head of a segmenter, or "", and the timm model."""
+        """The head of a segmenter, or the name of a detector, or "", and the timm model."""
         head, _, model = self.model.rpartition("/")
         return head, model
 
     def check(self):
         """Raises ValueError where there is no such head, or timm knows no such model."""
         head, model = self.parts
-        if head and head not in HEADS:
-            raise ValueError(f"unknown head {head}; choose from {', '.join(HEADS)}")
+        if head and head not in (*HEADS, *DETECTORS):
+            raise ValueError(f"unknown head {head}; choose from {', '.join([*HEADS, *DETECTORS])}")
         if not timm.is_model(model):
             raise ValueError(f"unknown model {model}")
 
@@ -82,7 +84,9 @@ def _create(contender: Contender, size: tuple[int, int], device: torch.device) -
     """A model on the device; cached, because initialising the weights of large ones takes seconds."""
     torch.manual_seed(0)
     (head, name), kwargs = contender.parts, dict(contender.kwargs)
-    if head:
+    if head in DETECTORS:  # images come as large as they are to be
+        model = DETECTORS[head](name, OBJECT_CLASSES, short=min(size), long=max(size), **kwargs)
+    elif head:
         model = HEADS[head](name, PIXEL_CLASSES, img_size=size, **kwargs)
     else:
         model = timm.create_model(name, num_classes=NUM_CLASSES, **size_kwargs(name, size) | kwargs)
@@ -119,32 +123,56 @@ def build(contender: Contender, setting: Setting, device: torch.device) -> Calla
     model = _create(contender, setting.size, device).to(memory_format=memory_format).train(setting.mode == TRAIN)
     model.zero_grad()
     precision = Precision.on(device, setting.amp, setting.channels_last)
-    images = precision.arrange(torch.randn(setting.batch, 3, *setting.size, device=device))
     network = torch.compile(model) if setting.compile else model
+    inputs, loss_of = make_batch(contender, setting, precision, device)
 
     def infer():
         with torch.no_grad(), precision.autocast():
-            network(images)
+            network(*inputs)
 
     if setting.mode == INFER:
         return graphed(infer) if setting.cuda_graph else infer
     if setting.cuda_graph:
         network = GraphedTraining(network, precision)
 
-    is_segmenter = bool(contender.parts[0])
-    loss_of = segmentation_loss if is_segmenter else F.cross_entropy
-    shape = (setting.batch, *setting.size) if is_segmenter else (setting.batch,)
-    targets = torch.randint(PIXEL_CLASSES if is_segmenter else NUM_CLASSES, shape, device=device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def train():
         with precision.autocast():
-            loss = loss_of(network(images), targets)
+            loss = loss_of(network(*inputs))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return train
+
+
+def make_batch(
+    contender: Contender, setting: Setting, precision: Precision, device: torch.device
+) -> tuple[tuple, Callable[..., torch.Tensor]]:
+    """What a network is called with, and the loss of its outputs in training."""
+    head, shape = contender.parts[0], (setting.batch, *setting.size)
+    if head in DETECTORS:
+        images = list(torch.rand(setting.batch, 3, *setting.size, device=device))
+        targets = [make_objects(setting.size, device) for _ in images]
+        return (images, targets) if setting.mode == TRAIN else (images,), lambda losses: sum(losses.values())
+    images = precision.arrange(torch.randn(setting.batch, 3, *setting.size, device=device))
+    if head:
+        labels = torch.randint(PIXEL_CLASSES, shape, device=device)
+        return (images,), partial(segmentation_loss, labels=labels)
+    return (images,), partial(F.cross_entropy, target=torch.randint(NUM_CLASSES, shape[:1], device=device))
+
+
+def make_objects(size: tuple[int, int], device: torch.device) -> dict[str, torch.Tensor]:
+    """`OBJECTS` boxes of a sixteenth of an image of (height, width) or less, which their masks fill."""
+    height, width = size
+    corner = torch.rand(OBJECTS, 2, device=device) * 0.75
+    scale = torch.tensor([width, height], device=device)
+    boxes = torch.cat([corner, corner + 0.05 + torch.rand(OBJECTS, 2, device=device) * 0.2], dim=1) * scale.repeat(2)
+    x, y = torch.arange(width, device=device) + 0.5, torch.arange(height, device=device) + 0.5
+    left, top, right, bottom = (boxes[:, i, None] for i in range(4))
+    masks = ((y > top) & (y < bottom))[:, :, None] & ((x > left) & (x < right))[:, None, :]
+    return dict(boxes=boxes, labels=torch.randint(1, OBJECT_CLASSES + 1, (OBJECTS,), device=device), masks=masks)
 
 
 def segmentation_loss(logits: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:

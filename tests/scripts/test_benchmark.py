@@ -142,6 +142,21 @@ def test_segmenters_are_measured():
         assert all(row["images_per_second"] > 0 and row["size"] == "32 x 64" for row in rows)
 
 
+def test_detectors_are_measured():
+    """On objects that masks fill."""
+    names = [f"{name}/biformer_nano" for name in models.DETECTORS]
+    kwargs = (("channels", 16),)
+    for mode in ("infer", "train"):
+        contenders = [models.Contender(name, kwargs) for name in names]
+        rows = models.measure(contenders, names[0], Setting(mode, 2, (64, 96)), trial(rounds=2))
+        assert [row["model"] for row in rows] == names and all(row["images_per_second"] > 0 for row in rows), rows
+    objects = models.make_objects((64, 96), torch.device("cpu"))
+    for box, mask in zip(objects["boxes"], objects["masks"], strict=True):
+        rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+        extent = torch.tensor([columns[0, 0], rows[0, 0], columns[-1, 0] + 1, rows[-1, 0] + 1])
+        assert (box - extent).abs().max() <= 0.5
+
+
 def test_mistakes(capsys, tmp_path):
     for arguments, message in (
         (["broad", "biformer_nano"], "broad attention is BViT's: bvit_5m, bvit_22m"),
