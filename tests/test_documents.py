@@ -175,11 +175,12 @@ def test_recipe_is_as_described(name):
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """The working folder: a checkout that holds the run of README, and that of docs/segmentation.md."""
+    """The working folder: a checkout that holds the run of README, and those of docs/segmentation.md and detection.md."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     for name, recipe in dict(
         mine=dict(task="classification", model="biformer_nano", data_set="digits"),
         segmenter=dict(task="segmentation", model="biformer_nano", data_path="streets"),
+        detector=dict(task="detection", model="biformer_nano", data_path="coco"),
     ).items():
         (tmp_path / name).mkdir()
         torch.save(dict(args=recipe), tmp_path / name / "best.pth")

@@ -30,7 +30,7 @@ CONCATENATED = "all tokens, layers concatenated (published)"
 
 @dataclass(frozen=True)
 class Contender:
-    """A timm model, or HEAD/MODEL for a segmenter or detector on it, and the keyword arguments to create it, as pairs."""
+    """A timm model, or HEAD/MODEL for a segmenter or detector on it, and keyword arguments to create it, as pairs."""
     model: str
     kwargs: tuple = ()
     label: str = ""
