@@ -2,6 +2,7 @@
 import contextlib
 import io
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 
 from models.detection import DETECTORS, load
 from scripts import predict
-from scripts.prediction import whole
+from scripts.prediction import objects, whole
 from tasks.colours import colours_of
 from tasks.detection.drawing import draw_objects
 from tasks.pictures import write_picture
@@ -162,10 +163,18 @@ def test_ctrl_c_keeps_what_was_predicted(trained, photos, tmp_path, capfd, monke
 
 
 def test_ctrl_c_while_a_line_is_printed(trained, photos, tmp_path, capfd, monkeypatch):
-    """The generator waits then, and is closed."""
+    """The generator waits then, and is closed, though others refer to it and a progress bar would not close it."""
     def interrupt(text):
         raise KeyboardInterrupt
 
+    kept = []
+
+    def keep(*arguments):
+        kept.append(objects.predict(*arguments))
+        return kept[0]
+
+    monkeypatch.setitem(predict.WHOLE, "detection", keep)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setattr(predict, "print_line", interrupt)
     code, _, _ = run(capfd, "--checkpoint", trained, photos, "--output", tmp_path / "found")
     assert code == 130

@@ -81,10 +81,10 @@ def test_whether_any_of_some_rows_is_true(number):
 def test_the_first_objects_lie_above_the_others(written):
     """In their pixels; and of their names, those of the first are there where there is no room for all."""
     masks = np.zeros((2, 90, 90), bool)
-    masks[0, 30:60, 30:60] = masks[1, 20:80, 20:80] = True
-    boxes = [[30, 30, 60, 60], [20, 20, 80, 80]]
-    picture = draw(grey(90, 90), boxes, ["", ""], masks=masks)
-    assert (picture[30:60, 30] == RED).all()
+    masks[:, 30:60, 30:60] = True
+    picture = draw(grey(90, 90), [[20, 20, 80, 80]] * 2, ["", ""], masks=masks)
+    assert (picture[30:60, 30] == RED).all() and (picture[20:80, 20] == RED).all()
+    assert picture[45, 45].tolist() == [138, 84, 36], "green was mixed in before red"
     written.clear()
     draw(grey(40, 80), [[0, 0, 80, 40]] * 20, [f"name {i}" for i in range(20)])
     names = [text for text, _, _ in written]
