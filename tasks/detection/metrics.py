@@ -15,8 +15,8 @@ from .data import UNREAD, Sample
 from .masks import encode
 from .scores import BOX, MASK, Score, score
 
-# Parts of a detector whose outputs are looked at, beside its predictors.
-_PARTS = ("backbone", "rpn.head", "head")
+# Parts of a detector whose outputs are looked at, beside its predictors; these see every pixel of the maps.
+_PARTS = ("rpn.head", "head")
 
 
 @dataclass(frozen=True)

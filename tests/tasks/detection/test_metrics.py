@@ -32,13 +32,13 @@ class Known(torch.nn.Module):
     def __init__(self, images, change=lambda found: found, value=0.0):
         super().__init__()
         self.images, self.change, self.calls = images, change, 0
-        self.backbone = torch.nn.Identity()
+        self.head = torch.nn.Identity()
         self.value = value
 
     def forward(self, batch):
         image, = batch
         assert image.dtype == torch.float32 and 0 <= image.min() <= image.max() <= 1
-        self.backbone({"0": image + self.value})
+        self.head({"cls_logits": [image, image + self.value]})
         objects, entry = self.images.found.objects(self.calls), self.images.found.images[self.calls]
         self.calls += 1
         masks = np.stack([
@@ -128,7 +128,7 @@ def test_maps_that_are_not_finite_are_told(images):
     network = Known(images, value=float("inf"))
     with watch_outputs(network) as problems:
         network([torch.zeros(3, 8, 8)])
-    assert problems == ["backbone"] and not network.backbone._forward_hooks
+    assert problems == ["head"] and not network.head._forward_hooks
 
 
 def test_nothing_to_evaluate(images):
