@@ -175,7 +175,7 @@ def test_recipe_is_as_described(name):
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """The working folder: a checkout that holds the run of README, and those of docs/segmentation.md and detection.md."""
+    """The working folder: a checkout that holds the run of README, and those of the guides of tasks."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     for name, recipe in dict(
         mine=dict(task="classification", model="biformer_nano", data_set="digits"),

@@ -169,9 +169,10 @@ def log_line(values: dict[str, float], epoch: int, step: int, steps: int, second
         slowest = f"  slowest {values['slowest_seconds']:.3f} s (process {values['slowest_process']})"
     parts = [f"{name} {value:.4f}" for name, value in values.items() if name not in _MEASURED]
     named = f" ({', '.join(parts)})" if len(parts) > 1 else ""
+    speed = values["images_per_second"]
     return (
         f"epoch {epoch} [{step}/{steps}]  loss {values['loss']:.4f}{named}  "
         f"lr {values['lr']:.3e}  "
-        f"{values['images_per_second']:.0f} images/s  data {values['data_seconds']:.3f} s  "
+        f"{speed:.{0 if speed >= 10 else 1}f} images/s  data {values['data_seconds']:.3f} s  "
         f"batch {values['batch_seconds']:.3f} s{slowest}{memory}  eta {timedelta(seconds=round(seconds_left))}"
     )

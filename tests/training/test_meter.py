@@ -117,6 +117,7 @@ def test_a_log_line():
     assert log_line(values, 0, 2, 5, seconds_left=3661) == (
         "epoch 0 [2/5]  loss 1.2346  lr 1.000e-03  100 images/s  data 0.010 s  batch 0.500 s  eta 1:01:01"
     )
+    assert "  0.4 images/s  " in log_line(dict(values, images_per_second=0.44), 0, 2, 5, 0)  # of a detector on a CPU
     slowest = dict(slowest_seconds=0.4121, slowest_process=1)
     assert "  batch 0.500 s  slowest 0.412 s (process 1)  eta " in log_line(values | slowest, 0, 2, 5, 0)
     assert "s  memory 2048 MB  eta" in log_line(dict(values, memory_mb=2048.0), 0, 2, 5, 0)
