@@ -96,14 +96,12 @@ class CocoImages(Sequence):
         return Target(objects.boxes, objects.labels, np.stack(pixels) if pixels else np.zeros(shape, bool))
 
     def fingerprint(self) -> str:
-        """A hash of the images' names and ids, of their objects, and of the classes."""
-        text = repr([self.samples_below(), self.found.categories]).encode("utf-8", "backslashreplace")
-        parts = (text, self.found.boxes.tobytes(), self.found.labels.tobytes(), self.found.starts.tobytes())
+        """A hash of the images' names, ids and sizes, of their objects, and of the classes."""
+        found = self.found
+        text = repr([[found.images[index] for index in self.indices], found.categories])
+        arrays = (found.boxes, found.labels, found.starts, found.segmentations.content)
+        parts = (text.encode("utf-8", "backslashreplace"), *(array.tobytes() for array in arrays))
         return hashlib.sha256(b"\0".join(parts)).hexdigest()
-
-    def samples_below(self) -> list[tuple[str, int]]:
-        """(path below the folder, id) of each image."""
-        return [(os.path.relpath(path, self.folder), id) for path, id in self.samples]
 
 
 def _load(path: str, entry: ImageEntry) -> Image.Image:
