@@ -3,10 +3,10 @@
 Left out, as in mmdetection: crowd regions, and boxes that are not a pixel wide and high, or have no area.
 """
 import pickle
+from array import array
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from utils import UserError, count, some
 
-from .errors import BadAnnotationError, NoMasksError
+from .errors import BadAnnotationError, MissingMaskError, NoMasksError
 from .files import problem_of_annotation, read_annotations
 from .masks import problem_of_mask, problem_of_size, size_of, tidy
 
@@ -40,7 +40,7 @@ class Objects:
     Args:
         boxes: (N, 4) float32 corners in pixels, within the image.
         labels: (N,) int64, from 1 in the order of the categories' ids.
-        segmentations: Of each, as `masks.tidy` returns it; empty where masks are not asked for.
+        segmentations: Of each, as `masks.tidy` returns it; None where masks are not asked for.
     """
 
     boxes: np.ndarray
@@ -64,7 +64,7 @@ class Annotations:
         categories: Names by id, in ascending order of the ids.
         boxes, labels: Of all objects.
         starts: (images + 1,) index of the first object of each image.
-        segmentations: Pickled lists, of each image that has objects.
+        segmentations: As `masks.tidy` returns them, of all objects; None where masks are not asked for.
         left_out: What was left out -> how often.
         content: The file's content without bad annotations, for scoring; None where it is not asked for.
     """
@@ -81,8 +81,9 @@ class Annotations:
 
     def objects(self, index: int) -> Objects:
         """Those of the image at `index`."""
-        of_image = slice(self.starts[index], self.starts[index + 1])
-        return Objects(self.boxes[of_image], self.labels[of_image], self.segmentations[index])
+        start, end = self.starts[index], self.starts[index + 1]
+        segmentations = [self.segmentations[i] for i in range(start, end)]
+        return Objects(self.boxes[start:end], self.labels[start:end], segmentations)
 
     @property
     def bad(self) -> Counter[str]:
@@ -96,15 +97,47 @@ class Annotations:
 
 
 class Pickles:
-    """A list of values by index, each pickled, in one array of bytes."""
+    """Pickled values by index, in one array of bytes."""
 
-    def __init__(self, values: list[Any]):
-        pickled = [pickle.dumps(value, pickle.HIGHEST_PROTOCOL) for value in values]
+    def __init__(self, pickled: Sequence[bytes]):
         self.ends = np.cumsum([0, *map(len, pickled)])
         self.content = np.frombuffer(b"".join(pickled), np.uint8)
 
     def __getitem__(self, index: int) -> Any:
         return pickle.loads(self.content[self.ends[index]:self.ends[index + 1]].tobytes())
+
+
+class _Found(NamedTuple):
+    """An object: place of its image, corners of its box, label, segmentation or None."""
+
+    place: int
+    corners: tuple[float, ...]
+    label: int
+    segmentation: Any
+
+
+class _Kept:
+    """Objects as they are found, in little memory."""
+
+    def __init__(self):
+        self.places, self.corners, self.labels, self.segmentations = array("q"), array("f"), array("q"), []
+
+    def add(self, found: _Found):
+        self.places.append(found.place)
+        self.corners.extend(found.corners)
+        self.labels.append(found.label)
+        self.segmentations.append(pickle.dumps(found.segmentation, pickle.HIGHEST_PROTOCOL))
+
+    def by_image(self, images: int) -> dict[str, Any]:
+        """Arrays and segmentations, image after image, as `Annotations` has them."""
+        places = np.array(self.places, np.int64)
+        order = np.argsort(places, kind="stable")
+        return dict(
+            boxes=np.array(self.corners, np.float32).reshape(-1, 4)[order],
+            labels=np.array(self.labels, np.int64)[order],
+            starts=np.searchsorted(places[order], np.arange(images + 1)),
+            segmentations=Pickles([self.segmentations[index] for index in order]),
+        )
 
 
 def read(path: Path, with_masks: bool, skip_bad: bool = False, for_scoring: bool = False) -> Annotations:
@@ -119,66 +152,59 @@ def read(path: Path, with_masks: bool, skip_bad: bool = False, for_scoring: bool
 
     Raises:
         BadAnnotationError: An annotation is of no image or category, or has a box or a segmentation that cannot be.
-        NoMasksError: Masks are asked for, and none is there, or in scoring one is missing.
-        UserError: It cannot be read, holds no annotations, or images or categories in it cannot be right.
+        NoMasksError: Masks are asked for, and none is there; in scoring MissingMaskError, where one is missing.
+        UserError: It cannot be read, is no file of annotations, or images or categories in it cannot be right.
     """
     content = read_annotations(path, check_each=False)
     categories, images = _categories(content, path), _images(content, path)
-    places = {image.id: place for place, image in enumerate(images)}
-    sort = _Sorting(images, places, {id: label for label, id in enumerate(categories, start=1)}, with_masks)
-    kept, left_out, sound = [], Counter(), []
-    for entry in content["annotations"]:
+    sort = _Sorting(
+        images, {image.id: place for place, image in enumerate(images)},
+        {id: label for label, id in enumerate(categories, start=1)}, with_masks, for_scoring,
+    )
+    kept, left_out, sound, entries = _Kept(), Counter(), [], content["annotations"]
+    for index, entry in enumerate(entries):
+        entries[index] = None  # of a million of them, memory is freed as they are read
         try:
             found = sort(entry)
-        except ValueError as error:
+        except BadAnnotationError as error:
             if not skip_bad:
-                raise BadAnnotationError(f"{path}: annotation {entry.get('id')} {error}") from None
-            found = _BAD
-        if for_scoring and found == _NO_MASK:
-            if not skip_bad:
-                raise NoMasksError(f"{path}: annotation {entry.get('id')} has no mask")
-            found = _BAD
-        if found != _BAD:
+                raise type(error)(f"{path}: annotation {entry.get('id')} {error}") from None
+            left_out[_BAD] += 1
+            continue
+        if for_scoring:
             sound.append(entry)
         if isinstance(found, str):
             left_out[found] += 1
         else:
-            kept.append(found)
-    if with_masks and not kept and left_out[_NO_MASK]:
+            kept.add(found)
+    if with_masks and not kept.labels and left_out[_NO_MASK]:
         raise NoMasksError(f"{path} has boxes and no masks")
-    kept.sort(key=lambda found: found[0])
-    of_image = np.array([found[0] for found in kept], np.int64)
-    return Annotations(
-        path, images, categories,
-        boxes=np.array([found[1] for found in kept], np.float32).reshape(-1, 4),
-        labels=np.array([found[2] for found in kept], np.int64),
-        starts=np.searchsorted(of_image, np.arange(len(images) + 1)),
-        segmentations=_pickled([found[3] for found in kept] if with_masks else [], of_image, len(images)),
-        left_out=left_out, content=dict(content, annotations=sound) if for_scoring else None,
-    )
-
-
-def _pickled(segmentations: list[Any], of_image: np.ndarray, images: int) -> Pickles:
-    ends = np.searchsorted(of_image, np.arange(images + 1))
-    return Pickles([segmentations[start:end] for start, end in pairwise(ends)])
+    names = [dict(id=id, name=name) for id, name in categories.items()]
+    content = dict(images=content["images"], annotations=sound, categories=names) if for_scoring else None
+    return Annotations(path, images, categories, **kept.by_image(len(images)), left_out=left_out, content=content)
 
 
 def _categories(content: Mapping[str, Any], path: Path) -> dict[int, str]:
-    found = content["categories"]
-    if doubled := [x for x, number in Counter(category["name"] for category in found).items() if number > 1]:
-        raise UserError(f"{path}: two categories have the name {some(doubled)}")
-    return {category["id"]: category["name"] for category in sorted(found, key=lambda category: category["id"])}
+    """Names by id; of two of one name, that which annotations have: Roboflow's files begin with one for all of them."""
+    found = sorted(content["categories"], key=lambda category: category["id"])
+    doubled = {name for name, number in Counter(category["name"] for category in found).items() if number > 1}
+    if doubled:
+        used = {entry.get("category_id") for entry in content["annotations"]}
+        found = [category for category in found if category["name"] not in doubled or category["id"] in used]
+        if len({category["name"] for category in found}) < len(found):
+            raise UserError(f"{path}: two categories have the name {some(sorted(doubled))}")
+    return {category["id"]: category["name"] for category in found}
 
 
 def _images(content: Mapping[str, Any], path: Path) -> list[ImageEntry]:
     images = []
     for entry in content["images"]:
-        image = ImageEntry(entry.get("id"), entry.get("file_name"), entry.get("height"), entry.get("width"))
-        if not isinstance(image.file_name, str):
-            raise UserError(f"{path}: image {image.id} has no file_name")
-        if size_of(entry) is None:
-            raise UserError(f"{path}: image {image.id} ({image.file_name}) has no width and height in pixels")
-        images.append(image)
+        name, size = entry.get("file_name"), size_of(entry)
+        if not isinstance(name, str):
+            raise UserError(f"{path}: image {entry['id']} has no file_name")
+        if size is None:
+            raise UserError(f"{path}: image {entry['id']} ({name}) has no width and height in pixels")
+        images.append(ImageEntry(entry["id"], name.replace("\\", "/"), *size))  # of tools on Windows
     if doubled := [x for x, number in Counter(image.file_name for image in images).items() if number > 1]:
         raise UserError(f"{path}: two images have the file_name {some(doubled)}")
     return images
@@ -186,29 +212,32 @@ def _images(content: Mapping[str, Any], path: Path) -> list[ImageEntry]:
 
 @dataclass(frozen=True)
 class _Sorting:
-    """Annotation -> (place of its image, corners of its box, label, segmentation), or why it is left out.
+    """Annotation -> an object, or why it is left out.
 
-    Raises ValueError, "has ...", where the annotation cannot be right.
+    Raises BadAnnotationError, "has ...", where the annotation cannot be right; in scoring, MissingMaskError where it
+    has no mask.
     """
 
     images: list[ImageEntry]
     places: Mapping[int, int]
     labels: Mapping[int, int]
     with_masks: bool
+    for_scoring: bool
 
-    def __call__(self, entry: Mapping[str, Any]) -> tuple[int, tuple[float, ...], int, Any] | str:
+    def __call__(self, entry: Mapping[str, Any]) -> _Found | str:
         if problem := problem_of_annotation(entry, self.places, self.labels):
-            raise ValueError(problem)
+            raise BadAnnotationError(problem)
         place, label = self.places[entry["image_id"]], self.labels[entry["category_id"]]
         corners = _corners(entry["bbox"], self.images[place])
         segmentation = self._segmentation(entry, self.images[place]) if self.with_masks else None
+        has_no_mask = self.with_masks and segmentation is None
         if entry.get("iscrowd"):
             return _CROWD
-        if corners is None or entry.get("area", 1) <= 0:
+        if has_no_mask and self.for_scoring:
+            raise MissingMaskError("has no mask")
+        if corners is None or entry.get("area") == 0:
             return _TINY
-        if self.with_masks and segmentation is None:
-            return _NO_MASK
-        return place, corners, label, segmentation
+        return _NO_MASK if has_no_mask else _Found(place, corners, label, segmentation)
 
     @staticmethod
     def _segmentation(entry: Mapping[str, Any], image: ImageEntry) -> Any:
@@ -216,7 +245,7 @@ class _Sorting:
         if not found:
             return None
         if problem := problem_of_mask(found) or problem_of_size(found, (image.height, image.width)):
-            raise ValueError(problem)
+            raise BadAnnotationError(problem)
         return tidy(found)
 
 
@@ -225,7 +254,8 @@ def _corners(box: list[float], image: ImageEntry) -> tuple[float, ...] | None:
     x, y, width, height = box
     left, top, right, bottom = max(x, 0), max(y, 0), min(x + width, image.width), min(y + height, image.height)
     if width >= 1 and height >= 1 and not (right - left > _LEAST and bottom - top > _LEAST):
-        raise ValueError(f"has the box {box}, outside of its image {image.file_name} of {image.width} x {image.height}")
+        raise BadAnnotationError(f"has the box {box}, outside of its image {image.file_name} of {image.width} x "
+                                 f"{image.height}")
     return (left, top, right, bottom) if width >= 1 and height >= 1 else None
 
 

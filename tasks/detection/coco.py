@@ -19,7 +19,7 @@ from utils import UserError, count, some, user_path
 
 from . import annotations, masks
 from .annotations import Annotations, ImageEntry
-from .errors import BadAnnotationError, OtherSizeError
+from .errors import BadAnnotationError, NoAnnotationsError, OtherSizeError
 
 # Where the annotations of a split may lie; the last is Roboflow's.
 PLACES = (
@@ -77,6 +77,12 @@ class CocoImages(Sequence):
     def classes(self) -> list[str]:
         return list(self.found.categories.values())
 
+    @property
+    def has_objects(self) -> bool:
+        """Of all images and their ids: whether there is anything to find in them but crowds."""
+        ids = {id for _, id in self.samples}
+        return any(not entry.get("iscrowd") and entry["image_id"] in ids for entry in self.found.content["annotations"])
+
     def __len__(self) -> int:
         return len(self.indices)
 
@@ -119,7 +125,7 @@ def find_annotations(root: Path, split: str, given: str | None) -> Path:
     """The annotations of a split, "train", "val" or "test", in a folder; or those that were given.
 
     Raises:
-        UserError: There are none.
+        NoAnnotationsError: There are none.
     """
     if given is not None:
         path = user_path(given)
@@ -128,24 +134,26 @@ def find_annotations(root: Path, split: str, given: str | None) -> Path:
     if found := [place for place in places if place.is_file()]:
         return found[0]
     expected = some([place.format(split) for place in PLACES])
-    raise UserError(f"{root} has no annotations of the split {split}: expected one of {expected}")
+    raise NoAnnotationsError(f"{root} has no annotations of the split {split}: expected one of {expected}")
 
 
-def find_folder(root: Path, found: Annotations) -> Path:
+def find_folder(root: Path, split: str, found: Annotations) -> Path:
     """The folder that the file names of annotations start from: the one that most of some have a file below.
+
+    Those that are named as the annotations, or as the split, come before others.
 
     Raises:
         UserError: No folder has any.
     """
-    name = found.path.stem.removeprefix("instances_")
-    places = [root / name, root / "images" / name, root / "images", root, found.path.parent]
-    places += [root / part for split, also in _ALSO.items() if split in name for part in (split, *also)]
+    names = dict.fromkeys([found.path.stem.removeprefix("instances_"), f"{split}2017", split, *_ALSO[split]])
+    places = [folder / name for name in names for folder in (root, root / "images")]
+    places += [root / "images", root, found.path.parent]
     step = -(-len(found.images) // 20)
     looked_at = [image.file_name for image in found.images[::step]]
     hits = [sum((place / name).is_file() for name in looked_at) for place in places]
     if not any(hits):
         raise UserError(f"no image of {found.path} is there: {looked_at[0]}, for example, is in none of "
-                        f"{some(list(map(str, dict.fromkeys(places))))}")
+                        f"{some(list(map(str, dict.fromkeys(places))), len(places))}")
     return places[hits.index(max(hits))]
 
 
@@ -188,7 +196,7 @@ def open_coco(
         raise UserError(f"data folder {folder} {'is not a folder' if folder.exists() else 'does not exist'}")
     path = find_annotations(folder, split, given)
     found = annotations.read(path, with_masks, skip_bad, for_scoring=not train)
-    place = find_folder(folder, found)
+    place = find_folder(folder, split, found)
     missing = _missing(place, found.images)
     if missing and not skip_bad:
         first = found.images[missing[0]]

@@ -11,15 +11,12 @@ from datasets import ImageDataset
 
 from .coco import Target
 
-# Of an image that could not be read, in the place of its id.
-UNREAD = -1
-
 
 class Sample(NamedTuple):
-    """An image to evaluate: uint8 (3, H, W), and its id; `UNREAD` for one that could not be read."""
+    """An image to evaluate: uint8 (3, H, W), and its id; None for one that could not be read."""
 
     image: torch.Tensor
-    id: int
+    id: int | None
 
 
 class DetectionDataset(ImageDataset):
@@ -28,12 +25,12 @@ class DetectionDataset(ImageDataset):
     As `datasets.ImageDataset`; its source gives such pairs, and its transform takes both.
     """
 
-    def _transformed(self, image: Image.Image, target: Target | int) -> Any:
+    def _transformed(self, image: Image.Image, target: Target | int | None) -> Any:
         return self.transform(image, target)
 
     @staticmethod
-    def _masked() -> tuple[Image.Image, int]:
-        return Image.new("RGB", (256, 256)), UNREAD
+    def _masked() -> tuple[Image.Image, None]:
+        return Image.new("RGB", (256, 256)), None
 
 
 def collate_training(
@@ -44,7 +41,7 @@ def collate_training(
     return list(images), list(targets)
 
 
-def collate_samples(batch: list[tuple[torch.Tensor, int]]) -> list[Sample]:
+def collate_samples(batch: list[tuple[torch.Tensor, int | None]]) -> list[Sample]:
     """Images of any sizes and their ids -> a batch of `metrics.DetectionScores`."""
     return [Sample(*sample) for sample in batch]
 

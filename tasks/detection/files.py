@@ -17,7 +17,8 @@ def read_annotations(path: Path, check_each: bool = True) -> dict[str, Any]:
 
     Args:
         path: The file.
-        check_each: Whether to check each annotation, by `problem_of_annotation`.
+        check_each: Whether to check each annotation, by `problem_of_annotation`. Otherwise a file without them is read
+            as well, such as those of COCO's test images.
 
     Raises:
         UserError: It cannot be read, or is no such file; the first image, category or annotation that is wrong is
@@ -28,6 +29,8 @@ def read_annotations(path: Path, check_each: bool = True) -> dict[str, Any]:
         raise UserError(f"{path}: it is a list, as detections are, and annotations have {', '.join(_PARTS)}")
     if not isinstance(data, dict):
         raise UserError(f"{path}: it is no annotations in COCO's format")
+    if not check_each:
+        data.setdefault("annotations", [])
     if missing := [part for part in _PARTS if part not in data]:
         raise UserError(f"{path}: it has no {' and no '.join(missing)}")
     for part in _PARTS:
@@ -94,9 +97,10 @@ def problem_of_annotation(entry: dict, images: Collection[int], categories: Coll
             return f"has the {key} {entry[key]}, which is not among the {part}"
     if problem := _problem_of_box(entry.get("bbox")):
         return problem
-    if "area" in entry and not (is_number(entry["area"]) and entry["area"] >= 0):
-        return f"has the area {entry['area']!r}, which is no number of at least 0"
-    if entry.get("iscrowd", 0) not in (0, 1):
+    area = entry.get("area")  # which some tools write as null
+    if area is not None and not (is_number(area) and area >= 0):
+        return f"has the area {area!r}, which is no number of at least 0"
+    if entry.get("iscrowd") not in (None, 0, 1):
         return f"has the iscrowd {entry['iscrowd']!r}, which is neither 0 nor 1"
     return None
 

@@ -26,9 +26,7 @@ def is_number(value: Any) -> bool:
 def problem_of_mask(segmentation: Any) -> str | None:
     """What is wrong with polygons or run lengths, "has ..."; faster-coco-eval trusts much of what it reads."""
     if isinstance(segmentation, list):
-        is_right = all(
-            isinstance(points, list) and len(points) % 2 == 0 and all(map(is_number, points)) for points in segmentation
-        )
+        is_right = all(_points(polygon) is not None for polygon in segmentation)
         return None if is_right else "has a polygon that is no list of numbers, x and y in turn"
     if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
         return "has a segmentation that is neither polygons nor an object with size and counts"
@@ -40,6 +38,17 @@ def problem_of_mask(segmentation: Any) -> str | None:
         return "has a mask whose counts are no run lengths"
     is_right = pixels == size[0] * size[1]
     return None if is_right else f"has a mask of {size[0]} x {size[1]} pixels, and counts of {pixels}"
+
+
+def _points(polygon: Any) -> np.ndarray | None:
+    """(N, 2) points of a polygon in a JSON; None where it is none. As fast as COCO's million of polygons needs it."""
+    if not isinstance(polygon, list) or len(polygon) % 2 or not set(map(type, polygon)) <= {int, float}:
+        return None
+    try:
+        points = np.array(polygon, np.float64).reshape(-1, 2)
+    except OverflowError:  # of an integer
+        return None
+    return points if np.isfinite(points).all() else None
 
 
 def _pixels(counts: Any) -> int | None:
@@ -74,19 +83,27 @@ def _pixels(counts: Any) -> int | None:
 
 
 def problem_of_size(segmentation: Any, size: tuple[int, int] | None) -> str | None:
-    """Why a mask cannot be laid over an image of (height, width), of which polygons know no size; None where it can."""
+    """Why a mask cannot be laid over an image of (height, width); None where it can.
+
+    Of a polygon far outside of it, COCO's tools would fill all of the memory.
+    """
     if size is None:
         return "has a mask, and the annotations do not say the height and width of its image"
-    if isinstance(segmentation, list) or tuple(segmentation["size"]) == size:
+    height, width = size
+    if isinstance(segmentation, list):
+        points = np.concatenate([np.zeros((1, 2)), *map(_points, segmentation)]) / (width, height)
+        is_near = points.min() >= -1 and points.max() <= 2
+        return None if is_near else f"has a polygon far outside of its image of {width} x {height}"
+    if tuple(segmentation["size"]) == size:
         return None
     height, width = segmentation["size"]
     return f"has a mask of {height} x {width} pixels, and its image has {size[0]} x {size[1]}"
 
 
 def size_of(image: Mapping[str, Any]) -> tuple[int, int] | None:
-    """(height, width) of an image of annotations; None where they do not say."""
+    """(height, width) of an image of annotations; None where they do not say. Some tools write 640.0."""
     size = image.get("height"), image.get("width")
-    return size if all(is_id(x) and x > 0 for x in size) else None
+    return tuple(map(int, size)) if all(is_number(x) and x > 0 and x == int(x) for x in size) else None
 
 
 # --- what they are ----------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 """Average precision of a detector, as COCO computes it, over the images of all processes."""
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from training.task import refusal
 from utils import UserError, count
 
 from ..errors import UnfitImageError
-from .data import UNREAD, Sample
+from .data import Sample
 from .masks import encode
 from .scores import BOX, MASK, Score, score
 
@@ -26,10 +27,12 @@ class Truth:
     Args:
         content: COCO-format annotations.
         category_ids: The category of each label, from label 1 on.
+        has_objects: Whether there is anything to find; otherwise no score is defined.
     """
 
     content: dict[str, Any]
     category_ids: Sequence[int]
+    has_objects: bool = True
 
 
 @dataclass
@@ -68,7 +71,7 @@ class DetectionScores:
     def update(self, network: torch.nn.Module, batch: list[Sample]):
         """Detect the objects in the images of a batch."""
         for sample in batch:
-            if sample.id != UNREAD:
+            if sample.id is not None:
                 self._detect(network, sample)
             self.seen += 1
 
@@ -88,10 +91,10 @@ class DetectionScores:
     def compute(self, distributed: Distributed) -> dict[str, float]:
         """"mask_AP" and "box_AP" in percent, with parts of them by overlap, size and class, and "images".
 
-        All of them are NaN where an output was.
+        All of them are NaN where an output was, or where nothing is to be found.
 
         Raises:
-            UserError: There was no image, or no object in any.
+            UserError: There was no image, or none of those that have objects.
         """
         images, not_finite = distributed.sum(self.images).tolist()
         if images == 0:
@@ -105,7 +108,7 @@ class DetectionScores:
             self.scores = [score(self.truth.content, self.detections, kind, ids) for kind in kinds]
             results = {name: value for found in self.scores for name, value in flat(found).items()}
         results = distributed.broadcast_object(results)
-        if any(results[name] != results[name] for name in ("box_AP", "mask_AP") if name in results):
+        if self.truth.has_objects and math.isnan(results["box_AP"]):
             raise UserError(f"no object in the {count(images, 'image')} to evaluate")
         return dict(dict.fromkeys(results, float("nan")) if not_finite else results, images=images)
 

@@ -43,14 +43,14 @@ class DetectionDataOptions(Group):
                                  metavar="FOLDER")
     train_json: str | None = flag(None, "annotations in COCO's format (default: the usual names in --data_path)",
                                   type=path, metavar="FILE")
-    val_json: str | None = flag(None, "those of the evaluation", type=path, metavar="FILE")
+    val_json: str | None = flag(None, "those of the evaluation, also of --split test", type=path, metavar="FILE")
     skip_bad_images: bool = flag(False, "skip images that cannot be read, and annotations that cannot be right, and "
                                         "count them")
     parts_of: ClassVar[Mapping[str, str]] = MappingProxyType({"train_json": "data_path", "val_json": "data_path"})
 
     def annotations(self, split: str) -> str | None:
         """The file of a split's annotations, where it was given."""
-        return dict(train=self.train_json, val=self.val_json).get(split)
+        return self.train_json if split == "train" else self.val_json
 
 
 @dataclass(frozen=True)

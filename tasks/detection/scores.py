@@ -149,7 +149,8 @@ def _object(entry: dict, kind: str, sizes: dict[int, tuple[int, int] | None]) ->
     left, top, width, height = box = [float(x) for x in entry["bbox"]]
     copy = dict(
         image_id=entry["image_id"], category_id=entry["category_id"], bbox=box,
-        area=float(entry.get("area", width * height)), iscrowd=int(entry.get("iscrowd", 0)),
+        area=float(width * height if entry.get("area") is None else entry["area"]),
+        iscrowd=int(entry.get("iscrowd") or 0),
     )
     if kind == BOX:
         return copy

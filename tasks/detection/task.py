@@ -21,7 +21,7 @@ from ..on_backbone import TaskOnBackbone
 from . import report
 from .coco import CocoImages, open_coco
 from .data import DetectionDataset, OrientationSampler, Sample, collate_samples, collate_training
-from .errors import ADVICE
+from .errors import ADVICE, NothingToFindError
 from .metrics import DetectionScores, Truth
 from .options import DetectionSettings
 from .transforms import TrainTransform, to_sample
@@ -58,6 +58,8 @@ class DetectionTask(TaskOnBackbone):
             data.data_path, split, data.annotations(split), train, self.has_masks, data.skip_bad_images
         )
         self.tell(source.notes)
+        if not train and not source.has_objects and self.detections_file is None:
+            raise NothingToFindError(f"{source.found.path} has no object to find in its images")
         if self.classes is not None:
             datasets.check_same_classes(self.classes, source.classes)
         self.classes, self.num_classes = source.classes, len(source.classes)
@@ -115,8 +117,8 @@ class DetectionTask(TaskOnBackbone):
     def evaluator(self) -> DetectionScores:
         truth, places = None, []
         if self.val_set is not None:
-            found = self.val_set.source.found
-            truth = Truth(found.content, list(found.categories))
+            source = self.val_set.source
+            truth = Truth(source.found.content, list(source.found.categories), source.has_objects)
             is_shown = self.distributed.is_main and not self.settings.evaluation.eval
             images = len(self.val_set) if is_shown else 0
             places = pictures.places_to_show(report.SHOWN, images, self.eval_processes.world_size)
@@ -125,10 +127,16 @@ class DetectionTask(TaskOnBackbone):
     def pictures(self, evaluator: DetectionScores) -> dict[str, np.ndarray]:
         return dict(detections=report.draw_shown(evaluator, self.classes)) if evaluator.shown else {}
 
+    def problem_of(self, results: dict[str, float], what: str) -> str | None:
+        return super().problem_of(results, what) if self.val_set.source.has_objects else None
+
     def report(self, results: dict[str, float], evaluator: DetectionScores, what: str):
-        if self.settings.evaluation.eval:
-            report.print_scores(evaluator.scores)
-        super().report(results, evaluator, what)
+        if not evaluator.truth.has_objects:
+            print(f"no object to find: nothing is scored, {self.measured_on(results, what)}")
+        else:
+            if self.settings.evaluation.eval:
+                report.print_scores(evaluator.scores)
+            super().report(results, evaluator, what)
         report.write(evaluator, self.report_folder, self.detections_file)
 
     # --- before training ----------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ class FitSides(v2.Transform):
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         if isinstance(inpt, tv_tensors.Image):
             return tv_tensors.wrap(resize(inpt, params["size"]), like=inpt)
-        return F.resize(inpt, list(params["size"]))  # masks by nearest neighbours
+        return F.resize(inpt, list(params["size"]))  # masks by the nearest pixel up and left, as OpenCV and published
 
 
 class RandomSizeCrop(v2.Transform):
@@ -119,6 +119,6 @@ class TrainTransform:
         return pixels.as_subclass(torch.Tensor), {name: part[is_left] for name, part in parts.items()}
 
 
-def to_sample(image: Image.Image, id: int) -> tuple[torch.Tensor, int]:
+def to_sample(image: Image.Image, id: int | None) -> tuple[torch.Tensor, int | None]:
     """(PIL RGB image, its id) as it is evaluated: uint8 (3, H, W), which the network resizes."""
     return F.pil_to_tensor(image), id

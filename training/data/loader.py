@@ -300,7 +300,7 @@ def build_loader(
     size, world_size = options.batch_size, distributed.world_size
     if train and len(dataset) < size * world_size:
         raise UserError(
-            f"the training set has {len(dataset)} images, fewer than one batch of {size * world_size} "
+            f"the training set has {count(len(dataset), 'image')}, fewer than one batch of {size * world_size} "
             f"({size} on each of {count(world_size, 'process')}); use a smaller batch size"
         )
     sampler = range(distributed.rank, len(dataset), world_size)

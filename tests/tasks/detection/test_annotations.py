@@ -8,7 +8,8 @@ from pycocotools import mask as reference
 from helpers.objects import CLASSES, IDS, read_annotations, write_annotations, write_objects
 from tasks.detection import masks
 from tasks.detection.annotations import Pickles, describe, read
-from tasks.detection.errors import BadAnnotationError, NoMasksError
+from tasks.detection.errors import BadAnnotationError, MissingMaskError, NoMasksError
+from tasks.detection.scores import MASK, score
 from utils import UserError
 
 # Of pycocotools, which knows an older NumPy.
@@ -73,7 +74,7 @@ def test_what_is_left_out_is_counted(found, changed, reason):
 def test_boxes_alone_need_no_masks(found):
     for changed in (dict(segmentation=[]), dict(segmentation="anything")):
         data = found(content(entry(**changed)), with_masks=False)
-        assert list(data.counts) == [1, 0] and data.objects(0).segmentations == []
+        assert list(data.counts) == [1, 0] and data.objects(0).segmentations == [None]
     plain = {key: value for key, value in entry().items() if key not in ("segmentation", "area", "iscrowd")}
     assert list(found(content(plain), with_masks=False).counts) == [1, 0]
     with pytest.raises(NoMasksError, match=r"instances_train2017\.json has boxes and no masks$"):
@@ -92,11 +93,23 @@ def test_what_is_kept_for_scoring(found):
     assert [x["id"] for x in data.content["annotations"]] == [1, 2] and data.bad == {"bad annotation": 1}
     assert found(content(entry())).content is None
     bare = content(entry(), entry(segmentation=[]))
-    with pytest.raises(NoMasksError, match=r"instances_train2017\.json: annotation 2 has no mask$"):
+    with pytest.raises(MissingMaskError, match=r"instances_train2017\.json: annotation 2 has no mask$"):
         found(bare, for_scoring=True)
     data = found(bare, for_scoring=True, skip_bad=True)
     assert [x["id"] for x in data.content["annotations"]] == [1] and data.bad == {"bad annotation": 1}
     assert len(found(bare, for_scoring=True, with_masks=False).content["annotations"]) == 2
+
+
+@pytest.mark.parametrize("tiny", [dict(bbox=[3, 3, 0.5, 0.5]), dict(area=0)])
+@pytest.mark.parametrize("segmentation", [[], [[3, 3, 3.5, 3.5]]])
+def test_what_is_kept_can_be_scored(found, tiny, segmentation):
+    """Objects that are too small to be learnt are scored: they need masks too."""
+    data = content(entry(), entry(**tiny, segmentation=segmentation), entry(**tiny))
+    with pytest.raises(MissingMaskError):
+        found(data, for_scoring=True)
+    kept = found(data, for_scoring=True, skip_bad=True)
+    assert score(kept.content, [], MASK).values["AP"] == 0 and [x["id"] for x in kept.content["annotations"]] == [1, 3]
+    assert describe(found(data).left_out) == "2 boxes without area"
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
@@ -120,6 +133,10 @@ def test_what_is_kept_for_scoring(found):
     (dict(segmentation=dict(size=[60, 50], counts=[3000])), "has a mask of 60 x 50 pixels, and its image has 50 x 60"),
     (dict(segmentation=dict(size=[50, 60], counts=[10])), "has a mask of 50 x 60 pixels, and counts of 10"),
     (dict(segmentation=dict(size=[50, 60], counts=[-1, 3001])), "has a mask whose counts are no run lengths"),
+    (dict(segmentation=[[1e300, 2, 3, 4, 5, 6]]), "has a polygon far outside of its image of 60 x 50"),
+    (dict(segmentation=[[1, 2, 3, 4, 5, 6], [0, 0, 9, -51, 9, 9]]), "has a polygon far outside of its image"),
+    (dict(segmentation=[[1, 2, 3, 4, 5, 10**400]]), "has a polygon that is no list of numbers"),
+    (dict(segmentation=[[1, 2, 3, 4, 5, True]]), "has a polygon that is no list of numbers"),
     (dict(segmentation=dict(size=[50, 60])), "neither polygons nor an object with size and counts"),
 ])
 def test_a_bad_annotation_is_named(found, changed, message):
@@ -133,7 +150,6 @@ def test_a_bad_annotation_is_named(found, changed, message):
 @pytest.mark.parametrize("part,change,message", [
     ("categories", lambda x: x.clear(), "it has no categories"),
     ("categories", lambda x: x[0].update(id=3), "2 of its categories have the id 3"),
-    ("categories", lambda x: x[0].update(name="red"), "two categories have the name red"),
     ("images", lambda x: x[0].update(id=7), "2 of its images have the id 7"),
     ("images", lambda x: x[0].update(file_name="b.jpg"), r"two images have the file_name b\.jpg"),
     ("images", lambda x: x[0].pop("file_name"), "image 1 has no file_name"),
@@ -146,6 +162,28 @@ def test_what_else_cannot_be(found, part, change, message):
     change(data[part])
     with pytest.raises(UserError, match=rf"instances_train2017\.json: .*{message}"):
         found(data, skip_bad=True)
+
+
+def test_two_categories_of_one_name(found):
+    """Roboflow's files begin with a category that no object has, and which may have the name of another."""
+    data = content(entry(), entry(category_id=8))
+    data["categories"].append(dict(id=0, name="red"))
+    read = found(data, for_scoring=True)
+    assert read.categories == {3: "red", 7: "green", 8: "blue"} and len(read.content["categories"]) == 3
+    data = content(entry(), entry(category_id=0))
+    data["categories"].append(dict(id=0, name="red"))
+    with pytest.raises(UserError, match=r"json: two categories have the name red$"):
+        found(data)
+
+
+def test_what_other_tools_write(found):
+    """null for what is not known, and sizes as floats; paths of Windows."""
+    data = content(entry(area=None, iscrowd=None))
+    data["images"][0].update(height=50.0, width=60.0, file_name="a\\b.jpg")
+    read = found(data)
+    assert list(read.counts) == [1, 0] and read.images[0] == (1, "a/b.jpg", 50, 60)
+    del data["annotations"]
+    assert not found(data, for_scoring=True).content["annotations"]
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------
@@ -183,11 +221,11 @@ def test_polygons_of_two_points_are_left_out():
 
 def test_segmentations_lie_in_arrays():
     """Python objects that data loading processes look at would be copied into each of them."""
-    values = [[], [SQUARE], [dict(size=[2, 3], counts="ab"), None]]
-    packed = Pickles(values)
-    assert [packed[index] for index in range(3)] == values
+    values = [None, SQUARE, dict(size=[2, 3], counts="ab")]
+    pickled = [pickle.dumps(value) for value in values]
+    packed = Pickles(pickled)
+    assert [packed[index] for index in range(3)] == values and len(packed.content) == sum(map(len, pickled))
     assert all(isinstance(x, np.ndarray) for x in vars(packed).values())
-    assert len(packed.content) == sum(len(pickle.dumps(x, pickle.HIGHEST_PROTOCOL)) for x in values)
 
 
 def test_the_helper_writes_what_is_read(tmp_path):

@@ -157,6 +157,23 @@ def test_what_is_not_there(root, change, message):
     assert "\n" not in str(raised.value)
 
 
+def test_a_part_of_the_annotations_by_another_name(root):
+    """Images are looked for where those of the split are."""
+    content = read_annotations(root, "val")
+    content.update(images=content["images"][1:2], annotations=[])
+    (root / "annotations" / "mini.json").write_text(json.dumps(content))
+    images = opened(root, "val", "annotations/mini.json", train=False)
+    assert images.folder == root / "val2017" and images[0][1] == 11 and not images.has_objects
+    assert opened(root, "val", train=False).has_objects
+
+
+def test_objects_of_images_that_are_not_there_are_none(root):
+    changed(root, lambda content: content["annotations"].__delitem__(slice(3, None)), "val")
+    assert opened(root, "val", train=False).has_objects
+    (root / "val2017/0.png").unlink()
+    assert not opened(root, "val", train=False, skip_bad=True).has_objects
+
+
 def test_given_annotations_that_are_not_there(root):
     with pytest.raises(UserError, match=r"cannot read nowhere\.json: No such file"):
         opened(root, given="nowhere.json")

@@ -10,7 +10,7 @@ from pycocotools import mask as coco_masks
 
 from helpers.objects import CLASSES, IDS, read_annotations, write_objects
 from tasks.detection.coco import open_coco
-from tasks.detection.data import UNREAD, Sample
+from tasks.detection.data import Sample
 from tasks.detection.metrics import DetectionScores, Truth, as_entries, flat, watch_outputs
 from tasks.detection.scores import MASK, score
 from tasks.errors import UnfitImageError
@@ -107,7 +107,7 @@ def test_images_without_detections_count(images):
 def test_images_that_cannot_be_read_do_not_count(images):
     """Nor do the objects in them."""
     network = Known(images)
-    unread = Sample(torch.zeros(3, 9, 9, dtype=torch.uint8), UNREAD)
+    unread = Sample(torch.zeros(3, 9, 9, dtype=torch.uint8), None)
     evaluator, results = scored(images, network, [*samples(images)[:3], unread])
     assert results["images"] == 3 and results["box_AP"] == 100 and evaluator.seen == 4
 
@@ -136,10 +136,14 @@ def test_nothing_to_evaluate(images):
         scored(images, Known(images), [])
     bare = copy.copy(images)
     content = dict(images.found.content, annotations=[])
-    evaluator = DetectionScores(Truth(content, list(IDS)), True, CPU)
-    evaluator.update(Known(bare), samples(images))
-    with pytest.raises(UserError, match=r"^no object in the 4 images to evaluate$"):
-        evaluator.compute(Distributed(CPU))
+    for has_objects in (True, False):
+        evaluator = DetectionScores(Truth(content, list(IDS), has_objects), True, CPU)
+        evaluator.update(Known(bare), samples(images))
+        if not has_objects:
+            assert math.isnan(evaluator.compute(Distributed(CPU))["mask_AP"]) and len(evaluator.detections) == 12
+            continue
+        with pytest.raises(UserError, match=r"^no object in the 4 images to evaluate$"):
+            evaluator.compute(Distributed(CPU))
 
 
 def test_an_image_that_the_network_does_not_take(images):

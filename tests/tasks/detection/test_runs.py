@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -234,6 +235,24 @@ def test_a_file_of_detections_has_the_same_score(data, finder, tmp_path, capfd):
     assert [row["class"] for row in rows] == list(CLASSES) and sum(int(row["objects"]) for row in rows) == 15
     mean = np.mean([float(row["mask_AP"]) for row in rows])
     assert mean == pytest.approx(float(line.split()[2]), abs=1e-3)
+
+
+def test_images_without_annotations_are_detected_in_and_not_scored(data, finder, tmp_path, capfd):
+    """As COCO's test-dev, whose file has no annotations at all. A run that would score them says so at its start."""
+    content = read_annotations(data, "val")
+    del content["annotations"]
+    file = tmp_path / "image_info.json"
+    file.write_text(json.dumps(content))
+    shutil.copytree(data / "val2017", tmp_path / "data/test2017")
+    asked = [*EVALUATION, "--resume", str(finder), "--val_json", str(file), "--split", "test", "--data_path",
+             str(tmp_path / "data")]
+    assert program.main(asked) == 1
+    error = f"error: {file} has no object to find in its images; --eval --detections FILE writes what is found unscored"
+    assert capfd.readouterr().err.startswith(error)
+    asked += ["--detections", str(tmp_path / "d.json")]
+    assert program.main(asked) == 0
+    assert "no object to find: nothing is scored, of the network on 5 test images" in capfd.readouterr().out
+    assert {entry["image_id"] for entry in json.loads((tmp_path / "d.json").read_text())} == {1, 11, 21, 31, 41}
 
 
 def test_a_place_that_cannot_be_written_to_is_told_at_once(finder, tmp_path, capfd):

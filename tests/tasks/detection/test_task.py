@@ -279,6 +279,8 @@ def test_no_data_is_told(capfd):
      None),
     (lambda x: [y.update(segmentation=[]) for y in x["annotations"]],
      r"\S+json has boxes and no masks; --detector retinanet learns boxes alone$"),
+    (lambda x: x["images"][0].update(width=200),
+     r"\S+0\.png: is 76 x 64, and its annotations \(image 1\) are of 200 x 64; correct it, or pass --skip_bad_images$"),
 ])
 def test_bad_annotations_are_told(tmp_path, capfd, change, message):
     data = write_objects(tmp_path)
