@@ -4,9 +4,10 @@
     python scripts/make_coco.py --format voc /path/to/VOCdevkit/VOC2012 --output coco
 
 Writes OUTPUT/annotations/instances_train.json and instances_val.json, and instances_test.json where there is such a
-split, and prints the command that trains on them. No image is copied: file names are relative to the data folder. Where
-there is no val, a share of train is held out. Width and height are those of the image turned upright by its EXIF
-orientation, as labelling tools show it; they are read from the file, without decoding more of it than that takes.
+split, and prints the command that trains on them: Mask R-CNN, or RetinaNet where masks are missing that it needs. No
+image is copied: file names are relative to the data folder. Where there is no val, a share of train is held out. Width
+and height are those of the image turned upright by its EXIF orientation, as labelling tools show it; they are read from
+the file, without decoding more of it than that takes.
 
 YOLO: a folder with data.yaml (`path`, `train`, `val`, `test`, `names`), or that file itself; or folders images/SPLIT
 and labels/SPLIT, SPLIT/images and SPLIT/labels, or images and labels alone, with classes.txt or --classes. A row of a
@@ -37,6 +38,8 @@ from scripts.conversion.voc import open_voc
 from scripts.conversion.yolo import open_yolo
 from utils import UserError, count, print_line, replace_file, run_script, some, user_path
 
+# The splits of a training run.
+TRAINED_ON = ("train", "val")
 # Kind -> what is said of it, after a number.
 WARNINGS = {
     "cut": ("object that reached out of its image was cut off at the edge",
@@ -70,6 +73,26 @@ def report(converted: dict[str, list[Converted]], names: list[str]):
     print_line(f"{count(len(names), 'class')}: {some(names, 20)}")
 
 
+def has_masks(converted: dict[str, list[Converted]]) -> bool:
+    """Whether Mask R-CNN can be trained; prints a warning where some objects have masks and others have none.
+
+    It needs one in train, where objects without are left out, and that of each object in val: one that is found there
+    and has no mask would count as an error.
+    """
+    things = {split: [thing for image in converted.get(split, []) for thing in image.things] for split in TRAINED_ON}
+    bare = {split: sum(not thing.polygon for thing in found) for split, found in things.items()}
+    is_enough = bare["train"] < len(things["train"]) and not bare["val"]
+    number = sum(bare.values())
+    if 0 < number < sum(map(len, things.values())):
+        verb = "has" if number == 1 else "have"
+        places = ", ".join(f"{number} in {split}" for split, number in bare.items() if number)
+        what = "training leaves out what has none" if is_enough else (
+            "RetinaNet is trained, on boxes alone; Mask R-CNN needs masks in train, and that of each object in val"
+        )
+        print(f"warning: {count(number, 'object')} {verb} no mask ({places}): {what}")
+    return is_enough
+
+
 def make(args: argparse.Namespace):
     """Convert a data set; prints how many images, objects and classes there are, and how to train on them."""
     if not args.data.exists():
@@ -91,8 +114,9 @@ def make(args: argparse.Namespace):
     report(converted, names)
     if "train" in converted:
         words = ["python", "main.py", "--task", "detection", "--data_path", str(source.root)]
-        for split in ("train", "val"):
+        for split in TRAINED_ON:
             words += [f"--{split}_json", str(paths[split])] if split in converted else []
+        words += [] if has_masks(converted) else ["--detector", "retinanet"]
         print_line(f"train with: {shlex.join(words)}")
 
 

@@ -7,8 +7,10 @@ import pytest
 from faster_coco_eval import COCO, COCOeval_faster
 from PIL import Image
 
+import main as training
 from helpers.photos import noise, photograph
 from scripts.make_coco import main
+from tasks.detection.coco import open_coco
 
 
 def write(path, text):
@@ -126,8 +128,8 @@ def test_boxes_and_polygons(yolo, convert, tmp_path):
     command = out.splitlines()[-1].removeprefix("train with: ")
     assert shlex.split(command) == ["python", "main.py", "--task", "detection", "--data_path", str(yolo),
                                     "--train_json", f"{coco}/instances_train.json",
-                                    "--val_json", f"{coco}/instances_val.json"]
-    assert "warning" not in out
+                                    "--val_json", f"{coco}/instances_val.json", "--detector", "retinanet"]
+    assert out.count("warning") == 1
 
 
 def test_what_was_written_is_read_as_coco(yolo, voc, convert, tmp_path):
@@ -572,6 +574,58 @@ def test_folders_that_are_no_voc(voc, refuse):
     assert refuse(voc / "JPEGImages", format="voc")[1] == f"error: {voc}/JPEGImages {message}"
     file = voc / "Annotations/a.xml"
     assert refuse(file, format="voc")[1] == f"error: {file} is no folder"
+
+
+# --- the command that trains ------------------------------------------------------------------------------------------
+
+
+def open_as_trained(out):
+    """The detector of the command that was printed, and its data, opened as a run does."""
+    words = shlex.split(out.splitlines()[-1].removeprefix("train with: "))
+    assert words[:2] == ["python", "main.py"]
+    task, settings = training.parse(words[2:])
+    assert task.settings_class.__name__ == "DetectionSettings"
+    data, network = settings.data, settings.model
+    return network.detector, *(
+        open_coco(data.data_path, split, data.annotations(split), split == "train", network.has_masks, False)
+        for split in ("train", "val")
+    )
+
+
+BOX, POLYGON = "0 .5 .5 .5 .5\n", "1 .1 .2 .5 .2 .5 .6\n"
+LEFT_OUT = "training leaves out what has none\n"
+BOXES_ALONE = "RetinaNet is trained, on boxes alone; Mask R-CNN needs masks in train, and that of each object in val\n"
+
+
+@pytest.mark.parametrize("train,val,detector,learnt,warning", [
+    (POLYGON, POLYGON, "mask_rcnn", 1, None),
+    (POLYGON, "", "mask_rcnn", 1, None),
+    (BOX, BOX, "retinanet", 1, None),
+    (BOX + POLYGON, POLYGON, "mask_rcnn", 1, f"1 object has no mask (1 in train): {LEFT_OUT}"),
+    (POLYGON + BOX + BOX.replace(".5\n", ".4\n"), POLYGON, "mask_rcnn", 1,
+     f"2 objects have no mask (2 in train): {LEFT_OUT}"),
+    (POLYGON, POLYGON + BOX, "retinanet", 1, f"1 object has no mask (1 in val): {BOXES_ALONE}"),
+    (BOX + POLYGON, BOX, "retinanet", 2, f"2 objects have no mask (1 in train, 1 in val): {BOXES_ALONE}"),
+    (BOX, POLYGON, "retinanet", 1, f"1 object has no mask (1 in train): {BOXES_ALONE}"),
+])
+def test_the_command_trains_what_masks_are_enough_for(yolo, convert, train, val, detector, learnt, warning):
+    write(yolo / "labels/train/a.txt", train)
+    write(yolo / "labels/val/c.txt", val)
+    _, out, _ = convert(yolo)
+    found, train_set, val_set = open_as_trained(out)
+    assert found == detector and len(train_set) == len(val_set) == 1
+    target = train_set[0][1]
+    assert len(target.labels) == learnt
+    assert target.masks is None if detector == "retinanet" else target.masks.any(axis=(1, 2)).all()
+    assert out.count("no mask") == out.count("warning") == (warning is not None)
+    assert warning is None or f"warning: {warning}" in out
+
+
+def test_the_command_of_voc_learns_boxes_alone(voc, convert):
+    _, out, _ = convert(voc, format="voc")
+    detector, train_set, val_set = open_as_trained(out)
+    assert detector == "retinanet" and len(train_set) == len(val_set) == 1 and "warning" not in out
+    assert train_set[0][1].boxes.tolist() == [[0, 0, 100, 50]], "not the difficult object"
 
 
 # --- the script -------------------------------------------------------------------------------------------------------
