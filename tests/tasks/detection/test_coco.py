@@ -88,18 +88,23 @@ def test_images_of_two_orientations(root):
 
 def test_fingerprints(root):
     """They follow the images, their objects and the classes, and not the place."""
-    before = opened(root).fingerprint()
+    found = {opened(root).fingerprint()}
     moved = root.rename(root.with_name("moved"))
-    assert opened(moved).fingerprint() == before
+    assert {opened(moved).fingerprint()} == found
 
     def box(content):
         content["annotations"][4]["bbox"][0] += 0.5
 
-    changed(moved, box)
-    after = opened(moved).fingerprint()
-    assert after != before
-    changed(moved, lambda content: content["categories"][0].update(name="crimson"))
-    assert opened(moved).fingerprint() not in (before, after)
+    def mask(content):
+        content["annotations"][4]["segmentation"][0][0] += 0.5
+
+    def name(content):
+        content["categories"][0]["name"] = "crimson"
+
+    for number, change in enumerate((box, mask, name), start=2):
+        changed(moved, change)
+        found.add(opened(moved).fingerprint())
+        assert len(found) == number, change
 
 
 # --- where things lie -------------------------------------------------------------------------------------------------
