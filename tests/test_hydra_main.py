@@ -12,6 +12,7 @@ import yaml
 
 import hydra_main
 from helpers import ROOT
+from helpers.objects import write_objects
 from tasks.classification.options import ClassificationSettings
 from training.flags import as_recipe
 from training.options import NO_RESULT, NOT_OF_RUN
@@ -125,6 +126,9 @@ def test_every_flag_of_main_is_a_key_and_only_what_is_given_is_passed_on(argv):
         ("scale=[0.08,1.0]", ["--scale", "0.08", "1.0"]),
         ("opt_betas=[0.9,0.95]", ["--opt_betas", "0.9", "0.95"]),
         ("clip_grad=null", ["--clip_grad=null"]),
+        ("decay_epochs=[8,11]", ["--decay_epochs", "8", "11"]),
+        ("extra_norms=null", ["--extra_norms=null"]),  # null is no false there
+        ("train_json='~/a [1], b.json'", ["--train_json=~/a [1], b.json"]),
         ("model_kwargs={drop_rate:0.1}", ["--model_kwargs=drop_rate=0.1"]),
         ("model_kwargs={num_regions:8,topk:[1,4,-1]}", ["--model_kwargs", "num_regions=8", "topk=[1, 4, -1]"]),
         ("+model_kwargs.num_regions=8", ["--model_kwargs=num_regions=8"]),
@@ -133,6 +137,28 @@ def test_every_flag_of_main_is_a_key_and_only_what_is_given_is_passed_on(argv):
 )
 def test_values_arrive_as_they_are(argv, override, tokens):
     assert argv(override) == tokens
+
+
+def test_a_detector_by_a_recipe(read, run, cluster, tmp_path):
+    """Flags that no classifier has, from the overrides to the job; files of annotations are no part of a name."""
+    recipe = ROOT / "configs" / "detection" / "mask_rcnn_biformer_small_1x.yaml"
+    data = write_objects(tmp_path / "data")
+    words = [f"config={recipe}", "detector=retinanet", "extra_norms=null", "decay_epochs=[1,2]", "epochs=3",
+             f"train_json={data}/annotations/instances_train2017.json", f"data_path={data}"]
+    (asked,) = read("task=detection", *words)
+    given = dict(detector="retinanet", model="biformer_small", extra_norms=None, decay_epochs=[1, 2], short_side=800,
+                 train_json=str(data / "annotations" / "instances_train2017.json"), recipe_batch=16)
+    found = as_recipe(asked.settings)
+    assert {key: found[key] for key in given} == given and asked.name == "retinanet_biformer_small"
+    assert "json" not in hydra_main.run_name(asked.recipe) and "decay_epochs.1,2-" in hydra_main.run_name(asked.recipe)
+    # Here, and on a cluster; the recipe says which task it is.
+    small = [*words, "model=biformer_nano", "fpn_channels=8", "head_channels=null", "short_side=32", "long_side=48",
+             "warmup_steps=0", "batch_size=1", "num_workers=0", "device=cpu", "max_steps=1"]
+    code, out, err = run(*small, "disable_eval=true", "output_dir=here")
+    assert code == 0 and "retinanet_biformer_nano: " in out, err
+    code, _, err = run(*small, "+slurm=cpu", "output_dir=there")
+    job = submitit.core.utils.DelayedSubmission.load(tmp_path / "there" / "slurm" / "77_submitted.pkl").function
+    assert code == 0 and parse(job.argv).data == parse(asked.within(tmp_path).argv).data, err
 
 
 def test_the_model_gets_its_arguments(argv):
@@ -207,7 +233,7 @@ def test_the_folder_is_named_by_what_was_given(argv, read):
     (run,) = read("model=biformer_small", "lr=5e-4", "data_path=/in1k", "batch_size=128", "num_workers=3",
                   "output_dir=x", "resume=y", "+slurm=cpu", "slurm.nodes=2")
     assert hydra_main.run_name(run.recipe) == "batch_size.128-lr.5e-4-model.biformer_small"
-    assert set(Parser(ClassificationSettings).names()) >= NO_RESULT | NOT_OF_RUN
+    assert hydra_main.flag_defaults().keys() | {"local_rank"} >= NO_RESULT | NOT_OF_RUN  # of one task or of several
 
 
 @pytest.mark.parametrize(
