@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from helpers import ROOT
+from helpers.objects import write_objects
 from helpers.segments import write_segments
 
 try:
@@ -202,6 +203,27 @@ def test_a_segmenter_is_trained_and_loaded(python, tmp_path):
     )
     assert output_of(python("-c", code, tmp_path / "run" / "last.pth")) == (
         "['red', 'green', 'blue'] torch.Size([3, 12, 24])\n"
+    )
+
+
+@pytest.mark.slow
+def test_a_detector_is_trained_by_a_recipe_and_loaded(python, site, tmp_path):
+    """The recipe is one of the package."""
+    recipe = site / "routedvit/program/configs/detection/retinanet_biformer_small_1x.yaml"
+    data = write_objects(tmp_path / "objects", train=2, val=1)
+    flags = ["--task", "detection", "--config", recipe, "--model", "biformer_nano", "--fpn_channels", 16,
+             "--short_side", 64, "--long_side", 96, "--warmup_steps", 0, "--max_steps", 1, "--num_workers", 0,
+             "--device", "cpu"]
+    done = python("-m", "routedvit", *flags, "--data_path", data, "--output_dir", tmp_path / "run")
+    assert "* box_AP " in output_of(done)
+    code = (
+        "import models.yolo, sys; from routedvit import detection; from PIL import Image\n"
+        "network, transform = detection.load(sys.argv[1])\n"
+        "found, = network([transform(Image.new('RGB', (96, 48)))])\n"
+        "print(network.classes, sorted(found), network.training)"
+    )
+    assert output_of(python("-c", code, tmp_path / "run" / "last.pth")) == (
+        "['red', 'green', 'blue'] ['boxes', 'labels', 'scores'] False\n"
     )
 
 

@@ -87,10 +87,12 @@ class DetectorRecipe:
             raise stored.WeightsError(f"{source} is of {said.get('detector')} on {said.get('model')}, which are not "
                                       "known here")
         shared = NetworkRecipe.of(checkpoint)
+        # A run says what each flag was, RetinaNet's the default of one that it has no use for.
+        width = None if said["detector"] == "retinanet" else said.get("head_channels")
         try:
             return cls(
                 shared.model, said["detector"], _count_classes(weights, said["detector"]), shared.class_names,
-                shared.kwargs, said["fpn_channels"], said.get("head_channels"), said.get("extra_norms"),
+                shared.kwargs, said["fpn_channels"], width, said.get("extra_norms"),
                 said.get("freeze_batch_norm", True), said["short_side"], said["long_side"], shared.exif_transpose,
             )
         except KeyError as error:

@@ -26,7 +26,7 @@ def make(detector, **kwargs):
 
 def write_run(path, network, kind, **said):
     """The checkpoint of a run; `said` replaces what it says, and leaves out what is "absent"."""
-    args = {**SAID, "detector": kind, **({"head_channels": None} if kind == "retinanet" else {}), **said}
+    args = {**SAID, "detector": kind, **said}
     args = {name: value for name, value in args.items() if value != "absent"}
     torch.save(dict(model=network.state_dict(), classes=["cat", "dog", "emu"], args=args), path)
     return path

@@ -38,7 +38,7 @@ def make(kind, num_classes=3):
 
 
 def write_run(path, kind, **entries):
-    said = SAID | dict(detector=kind, head_channels=None if kind == "retinanet" else 64)
+    said = SAID | dict(detector=kind)
     torch.save(dict(model=make(kind).state_dict(), classes=["cat", "dog", "emu"], args=said) | entries, path)
     return path
 

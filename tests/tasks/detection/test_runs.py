@@ -106,6 +106,9 @@ def test_a_detector_of_boxes_alone_is_best_by_these(data, tmp_path, capfd):
     ).groups())
     assert loss == pytest.approx(scores + boxes, abs=2e-4)
     assert "* box_AP 0.000 of the network on 5 val images" in out and "best: box_AP 0.000 after epoch 0" in out
+    network, _ = detection.load(tmp_path / "last.pth")
+    weights = torch.load(tmp_path / "last.pth", weights_only=True)["model"]
+    assert all(torch.equal(value, weights[name]) for name, value in network.state_dict().items())
 
 
 def test_pictures_are_in_tensorboard(trained):
