@@ -2,7 +2,8 @@
 
 A run of a small BiFormer is started, disturbed, and resumed with --auto_resume, until it is done; then its weights, EMA
 weights, optimizer and log are compared, bit for bit, with an undisturbed run's. Runs have one process or
-two, data loading processes, mixup, random erasing, repeated augmentation and gradient accumulation.
+two, data loading processes, mixup, random erasing, repeated augmentation and gradient accumulation; some train a
+detector, with sizes that are drawn and masks. `--only detection` strikes these alone.
 """
 import argparse
 import random

@@ -5,18 +5,18 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 
-from helpers.photos import write_photos
 from helpers.run_state import differences
 
-from . import downloads, endings, kills, loader, state, watch
+from . import detection, downloads, endings, kills, loader, state, watch
 from .runs import Course, Fault, TooLate, Verdict
 
 # By topic.
 FAULTS = {
-    "downloads": downloads.FAULTS, "endings": endings.FAULTS, "kills": kills.FAULTS, "loader": loader.FAULTS,
-    "state": state.FAULTS, "watch": watch.FAULTS,
+    "detection": detection.FAULTS, "downloads": downloads.FAULTS, "endings": endings.FAULTS, "kills": kills.FAULTS,
+    "loader": loader.FAULTS, "state": state.FAULTS, "watch": watch.FAULTS,
 }
 SHORT = {
     "SIGKILL at a random moment", "SIGKILL in the middle of writing a checkpoint", "SIGTERM",
@@ -75,16 +75,19 @@ def finish(course: Course):
 
 def strike_all(faults: list[Fault], work: Path, rng: random.Random, say: Callable[[str], None]) -> Campaign:
     """Strike runs in `work` with each of the faults, in the order given, and compare each run when it is done."""
-    photos = write_photos(work / "photos", train=101, val=7)
     campaign = Campaign()
-    for world_size in sorted({fault.world_size for fault in faults}):
-        reference = Course(photos, work / f"reference-{world_size}", world_size)
+    subjects = {(fault.subject.name, fault.world_size): fault.subject for fault in faults}
+    for (name, world_size), subject in sorted(subjects.items(), key=itemgetter(0)):
+        data = work / f"data-{name}"
+        if not data.exists():
+            subject.write_data(data)
+        reference = Course(data, work / f"reference-{name}-{world_size}", world_size, subject)
         finish(reference)
-        waiting = [fault for fault in faults if fault.world_size == world_size]
+        waiting = [fault for fault in faults if (fault.subject, fault.world_size) == (subject, world_size)]
         for number in itertools.count():
             if not waiting:
                 break
-            course = Course(photos, work / f"disturbed-{world_size}-{number}", world_size)
+            course = Course(data, work / f"disturbed-{name}-{world_size}-{number}", world_size, subject)
             waiting = strike_one(course, waiting, campaign, rng, say)
             finish(course)
             campaign.compare(course, reference.folder)
@@ -109,4 +112,4 @@ def strike_one(course: Course, faults: list[Fault], campaign: Campaign, rng: ran
 
 def done(course: Course) -> bool:
     log = course.folder / "log.txt"
-    return log.exists() and len(log.read_text().splitlines()) == 3
+    return log.exists() and len(log.read_text().splitlines()) == course.subject.epochs

@@ -34,8 +34,8 @@ def _served(shards: Path, endless: str | None = None) -> Iterator[str]:
 
 def _shards(course: Course) -> Path:
     """The images of a course in shards, beside it."""
-    folder = course.photos.with_name("shards")
-    if not folder.exists() and make_shards.main([str(course.photos), str(folder), "--size", "16"]):
+    folder = course.data.with_name("shards")
+    if not folder.exists() and make_shards.main([str(course.data), str(folder), "--size", "16"]):
         raise RuntimeError("the shards cannot be made")
     return folder
 
@@ -59,7 +59,7 @@ def _rot(course: Course, rng: random.Random) -> Verdict:
     alone, run = Course(shards, shards.with_name("reference-shards"), 1), _beside(course, "remote")
     if not alone.folder.exists() and (verdict := expect(_start(alone), {0})):
         return verdict
-    with _served(shards) as run.photos:
+    with _served(shards) as run.data:
         attempt = _start(run)
         reach_step(attempt, 1)
         attempt.ranks[0].terminate()
@@ -79,7 +79,7 @@ def _rot(course: Course, rng: random.Random) -> Verdict:
 def _never_end(course: Course, rng: random.Random) -> Verdict:
     shards = _shards(course)
     run = _beside(course, "endless")
-    with _served(shards, endless=rng.choice([".json", ".tar"])) as run.photos:
+    with _served(shards, endless=rng.choice([".json", ".tar"])) as run.data:
         verdict = expect(_start(run), {1}, "cannot be fetched: the server sends")
     left = list(run.folder.parent.glob(f"{run.folder.name}-cache/*.part"))
     return f"left {left}" if left else verdict

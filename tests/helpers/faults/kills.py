@@ -32,7 +32,7 @@ def _way_to_save(rng: random.Random) -> list[str]:
     return [*every, "--num_workers", rng.choice("012"), "--keep_checkpoints", rng.choice("23")]
 
 
-def _kill(course: Course, rng: random.Random) -> Verdict:
+def kill(course: Course, rng: random.Random) -> Verdict:
     attempt = _run_until_random_moment(course, rng)
     workers = attempt.workers()
     for rank in attempt.ranks:
@@ -75,7 +75,7 @@ def _kill_in_write(course: Course, rng: random.Random) -> Verdict:
 
 
 def _damage(course: Course, rng: random.Random, how: Callable[[bytearray], None]) -> Verdict:
-    verdict = _kill(course, rng)
+    verdict = kill(course, rng)
     steps = course.store.steps()
     if len(steps) < 2:
         raise TooLate
@@ -124,7 +124,7 @@ def ask_to_leave(number: signal.Signals) -> Callable[[Course, random.Random], Ve
     return ask
 
 
-def _kill_worker(course: Course, rng: random.Random) -> Verdict:
+def kill_worker(course: Course, rng: random.Random) -> Verdict:
     attempt = course.start("--num_workers", "2", "--save_every_steps", "1")
     found = attempt.wait_for_step(rng.randint(1, 3))
     workers = attempt.workers()
@@ -138,15 +138,15 @@ def _kill_worker(course: Course, rng: random.Random) -> Verdict:
 def _lose_data(course: Course, rng: random.Random) -> Verdict:
     attempt = course.start("--num_workers", rng.choice("02"), "--save_every_steps", "1")
     found = attempt.wait_for_step(rng.randint(1, 4))
-    away = course.photos.with_name("away")
-    course.photos.rename(away)
+    away = course.data.with_name("away")
+    course.data.rename(away)
     try:
         if not found:
             attempt.end()
             raise TooLate
         return expect(attempt, {1}, "its folder is gone")
     finally:
-        away.rename(course.photos)
+        away.rename(course.data)
 
 
 def _drop_rank(course: Course, rng: random.Random) -> Verdict:
@@ -208,8 +208,8 @@ def _restart_by_torchrun(course: Course, rng: random.Random) -> Verdict:
 
 
 FAULTS = [
-    Fault("SIGKILL at a random moment", _kill, times=12),
-    Fault("SIGKILL at a random moment, both of two processes", _kill, world_size=2, times=4),
+    Fault("SIGKILL at a random moment", kill, times=12),
+    Fault("SIGKILL at a random moment, both of two processes", kill, world_size=2, times=4),
     Fault("SIGKILL in the middle of writing a checkpoint", _kill_in_write, times=8),
     Fault("SIGKILL, then the newest checkpoint cut off", _truncate, times=5),
     Fault("SIGKILL, then bits of the newest checkpoint flipped", _flip_bits, times=5),
@@ -218,7 +218,7 @@ FAULTS = [
     Fault("SIGINT", ask_to_leave(signal.SIGINT), times=2),
     Fault("SIGUSR1", ask_to_leave(signal.SIGUSR1), times=2),
     Fault("SIGTERM to one or both of two processes", ask_to_leave(signal.SIGTERM), world_size=2, times=3),
-    Fault("a data loading process killed", _kill_worker, times=3),
+    Fault("a data loading process killed", kill_worker, times=3),
     Fault("the data folder gone", _lose_data, times=2),
     Fault("one of two processes killed", _drop_rank, world_size=2, times=5),
     Fault("one of two processes stopped", _hang_rank, world_size=2, times=2),

@@ -7,6 +7,7 @@ import resource
 import signal
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 
 from training import waits
@@ -38,8 +39,8 @@ def _hang_storage(course: Course, rng: random.Random) -> Verdict:
     """As of a file server that is gone: to open a file takes for ever."""
     attempt = course.start("--num_workers", rng.choice("01"), "--save_every_steps", "1", "--loader_timeout", "2")
     found = attempt.wait_for_step(rng.randint(1, 4))
-    folder = course.photos / "train" / "class0"
-    away = course.photos.with_name("away")
+    folder = course.data / "train" / "class0"
+    away = course.data.with_name("away")
     folder.rename(away)
     folder.mkdir()
     try:
@@ -87,9 +88,14 @@ def _shrink_shared_memory(size: str):
         raise OSError(ctypes.get_errno(), "cannot mount /dev/shm")
 
 
-def _fill_shared_memory(course: Course, rng: random.Random) -> Verdict:
-    shrink = partial(_shrink_shared_memory, rng.choice(["4k", "16k", "32k"]))
-    return expect(course.start("--num_workers", "2", prepare=shrink), {1}, "shared memory, /dev/shm, is too small")
+def fill_shared_memory(*sizes: str) -> Callable[[Course, random.Random], Verdict]:
+    """With a /dev/shm of one of these sizes, which is that of a process of its own."""
+
+    def fill(course: Course, rng: random.Random) -> Verdict:
+        shrink = partial(_shrink_shared_memory, rng.choice(sizes))
+        return expect(course.start("--num_workers", "2", prepare=shrink), {1}, "shared memory, /dev/shm, is too small")
+
+    return fill
 
 
 def _forget_temporary_folder():
@@ -115,7 +121,7 @@ def _limit_open_files_of_run(course: Course, rng: random.Random) -> Verdict:
 
 
 def _put_pipe_among_images(course: Course, rng: random.Random) -> Verdict:
-    pipe = course.photos / "train" / "class1" / "0.png"
+    pipe = course.data / "train" / "class1" / "0.png"
     os.mkfifo(pipe)
     try:
         attempt = course.start("--num_workers", rng.choice("01"))
@@ -136,4 +142,4 @@ FAULTS = [
     Fault("a pipe among the images", _put_pipe_among_images),
 ]
 if os.geteuid() == 0:  # who else may mount another
-    FAULTS.append(Fault("a small /dev/shm", _fill_shared_memory, times=2))
+    FAULTS.append(Fault("a small /dev/shm", fill_shared_memory("4k", "16k", "32k"), times=2))

@@ -8,21 +8,51 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+from helpers.photos import write_photos
 from helpers.ports import free_port
 from training.checkpoints import CheckpointStore
 from training.signals import run_and_exit
 
 PATIENCE = 120  # seconds after which a run that does not end is said to hang
-COMMAND = [
-    "--model", "biformer_nano", "--input_size", "32", "--batch_size", "4", "--update_freq", "2", "--device", "cpu",
-    "--epochs", "3", "--warmup_epochs", "1", "--lr", "1e-2", "--log_every", "1", "--model_ema_eval",
-    "--model_ema_decay", "0.9", "--dist_timeout", "0.1",
-]
 # What is imported before a process starts is not imported by it again.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["main"])
+
+
+# --- what is trained ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a run trains, small enough to be trained many times.
+
+    Args:
+        name: Of folders.
+        write_data: Writes the data set at a path.
+        command: Flags of main.py, but for those that say where the run lies.
+        epochs: How many.
+    """
+
+    name: str
+    write_data: Callable[[Path], object]
+    command: tuple[str, ...]
+    epochs: int
+
+    @property
+    def words(self) -> list[str]:
+        return [
+            *self.command, "--epochs", str(self.epochs), "--model", "biformer_nano", "--update_freq", "2", "--device",
+            "cpu", "--log_every", "1", "--model_ema_eval", "--model_ema_decay", "0.9", "--dist_timeout", "0.1",
+        ]
+
+
+CLASSIFIER = Subject(
+    "classifier", partial(write_photos, train=101, val=7),
+    ("--input_size", "32", "--batch_size", "4", "--warmup_epochs", "1", "--lr", "1e-2"), epochs=3,
+)
 
 
 # --- a run ----------------------------------------------------------------------------------------------------------
@@ -103,9 +133,10 @@ class Attempt:
 class Course:
     """A training run in its folder, to be started again and again."""
 
-    photos: Path
+    data: Path
     folder: Path
     world_size: int
+    subject: Subject = CLASSIFIER
     starts: Iterator[int] = field(default_factory=itertools.count)
 
     @property
@@ -113,7 +144,8 @@ class Course:
         return CheckpointStore(self.folder)
 
     def arguments(self, *more: str) -> list[str]:
-        return [*COMMAND, "--data_path", str(self.photos), "--output_dir", str(self.folder), "--auto_resume", *more]
+        paths = ["--data_path", str(self.data), "--output_dir", str(self.folder)]
+        return [*self.subject.words, *paths, "--auto_resume", *more]
 
     def new_output(self) -> Path:
         """Where the next start writes what it prints."""
@@ -157,12 +189,13 @@ class TooLate(Exception):
 
 @dataclass(frozen=True)
 class Fault:
-    """A kind of fault, how many processes the run has that it strikes, and how often it comes in a campaign."""
+    """A kind of fault, how many processes the run has that it strikes, how often it comes, and what is trained."""
 
     name: str
     strike: Callable[[Course, random.Random], Verdict]
     world_size: int = 1
     times: int = 1
+    subject: Subject = CLASSIFIER
 
 
 def expect(attempt: Attempt, codes: set[int], text: str = "") -> Verdict:

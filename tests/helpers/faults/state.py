@@ -16,34 +16,37 @@ from .runs import Course, Fault, TooLate, Verdict, expect, reach_step
 EVERY_STEP = ["--save_every_steps", "1", "--num_workers", "0"]
 
 
-def _leave(course: Course, rng: random.Random, within_epoch: bool = False) -> Verdict:
-    """Have a run leave, somewhere or in the middle of an epoch."""
-    attempt = course.start(*EVERY_STEP)
-    reach_step(attempt, rng.randint(1, 4))
-    attempt.send(signal.SIGTERM)
-    verdict = expect(attempt, {EXIT_RESUME})
-    if within_epoch and " after step 0 of " in attempt.text():
-        raise TooLate
-    return verdict
+def leave(course: Course, rng: random.Random, within_epoch: bool = False, most: int = 4) -> Verdict:
+    """Have a run leave, somewhere or in the middle of an epoch; it is asked to after at most so many steps."""
+    while True:  # to its end at most, where `expect` raises TooLate
+        attempt = course.start(*EVERY_STEP)
+        reach_step(attempt, rng.randint(1, most))
+        attempt.send(signal.SIGTERM)
+        verdict = expect(attempt, {EXIT_RESUME})
+        if not within_epoch or " after step 0 of " not in attempt.text():
+            return verdict
 
 
-def _first_wrong(*verdicts: Verdict) -> Verdict:
+def first_wrong(*verdicts: Verdict) -> Verdict:
     return next(filter(None, verdicts), None)
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def _refused(course: Course, text: str, *words: str, **start) -> Verdict:
+def refused(course: Course, text: str, *words: str, **start) -> Verdict:
     """Start a run that is to end with one line, and to leave every checkpoint where it is."""
     before = sorted(path.name for path in course.folder.glob("*.pth*"))
-    verdict = expect(course.start(*words, **start), {1}, text)
+    try:
+        verdict = expect(course.start(*words, **start), {1}, text)
+    except TooLate:  # what it resumed from had steps to go: it was struck, and did not notice
+        return f"it trained to its end, without a word of {text!r}"
     after = sorted(path.name for path in course.folder.glob("*.pth*"))
     return verdict or (None if before == after else f"checkpoints became {after} from {before}")
 
 
 def _lose_all_but_last(course: Course, rng: random.Random) -> Verdict:
-    verdict = _leave(course, rng)
+    verdict = leave(course, rng)
     last = course.store.last
     shutil.copyfile(last.resolve(), course.folder / "copy")
     last.unlink()
@@ -53,7 +56,7 @@ def _lose_all_but_last(course: Course, rng: random.Random) -> Verdict:
     attempt = course.start(*EVERY_STEP)
     reach_step(attempt, 1)
     attempt.send(signal.SIGTERM)
-    return _first_wrong(verdict, expect(attempt, {EXIT_RESUME}, "holds no checkpoint but last.pth"))
+    return first_wrong(verdict, expect(attempt, {EXIT_RESUME}, "holds no checkpoint but last.pth"))
 
 
 @contextmanager
@@ -70,9 +73,9 @@ def _moved(paths: list[Path], folder: Path) -> Iterator[None]:
 
 
 def _lose_checkpoints(course: Course, rng: random.Random) -> Verdict:
-    verdict = _leave(course, rng)
+    verdict = leave(course, rng)
     with _moved([course.store.path(step) for step in course.store.steps()], course.folder / "away"):
-        return _first_wrong(verdict, _refused(course, "has no checkpoint-*.pth any more"))
+        return first_wrong(verdict, refused(course, "has no checkpoint-*.pth any more"))
 
 
 def _no_memory_to_read():
@@ -95,7 +98,7 @@ def _failing_reads():
 
 def _cannot_read(prepare: Callable[[], None], text: str) -> Callable[[Course, random.Random], Verdict]:
     def strike(course: Course, rng: random.Random) -> Verdict:
-        return _first_wrong(_leave(course, rng), _refused(course, text, prepare=prepare))
+        return first_wrong(leave(course, rng), refused(course, text, prepare=prepare))
 
     return strike
 
@@ -105,9 +108,9 @@ def _cannot_read(prepare: Callable[[], None], text: str) -> Callable[[Course, ra
 
 def _change_images(course: Course, rng: random.Random) -> Verdict:
     """In the middle of an epoch; the run is resumed once they are as they were."""
-    verdict = _leave(course, rng, within_epoch=True)
-    first, second = sorted((course.photos / "train").iterdir())[:2]
-    image, away = next(first.iterdir()), course.photos / "away"
+    verdict = leave(course, rng, within_epoch=True)
+    first, second = sorted((course.data / "train").iterdir())[:2]
+    image, away = next(first.iterdir()), course.data / "away"
     change = rng.choice(["removed", "renamed", "swapped"])
     moves = {
         "removed": [(image, away)], "renamed": [(image, first / "other.png")],
@@ -116,16 +119,16 @@ def _change_images(course: Course, rng: random.Random) -> Verdict:
     for source, target in moves:
         source.rename(target)
     try:
-        return _first_wrong(verdict, _refused(course, "written in the middle of an epoch"))
+        return first_wrong(verdict, refused(course, "written in the middle of an epoch"))
     finally:
         for source, target in reversed(moves):
             target.rename(source)
 
 
 def _change_settings(course: Course, rng: random.Random) -> Verdict:
-    verdict = _leave(course, rng, within_epoch=True)
+    verdict = leave(course, rng, within_epoch=True)
     change = rng.choice([["--seed", "1"], ["--mixup", "0.1"], ["--repeated_aug", "false"], ["--input_size", "64"]])
-    return _first_wrong(verdict, _refused(course, "written in the middle of an epoch", *change))
+    return first_wrong(verdict, refused(course, "written in the middle of an epoch", *change))
 
 
 def _start_unlike(course: Course, rng: random.Random) -> Verdict:
@@ -137,7 +140,7 @@ def _start_on_other_images(course: Course, rng: random.Random) -> Verdict:
     """One process sees one image fewer, as on a machine to which not all was copied."""
     other = course.folder.with_name(f"{course.folder.name}-photos")
     if not other.exists():
-        shutil.copytree(course.photos, other)
+        shutil.copytree(course.data, other)
         next((other / "train").rglob("*.png")).unlink()
     return expect(course.start(of_rank={1: ["--data_path", str(other)]}), {1}, "the train images are others")
 
