@@ -91,8 +91,9 @@ def problem_of_size(segmentation: Any, size: tuple[int, int] | None) -> str | No
         return "has a mask, and the annotations do not say the height and width of its image"
     height, width = size
     if isinstance(segmentation, list):
-        points = np.concatenate([np.zeros((1, 2)), *map(_points, segmentation)]) / (width, height)
-        is_near = points.min() >= -1 and points.max() <= 2
+        side = max(height, width)
+        extents = ((min(polygon, default=0), max(polygon, default=0)) for polygon in segmentation)
+        is_near = all(-side <= low and high <= 2 * side for low, high in extents)
         return None if is_near else f"has a polygon far outside of its image of {width} x {height}"
     if tuple(segmentation["size"]) == size:
         return None

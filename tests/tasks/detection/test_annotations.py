@@ -134,7 +134,7 @@ def test_what_is_kept_can_be_scored(found, tiny, segmentation):
     (dict(segmentation=dict(size=[50, 60], counts=[10])), "has a mask of 50 x 60 pixels, and counts of 10"),
     (dict(segmentation=dict(size=[50, 60], counts=[-1, 3001])), "has a mask whose counts are no run lengths"),
     (dict(segmentation=[[1e300, 2, 3, 4, 5, 6]]), "has a polygon far outside of its image of 60 x 50"),
-    (dict(segmentation=[[1, 2, 3, 4, 5, 6], [0, 0, 9, -51, 9, 9]]), "has a polygon far outside of its image"),
+    (dict(segmentation=[[1, 2, 3, 4, 5, 6], [0, 0, 9, -61, 9, 9]]), "has a polygon far outside of its image"),
     (dict(segmentation=[[1, 2, 3, 4, 5, 10**400]]), "has a polygon that is no list of numbers"),
     (dict(segmentation=[[1, 2, 3, 4, 5, True]]), "has a polygon that is no list of numbers"),
     (dict(segmentation=dict(size=[50, 60])), "neither polygons nor an object with size and counts"),
