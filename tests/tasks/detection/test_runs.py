@@ -135,6 +135,7 @@ def test_a_run_that_is_stopped_resumes_exactly(data, trained, tmp_path, monkeypa
     assert differences(trained, tmp_path) == []
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_two_processes_train_and_resume_exactly(data, tmp_path):
     """From the middle of the first epoch."""
