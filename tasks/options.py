@@ -6,8 +6,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-from training.flags import Group, flag, fraction, key_value
-from training.options import CheckpointOptions
+from training.flags import Group, Needs, flag, fraction, key_value
+from training.options import CheckpointOptions, Settings
 from utils import UsageError
 
 # Names that models were published under, where timm's style differs.
@@ -80,3 +80,35 @@ def check_weights(
         raise UsageError(f"--eval needs weights: --resume CHECKPOINT{published}")
     if sum(map(bool, weights)) > 1:
         raise UsageError("--resume, --finetune and --load_release are mutually exclusive")
+
+
+@dataclass(frozen=True)
+class OnBackboneSettings(Settings):
+    """All options of a run whose network stands on a backbone.
+
+    Attributes:
+        data_is: What `--data_path` names.
+        of_evaluation: Flags of an evaluation alone, of the group `report`.
+    """
+
+    data_is: ClassVar[str]
+    of_evaluation: ClassVar[tuple[str, ...]] = ("report",)
+
+    def needs(self) -> Needs:
+        if self.evaluation.eval:
+            return dict.fromkeys(("show_batch", "output_dir"), (False, "with --eval"))
+        return super().needs()
+
+    def check(self):
+        check_weights(self.model, self.checkpoint, self.evaluation.eval, can_release=False)
+        if self.data.data_path is None:
+            raise UsageError(f"--data_path is missing: {self.data_is}")
+        if self.evaluation.eval:
+            return
+        for name in self.of_evaluation:
+            if getattr(self.report, name) is not None:
+                raise UsageError(f"--{name} is of an evaluation: it needs --eval")
+        if self.optimizer.layer_decay is not None:
+            raise UsageError("--layer_decay is for classifiers alone")
+        if self.machine.cuda_graph:
+            raise UsageError("--cuda_graph is for classifiers alone")

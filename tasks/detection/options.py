@@ -8,7 +8,7 @@ from training.flags import Group, Needs, at_least, boolean, flag, fraction, path
 from training.options import Settings
 from utils import UsageError
 
-from ..options import NetworkOptions, check_picture, check_weights
+from ..options import NetworkOptions, OnBackboneSettings, check_picture
 
 DETECTORS = ("mask_rcnn", "cascade_mask_rcnn", "retinanet")
 
@@ -85,9 +85,11 @@ class DetectionReport(Group):
 
 
 @dataclass(frozen=True)
-class DetectionSettings(Settings):
+class DetectionSettings(OnBackboneSettings):
     """All options of a run that trains or evaluates a detector."""
 
+    data_is = "the folder of images and annotations"
+    of_evaluation = ("report", "detections")
     evaluated = Settings.evaluated | {
         "model", "model_kwargs", "detector", "fpn_channels", "head_channels", "extra_norms",
     } | {field.name for group in (DetectionDataOptions, SizeOptions) for field in fields(group)}
@@ -108,25 +110,10 @@ class DetectionSettings(Settings):
     def name(self) -> str:
         return f"{self.model.detector}_{self.model.model}"
 
-    def needs(self) -> Needs:
-        if self.evaluation.eval:
-            return dict.fromkeys(("show_batch", "output_dir"), (False, "with --eval"))
-        return super().needs()
-
     def check(self):
-        check_weights(self.model, self.checkpoint, self.evaluation.eval, can_release=False)
-        if self.data.data_path is None:
-            raise UsageError("--data_path is missing: the folder of images and annotations")
-        if self.evaluation.eval:
-            return
+        super().check()
         best = self.checkpoint.best_metric
         if best is not None and "mask" in best and not self.model.has_masks:
             raise UsageError(f"--best_metric {best}: --detector {self.model.detector} finds no masks")
-        for name in ("report", "detections"):
-            if getattr(self.report, name) is not None:
-                raise UsageError(f"--{name} is of an evaluation: it needs --eval")
-        if self.optimizer.layer_decay is not None:
-            raise UsageError("--layer_decay is for classifiers alone")
-        for name in ("cuda_graph", "compile"):
-            if getattr(self.machine, name):
-                raise UsageError(f"--{name} is not for detectors, whose tensors have another size at each step")
+        if self.machine.compile:
+            raise UsageError("--compile is not for detectors, whose tensors have another size at each step")

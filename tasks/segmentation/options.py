@@ -8,7 +8,7 @@ from training.flags import Group, Needs, at_least, boolean, flag, fraction, not_
 from training.options import Settings
 from utils import UsageError
 
-from ..options import NetworkOptions, check_picture, check_range, check_weights, image_size
+from ..options import NetworkOptions, OnBackboneSettings, check_picture, check_range, image_size
 
 HEADS = ("upernet", "semantic_fpn")
 ROUNDINGS = ("none", "stretch", "pad")
@@ -112,9 +112,10 @@ class SegmentationReport(Group):
 
 
 @dataclass(frozen=True)
-class SegmentationSettings(Settings):
+class SegmentationSettings(OnBackboneSettings):
     """All options of a run that trains or evaluates a segmenter."""
 
+    data_is = "the folder of images/ and annotations/"
     evaluated = Settings.evaluated | {"model", "model_kwargs", "head", "head_channels", "extra_norms", "input_size"} | {
         field.name for group in (SegmentationDataOptions, ViewOptions) for field in fields(group)
     }
@@ -135,20 +136,3 @@ class SegmentationSettings(Settings):
     def name(self) -> str:
         return f"{self.model.head}_{self.model.model}"
 
-    def needs(self) -> Needs:
-        if self.evaluation.eval:
-            return dict.fromkeys(("show_batch", "output_dir"), (False, "with --eval"))
-        return super().needs()
-
-    def check(self):
-        check_weights(self.model, self.checkpoint, self.evaluation.eval, can_release=False)
-        if self.data.data_path is None:
-            raise UsageError("--data_path is missing: the folder of images/ and annotations/")
-        if self.evaluation.eval:
-            return
-        if self.report.report is not None:
-            raise UsageError("--report is of an evaluation: it needs --eval")
-        if self.optimizer.layer_decay is not None:
-            raise UsageError("--layer_decay is for classifiers alone")
-        if self.machine.cuda_graph:
-            raise UsageError("--cuda_graph is for classifiers alone")

@@ -6,8 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,9 +14,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main as program
-from helpers import ROOT
+from helpers.launch import launch
 from helpers.objects import CLASSES, read_annotations, write_annotations, write_objects
-from helpers.ports import free_port
 from helpers.run_state import differences
 from models import detection
 from scripts import score_detections
@@ -64,17 +61,6 @@ def finder(trained, tmp_path_factory):
 
 def records(folder):
     return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
-
-
-def launch(*arguments):
-    """Standard output of main.py on two processes."""
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, f"--master_port={free_port()}", "main.py", *map(str, arguments)], cwd=ROOT, capture_output=True,
-        text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -257,7 +257,7 @@ def test_the_splits_have_the_same_classes(tmp_path, capfd):
     (["--report", "x"], "--report is of an evaluation: it needs --eval"),
     (["--detections", "x.json"], "--detections is of an evaluation: it needs --eval"),
     (["--compile"], "--compile is not for detectors"),
-    (["--cuda_graph"], "--cuda_graph is not for detectors"),
+    (["--cuda_graph"], "--cuda_graph is for classifiers alone"),
     (["--best_metric", "acc1"], "--best_metric must be one of mask_AP, box_AP, "),
     (["--detector", "retinanet", "--best_metric", "mask_AP"], "--best_metric mask_AP: --detector retinanet finds no"),
     (["--mixup", "0.8"], "unknown flag --mixup"),

@@ -5,8 +5,6 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,8 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import main as program
 import models
-from helpers import ROOT
-from helpers.ports import free_port
+from helpers.launch import launch
 from helpers.run_state import differences
 from helpers.segments import CLASSES, write_segments
 from models import segmentation
@@ -56,17 +53,6 @@ def trained(segments, tmp_path_factory):
 
 def records(folder):
     return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
-
-
-def launch(*arguments):
-    """Standard output of main.py on two processes."""
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, f"--master_port={free_port()}", "main.py", *map(str, arguments)], cwd=ROOT, capture_output=True,
-        text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
