@@ -14,6 +14,7 @@ from pycocotools import mask as coco_masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from helpers import ROOT
 from tasks.detection.files import read_annotations, read_detections
 from tasks.detection.scores import BOX, MASK, Score, check_detections, score, write_classes
 from utils import UserError
@@ -243,6 +244,33 @@ def test_two_objects_and_three_detections_by_hand():
     assert found.lines()[0] == " Average Precision  (AP) @[ IoU=0.50:0.95 | area=   all | maxDets=100 ] = 0.736"
     assert found.lines()[1] == " Average Precision  (AP) @[ IoU=0.50      | area=   all | maxDets=100 ] = 0.835"
     assert found.lines()[11] == " Average Recall     (AR) @[ IoU=0.50:0.95 | area= large | maxDets=100 ] = -1.000"
+
+
+def test_the_reference_of_cocos_own_tools():
+    """Boxes for 100 images of val2014, and what cocodataset/cocoapi prints of them, one image without a detection.
+
+    The annotations are COCO's (https://cocodataset.org, CC BY 4.0), without their masks; the detections are
+    results/instances_val2014_fakebbox100_results.json of that repository, the values val2014_fake_eval_res.txt beside
+    it.
+    """
+    data = np.load(ROOT / "tests" / "data" / "coco_val2014_100.npz")
+    annotations = dict(
+        images=[dict(id=int(x)) for x in data["images"]],
+        categories=[dict(id=int(x), name=str(x)) for x in data["categories"]],
+        annotations=[
+            dict(image_id=int(image), category_id=int(category), bbox=box, area=area, iscrowd=int(crowd))
+            for image, category, *box, area, crowd in data["objects"].tolist()
+        ],
+    )
+    detections = [
+        dict(image_id=int(image), category_id=int(category), bbox=box, score=value)
+        for image, category, *box, value in data["detections"].tolist()
+    ]
+    found = score(annotations, detections, BOX)
+    printed = [float(line.rpartition("= ")[2]) for line in found.lines()]
+    assert printed == [0.505, 0.697, 0.573, 0.586, 0.519, 0.501, 0.387, 0.594, 0.595, 0.640, 0.566, 0.564]
+    seen = {entry["image_id"] for entry in detections}
+    assert len(seen) == 99 and round(score(annotations, detections, BOX, seen).values["AP"], 3) == 0.507
 
 
 def test_detections_in_a_crowd_are_neither_right_nor_wrong():
