@@ -424,7 +424,7 @@ def test_wrong_command_lines(photos, capfd):
 
 
 def test_wrong_tasks(photos, tmp_path, capfd):
-    message = "error: unknown task 'clasification'; choose from classification, segmentation\n"
+    message = "error: unknown task 'clasification'; choose from classification, detection, segmentation\n"
     refuses(capfd, 2, message, "--task", "clasification")
     refuses(capfd, 2, "--task: expected one argument\n", "--task")
     recipe = tmp_path / "recipe.yaml"

@@ -96,7 +96,7 @@ def find_yaml(data: Path) -> Path | None:
 def read_settings(path: Path) -> dict:
     """What a YAML file says, each value as text: a class `no` is not false."""
     try:
-        settings = yaml.load(read_text(path), yaml.BaseLoader)
+        settings = yaml.BaseLoader(read_text(path)).get_single_data()
     except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path}: not YAML ({one_line(error)})") from None
     if not isinstance(settings, dict):

@@ -2,7 +2,7 @@
 
 Left out, as in mmdetection: crowd regions, and boxes that are not a pixel wide and high, or have no area.
 """
-import pickle
+import json
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -75,7 +75,7 @@ class Annotations:
     boxes: np.ndarray
     labels: np.ndarray
     starts: np.ndarray
-    segmentations: "Pickles"
+    segmentations: "Packed"
     left_out: Counter[str] = field(default_factory=Counter)
     content: dict[str, Any] | None = None
 
@@ -96,15 +96,15 @@ class Annotations:
         return np.diff(self.starts)
 
 
-class Pickles:
-    """Pickled values by index, in one array of bytes."""
+class Packed:
+    """Values of JSON by index, as texts in one array of bytes."""
 
-    def __init__(self, pickled: Sequence[bytes]):
-        self.ends = np.cumsum([0, *map(len, pickled)])
-        self.content = np.frombuffer(b"".join(pickled), np.uint8)
+    def __init__(self, texts: Sequence[bytes]):
+        self.ends = np.cumsum([0, *map(len, texts)])
+        self.content = np.frombuffer(b"".join(texts), np.uint8)
 
     def __getitem__(self, index: int) -> Any:
-        return pickle.loads(self.content[self.ends[index]:self.ends[index + 1]].tobytes())
+        return json.loads(self.content[self.ends[index]:self.ends[index + 1]].tobytes())
 
 
 class _Found(NamedTuple):
@@ -126,7 +126,7 @@ class _Kept:
         self.places.append(found.place)
         self.corners.extend(found.corners)
         self.labels.append(found.label)
-        self.segmentations.append(pickle.dumps(found.segmentation, pickle.HIGHEST_PROTOCOL))
+        self.segmentations.append(json.dumps(found.segmentation).encode())
 
     def by_image(self, images: int) -> dict[str, Any]:
         """Arrays and segmentations, image after image, as `Annotations` has them."""
@@ -136,7 +136,7 @@ class _Kept:
             boxes=np.array(self.corners, np.float32).reshape(-1, 4)[order],
             labels=np.array(self.labels, np.int64)[order],
             starts=np.searchsorted(places[order], np.arange(images + 1)),
-            segmentations=Pickles([self.segmentations[index] for index in order]),
+            segmentations=Packed([self.segmentations[index] for index in order]),
         )
 
 

@@ -1,5 +1,5 @@
 """tasks/detection/annotations.py and masks.py: what is learnt, what is left out, and what cannot be right."""
-import pickle
+import json
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from pycocotools import mask as reference
 
 from helpers.objects import CLASSES, IDS, read_annotations, write_annotations, write_objects
 from tasks.detection import masks
-from tasks.detection.annotations import Pickles, describe, read
+from tasks.detection.annotations import Packed, describe, read
 from tasks.detection.errors import BadAnnotationError, MissingMaskError, NoMasksError
 from tasks.detection.scores import MASK, score
 from utils import UserError
@@ -222,9 +222,9 @@ def test_polygons_of_two_points_are_left_out():
 def test_segmentations_lie_in_arrays():
     """Python objects that data loading processes look at would be copied into each of them."""
     values = [None, SQUARE, dict(size=[2, 3], counts="ab")]
-    pickled = [pickle.dumps(value) for value in values]
-    packed = Pickles(pickled)
-    assert [packed[index] for index in range(3)] == values and len(packed.content) == sum(map(len, pickled))
+    texts = [json.dumps(value).encode() for value in values]
+    packed = Packed(texts)
+    assert [packed[index] for index in range(3)] == values and len(packed.content) == sum(map(len, texts))
     assert all(isinstance(x, np.ndarray) for x in vars(packed).values())
 
 
