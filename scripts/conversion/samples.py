@@ -39,7 +39,7 @@ class Thing:
     is_crowd: bool = False
 
     def area(self) -> float:
-        """That of the polygon, by the shoelace formula, or else of the box."""
+        """The area of the polygon, by the shoelace formula, or else of the box."""
         if not self.polygon:
             x1, y1, x2, y2 = self.corners
             return (x2 - x1) * (y2 - y1)

@@ -259,7 +259,7 @@ def _corners(box: list[float], image: ImageEntry) -> tuple[float, ...] | None:
     return (left, top, right, bottom) if width >= 1 and height >= 1 else None
 
 
-def describe(left_out: Counter[str]) -> str:
+def describe(left_out: Mapping[str, int]) -> str:
     """What was left out, for a line: "3 crowd regions, 1 box without area"; empty where nothing was."""
     plural = {_TINY: "boxes without area", _NO_MASK: "objects without a mask"}
     return ", ".join(

@@ -8,6 +8,7 @@ Other files of annotations may have any place. Where they are not given, the usu
 import hashlib
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,7 +78,7 @@ class CocoImages(Sequence):
     def classes(self) -> list[str]:
         return list(self.found.categories.values())
 
-    @property
+    @cached_property
     def has_objects(self) -> bool:
         """Of all images and their ids: whether there is anything to find in them but crowds."""
         ids = {id for _, id in self.samples}
@@ -122,7 +123,7 @@ def _load(path: str, entry: ImageEntry) -> Image.Image:
 
 
 def find_annotations(root: Path, split: str, given: str | None) -> Path:
-    """The annotations of a split, "train", "val" or "test", in a folder; or those that were given.
+    """The file of annotations of a split, "train", "val" or "test", in a folder; or the file that was given.
 
     Raises:
         NoAnnotationsError: There are none.
@@ -140,7 +141,7 @@ def find_annotations(root: Path, split: str, given: str | None) -> Path:
 def find_folder(root: Path, split: str, found: Annotations) -> Path:
     """The folder that the file names of annotations start from: the one that most of some have a file below.
 
-    Those that are named as the annotations, or as the split, come before others.
+    Folders named as the annotations or as the split come before others.
 
     Raises:
         UserError: No folder has any.

@@ -94,7 +94,7 @@ class DetectionScores:
         All of them are NaN where an output was, or where nothing is to be found.
 
         Raises:
-            UserError: There was no image, or none of those that have objects.
+            UserError: There was no image, or no image with an object.
         """
         images, not_finite = distributed.sum(self.images).tolist()
         if images == 0:

@@ -94,7 +94,7 @@ def _draw(image: torch.Tensor, objects: dict[str, Any], classes: Sequence[str]) 
 
 
 def _annotated(shown: Shown, evaluator: DetectionScores) -> dict[str, Any]:
-    """The annotated objects of an image, as those that are detected."""
+    """The annotated objects of an image, in the form of detections."""
     height, width = shown.image.shape[1:]
     entries = [entry for entry in evaluator.truth.content["annotations"] if entry["image_id"] == shown.id]
     labels = {id: label for label, id in enumerate(evaluator.truth.category_ids, start=1)}

@@ -1,10 +1,16 @@
-"""Runs of main.py on several processes."""
+"""Runs of main.py on several processes, and in this one."""
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
 
 from helpers import ROOT
 from helpers.ports import free_port
+from training.checkpointer import Checkpointer
 
 
 def launch(*arguments):
@@ -16,3 +22,19 @@ def launch(*arguments):
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@contextmanager
+def sigterm_after(step: int) -> Iterator[None]:
+    """Runs in this process get a SIGTERM once they have taken so many steps."""
+    taken, after_step = [], Checkpointer.after_step
+
+    def stop(self, *arguments):
+        taken.append(None)
+        if len(taken) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        after_step(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpointer, "after_step", stop)
+        yield

@@ -2,10 +2,8 @@
 import csv
 import json
 import math
-import os
 import re
 import shutil
-import signal
 
 import numpy as np
 import pytest
@@ -14,12 +12,11 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main as program
-from helpers.launch import launch
+from helpers.launch import launch, sigterm_after
 from helpers.objects import CLASSES, read_annotations, write_annotations, write_objects
 from helpers.run_state import differences
 from models import detection
 from scripts import score_detections
-from training.checkpointer import Checkpointer
 from training.signals import EXIT_RESUME
 
 pytestmark = pytest.mark.slow
@@ -104,17 +101,8 @@ def test_pictures_are_in_tensorboard(trained):
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])
-def test_a_run_that_is_stopped_resumes_exactly(data, trained, tmp_path, monkeypatch, step):
-    taken, after_step = [], Checkpointer.after_step
-
-    def stop(self, *arguments):
-        taken.append(None)
-        if len(taken) == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        after_step(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpointer, "after_step", stop)
+def test_a_run_that_is_stopped_resumes_exactly(data, trained, tmp_path, step):
+    with sigterm_after(step):
         assert train(data, tmp_path) == EXIT_RESUME
     assert program.main(["--config", str(tmp_path / "args.yaml"), "--output_dir", str(tmp_path), "--auto_resume",
                          "--num_workers", "1", "--device", "cpu"]) == 0

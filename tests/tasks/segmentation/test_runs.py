@@ -2,9 +2,7 @@
 import csv
 import json
 import math
-import os
 import re
-import signal
 
 import numpy as np
 import pytest
@@ -14,13 +12,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import main as program
 import models
-from helpers.launch import launch
+from helpers.launch import launch, sigterm_after
 from helpers.run_state import differences
 from helpers.segments import CLASSES, write_segments
 from models import segmentation
 from scripts import predict
 from storage.weights import WeightsError
-from training.checkpointer import Checkpointer
 from training.data.images import load_image
 from training.signals import EXIT_RESUME
 
@@ -94,17 +91,8 @@ def test_it_learns_colours(trained):
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])
-def test_a_run_that_is_stopped_resumes_exactly(segments, trained, tmp_path, monkeypatch, step):
-    taken, after_step = [], Checkpointer.after_step
-
-    def stop(self, *arguments):
-        taken.append(None)
-        if len(taken) == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        after_step(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpointer, "after_step", stop)
+def test_a_run_that_is_stopped_resumes_exactly(segments, trained, tmp_path, step):
+    with sigterm_after(step):
         assert train(segments, tmp_path) == EXIT_RESUME
     assert program.main(["--config", str(tmp_path / "args.yaml"), "--output_dir", str(tmp_path), "--auto_resume",
                          "--num_workers", "1", "--device", "cpu"]) == 0
