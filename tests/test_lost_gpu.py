@@ -60,7 +60,7 @@ def run_pytest(tmp_path):
     return run
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("options", [(), ("--dist", "loadfile")])
 def test_a_new_worker_runs_the_other_tests(run_pytest, options):
     """The first failure is reported as it is; that its worker left is another, of the same test."""

@@ -188,7 +188,8 @@ def test_autocast_has_no_nan(name):
 
 @pytest.mark.compile
 @pytest.mark.parametrize("name", [
-    SMALLEST, "bvit_5m", pytest.param("debiformer_tiny", marks=pytest.mark.long), "vitaev2_s", "biformer_stl"
+    SMALLEST, "bvit_5m", "vitaev2_s",
+    pytest.param("debiformer_tiny", marks=pytest.mark.long), pytest.param("biformer_stl", marks=pytest.mark.long),
 ])
 def test_compiles_into_one_graph(name, fresh_compiler):
     """Also where sizes change, which torch.compile then takes for symbols: the image's stay numbers."""

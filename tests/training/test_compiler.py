@@ -73,7 +73,7 @@ def label_maps(photos, tmp_path_factory):
     return root
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.compile
 def test_one_process_resumes_exactly(photos, label_maps, tmp_path, compiler):
     """In mixed precision, with token labels: one graph for all steps of a start."""
