@@ -25,16 +25,16 @@ def launch(*arguments):
 
 
 @contextmanager
-def sigterm_after(step: int) -> Iterator[None]:
-    """Runs in this process get a SIGTERM once they have taken so many steps."""
+def signal_after(step: int, number: signal.Signals = signal.SIGTERM) -> Iterator[list[None]]:
+    """Send this process a signal once its runs have taken so many steps; yields a list with an entry for each step."""
     taken, after_step = [], Checkpointer.after_step
 
-    def stop(self, *arguments):
+    def count(self, *arguments):
         taken.append(None)
         if len(taken) == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         after_step(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Checkpointer, "after_step", stop)
-        yield
+        patch.setattr(Checkpointer, "after_step", count)
+        yield taken

@@ -16,13 +16,13 @@ from torch import nn
 
 import main as program
 from helpers import ROOT
+from helpers.launch import signal_after
 from helpers.run_state import differences
 from helpers.web import served
 from scripts import make_shards
 from tasks.classification.metrics import Accuracy
 from tasks.classification.token_labels import label_map_path
 from training import flags, options
-from training.checkpointer import Checkpointer
 from training.checkpoints import CheckpointStore
 from training.command_line import how_to_resume
 from training.data import loader
@@ -58,27 +58,11 @@ def score(monkeypatch, accuracies):
     monkeypatch.setattr(Accuracy, "compute", lambda self, _: dict(measured, acc1=accuracies[runs[-1].clock.epoch]))
 
 
-def signal_after(monkeypatch, step, number=signal.SIGTERM):
-    """Send this process a signal after so many optimizer steps from its start."""
-    taken = []
-    after_step = Checkpointer.after_step
-
-    def count(self, *arguments):
-        taken.append(None)
-        if len(taken) == step:
-            os.kill(os.getpid(), number)
-        after_step(self, *arguments)
-
-    monkeypatch.setattr(Checkpointer, "after_step", count)
-    return taken
-
-
 @pytest.mark.slow
-def test_stopped_at_every_step(photos, whole, tmp_path, monkeypatch, capfd):
+def test_stopped_at_every_step(photos, whole, tmp_path, capfd):
     """Each start takes one step; at an epoch's end it also takes the next epoch's first before it looks."""
     for start in range(2 * STEPS):
-        with monkeypatch.context() as patch:
-            taken = signal_after(patch, 1)
+        with signal_after(1) as taken:
             code = train(photos, tmp_path, "--auto_resume", "--num_workers", start % 3)
         if code == 0:
             break
@@ -92,8 +76,7 @@ def test_stopped_at_every_step(photos, whole, tmp_path, monkeypatch, capfd):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 def test_stopped_in_the_middle_of_an_epoch(photos, whole, tmp_path, monkeypatch, number, capfd):
     on_path(monkeypatch, sys.executable)
-    with monkeypatch.context() as patch:
-        taken = signal_after(patch, 2, number)
+    with signal_after(2, number) as taken:
         assert train(photos, tmp_path) == EXIT_RESUME
     assert len(taken) == 2
     left = tmp_path / "checkpoint-00000002.pth"
@@ -139,8 +122,7 @@ def test_the_command_that_the_stop_message_names(photos, whole, tmp_path, monkey
     """Also where the run named its folder itself, of any name."""
     monkeypatch.chdir(tmp_path)
     on_path(monkeypatch, sys.executable)
-    with monkeypatch.context() as patch:
-        signal_after(patch, 2)
+    with signal_after(2):
         assert program.main([*COMMAND, "--data_path", str(photos)]) == EXIT_RESUME
     command = capfd.readouterr().err.splitlines()[-1]
     python, script, *words = shlex.split(command)
@@ -345,8 +327,7 @@ def test_patience_ends_a_run(photos, tmp_path, monkeypatch, capfd):
     out = capfd.readouterr().out
     assert "ended early, after epoch 3: 2 epochs without a better acc1\n" in out and "acc1 20.000 after epoch 1" in out
     assert len((tmp_path / "whole" / "log.txt").read_text().splitlines()) == 4
-    with monkeypatch.context() as patch:
-        signal_after(patch, 3 * STEPS + 1)
+    with signal_after(3 * STEPS + 1):
         assert train(photos, tmp_path / "left", *patient) == EXIT_RESUME
     for _ in range(2):  # the second time, a run that has ended
         assert train(photos, tmp_path / "left", *patient, "--auto_resume") == 0
@@ -444,10 +425,9 @@ def methods(request, whole, label_maps):
 
 
 @pytest.mark.slow
-def test_stopped_with_other_ways_to_train(photos, whole, tmp_path, monkeypatch, methods):
+def test_stopped_with_other_ways_to_train(photos, whole, tmp_path, methods):
     assert train(photos, tmp_path / "whole", *methods) == 0
-    with monkeypatch.context() as patch:
-        taken = signal_after(patch, 2)
+    with signal_after(2) as taken:
         assert train(photos, tmp_path / "left", *methods) == EXIT_RESUME
     assert len(taken) == 2
     assert train(photos, tmp_path / "left", *methods, "--auto_resume") == 0
@@ -465,15 +445,14 @@ def test_the_scaler_of_gradients_is_live(photos, tmp_path):
 
 
 @pytest.mark.slow
-def test_shards_of_a_web_server(photos, tmp_path, monkeypatch):
+def test_shards_of_a_web_server(photos, tmp_path):
     """Stopped in the middle of an epoch, and resumed with other numbers of workers, with nothing in the cache."""
     assert make_shards.main([str(photos), str(tmp_path / "shards"), "--size", "4"]) == 0
     with served(tmp_path / "shards") as url:
         shards = ["--data_set", "wds/photos", "--nb_classes", "3", "--data_path", url, "--shard_cache"]
         assert train(photos, tmp_path / "whole", *shards, tmp_path / "one") == 0
         for start in range(2 * STEPS):
-            with monkeypatch.context() as patch:
-                signal_after(patch, 2)
+            with signal_after(2):
                 code = train(photos, tmp_path / "left", *shards, tmp_path / f"cache-{start}", "--auto_resume",
                              "--num_workers", start % 3)
             if code == 0:
@@ -483,14 +462,14 @@ def test_shards_of_a_web_server(photos, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_passwords_and_signatures_are_neither_shown_nor_kept(photos, tmp_path, monkeypatch, capfd):
+def test_passwords_and_signatures_are_neither_shown_nor_kept(photos, tmp_path, capfd):
     """A run that resumes needs them again, and says so."""
     assert make_shards.main([str(photos), str(tmp_path / "shards"), "--size", "4"]) == 0
     folder, shards = tmp_path / "run", ["--data_set", "wds/photos", "--shard_cache", tmp_path / "cache"]
     with served(tmp_path / "shards") as url:
         signed = f"{url.replace('//', '//me:secret@')}?sig=secret"
-        signal_after(monkeypatch, 1)
-        assert train(signed, folder, *shards) == EXIT_RESUME
+        with signal_after(1):
+            assert train(signed, folder, *shards) == EXIT_RESUME
         out, err = capfd.readouterr()
         assert "put the password or signature into --data_path, and resume with" in err
         code = program.main(["--auto_resume", "--output_dir", str(folder), "--device", "cpu", "--num_workers", "0"])
@@ -512,10 +491,9 @@ def test_shards_are_shared_among_as_many_as_before(photos, half, monkeypatch, ca
 
 
 @pytest.fixture
-def half(photos, tmp_path, monkeypatch):
+def half(photos, tmp_path):
     """A run that was stopped after its second step."""
-    with monkeypatch.context() as patch:
-        signal_after(patch, 2)
+    with signal_after(2):
         assert train(photos, tmp_path / "half") == EXIT_RESUME
     return tmp_path / "half"
 
@@ -825,10 +803,9 @@ def test_less_than_an_epoch(photos, tmp_path, capfd):
 
 
 @pytest.mark.slow
-def test_stopped_in_an_epoch_that_is_cut_short(photos, tmp_path, monkeypatch, capfd):
+def test_stopped_in_an_epoch_that_is_cut_short(photos, tmp_path, capfd):
     assert train(photos, tmp_path / "whole", "--max_steps", "5") == 0
-    with monkeypatch.context() as patch:
-        signal_after(patch, 4)
+    with signal_after(4):
         assert train(photos, tmp_path / "left", "--max_steps", "5") == EXIT_RESUME
     assert "stopped in epoch 1 after step 1 of 2" in capfd.readouterr().err
     assert train(photos, tmp_path / "left", "--max_steps", "5", "--auto_resume") == 0

@@ -12,7 +12,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main as program
-from helpers.launch import launch, sigterm_after
+from helpers.launch import launch, signal_after
 from helpers.objects import CLASSES, read_annotations, write_annotations, write_objects
 from helpers.run_state import differences
 from models import detection
@@ -102,7 +102,7 @@ def test_pictures_are_in_tensorboard(trained):
 
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_a_run_that_is_stopped_resumes_exactly(data, trained, tmp_path, step):
-    with sigterm_after(step):
+    with signal_after(step):
         assert train(data, tmp_path) == EXIT_RESUME
     assert program.main(["--config", str(tmp_path / "args.yaml"), "--output_dir", str(tmp_path), "--auto_resume",
                          "--num_workers", "1", "--device", "cpu"]) == 0

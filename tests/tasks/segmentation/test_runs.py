@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import main as program
 import models
-from helpers.launch import launch, sigterm_after
+from helpers.launch import launch, signal_after
 from helpers.run_state import differences
 from helpers.segments import CLASSES, write_segments
 from models import segmentation
@@ -92,7 +92,7 @@ def test_it_learns_colours(trained):
 
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_a_run_that_is_stopped_resumes_exactly(segments, trained, tmp_path, step):
-    with sigterm_after(step):
+    with signal_after(step):
         assert train(segments, tmp_path) == EXIT_RESUME
     assert program.main(["--config", str(tmp_path / "args.yaml"), "--output_dir", str(tmp_path), "--auto_resume",
                          "--num_workers", "1", "--device", "cpu"]) == 0
