@@ -21,6 +21,9 @@ from torch import nn
 sys.path[:0] = [{root!r}]
 from training.distributed import init_distributed, share_statistics, warm_up_ddp, wrap_ddp
 {body}
+# A thread of gloo's that still holds a tensor while the interpreter ends would abort the process.
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 
 
