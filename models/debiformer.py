@@ -468,6 +468,7 @@ def _cfg(**kwargs) -> dict:
 
 
 default_cfgs = generate_default_cfgs({
+    "debiformer_nano.untrained": _cfg(),
     "debiformer_tiny.in1k": _cfg(),
     "debiformer_small.in1k": _cfg(),
     "debiformer_base.in1k": _cfg(),
@@ -475,6 +476,19 @@ default_cfgs = generate_default_cfgs({
     "debi_small.in1k": _cfg(),
     "debi_base.in1k": _cfg(),
 })
+
+
+@register_model
+def debiformer_nano(pretrained: bool = False, **kwargs) -> DeBiFormer:
+    """Under 2.5 M parameters, for quick starts and tests; not of the paper."""
+    model_args = dict(
+        depths=(1, 1, 2, 1),
+        dims=(32, 64, 128, 192),
+        mlp_ratios=(2, 2, 2, 2),
+        agent_mlp_ratios=(1, 1, 1, 1),
+        num_groups=(1, 2, 4, 6),
+    )
+    return _create_debiformer("debiformer_nano", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
