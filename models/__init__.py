@@ -5,7 +5,7 @@
 from ._load import create_trained, family_filter, load
 from ._pretrained import NoWeightsError
 from ._recipe import NetworkRecipe, size_kwargs
-from ._routing import collect_routing
+from ._routing import collect_attention, collect_routing
 from .biformer import BiFormer
 from .bvit import BViT
 from .debiformer import DeBiFormer
@@ -18,6 +18,7 @@ __all__ = [
     "NetworkRecipe",
     "NoWeightsError",
     "ViTAEv2",
+    "collect_attention",
     "collect_routing",
     "create_trained",
     "family_filter",

@@ -1,8 +1,10 @@
 """`ops`, from the package or the checkout: the only file of `models` that imports it."""
 if "." in __package__:  # installed, as routedvit.models
     from ..ops import (
+        AttentionRecord,
         BiLevelRoutingAttention,
         DepthwiseConv,
+        PositionBias,
         RegionGrid,
         Routing,
         add_layer_norm,
@@ -19,8 +21,10 @@ if "." in __package__:  # installed, as routedvit.models
     )
 else:  # from the checkout
     from ops import (
+        AttentionRecord,
         BiLevelRoutingAttention,
         DepthwiseConv,
+        PositionBias,
         RegionGrid,
         Routing,
         add_layer_norm,
@@ -37,8 +41,10 @@ else:  # from the checkout
     )
 
 __all__ = [
+    "AttentionRecord",
     "BiLevelRoutingAttention",
     "DepthwiseConv",
+    "PositionBias",
     "RegionGrid",
     "Routing",
     "add_layer_norm",

@@ -12,7 +12,7 @@ from torch import nn
 from ._checkpoints import rename_biformer
 from ._hierarchical import HierarchicalNetwork, Stage, build_hierarchical
 from ._layers import Block, Downsample, Mlp, Stem, check_divides, check_per_stage, split_qkv
-from ._ops import BiLevelRoutingAttention, DepthwiseConv, check_layer_impl
+from ._ops import AttentionRecord, BiLevelRoutingAttention, DepthwiseConv, check_layer_impl
 from ._pretrained import imagenet_cfg
 
 __all__ = ["BiFormer"]
@@ -51,6 +51,11 @@ class LePEAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=False, **dd)
         self.lepe = DepthwiseConv(dim, 5, layer_impl, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
+
+    def records(self, x: torch.Tensor) -> dict[str, AttentionRecord]:
+        """What the weights of its one attention, "map", to a (B, H, W, dim) map are computed from."""
+        query, key, _ = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        return {"map": AttentionRecord(query, key, query.shape[-1] ** -0.5)}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""

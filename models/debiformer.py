@@ -21,7 +21,9 @@ from ._checkpoints import rename_biformer
 from ._hierarchical import HierarchicalNetwork, Stage, build_hierarchical
 from ._layers import Block, Downsample, Stem, check_divides, check_per_stage
 from ._ops import (
+    AttentionRecord,
     BiLevelRoutingAttention,
+    PositionBias,
     RegionGrid,
     Routing,
     apply_linear,
@@ -237,11 +239,33 @@ class DeformableAgentAttention(nn.Module):
         agents, points = self.make_agents(x, query)
         return self._route(self._heads(self.agent_query(agents)), self._heads(key))._replace(points=points)
 
+    def records(self, x: torch.Tensor) -> dict[str, AttentionRecord]:
+        """What the weights of its attentions to a (B, H, W, dim) map are computed from.
+
+        "agents" is the agents' attention to the regions that they are routed to, and "map" that of the map to agents.
+        """
+        query, key, value = apply_linear(self.qkv, x).chunk(3, dim=-1)
+        agents, points = self.make_agents(x, query)
+        agent_query, key = self._heads(self.agent_query(agents)), self._heads(key)
+        routing = self._route(agent_query, key)._replace(points=points)
+        agents = self._inform(agents, key.flatten(3), value)
+        bias = PositionBias(self.bias_table, points)
+        return {
+            "agents": AttentionRecord(agent_query, key, self.scale, routing),
+            "map": AttentionRecord(self._heads(query), self._heads(self.agent_key(agents)), self.scale, bias=bias),
+        }
+
     def _attend_to_regions(self, agents: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """(B, Ha, Wa, dim): the agents' attention to the regions that they are routed to."""
         agent_query, key = self._heads(self.agent_query(agents)), self._heads(key)
         routing = self._route(agent_query, key)
         return routed_attention(agent_query, key, self._heads(value), routing, self.scale, self.attn_impl).flatten(3)
+
+    def _inform(self, agents: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """(B, Ha, Wa, dim): the agents, after their attention to the (B, H, W, dim) keys and values and their MLP."""
+        attended = self._attend_to_regions(agents, key, value)
+        agents = agents + self.agent_proj(attended + conv_channels_last(self.lepe, value))
+        return self.agent_norm2(agents + self.agent_mlp(self.agent_norm1(agents)))
 
     def _table(self, points: torch.Tensor) -> torch.Tensor:
         """The table of relative positions for each image and group, (B * groups, heads / groups, S, S)."""
@@ -302,9 +326,7 @@ class DeformableAgentAttention(nn.Module):
         """(B, H, W, dim) -> (B, H, W, dim)."""
         query, key, value = apply_linear(self.qkv, x).chunk(3, dim=-1)
         agents, points = self.make_agents(x, query)
-        attended = self._attend_to_regions(agents, key, value)
-        agents = agents + self.agent_proj(attended + conv_channels_last(self.lepe, value))
-        agents = self.agent_norm2(agents + self.agent_mlp(self.agent_norm1(agents)))
+        agents = self._inform(agents, key, value)
         return apply_linear(self.proj, self._attend_to_agents(query, agents, points))
 
 

@@ -3,6 +3,7 @@
     RegionGrid.fit(H, W, regions)       how a map of any size is cut into regions
     route_regions(...) -> Routing       which key regions each query region attends to
     routed_attention(..., routing)      attention along those routes
+    AttentionRecord(...)                what weights are computed from, to look at them
     BiLevelRoutingAttention(...)        all of it as a module, (B, H, W, C) in and out
     depthwise_conv(...)                 a depthwise convolution of such a map, with what is added to it
     layer_norm(...), add_layer_norm(...)  layer norm, and that of a sum, in one pass over memory
@@ -15,6 +16,7 @@ from .layout import conv_channels_last
 from .linear import apply_linear, linear_gelu, reuses_memory
 from .norm import add_layer_norm, choose_norm_impl, layer_norm, norm_unsupported
 from .onednn import is_plain
+from .record import AttentionRecord, PositionBias
 from .regions import RegionGrid
 from .routing import Routing, region_means, route_regions
 from .support import LAYER_IMPLS, check_layer_impl
@@ -23,8 +25,10 @@ from .transforms import is_traced_or_transformed
 __all__ = [
     "IMPLS",
     "LAYER_IMPLS",
+    "AttentionRecord",
     "BiLevelRoutingAttention",
     "DepthwiseConv",
+    "PositionBias",
     "RegionGrid",
     "Routing",
     "add_layer_norm",

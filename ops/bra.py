@@ -6,6 +6,7 @@ from torch import nn
 from .attention import routed_attention, unsupported
 from .depthwise import DepthwiseConv
 from .linear import apply_linear
+from .record import AttentionRecord
 from .regions import RegionGrid
 from .routing import Routing, route_regions
 from .support import check_layer_impl, in_low_precision_on_gpu, triton_unsupported
@@ -116,6 +117,11 @@ class BiLevelRoutingAttention(nn.Module):
         """
         query, key, _ = self._split(self._project(x))
         return self._route(query, key)
+
+    def records(self, x: torch.Tensor) -> dict[str, AttentionRecord]:
+        """What the weights of its one attention, "map", to a (B, H, W, dim) map are computed from."""
+        query, key, _ = self._split(self._project(x))
+        return {"map": AttentionRecord(query, key, self.scale, self._route(query, key))}
 
     def _route(self, query: torch.Tensor, key: torch.Tensor) -> Routing:
         grid = RegionGrid.fit(*query.shape[1:3], self.num_regions)

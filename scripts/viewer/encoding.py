@@ -1,0 +1,135 @@
+"""An attention as a page holds it: few bytes, from which a browser computes the weights of any token."""
+import base64
+import zlib
+from typing import Any
+
+import torch
+
+from ops import AttentionRecord, PositionBias, RegionGrid
+
+# The largest error of a weight that a page may have, in parts of the largest weight of the same token: less than two
+# of its 256 colours differ by.
+TOLERANCE = 0.01
+# Steps of the numbers in a page, tried from the coarsest.
+_STEPS = tuple(2.0**-power for power in range(3, 14))
+# Tokens by which the error is measured.
+_SAMPLES = 48
+_LARGEST = 2**15 - 1
+
+
+def pack(values: torch.Tensor, step: float) -> str:
+    """Numbers in multiples of `step`: 16-bit integers, all low bytes before all high ones, deflated, in base64.
+
+    Numbers beyond 16 bits become the largest.
+    """
+    whole = (values / step).round().clamp(-_LARGEST, _LARGEST).flatten().to(torch.int16)
+    low_and_high = whole.contiguous().view(torch.uint8).unflatten(0, (-1, 2)).T.contiguous()
+    return base64.b64encode(zlib.compress(low_and_high.numpy().tobytes(), 9)).decode()
+
+
+def factors(record: AttentionRecord) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys of the first image, (heads, D, Hq * Wq) and (heads, D, Hk * Wk), whose products are the logits.
+
+    They are rotated so that the first numbers say the most and the last next to nothing, which `pack` makes use of.
+    What the logits of a token have in common is left out: its softmax does not change.
+    """
+    query, key = (x[0].flatten(0, 1).transpose(0, 1).float() for x in (record.query, record.key))
+    query = query * record.scale
+    key = key - key.mean(1, keepdim=True)
+    (query_basis, query_rest), (key_basis, key_rest) = torch.linalg.qr(query), torch.linalg.qr(key)
+    left, strength, right = torch.linalg.svd(query_rest @ key_rest.mT, full_matrices=False)
+    root = strength.sqrt()[:, None]
+    return (query_basis @ left * root).mT, (key_basis @ right.mT * root).mT
+
+
+def _weights_of(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor, routed: torch.Tensor) -> torch.Tensor:
+    """(heads, Hk * Wk) weights of one token by its factors, (heads, D) and (heads, D, Hk * Wk)."""
+    logits = torch.einsum("nd,ndk->nk", query, key) + bias
+    return logits.masked_fill(~routed, -torch.inf).softmax(-1)
+
+
+class _Samples:
+    """Tokens spread over the map, with their weights, to compare those of numbers in steps with."""
+
+    def __init__(self, record: AttentionRecord):
+        height, width = record.query.shape[1:3]
+        every = max(1, height * width // _SAMPLES)
+        self.tokens = [divmod(index, width) for index in range(0, height * width, every)]
+        self.width = width
+        self.weights = [record.weights(*token)[0].flatten(1) for token in self.tokens]
+        self.routed = [record.is_routed(*token)[0].flatten() for token in self.tokens]
+        self.biases = [_bias_of(record, *token) for token in self.tokens]
+
+    def error(self, query: torch.Tensor, key: torch.Tensor) -> float:
+        """The largest error of a weight, in parts of the largest weight of the same token and head."""
+        found = 0.0
+        for (row, col), weights, routed, bias in zip(self.tokens, self.weights, self.routed, self.biases, strict=True):
+            ours = _weights_of(query[..., row * self.width + col], key, bias, routed)
+            found = max(found, ((ours - weights).abs().amax(-1) / weights.amax(-1)).max().item())
+        return found
+
+
+def _bias_of(record: AttentionRecord, row: int, col: int) -> torch.Tensor:
+    """(heads, Hk * Wk), or a 0 where the attention has no bias."""
+    return torch.zeros(1) if record.bias is None else record.bias_of(row, col)[0].flatten(1)
+
+
+def encode_factors(record: AttentionRecord) -> dict[str, Any]:
+    """`factors` in the coarsest steps with errors within the tolerance: of each head, `rank` planes of both maps."""
+    query, key = factors(record)
+    samples = _Samples(record)
+    for step in _STEPS:
+        limit = step * _LARGEST
+        whole = [((x.clamp(-limit, limit) / step).round() * step) for x in (query, key)]
+        error = samples.error(*whole)
+        if error <= TOLERANCE:
+            break
+    used = (whole[0].abs().amax((0, 2)) * whole[1].abs().amax((0, 2))).nonzero()
+    rank = int(used.max()) + 1 if len(used) else 0
+    both = torch.cat([x[:, :rank] for x in (query, key)], dim=2)
+    return dict(rank=rank, step=step, error=round(error, 5), data=pack(both, step))
+
+
+def encode_bias(bias: PositionBias) -> dict[str, Any]:
+    """DeBiFormer's table of biases."""
+    step = 2.0**-10
+    return dict(side=bias.table.shape[-1], step=step, data=pack(bias.table.detach().float(), step))
+
+
+def encode_points(points: torch.Tensor) -> list[list[list[float]]]:
+    """(B, groups, Ha, Wa, 2) points of the first image -> for each group, (y, x) of its agents in rows."""
+    return [[[round(y, 4), round(x, 4)] for y, x in group.flatten(0, 1).tolist()] for group in points[0].float()]
+
+
+def encode_grid(height: int, width: int, grid: RegionGrid | None, stride: int) -> dict[str, Any]:
+    """A map and its regions; without a grid every token is one. `stride` is a token's side in pixels of the image."""
+    grid = grid or RegionGrid(height, width, height, width)
+    return dict(
+        height=height, width=width, rows=grid.rows, cols=grid.cols,
+        region_height=grid.region_height, region_width=grid.region_width, stride=stride,
+    )
+
+
+def encode_attention(
+    record: AttentionRecord, query_stride: int, key_stride: int, with_weights: bool = True
+) -> dict[str, Any]:
+    """All that a page knows of one attention of the first image.
+
+    Args:
+        record: The attention.
+        query_stride: Side of a token of the queries' map, in pixels of the image.
+        key_stride: Of the keys' map.
+        with_weights: Whether the factors of its weights are in it, beside maps, routes and points.
+    """
+    routing, bias = record.routing, record.bias
+    grids = (None, None) if routing is None else (routing.query_grid, routing.key_grid)
+    points = bias.points if bias is not None else routing.points if routing is not None else None
+    return dict(
+        queries=encode_grid(*record.query.shape[1:3], grids[0], query_stride),
+        keys=encode_grid(*record.key.shape[1:3], grids[1], key_stride),
+        routes=None if routing is None else routing.routes[0].tolist(),
+        points=None if points is None else encode_points(points),
+        bias=None if bias is None else encode_bias(bias),
+        heads=record.query.shape[3],
+        **(encode_factors(record) if with_weights else dict(data=None)),
+    )
