@@ -297,7 +297,7 @@ def test_links_lead_somewhere(name, text):
 
 
 # Folders whose files the documents name.
-FOLDERS = "ops|models|storage|training|tasks|scripts|configs|docs|benchmarks|package|tests|.ci"
+FOLDERS = "ops|models|storage|training|tasks|scripts|configs|docs|notebooks|benchmarks|package|tests|.ci"
 
 
 @pytest.mark.parametrize("name,text", DOCUMENTS.items(), ids=list(DOCUMENTS))

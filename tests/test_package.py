@@ -48,7 +48,9 @@ def test_requirements_files_say_the_same():
 
 def test_nothing_is_left_out_of_the_package():
     tools = PYPROJECT["tool"]["setuptools"]
-    others = {"benchmarks", "build", "checkpoints", "data", "docs", "outputs", "package", "scripts", "tests"}
+    others = {
+        "benchmarks", "build", "checkpoints", "data", "docs", "notebooks", "outputs", "package", "scripts", "tests",
+    }
     folders = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith((".", "_"))}
     assert {name for name in folders - others if not name.endswith(".egg-info")} == {*LIBRARY, *PROGRAM}
     expected = {
