@@ -1,6 +1,7 @@
 """Weights of networks: checkpoint files from paths and URLs, read without running anything that is in them."""
 import errno
 import hashlib
+import json
 import pickle
 import re
 import sys
@@ -23,6 +24,8 @@ _WRAPPERS = ("_orig_mod.", "module.", "_orig_mod.")
 # torch.save does not compress. Whoever did may have saved a tenth, and zeros that need next to nothing.
 _MOST_COMPRESSED = 10
 _MOST_ZEROS = 2**26
+# The entry of a safetensors file's metadata that holds what a checkpoint says beside its weights, as JSON.
+_METADATA = "routedvit"
 
 
 class WeightsError(ValueError):
@@ -137,9 +140,7 @@ def read_file(path: Path, mmap: bool = False) -> dict[str, Any]:
     """`read_checkpoint` of a local file."""
     try:
         if path.suffix == ".safetensors":  # which neither compresses nor lets tensors overlap
-            import safetensors.torch
-
-            return safetensors.torch.load_file(path)
+            return _read_safetensors(path)
         if unpacked := _unpacked_size(path):
             size, full = (f"{length / 1e6:,.1f} MB" for length in (path.stat().st_size, unpacked))
             raise HostileFileError(
@@ -165,6 +166,29 @@ def read_file(path: Path, mmap: bool = False) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise WeightsError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint")
     return checkpoint
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """The tensors in a safetensors file; where `to_safetensors` wrote it, the checkpoint."""
+    import safetensors.torch
+
+    tensors = safetensors.torch.load_file(path)
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+    return {**json.loads(metadata[_METADATA]), "model": tensors} if _METADATA in metadata else tensors
+
+
+def to_safetensors(checkpoint: dict[str, Any]) -> bytes:
+    """The content of a safetensors file from which `read_file` reads this checkpoint again; the same bytes each time.
+
+    Args:
+        checkpoint: Weights under "model", contiguous tensors of memory of their own; the rest are values of JSON.
+    """
+    import safetensors.torch
+
+    about = {key: value for key, value in checkpoint.items() if key != "model"}
+    # In one entry: safetensors writes several in any order.
+    return safetensors.torch.save(checkpoint["model"], {_METADATA: json.dumps(about)})
 
 
 def _is_damaged(path: Path) -> bool:

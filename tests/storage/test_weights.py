@@ -26,6 +26,7 @@ from storage.weights import (
     load_weights,
     read_checkpoint,
     read_file,
+    to_safetensors,
     unwrap,
 )
 
@@ -86,6 +87,20 @@ def test_the_refusal_names_what_is_hostile_alone(tmp_path):
 def test_safetensors(tmp_path):
     safetensors.torch.save_file({"w": torch.ones(2)}, tmp_path / "c.safetensors")
     assert read_checkpoint(str(tmp_path / "c.safetensors"))["w"].equal(torch.ones(2))
+
+
+def test_a_checkpoint_as_safetensors(tmp_path):
+    checkpoint = dict(args=dict(task="classification", input_size=[32, 48]), classes=["a", "\u732b"])
+    (tmp_path / "c.safetensors").write_bytes(to_safetensors(dict(checkpoint, model={"w": torch.ones(2)})))
+    read = read_checkpoint(str(tmp_path / "c.safetensors"))
+    assert unwrap(read)["w"].equal(torch.ones(2)) and read.pop("model").keys() == {"w"} and read == checkpoint
+
+
+@pytest.mark.parametrize("about", ["{", "3", "[1]", "[" * 100_000])
+def test_safetensors_with_damaged_metadata(tmp_path, about):
+    safetensors.torch.save_file({"w": torch.ones(2)}, tmp_path / "c.safetensors", {"routedvit": about})
+    with pytest.raises(WeightsError, match="not a PyTorch checkpoint, or a truncated one"):
+        read_checkpoint(str(tmp_path / "c.safetensors"))
 
 
 @pytest.mark.parametrize("legacy", [False, True])
