@@ -26,6 +26,7 @@ from models.debiformer import (  # noqa: E402, F401
     debi_small,
     debi_tiny,
     debiformer_base,
+    debiformer_nano,
     debiformer_small,
     debiformer_tiny,
 )

@@ -39,7 +39,8 @@ def family_filter(network: nn.Module) -> Callable | None:
 
 def set_config(network: nn.Module, recipe: NetworkRecipe):
     """Note classes, image size and crop where timm looks for them: in `network.pretrained_cfg`."""
-    network.pretrained_cfg = network.default_cfg = {**network.pretrained_cfg, **recipe.config}
+    config = network.pretrained_cfg
+    network.pretrained_cfg = network.default_cfg = {**config, **recipe.config(config.get("label_names"))}
 
 
 def transform_of(network: nn.Module, exif_transpose: bool = True) -> Transform:

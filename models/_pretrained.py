@@ -9,6 +9,7 @@ from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_
 from torch import nn
 
 from ._recipe import NetworkRecipe, count_classes
+from ._shipped import is_shipped
 
 # The other modules of this room take it from here.
 if "." in __package__:  # installed, as routedvit.models
@@ -16,9 +17,8 @@ if "." in __package__:  # installed, as routedvit.models
 else:  # from the checkout
     from storage import weights as stored
 
-# Tags say what weights were trained on. timm takes a config without `url` to have none, and
-# `list_models(pretrained=True)` leaves it out; those tagged "in1k" can be downloaded by hand from `origin_url`.
-UNTRAINED = "untrained"
+# Entries of a config that name weights in other places than a file.
+_SOURCES = ("url", "hf_hub_id", "state_dict")
 
 
 class NoWeightsError(RuntimeError):
@@ -39,7 +39,8 @@ class NoWeightsError(RuntimeError):
 def imagenet_cfg(**kwargs) -> dict:
     """A default config of timm for ImageNet-1K at 224; `kwargs` extend or override it.
 
-    `origin_url` is required: the page with weights that no program can download.
+    Tags say what weights were trained on. timm takes a config without `url` or `file` to have none, and
+    `list_models(pretrained=True)` leaves it out; it needs `origin_url`, the page to download them from by hand.
     """
     common = dict(
         url="",
@@ -60,8 +61,6 @@ def _check_has_weights(variant: str, cfg: PretrainedCfg):
     """Raises NoWeightsError, which says where to get weights, where the config has none."""
     if cfg.has_weights or cfg.state_dict:
         return
-    if cfg.tag == UNTRAINED:
-        raise NoWeightsError(variant, f"no weights of {variant} were released")
     raise NoWeightsError(
         variant,
         f"no program can download the weights of {variant}: get them by hand, from the page where its authors offer "
@@ -70,19 +69,21 @@ def _check_has_weights(variant: str, cfg: PretrainedCfg):
 
 
 def build_with_pretrained_weights(model_cls: type[nn.Module], variant: str, pretrained: bool, **kwargs) -> nn.Module:
-    """timm's `build_model_with_cfg`, for weights that lie behind the `url` of a default config, or in a file.
+    """timm's `build_model_with_cfg`, for weights that lie behind the `url` of a default config, or in its `file`.
 
     A local file is given as in timm: `create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=path))`.
     Of a run's checkpoint the model's own weights are loaded, or the EMA's where the run's best metric is theirs. The
-    model has as many classes as the weights unless `num_classes` says another number; a warning tells so for a file,
-    and of arguments that the run had.
+    model has as many classes as the weights unless `num_classes` says another number; a warning tells so for a file
+    of the caller's, and of arguments that the run had.
 
     Raises:
         RuntimeError: The file cannot be read; NoWeightsError where there are no weights to download, or they cannot be.
     """
     if not pretrained:
         return build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
-    overlay = kwargs.pop("pretrained_cfg_overlay", None) or {}
+    overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
+    if any(overlay.get(key) for key in _SOURCES):  # which a file in the default config would outrank
+        overlay.setdefault("file", None)
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
     _check_has_weights(variant, cfg)
     if cfg.source in ("hf-hub", "local-dir") or (cfg.hf_hub_id and not cfg.file and not cfg.state_dict):
@@ -90,10 +91,11 @@ def build_with_pretrained_weights(model_cls: type[nn.Module], variant: str, pret
     checkpoint, weights = _read_weights(variant, cfg, kwargs.pop("cache_dir", None))
     recipe = NetworkRecipe.of(checkpoint)
     num_classes = count_classes(weights, cfg) or cfg.num_classes
-    if cfg.file:  # what its owner trained, not what others published
+    if cfg.file and not is_shipped(cfg.file):  # what its owner trained, not what was published
         _warn_of_differences(cfg.file, recipe, num_classes, kwargs)
     # timm keeps the classifier where its config has as many classes as the model.
-    overlay = {**recipe.config, **overlay, "file": None, "state_dict": weights, "num_classes": num_classes}
+    said = {**recipe.config(cfg.label_names), **overlay, "num_classes": num_classes}
+    overlay = {**said, "file": None, "state_dict": weights}
     model = build_model_with_cfg(model_cls, variant, True, pretrained_cfg_overlay=overlay, **kwargs)
     # The model's config says where the weights came from, and need not keep a second copy of them.
     model.pretrained_cfg = model.default_cfg = dict(model.pretrained_cfg, file=cfg.file, state_dict=None)
@@ -111,13 +113,19 @@ def _read_weights(
     try:
         checkpoint = cfg.state_dict or stored.read_checkpoint(str(cfg.file or cfg.url), cache_dir)
         key = stored.default_weights(checkpoint, variant)[0]
-        return checkpoint, stored.without_model_prefix(stored.unwrap(checkpoint, key))
+        weights = stored.without_model_prefix(stored.unwrap(checkpoint, key))
+        # For other `in_chans` timm adds up weights in the type that they have.
+        return checkpoint, {name: value.float() if _is_half(value) else value for name, value in weights.items()}
     except stored.WeightsError as error:
         if cfg.file or cfg.state_dict:
             name = stored.public(str(cfg.file or "state_dict"))
             raise RuntimeError(f"{name} cannot be read as weights: {error}") from error
-        reason = f"the weights of {variant} could not be loaded ({error}): download them by hand, from {cfg.origin_url}"
-        raise NoWeightsError(variant, reason) from error
+        advice = f": download them by hand, from {cfg.origin_url}" if cfg.origin_url else ""
+        raise NoWeightsError(variant, f"the weights of {variant} could not be loaded ({error}){advice}") from error
+
+
+def _is_half(value: torch.Tensor) -> bool:
+    return value.dtype in (torch.float16, torch.bfloat16)
 
 
 def _as_list(value: Any) -> Any:

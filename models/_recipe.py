@@ -91,10 +91,17 @@ class NetworkRecipe:
         kwargs = {} if self.num_classes is None else dict(num_classes=self.num_classes)
         return kwargs | ({} if self.input_size is None else size_kwargs(self.model, self.input_size)) | self.kwargs
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """The entries of a `pretrained_cfg` by which `timm.data.resolve_data_config` is that of the run."""
-        config = {}
+    def config(self, published: tuple[str, ...] | None) -> dict[str, Any]:
+        """The entries of a `pretrained_cfg` by which `timm.data.resolve_data_config` is that of the run.
+
+        Args:
+            published: The names of the classes in the model's default config, whose descriptions are kept for a run
+                on the same; None where it has none.
+        """
+        names = tuple(self.class_names) if self.class_names else None
+        config: dict[str, Any] = dict(label_names=names)
+        if names is None or names != published:
+            config["label_descriptions"] = None
         if self.input_size is not None:
             size = self.input_size
             config["input_size"] = (3, *(size if isinstance(size, tuple) else (size, size)))
@@ -102,6 +109,4 @@ class NetworkRecipe:
             config["crop_pct"] = self.crop_pct
         if self.num_classes is not None:
             config["num_classes"] = self.num_classes
-        if self.class_names is not None:
-            config["label_names"] = tuple(self.class_names)
         return config

@@ -14,6 +14,7 @@ from ._hierarchical import HierarchicalNetwork, Stage, build_hierarchical
 from ._layers import Block, Downsample, Mlp, Stem, check_divides, check_per_stage, split_qkv
 from ._ops import AttentionRecord, BiLevelRoutingAttention, DepthwiseConv, check_layer_impl
 from ._pretrained import imagenet_cfg
+from ._shipped import imagenette_cfg
 
 __all__ = ["BiFormer"]
 
@@ -164,14 +165,14 @@ def _create_biformer(variant: str, pretrained: bool = False, **kwargs) -> BiForm
 
 
 def _cfg(**kwargs) -> dict:
-    return imagenet_cfg(
+    common = dict(
         first_conv="stem.conv1",
         license="mit",
         paper_ids="arXiv:2303.08810",
         paper_name="BiFormer: Vision Transformer with Bi-Level Routing Attention",
         origin_url="https://github.com/rayleizhu/BiFormer",
-        **kwargs,
     )
+    return imagenet_cfg(**common | kwargs)
 
 
 def _released(share: str) -> str:
@@ -179,7 +180,7 @@ def _released(share: str) -> str:
 
 
 default_cfgs = generate_default_cfgs({
-    "biformer_nano.untrained": _cfg(),
+    "biformer_nano.imagenette": _cfg(**imagenette_cfg("biformer_nano")),
     "biformer_tiny.in1k": _cfg(url=_released("s!AkBbczdRlZvChHEOoGkgwgQzEDlM")),
     "biformer_small.in1k": _cfg(url=_released("s!AkBbczdRlZvChHDyM-x9KWRBZ832")),
     "biformer_base.in1k": _cfg(url=_released("s!AkBbczdRlZvChHI_XPhoadjaNxtO")),

@@ -34,6 +34,7 @@ from ._ops import (
     routed_attention,
 )
 from ._pretrained import imagenet_cfg
+from ._shipped import imagenette_cfg
 
 __all__ = ["DeBiFormer"]
 
@@ -481,16 +482,16 @@ def _create_debiformer(variant: str, pretrained: bool = False, **kwargs) -> DeBi
 
 
 def _cfg(**kwargs) -> dict:
-    return imagenet_cfg(
+    common = dict(
         first_conv="stem.conv1",
         paper_name="DeBiFormer: Vision Transformer with Deformable Agent Bi-level Routing Attention",
         origin_url="https://github.com/maclong01/DeBiFormer",
-        **kwargs,
     )
+    return imagenet_cfg(**common | kwargs)
 
 
 default_cfgs = generate_default_cfgs({
-    "debiformer_nano.untrained": _cfg(),
+    "debiformer_nano.imagenette": _cfg(**imagenette_cfg("debiformer_nano")),
     "debiformer_tiny.in1k": _cfg(),
     "debiformer_small.in1k": _cfg(),
     "debiformer_base.in1k": _cfg(),

@@ -222,6 +222,12 @@ def pretrained_num_classes(name: str) -> int:
     return timm.get_pretrained_cfg(name).num_classes
 
 
+def published_classes(name: str) -> list[str] | None:
+    """The names of the published classifier's classes, in order; None where timm does not know them."""
+    names = timm.get_pretrained_cfg(name).label_names
+    return list(names) if names else None
+
+
 def check_pretrained_classes(name: str, num_classes: int):
     """Raises PretrainedClassesError where timm would replace the published classifier by a random one."""
     pretrained = pretrained_num_classes(name)

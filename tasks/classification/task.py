@@ -124,13 +124,14 @@ class ClassificationTask(Task):
         return model.nb_classes or (networks.pretrained_num_classes(self.name) if published else None)
 
     def _trained_classes(self) -> list[str] | None:
-        """Names of the classes of the checkpoint that is evaluated, by which folders and shards are numbered; or None.
-        """
-        evaluation, asked = self.settings.evaluation, self.settings.checkpoint
-        source = evaluation.eval and (asked.resume or asked.finetune)
-        data_set = self.settings.data.data_set
+        """Names of the classes of the weights that are evaluated, by which folders and shards are numbered; or None."""
+        asked, data_set = self.settings.checkpoint, self.settings.data.data_set
         is_numbered = data_set in IMAGE_FOLDERS or data_set.startswith("wds/")
-        return networks.trained_classes(source) if source and is_numbered else None
+        if not self.settings.evaluation.eval or not is_numbered:
+            return None
+        if source := asked.resume or asked.finetune:
+            return networks.trained_classes(source)
+        return networks.published_classes(self.name) if self.settings.model.load_release else None
 
     def _count_classes(self, dataset: datasets.ImageDataset) -> int | None:
         """Classes of the model; None, for the model's own number, where neither the settings nor the data set know."""

@@ -80,18 +80,22 @@ def test_weights_that_cannot_be_downloaded(complaint, data, monkeypatch):
     assert told == (1, "biformer_nano cannot be built: no route to host; --finetune takes a file of weights")
 
 
-def test_weights_that_were_never_released(complaint, data):
+def test_weights_that_no_program_can_download(complaint, data):
     """No Python is told to who types a command."""
-    none = "no weights of biformer_nano were released"
-    assert complaint("--data_path", data, "--load_release") == (1, f"{none}; --finetune takes a file of weights")
-    teacher = ["--distillation_type", "soft", "--teacher_model", "biformer_nano", "--nb_classes", "1000"]
-    assert complaint("--data_path", data, *teacher) == (1, f"{none}; --teacher_path takes a file of weights")
+    code, text = complaint("--data_path", data, "--model", "bvit_5m", "--load_release")
+    assert code == 1 and text.startswith("no program can download the weights of bvit_5m: get them by hand, from ")
+    assert text.endswith("/Broad_ViT; --finetune takes a file of weights")
+    teacher = ["--distillation_type", "soft", "--teacher_model", "bvit_5m", "--nb_classes", "1000"]
+    code, text = complaint("--data_path", data, *teacher)
+    assert code == 1 and text.endswith("/Broad_ViT; --teacher_path takes a file of weights")
 
 
 def test_published_weights_of_other_classes(complaint, data):
     code, text = complaint("--data_path", data, "--model", "biformer_tiny", "--eval", "--load_release")
     assert code == 1 and text.startswith("the published weights of biformer_tiny have 1000 classes, the data has 3; ")
     assert "fine-tune them first, or give their number with --nb_classes" in text
+    code, text = complaint("--data_path", data, "--eval", "--load_release")
+    assert code == 1 and "folders that the network has no class for: class0, class1, class2; its classes are n0" in text
 
 
 @pytest.mark.parametrize("way", ["--finetune", "--eval --resume", "--teacher_path"])

@@ -149,7 +149,8 @@ def test_few_photographs_with_the_augmentation_of_imagenet_are_told_of_the_recip
 def test_recipes(name, tmp_path):
     label_maps = ["--token_label", "maps"] if name.endswith("token_label") else []
     settings = parse("--config", str(RECIPES / f"{name}.yaml"), *label_maps)
-    others = dict(quickstart="biformer_nano", finetune_small="biformer_tiny", scratch_small="biformer_nano")
+    nano = dict.fromkeys(("quickstart", "scratch_small", "imagenette"), "biformer_nano")
+    others = dict(nano, finetune_small="biformer_tiny")
     assert settings.name == others.get(name, name.removesuffix("_token_label"))
     options.save(flags.as_recipe(settings), tmp_path / "args.yaml")
     assert program.parse(["--config", str(tmp_path / "args.yaml")])[1] == settings
