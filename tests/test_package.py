@@ -18,7 +18,7 @@ except ImportError:  # Python 3.10
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # Folders of the repository whose modules are in the package; `package/` itself is its top.
-LIBRARY, PROGRAM = ("models", "ops", "storage"), ("configs", "tasks", "training")
+LIBRARY, PROGRAM = ("models", "ops", "storage", "weights"), ("configs", "tasks", "training")
 
 
 def requirements(lines):
@@ -58,7 +58,7 @@ def test_nothing_is_left_out_of_the_package():
         for top, rooms in (("routedvit", LIBRARY), ("routedvit.program", PROGRAM))
         for room in rooms
         for path in (ROOT / room).rglob("*")
-        if path.suffix in (".py", ".yaml")
+        if path.suffix in (".py", ".yaml", ".safetensors")
     }
     assert set(tools["packages"]) - {"routedvit"} == expected
     modules = {path.stem for path in ROOT.glob("*.py")} - {"hubconf"}
@@ -152,6 +152,40 @@ def test_what_it_loads(python):
     )
     ours = "['routedvit.models', 'routedvit.ops', 'routedvit.storage']"
     assert output_of(python("-c", code)) == f"['einops', 'routedvit']\n{ours}\n"
+
+
+SHIPPED = """
+import socket, sys
+def refuse(*arguments, **_):
+    raise AssertionError("a connection was asked for")
+socket.getaddrinfo = socket.socket.connect = refuse
+import routedvit, timm, torch
+from PIL import Image
+for name in ("biformer_nano", "debiformer_nano"):
+    model = timm.create_model(name, pretrained=True).eval()
+    network, transform = routedvit.load(model.pretrained_cfg["file"])
+    image = transform(Image.open(sys.argv[1]))[None]
+    assert model(image).equal(network(image))
+    label = model.pretrained_cfg["label_names"][model(image).argmax()]
+    print(model.pretrained_cfg["label_descriptions"][label], model.pretrained_cfg["file"])
+"""
+
+
+@pytest.mark.slow
+def test_the_shipped_weights_are_in_it_and_need_no_network(python, site):
+    folder = site / "routedvit" / "weights"
+    assert {path.name for path in folder.iterdir()} == {path.name for path in (ROOT / "weights").iterdir()}
+    lines = [f"church {folder}/{name}_nano.safetensors\n" for name in ("biformer", "debiformer")]
+    assert output_of(python("-c", SHIPPED, ROOT / "docs" / "church.jpg")) == "".join(lines)
+
+
+@pytest.mark.slow
+def test_evaluating_the_shipped_weights(python, tmp_path):
+    (tmp_path / "photos" / "val" / "n03028079").mkdir(parents=True)
+    shutil.copy(ROOT / "docs" / "church.jpg", tmp_path / "photos" / "val" / "n03028079")
+    done = python("-m", "routedvit", "--model", "biformer_nano", "--eval", "--load_release", "--input_size", 160,
+                  "--data_path", tmp_path / "photos", "--num_workers", 0, "--device", "cpu")
+    assert "* Acc@1 100.000" in output_of(done) and "of 9 of the network's 10 classes" in done.stdout
 
 
 @pytest.mark.slow
