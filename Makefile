@@ -33,10 +33,11 @@ $(VENV)/.requirements-dev: requirements-dev.txt $(VENV)/.requirements
 	@$(PIP_INSTALL) -r requirements-dev.txt
 	@touch $@
 
-quickstart: $(VENV)/.requirements  ## train biformer_nano on handwritten digits, on the CPU or a GPU, in minutes
+quickstart: $(VENV)/.requirements  ## train biformer_nano on handwritten digits, in minutes; name a photograph by its own weights
 	@rm -rf $(QUICKSTART_OUTPUT)
 	$(BIN)/python main.py --config configs/train/quickstart.yaml --output_dir $(QUICKSTART_OUTPUT)
 	$(BIN)/python main.py --config configs/train/quickstart.yaml --eval --resume $(QUICKSTART_OUTPUT)/last.pth
+	$(BIN)/python scripts/predict.py docs/church.jpg
 	@echo "log:        $(QUICKSTART_OUTPUT)/log.txt"
 	@echo "checkpoint: $(QUICKSTART_OUTPUT)/last.pth"
 	@echo "next:       . $(BIN)/activate && python main.py --help"

@@ -1,5 +1,6 @@
 """Name the classes of images by a trained network, one line for each image, as they are read.
 
+    python scripts/predict.py docs/church.jpg
     python scripts/predict.py --checkpoint runs/flowers/best.pth photos/ cat.jpg --output predictions.csv
     python scripts/predict.py --model convnext_tiny photos/
     python scripts/predict.py --checkpoint runs/streets/best.pth photos/ --output maps
@@ -8,6 +9,9 @@
 A checkpoint of this repository knows its model, its image size and its classes. For any other, give --model, of a
 segmenter or detector its backbone; if a classifier has 1000 classes, they are named as those of ImageNet-1K, and the
 80 of a detector as COCO's.
+
+Without --checkpoint the published weights of --model are taken, and without either those of biformer_nano, which are
+in the repository. It knows ten classes, from tench to parachute, and answers with one of these whatever it sees.
 
 Of a segmenter, each line says which parts of the image the classes cover; --output is a folder, for labels/NAME.png
 with the values of the label files it was trained on, in colours, and overlays/NAME.jpg.
@@ -49,6 +53,7 @@ from tasks.networks import (
     check_model,
     check_outputs,
     model_data_config,
+    pretrained_num_classes,
     read,
 )
 from tasks.options import image_size
@@ -76,6 +81,8 @@ ADVICE = {
 }
 # By their task, what predicts images whole, by a segmenter or detector, and writes files of each.
 WHOLE = dict(segmentation=masks.predict, detection=objects.predict)
+# Its weights are in the repository.
+DEFAULT_MODEL = "biformer_nano"
 
 
 class Interrupted(UserError):
@@ -104,26 +111,41 @@ def recipe_of(checkpoint: dict[str, Any], args: argparse.Namespace) -> NetworkRe
     )
 
 
-def class_names(checkpoint: dict[str, Any], num_classes: int) -> list[str]:
-    """The checkpoint's classes, and numbers for those without a name; or else ImageNet's where they are as many."""
-    if names := weights.class_names(checkpoint):
-        return complete(names, num_classes)
+def class_names(checkpoint: dict[str, Any], model: torch.nn.Module) -> list[str]:
+    """The classes of the checkpoint or, without one, of the published weights, and numbers for those without a name;
+    or else ImageNet's where they are as many. Where the network's `pretrained_cfg` describes them, as it says.
+    """
+    config, num_classes = model.pretrained_cfg, model.num_classes
+    if names := weights.class_names(checkpoint) or config.get("label_names"):
+        described = config.get("label_descriptions") or {}
+        return complete([described.get(name, name) for name in names], num_classes)
     subset = infer_imagenet_subset(dict(num_classes=num_classes))
     if subset is None:
         return [str(index) for index in range(num_classes)]
     return ImageNetInfo(subset).label_descriptions()
 
 
+def load_published(args: argparse.Namespace) -> tuple[torch.nn.Module, NetworkRecipe]:
+    """The network with its published weights, and its recipe; says which classes it has, where they are not ImageNet's.
+    """
+    recipe = recipe_of({}, args)
+    published = pretrained_num_classes(recipe.model)
+    if recipe.num_classes not in (None, published):
+        raise UsageError(f"the published weights of {recipe.model} have {published} classes, not {recipe.num_classes}")
+    try:
+        model = build_model(recipe.model, True, recipe.build_kwargs)
+    except PretrainedWeightsError as error:
+        raise UserError(f"{error}; --checkpoint takes a file of weights") from error
+    if model.pretrained_cfg.get("label_names"):
+        names = class_names({}, model)
+        tqdm.write(f"{recipe.model}'s own weights, for {len(names)} classes: {', '.join(names)}", file=sys.stderr)
+    return model, recipe
+
+
 def load_network(args: argparse.Namespace) -> tuple[torch.nn.Module, NetworkRecipe, dict[str, Any]]:
     """The network, its recipe, and the checkpoint that it came from, which is empty for published weights."""
-    if args.checkpoint is None and args.model is None:
-        raise UsageError("give --checkpoint FILE, or --model NAME for published weights")
     if args.checkpoint is None:
-        recipe = recipe_of({}, args)
-        try:
-            return build_model(recipe.model, True, recipe.build_kwargs), recipe, {}
-        except PretrainedWeightsError as error:
-            raise UserError(f"{error}; --checkpoint takes a file of weights") from error
+        return *load_published(args), {}
     checkpoint = read(args.checkpoint)
     recipe = recipe_of(checkpoint, args)
     key, notes = (args.model_key, []) if args.model_key else weights.default_weights(checkpoint, args.checkpoint)
@@ -150,7 +172,7 @@ def predict(args: argparse.Namespace, paths: list[Path]) -> Iterator[Prediction]
     distributed = init_distributed(args.device)
     model, recipe, checkpoint = load_network(args)
     model.eval().to(distributed.device)
-    names = class_names(checkpoint, model.num_classes)
+    names = class_names(checkpoint, model)
     images = ImagePipeline(recipe.model, recipe.input_size, recipe.crop_pct)
     loader_options = LoaderOptions(batch_size=args.batch_size, num_workers=args.num_workers)
     precision = Precision.on(distributed.device, args.amp)
@@ -244,7 +266,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("images", nargs="+", type=user_path, metavar="IMAGE_OR_FOLDER")
     parser.add_argument("--checkpoint", type=flags.path,
                         help="the weights, file or URL (default: the published ones of --model)")
-    parser.add_argument("--model", help="any model that timm knows, ours included (default: the checkpoint's)")
+    parser.add_argument("--model", help="any model that timm knows, ours included (default: the checkpoint's; without "
+                                        f"one {DEFAULT_MODEL})")
     parser.add_argument("--model_key", help="which weights of a checkpoint to take, for example model_ema")
     parser.add_argument("--nb_classes", type=int, help="what the weights must have (default: what they have)")
     parser.add_argument("--input_size", type=image_size, metavar="PIXELS",
@@ -265,6 +288,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"],
                         help="mixed precision; auto: bf16 if the GPU has it (default: %(default)s)")
     args = parser.parse_args(argv)
+    if args.checkpoint is None and args.model is None:
+        args.model = DEFAULT_MODEL
     if args.use_test_size and args.input_size is not None:
         parser.error("--use_test_size and --input_size are mutually exclusive")
     for name in ("topk", "batch_size", "nb_classes"):

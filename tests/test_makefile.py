@@ -35,6 +35,8 @@ def test_the_size_of_what_is_installed_is_said_first_and_what_to_activate_last(q
     done, words = quickstart(subprocess.PIPE)
     lines = done.stdout.decode().splitlines()
     assert "minutes, and 6 GB" in lines[0] and lines.index("pip downloads") > 0
+    assert f"{tmp_path / 'venv'}/bin/python scripts/predict.py docs/church.jpg" in lines
+    assert (ROOT / "docs" / "church.jpg").is_file()
     assert lines[-1].endswith(f". {tmp_path / 'venv'}/bin/activate && python main.py --help")
     assert "--quiet" in words
 

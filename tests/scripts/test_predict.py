@@ -14,6 +14,7 @@ from PIL import Image
 
 import main as program
 from datasets import build_transform
+from helpers import ROOT
 from scripts import make_label_maps, make_shards, plot_logs, predict
 from scripts.prediction import images
 from tasks.networks import model_data_config
@@ -85,7 +86,7 @@ def test_a_run_of_ours(photos, trained, tmp_path, capfd):
 
 
 def test_weights_that_do_not_say_what_they_belong_to(photos, tmp_path, capfd):
-    torch.save(timm.create_model("biformer_nano").state_dict(), tmp_path / "bare.pth")
+    torch.save(timm.create_model("biformer_nano", num_classes=1000).state_dict(), tmp_path / "bare.pth")
     code, _, err = run(capfd, "--checkpoint", tmp_path / "bare.pth", photos)
     assert code == 2 and "does not say which model it belongs to; give --model" in err
     code, out, _ = run(capfd, "--checkpoint", tmp_path / "bare.pth", "--model", "biformer_nano", photos,
@@ -95,6 +96,30 @@ def test_weights_that_do_not_say_what_they_belong_to(photos, tmp_path, capfd):
     code, out, _ = run(capfd, "--checkpoint", tmp_path / "seven.pth", "--model", "biformer_nano", photos,
                        "--input_size", "32", "--nb_classes", "7")
     assert code == 0 and len(out.splitlines()) == 20
+
+
+TEN = ("tench, English springer, cassette player, chain saw, church, French horn, garbage truck, gas pump, golf ball, "
+       "parachute")
+
+
+@pytest.mark.parametrize("model", [None, "biformer_nano", "debiformer_nano"])
+def test_the_repositorys_own_weights(model, capfd, monkeypatch):
+    """Of biformer_nano where nothing is named; standard error says whose they are, and what they know."""
+    monkeypatch.setattr("socket.socket.connect", None)
+    photo = ROOT / "docs" / "church.jpg"
+    code, out, err = run(capfd, photo, *([] if model is None else ["--model", model]), "--topk", "2")
+    assert code == 0 and out.startswith(f"{photo}: church ") and out.count("%") == 2
+    assert err == f"{model or 'biformer_nano'}'s own weights, for 10 classes: {TEN}\n"
+
+
+def test_a_run_on_the_same_classes_is_named_as_they_are(trained, tmp_path, capfd):
+    """By what the folders stand for, in the file of the weights too; other names stay."""
+    photo = ROOT / "docs" / "church.jpg"
+    code, out, _ = run(capfd, photo, "--checkpoint", ROOT / "weights" / "biformer_nano.safetensors")
+    assert code == 0 and out.startswith(f"{photo}: church ")
+    names = ["n03028079", "n03394916", "n03417042"]
+    _, out, _ = run(capfd, photo, "--checkpoint", with_classes(trained, tmp_path / "three.pth", names))
+    assert all(name in out for name in names)
 
 
 def test_classes_that_a_run_does_not_tell_are_counted(trained, tmp_path, capfd):
@@ -139,7 +164,7 @@ def test_mistakes_are_one_line(trained, tmp_path, capfd):
     for message, *arguments in (
         ("nowhere: no such file or folder", tmp_path / "nowhere", "--checkpoint", trained),
         ("no image in", tmp_path / "empty", "--checkpoint", trained),
-        ("give --checkpoint FILE, or --model NAME", image),
+        ("the published weights of biformer_nano have 10 classes, not 3", image, "--nb_classes", "3"),
         ("unknown model 'resnet1'", image, "--model", "resnet1"),
         ("no such checkpoint file", image, "--checkpoint", "nowhere.pth"),
     ):
@@ -152,7 +177,7 @@ def test_size_crop_and_interpolation_are_told_beside_the_predictions(trained, tm
     arguments = ["--checkpoint", str(trained), str(tmp_path / "a.png"), "--num_workers", "0", "--device", "cpu"]
     for more, line in (([], "evaluated at 32 x 48, crop 0.875, bicubic\n"),
                        (["--input_size", "16"], "evaluated at 16 x 16, crop 0.875, bicubic\n"),
-                       (["--use_test_size"], "evaluated at 224 x 224, crop 0.875, bicubic\n")):
+                       (["--use_test_size"], "evaluated at 160 x 160, crop 0.875, bicubic\n")):
         assert predict.main([*arguments, *more]) == 0
         out, err = capfd.readouterr()
         assert err == line and len(out.splitlines()) == 1
