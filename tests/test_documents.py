@@ -21,7 +21,7 @@ from helpers.photos import write_photos
 from helpers.published import gmacs
 
 README, TRAINING = DOCUMENTS["README.md"], DOCUMENTS["TRAINING.md"]
-SMALLEST = "biformer_nano"
+SHIPPED = ("biformer_nano", "debiformer_nano")
 
 
 def parse(words):
@@ -99,7 +99,7 @@ RECIPES = table(section(TRAINING, "ImageNet-1K"), "model")
 
 
 def test_every_model_has_a_row():
-    assert set(MODELS) == {*COSTS, SMALLEST}
+    assert set(MODELS) == {*COSTS, *SHIPPED}
     assert set(RECIPES) == set(COSTS)
 
 
@@ -110,10 +110,21 @@ def test_costs_of_a_model(name):
     assert MODELS[name]["GMACs at 224"] == rounded(cost, 1)
 
 
-def test_costs_of_the_smallest_model():
-    model = timm.create_model(SMALLEST, attn_impl="gather")
-    assert MODELS[SMALLEST]["parameters"] == f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M"
-    assert MODELS[SMALLEST]["GMACs at 224"] == rounded(gmacs(model), 2)
+@pytest.mark.parametrize("name", SHIPPED)
+def test_costs_of_a_model_with_weights_of_our_own(name):
+    model = timm.create_model(name, attn_impl="gather")
+    parameters = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M"
+    row = table(DOCUMENTS["weights/README.md"], "file")[f"{name}.safetensors"]
+    assert MODELS[name]["parameters"] == row["parameters"] == parameters
+    assert MODELS[name]["GMACs at 224"] == rounded(gmacs(model), 2)
+    assert float(row["MB, float16"]) == round((ROOT / "weights" / f"{name}.safetensors").stat().st_size / 1e6, 1)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_classes_of_our_own_weights(name):
+    text = " ".join(section(DOCUMENTS["weights/README.md"], "Classes").split())
+    labels = timm.get_pretrained_cfg(name).label_descriptions
+    assert text.endswith(": " + ", ".join(f"{synset} {label}" for synset, label in labels.items()) + ".")
 
 
 @pytest.mark.parametrize("name", COSTS)
@@ -133,12 +144,10 @@ def test_the_table_of_weights_says_what_timm_knows():
     for models_cell, way, source, licence in rows:
         for name in re.findall(r"`(\w+)`", models_cell):
             config = timm.get_pretrained_cfg(name)
-            if config.tag == "untrained":
-                assert (way, source, licence) == ("none were released", "", "")
-                continue
             assert way == ("`pretrained=True` or `--load_release`" if config.has_weights else "by hand"), name
-            assert source.endswith(f"]({config.origin_url})"), name
-            assert licence == ("see there" if config.license is None else config.license.upper()), name
+            assert source.endswith(f"]({config.origin_url or '../weights/README.md'})"), name
+            said = {None: "see there", "other": "[other](../weights/README.md#terms)", "mit": "MIT"}
+            assert licence == said[config.license], name
 
 
 # --- recipes --------------------------------------------------------------------------------------------------------
@@ -147,7 +156,9 @@ def test_the_table_of_weights_says_what_timm_knows():
 @pytest.mark.parametrize("rows", [MODELS, RECIPES], ids=["README", "TRAINING"])
 def test_recipes_are_those_of_their_rows(rows):
     for name, row in rows.items():
-        assert linked_recipe(row["recipe"])[1]["model"] == name
+        path, recipe = linked_recipe(row["recipe"])
+        # Both networks with weights of our own have one recipe.
+        assert recipe["model"] == name or (name in SHIPPED and name in (ROOT / path).read_text())
 
 
 def value_of(cell):
@@ -297,7 +308,7 @@ def test_links_lead_somewhere(name, text):
 
 
 # Folders whose files the documents name.
-FOLDERS = "ops|models|storage|training|tasks|scripts|configs|docs|notebooks|benchmarks|package|tests|.ci"
+FOLDERS = "ops|models|storage|training|tasks|scripts|configs|weights|docs|notebooks|benchmarks|package|tests|.ci"
 
 
 @pytest.mark.parametrize("name,text", DOCUMENTS.items(), ids=list(DOCUMENTS))

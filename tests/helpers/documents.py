@@ -4,7 +4,7 @@ import shlex
 
 from helpers import ROOT
 
-PATHS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
+PATHS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), ROOT / "weights" / "README.md"]
 DOCUMENTS = {str(path.relative_to(ROOT)): path.read_text() for path in PATHS}
 
 
