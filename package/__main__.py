@@ -1,5 +1,7 @@
 """The commands `routedvit` (also `python -m routedvit`) and `routedvit-hydra`: main.py and hydra_main.py, installed.
 
+`routedvit view` is scripts/visualize.py, `routedvit predict` scripts/predict.py.
+
 They import one another, the tasks, the models and the operations under their names in the repository. An installed copy
 has the folders that hold them on the search path of these commands alone: `import routedvit` leaves `models`, `utils`
 and the like to others.
@@ -12,6 +14,7 @@ from pathlib import Path
 
 # What the commands import beside the requirements of the bare package. Where it is missing, an extra was not installed.
 _TRAIN = ("PIL", "numpy", "torchvision", "tqdm", "yaml")
+_SCRIPTS = dict(view="scripts/visualize.py", predict="scripts/predict.py")
 _SLURM = (*_TRAIN, "hydra", "omegaconf", "submitit")
 
 
@@ -42,8 +45,11 @@ def _run(script: str, extra: str, modules: tuple[str, ...]):
 
 
 def main():
-    """Run main.py with the command line of this process; exits with its exit code."""
-    _run("main.py", "train", _TRAIN)
+    """Run main.py, or the script that the first argument names, with the command line; exits with its exit code."""
+    script = _SCRIPTS.get(sys.argv[1]) if len(sys.argv) > 1 else None
+    if script is not None:
+        sys.argv[:2] = [f"{sys.argv[0]} {sys.argv[1]}"]  # as its help names it
+    _run(script or "main.py", "train", _TRAIN)
 
 
 def hydra():

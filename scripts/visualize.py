@@ -20,6 +20,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import training.startup  # before torch  # noqa: F401  # isort: skip
+import timm
+import torch
 from torch import nn
 
 import models
@@ -37,6 +39,12 @@ from utils import UsageError, UserError, as_user_error, count, printable, replac
 DEFAULT_MODEL = "biformer_nano"
 
 
+def check_routes(network: nn.Module, name: str):
+    """Raises UsageError where a network, here called `name`, routes nothing."""
+    if not any(hasattr(module, "routing") for module in network.modules()):
+        raise UsageError(f"{name} has no routed attention; BiFormer and DeBiFormer have")
+
+
 def open_network(args: argparse.Namespace) -> tuple[nn.Module, str]:
     """The network that looks, in evaluation mode on the device, and the model's name.
 
@@ -46,6 +54,8 @@ def open_network(args: argparse.Namespace) -> tuple[nn.Module, str]:
     if args.checkpoint is None:
         name = args.model or DEFAULT_MODEL
         check_model(name)
+        with torch.device("meta"):
+            check_routes(timm.create_model(name), name)
         try:
             network = build_model(name, True, {}).eval()
         except PretrainedWeightsError as error:
@@ -54,8 +64,7 @@ def open_network(args: argparse.Namespace) -> tuple[nn.Module, str]:
         with as_user_error(WeightsError):
             network, _ = models.load(args.checkpoint, args.model_key, args.model)
         name = network.pretrained_cfg["architecture"]
-    if not any(hasattr(module, "routing") for module in network.modules()):
-        raise UsageError(f"{name} has no routed attention; BiFormer and DeBiFormer have")
+        check_routes(network, name)
     return network.to(init_distributed(args.device).device), name
 
 

@@ -18,6 +18,8 @@ except ImportError:  # Python 3.10
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # Folders of the repository whose modules are in the package; `package/` itself is its top.
+# Of the scripts, those that the command `routedvit` runs, and their parts.
+SCRIPTS = {"predict": "prediction", "visualize": "viewer"}
 LIBRARY, PROGRAM = ("models", "ops", "storage", "weights"), ("configs", "tasks", "training")
 
 
@@ -60,9 +62,12 @@ def test_nothing_is_left_out_of_the_package():
         for path in (ROOT / room).rglob("*")
         if path.suffix in (".py", ".yaml", ".safetensors")
     }
+    parts = (path for part in SCRIPTS.values() for path in (ROOT / "scripts" / part).rglob("*") if path.is_file())
+    parts = {path.parent.relative_to(ROOT).parts for path in parts if path.suffix != ".pyc"}
+    expected |= {".".join(("routedvit.program", *part)) for part in parts}
     assert set(tools["packages"]) - {"routedvit"} == expected
     modules = {path.stem for path in ROOT.glob("*.py")} - {"hubconf"}
-    assert {name.rpartition(".")[2] for name in tools["py-modules"]} == modules
+    assert {name.rpartition(".")[2] for name in tools["py-modules"]} == modules | SCRIPTS.keys()
 
 
 # --- installed --------------------------------------------------------------------------------------------------------
@@ -73,7 +78,7 @@ def site(tmp_path_factory):
     """A folder that holds the installed package and nothing else; the rest comes from this environment."""
     folder = tmp_path_factory.mktemp("package")
     # Of a copy: setuptools leaves what it builds beside the sources.
-    for name in (*LIBRARY, *PROGRAM, "package"):
+    for name in (*LIBRARY, *PROGRAM, "package", "scripts"):
         shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in (*ROOT.glob("*.py"), ROOT / "pyproject.toml", ROOT / "README.md", ROOT / "LICENSE"):
         shutil.copy(path, folder / "source")
@@ -177,6 +182,17 @@ def test_the_shipped_weights_are_in_it_and_need_no_network(python, site):
     assert {path.name for path in folder.iterdir()} == {path.name for path in (ROOT / "weights").iterdir()}
     lines = [f"church {folder}/{name}_nano.safetensors\n" for name in ("biformer", "debiformer")]
     assert output_of(python("-c", SHIPPED, ROOT / "docs" / "church.jpg")) == "".join(lines)
+
+
+@pytest.mark.slow
+def test_its_scripts(python, tmp_path):
+    photo, page = ROOT / "docs" / "church.jpg", tmp_path / "routes.html"
+    assert f"{photo}: church " in output_of(python("-m", "routedvit", "predict", photo, "--num_workers", 0))
+    done = python("-m", "routedvit", "view", photo, "--input_size", 64, "--output", page)
+    output_of(done)
+    assert "church.jpg: 96 x 64, church " in done.stderr and page.read_text().startswith("<!DOCTYPE html>")
+    assert output_of(python("-m", "routedvit", "view", "--help")).startswith("usage: ")
+    assert python("-m", "routedvit", "view").returncode == 2
 
 
 @pytest.mark.slow

@@ -67,20 +67,20 @@ def until(page, condition):
 
 def drawn(page, action, *arguments):
     """What the picture shows after an action: the layer, the query's region and the regions it is routed to."""
-    page.evaluate("view.addEventListener('drawn', () => { window.isDrawn = true }, { once: true })")
-    page.evaluate("window.isDrawn = false")
+    before = page.evaluate("latest")
     action(*arguments)
-    until(page, "window.isDrawn")
+    until(page, f"latest > {before} && Number(view.dataset.drawing) === latest")
     shown = page.evaluate("({ ...view.dataset })")
     return shown["layer"], int(shown["query"]), [int(region) for region in shown["routed"].split()]
 
 
 def point_at(page, row, col, stride):
-    """Move the pointer to a token, whose side is `stride` pixels of the network's input."""
+    """Move the pointer to a token of `stride` pixels of the network's input a side; the last may lie half outside."""
     box = page.locator("#view").bounding_box()
     scale = box["width"] / SIZE[1]
     page.mouse.move(0, 0)  # what moves nowhere says nothing
-    page.mouse.move(box["x"] + (col + 0.5) * stride * scale, box["y"] + (row + 0.5) * stride * scale)
+    y, x = (min((at + 0.5) * stride, side - 1) for at, side in zip((row, col), SIZE, strict=True))
+    page.mouse.move(box["x"] + x * scale, box["y"] + y * scale)
 
 
 def test_the_regions_that_light_up_are_those_of_collect_routing(visit, looked):

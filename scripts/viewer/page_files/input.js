@@ -17,6 +17,7 @@ async function draw() {
   element("largest").textContent = found.weights ? `${percent(Math.max(...found.weights))} of attention` : "";
   element("weights").disabled = found.weights === null || layer.bias !== null;
   say(layer, found);
+  view.dataset.drawing = turn;
   view.dataset.layer = `${layer.module}:${layer.kind}`;
   view.dataset.query = String(regionOf(layer.queries, state.row, state.col));
   view.dataset.routed = (routesOf(layer, state.row, state.col) ?? []).join(" ");
