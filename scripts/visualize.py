@@ -132,7 +132,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--routes_only", action="store_true",
                         help="leave the attention of single tokens out of the page, which is most of its bytes")
     parser.add_argument("--figure", type=user_path, metavar="FILE",
-                        help="draw one photograph and one query as PNG, PDF or SVG instead, by Matplotlib")
+                        help="draw one photograph and one query as PNG, JPEG, PDF or SVG instead, by Matplotlib")
     parser.add_argument("--query", type=float, nargs=2, metavar=("Y", "X"),
                         help="for --figure: the query, in pixels of the photograph from its top and left")
     parser.add_argument("--serve", type=int, metavar="PORT",

@@ -78,7 +78,8 @@ def commands(program):
 
 def routed_commands():
     """The words behind the package's command, as `routedvit` or `-m routedvit`: those of main.py."""
-    return [param for param in commands("routedvit") if re.match(r"routedvit |.* -m routedvit ", param.id)]
+    named = [param for param in commands("routedvit") if re.match(r"routedvit |.* -m routedvit ", param.id)]
+    return [param for param in named if param.values[0][0] not in ("view", "predict")]
 
 
 # --- models ---------------------------------------------------------------------------------------------------------

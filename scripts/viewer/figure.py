@@ -17,7 +17,7 @@ from matplotlib import pyplot
 from matplotlib.patches import Rectangle
 
 QUERY_COLOUR = "#ff5fa2"
-_FORMATS = ("png", "pdf", "svg")
+_FORMATS = ("png", "jpg", "pdf", "svg")
 
 
 class FigureError(UserError):
@@ -71,7 +71,7 @@ def _draw_weights(axes, photo: np.ndarray, record: AttentionRecord, token: tuple
     weights = weights.repeat_interleave(stride, 0).repeat_interleave(stride, 1)[:height, :width]
     axes.imshow(photo.mean(2), cmap="gray", vmin=0, vmax=510)
     shares = (weights / weights.max()).numpy()
-    axes.imshow(shares, cmap="viridis", alpha=0.15 + 0.75 * shares, vmin=0, vmax=1)
+    axes.imshow(shares, cmap="viridis", alpha=(0.15 + 0.75 * shares) * (shares > 0), vmin=0, vmax=1)
     axes.plot((token[1] + 0.5) * stride, (token[0] + 0.5) * stride, "*", color=QUERY_COLOUR, markersize=10,
               markeredgecolor="black")
 
@@ -86,7 +86,7 @@ def draw_figure(looker: Looker, photo: Image.Image, query: tuple[float, float], 
         looker: The network.
         photo: RGB.
         query: (y, x) in pixels of the photograph.
-        path: Where it is written: .png, .pdf or .svg.
+        path: Where it is written: .png, .jpg, .pdf or .svg.
 
     Raises:
         FigureError: There is no such format, or no such pixel.

@@ -118,14 +118,14 @@ def test_a_page_of_several_photographs(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["png", "pdf", "svg"])
+@pytest.mark.parametrize("kind", ["png", "jpg", "pdf", "svg"])
 @pytest.mark.parametrize("model", ["biformer_nano", "debiformer_nano"])
 def test_a_figure(tmp_path, kind, model):
     path = tmp_path / f"figure.{kind}"
     command = [str(CHURCH), *SMALL, "--model", model, "--figure", str(path), "--query", "100", "319"]
     assert visualize.main(command) == 0
     head = path.read_bytes()[:100]
-    assert {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}[kind] in head
+    assert {"png": b"\x89PNG", "jpg": b"JFIF", "pdf": b"%PDF", "svg": b"<?xml"}[kind] in head
 
 
 @pytest.mark.parametrize("arguments,code,message", [
@@ -137,7 +137,7 @@ def test_a_figure(tmp_path, kind, model):
     ([CHURCH, "--checkpoint", "none.pth"], 1, "none.pth"),
     ([CHURCH, "--input_size", "8"], 1, "the network takes images from 32 pixels a side, not 8"),
     ([CHURCH, "--figure", "a.png"], 2, "--figure and --query go together"),
-    ([CHURCH, "--figure", "a.gif", "--query", 1, 1], 1, "a.gif is none of the formats of a figure: png, pdf, svg"),
+    ([CHURCH, "--figure", "a.gif", "--query", 1, 1], 1, "a.gif is none of the formats of a figure: png, jpg, pdf, svg"),
     ([CHURCH, "--figure", "a.png", "--query", 213, 0], 1, "lies outside of a photograph of 213 rows and 320 columns"),
     ([CHURCH, "--figure", "a.png", "--query", 1, 1, "--serve", 0], 2, "mutually exclusive"),
     (["--serve", 70000], 1, "cannot serve on port 70000"),
