@@ -36,7 +36,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import training.startup  # before torch  # noqa: F401  # isort: skip
 import torch
-from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.layers import to_2tuple
 from tqdm import tqdm
 
@@ -45,6 +44,7 @@ from models.detection import is_detector
 from models.segmentation import is_segmenter
 from scripts.prediction import masks, objects
 from scripts.prediction.images import Images, Prediction, collate, find_images
+from scripts.prediction.names import class_names
 from storage import weights
 from tasks.classification.images import ImagePipeline
 from tasks.networks import (
@@ -57,7 +57,7 @@ from tasks.networks import (
     read,
 )
 from tasks.options import image_size
-from tasks.tables import complete, prediction_cells, prediction_columns, write_csv
+from tasks.tables import prediction_cells, prediction_columns, write_csv
 from training import flags
 from training.advice import with_advice
 from training.distributed import init_distributed
@@ -109,20 +109,6 @@ def recipe_of(checkpoint: dict[str, Any], args: argparse.Namespace) -> NetworkRe
         num_classes=args.nb_classes or recipe.num_classes,
         input_size=args.input_size or recipe.input_size or model_data_config(recipe.model)["input_size"][-2:],
     )
-
-
-def class_names(checkpoint: dict[str, Any], model: torch.nn.Module) -> list[str]:
-    """The classes of the checkpoint or, without one, of the published weights, and numbers for those without a name;
-    or else ImageNet's where they are as many. Where the network's `pretrained_cfg` describes them, as it says.
-    """
-    config, num_classes = model.pretrained_cfg, model.num_classes
-    if names := weights.class_names(checkpoint) or config.get("label_names"):
-        described = config.get("label_descriptions") or {}
-        return complete([described.get(name, name) for name in names], num_classes)
-    subset = infer_imagenet_subset(dict(num_classes=num_classes))
-    if subset is None:
-        return [str(index) for index in range(num_classes)]
-    return ImageNetInfo(subset).label_descriptions()
 
 
 def load_published(args: argparse.Namespace) -> tuple[torch.nn.Module, NetworkRecipe]:

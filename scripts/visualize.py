@@ -72,19 +72,19 @@ def looked_at(looker: Looker, paths: list[Path]) -> Iterator[dict[str, Any]]:
     """What the page holds of each photograph.
 
     Raises:
-        UserError: At the end, where some could not be read.
+        UserError: At the end, where some could not be read, or are too large.
     """
-    unreadable = 0
+    left_out = 0
     for path in paths:
         try:
-            photo = load_image(path)
+            looked = looker.look(load_image(path), path.name)
         except UserError as error:
             print(printable(str(error)), file=sys.stderr)
-            unreadable += 1
+            left_out += 1
             continue
-        yield looker.look(photo, path.name)
-    if unreadable:
-        raise UserError(f"{unreadable} of {count(len(paths), 'image')} could not be read")
+        yield looked
+    if left_out:
+        raise UserError(f"{left_out} of {count(len(paths), 'image')} could not be shown")
 
 
 def write_page(args: argparse.Namespace, looker: Looker, name: str, paths: list[Path]):

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
+from timm.data import resolve_data_config
 from torch import nn
 from torchvision.transforms import functional as F
 
 from models import collect_attention
 from ops import AttentionRecord
+from scripts.prediction.names import class_names
 from utils import UserError
 
 from .encoding import encode_attention
@@ -20,23 +21,12 @@ from .encoding import encode_attention
 # Photographs are shown larger than the network gets them, up to this longest side.
 _SHOWN = 1024
 _SMALLEST = 32
+# Of what the network gets; a page of more would take minutes and gigabytes.
+_MOST_PIXELS = 4_000_000
 
 
 class SizeError(UserError):
-    """An image size that the networks do not take."""
-
-
-def class_names(network: nn.Module) -> list[str]:
-    """The classes as the network's config names them, as ImageNet's where they are as many, or else their numbers."""
-    config = network.pretrained_cfg
-    names = config.get("label_names")
-    if names and len(names) == network.num_classes:
-        described = config.get("label_descriptions") or {}
-        return [str(described.get(name, name)) for name in names]
-    subset = infer_imagenet_subset(dict(num_classes=network.num_classes))
-    if subset is not None:
-        return ImageNetInfo(subset).label_descriptions()
-    return [str(index) for index in range(network.num_classes)]
+    """An image size that networks or page do not take."""
 
 
 @dataclass
@@ -58,7 +48,7 @@ class Looker:
     names: list[str] = field(init=False)
 
     def __post_init__(self):
-        self.names = class_names(self.network)
+        self.names = class_names({}, self.network)
         self.config = resolve_data_config(model=self.network)
         self.input_size = self.input_size or min(self.config["input_size"][-2:])
         sides = (self.input_size,) if isinstance(self.input_size, int) else self.input_size
@@ -87,7 +77,14 @@ class Looker:
         return [(self.names[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
 
     def look(self, photo: Image.Image, name: str) -> dict[str, Any]:
-        """All that a page holds of an RGB photograph."""
+        """All that a page holds of an RGB photograph.
+
+        Raises:
+            SizeError: The network would get too many pixels, as of a very narrow photograph.
+        """
+        rows, columns = self.size_of(photo)
+        if rows * columns > _MOST_PIXELS:
+            raise SizeError(f"{name}: {columns} x {rows} pixels are too many for a page, give fewer")
         images = self.tensor(photo)
         height, width = images.shape[-2:]
         shown = photo.copy()

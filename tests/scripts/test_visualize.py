@@ -108,10 +108,12 @@ def test_a_page_of_several_photographs(tmp_path, capsys):
     shutil.copy(CHURCH, photos / "more" / "church.jpg")
     Image.new("L", (90, 50), 100).save(photos / "grey.png")
     (photos / "broken.jpg").write_bytes(CHURCH.read_bytes()[:500])
+    Image.new("RGB", (9000, 1)).save(photos / "line.png")
     page = tmp_path / "routes.html"
     assert visualize.main([str(photos), *SMALL, "--routes_only", "--output", str(page)]) == 1
     said = capsys.readouterr().err
-    assert "broken.jpg" in said and "error: 1 of 3 images could not be read" in said
+    assert "broken.jpg" in said and "line.png: 576000 x 64 pixels are too many for a page" in said
+    assert "error: 2 of 4 images could not be shown" in said
     assert f"{page}: 2 photographs, 0." in said
     names = re.findall(r'"name":"([\w.]+)"', page.read_text())
     assert names == ["grey.png", "church.jpg"] and '"data":null' in page.read_text()
