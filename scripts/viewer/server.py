@@ -39,6 +39,11 @@ class Server(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://{HOST}:{self.server_port}/"
 
+    def handle_error(self, request: Any, client_address: Any):
+        """Print what went wrong in a request, but for browsers that went away in the middle of it."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
     def add(self, content: bytes, name: str) -> bytes:
         """What the page holds of an image file, as JSON.
 

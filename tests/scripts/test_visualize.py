@@ -4,7 +4,10 @@ import http.client
 import json
 import re
 import shutil
+import socket
+import struct
 import threading
+import time
 import zlib
 
 import numpy as np
@@ -184,6 +187,16 @@ def test_it_takes_photographs(port):
     assert status == 201 and photo["name"] == "une église.jpg" and len(photo["layers"]) == 6
     status, page = ask(port, "GET", "/")
     assert status == 200 and "une \\u00e9glise.jpg" in page
+
+
+def test_a_browser_that_goes_away_is_no_error(port, capfd):
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing resets it
+        connection.sendall(b"GET / HT")
+        time.sleep(0.2)
+    assert ask(port, "GET", "/")[0] == 200
+    time.sleep(0.2)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("method,path,body,headers,status,message", [
