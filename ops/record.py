@@ -46,7 +46,7 @@ class AttentionRecord(NamedTuple):
         if self.routing is None:
             return torch.ones(self.key.shape[:3], dtype=torch.bool, device=self.key.device)
         routes, queries, keys, _ = self.routing
-        region = row // queries.region_height * queries.cols + col // queries.region_width
+        region = queries.region_of(row, col)
         regions = torch.arange(keys.num_regions, device=routes.device).unflatten(0, (keys.rows, keys.cols))
         regions = regions.repeat_interleave(keys.region_height, 0).repeat_interleave(keys.region_width, 1)
         regions = regions[: keys.height, : keys.width]

@@ -83,6 +83,10 @@ class RegionGrid:
     def is_padded(self) -> bool:
         return self.padding != (0, 0)
 
+    def region_of(self, row: int, col: int) -> int:
+        """The region of the token in this row and column of the map."""
+        return row // self.region_height * self.cols + col // self.region_width
+
     def pad(self, x_BHW: torch.Tensor) -> torch.Tensor:
         """(B, H, W, ...) -> (B, Y * h, X * w, ...), zeros at the bottom and right; `x_BHW` itself where none are."""
         pad_bottom, pad_right = self.padding

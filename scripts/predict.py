@@ -45,11 +45,10 @@ from models.segmentation import is_segmenter
 from scripts.prediction import masks, objects
 from scripts.prediction.images import Images, Prediction, collate, find_images
 from scripts.prediction.names import class_names
+from scripts.prediction.published import DEFAULT_MODEL, build_published
 from storage import weights
 from tasks.classification.images import ImagePipeline
 from tasks.networks import (
-    PretrainedWeightsError,
-    build_model,
     check_model,
     check_outputs,
     model_data_config,
@@ -81,8 +80,6 @@ ADVICE = {
 }
 # By their task, what predicts images whole, by a segmenter or detector, and writes files of each.
 WHOLE = dict(segmentation=masks.predict, detection=objects.predict)
-# Its weights are in the repository.
-DEFAULT_MODEL = "biformer_nano"
 
 
 class Interrupted(UserError):
@@ -118,10 +115,7 @@ def load_published(args: argparse.Namespace) -> tuple[torch.nn.Module, NetworkRe
     published = pretrained_num_classes(recipe.model)
     if recipe.num_classes not in (None, published):
         raise UsageError(f"the published weights of {recipe.model} have {published} classes, not {recipe.num_classes}")
-    try:
-        model = build_model(recipe.model, True, recipe.build_kwargs)
-    except PretrainedWeightsError as error:
-        raise UserError(f"{error}; --checkpoint takes a file of weights") from error
+    model = build_published(recipe.model, recipe.build_kwargs)
     if model.pretrained_cfg.get("label_names"):
         names = class_names({}, model)
         tqdm.write(f"{recipe.model}'s own weights, for {len(names)} classes: {', '.join(names)}", file=sys.stderr)

@@ -26,17 +26,16 @@ from torch import nn
 
 import models
 from scripts.prediction.images import find_images
+from scripts.prediction.published import DEFAULT_MODEL, build_published
 from scripts.viewer.page import make_page
 from scripts.viewer.photos import Looker
 from storage.weights import WeightsError
-from tasks.networks import PretrainedWeightsError, build_model, check_model
+from tasks.networks import check_model
 from tasks.options import image_size
 from training import flags
 from training.data.images import load_image
 from training.distributed import init_distributed
 from utils import UsageError, UserError, as_user_error, count, printable, replace_file, run_script, user_path
-
-DEFAULT_MODEL = "biformer_nano"
 
 
 def check_routes(network: nn.Module, name: str):
@@ -56,10 +55,7 @@ def open_network(args: argparse.Namespace) -> tuple[nn.Module, str]:
         check_model(name)
         with torch.device("meta"):
             check_routes(timm.create_model(name), name)
-        try:
-            network = build_model(name, True, {}).eval()
-        except PretrainedWeightsError as error:
-            raise UserError(f"{error}; --checkpoint takes a file of weights") from error
+        network = build_published(name, {}).eval()
     else:
         with as_user_error(WeightsError):
             network, _ = models.load(args.checkpoint, args.model_key, args.model)

@@ -1,6 +1,6 @@
 """The notebook runs from its first cell to its last, in a clone and with the package installed.
 
-To store its pictures anew, which GitHub shows: jupyter execute --inplace notebooks/routing.ipynb
+To store its pictures in it, which GitHub shows: jupyter execute --inplace notebooks/routing.ipynb
 """
 import itertools
 import json

@@ -17,12 +17,14 @@ _SAMPLES = 48
 _LARGEST = 2**15 - 1
 
 
-def pack(values: torch.Tensor, step: float) -> str:
-    """Numbers in multiples of `step`: 16-bit integers, all low bytes before all high ones, deflated, in base64.
+def _in_steps(values: torch.Tensor, step: float) -> torch.Tensor:
+    """Numbers in whole multiples of `step`; those beyond 16 bits become the largest."""
+    return (values / step).round().clamp(-_LARGEST, _LARGEST)
 
-    Numbers beyond 16 bits become the largest.
-    """
-    whole = (values / step).round().clamp(-_LARGEST, _LARGEST).flatten().to(torch.int16)
+
+def pack(values: torch.Tensor, step: float) -> str:
+    """Numbers `_in_steps`: 16-bit integers, all low bytes before all high ones, deflated, in base64."""
+    whole = _in_steps(values, step).flatten().to(torch.int16)
     low_and_high = whole.contiguous().view(torch.uint8).unflatten(0, (-1, 2)).T.contiguous()
     return base64.b64encode(zlib.compress(low_and_high.numpy().tobytes(), 9)).decode()
 
@@ -79,8 +81,7 @@ def encode_factors(record: AttentionRecord) -> dict[str, Any]:
     query, key = factors(record)
     samples = _Samples(record)
     for step in _STEPS:
-        limit = step * _LARGEST
-        whole = [((x.clamp(-limit, limit) / step).round() * step) for x in (query, key)]
+        whole = [_in_steps(x, step) * step for x in (query, key)]
         error = samples.error(*whole)
         if error <= TOLERANCE:
             break

@@ -5,11 +5,10 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from models import collect_attention
 from ops import AttentionRecord, RegionGrid
 from utils import UserError, replace_file
 
-from .photos import Looker, stride_of
+from .photos import Looker, place_of, stride_of
 
 matplotlib.use("Agg")
 
@@ -29,9 +28,8 @@ def last_routed(found: dict[str, dict[str, AttentionRecord]]) -> dict[str, Atten
     last = {}
     for module, records in found.items():
         if records["map"].routing is not None:
-            parts = module.split(".")
-            stage = f"stage {int(parts[parts.index('stages') + 1]) + 1}" if "stages" in parts else module
-            last[stage] = records["map"]
+            stage = place_of(module)["stage"]
+            last[module if stage is None else f"stage {stage}"] = records["map"]
     return last
 
 
@@ -53,7 +51,7 @@ def _draw_routes(axes, photo: np.ndarray, record: AttentionRecord, token: tuple[
     """The routed regions in full light, the rest in the dark."""
     size = photo.shape[:2]
     grid, routing = record.routing.query_grid, record.routing
-    region = token[0] // grid.region_height * grid.cols + token[1] // grid.region_width
+    region = grid.region_of(*token)
     light = np.full((*size, 1), 0.3)
     boxes = [region_box(routing.key_grid, key, stride, size) for key in routing.routes[0, region].tolist()]
     for left, top, wide, tall in boxes:
@@ -103,7 +101,7 @@ def draw_figure(looker: Looker, photo: Image.Image, query: tuple[float, float], 
     size = tuple(images.shape[-2:])
     shown = np.asarray(photo.resize(size[::-1], Image.Resampling.LANCZOS), dtype=np.float64)
     y, x = query[0] / photo.height * size[0], query[1] / photo.width * size[1]
-    stages = last_routed(collect_attention(looker.network, images))
+    stages = last_routed(looker.records(images))
     figure, axes = pyplot.subplots(
         2, 1 + len(stages), figsize=(2.6 * (1 + len(stages)), 5.2 * size[0] / size[1] + 0.5), layout="constrained",
         squeeze=False,
@@ -116,8 +114,6 @@ def draw_figure(looker: Looker, photo: Image.Image, query: tuple[float, float], 
     lines = [f"{label} {100 * share:.0f} %" for label, share in looker.guesses(images)]
     axes[1, 0].text(0.02, 0.98, "\n".join(lines), va="top", fontsize=10, transform=axes[1, 0].transAxes)
     for (stage, record), (above, below) in zip(stages.items(), axes[:, 1:].T, strict=True):
-        record = record._replace(query=record.query.cpu(), key=record.key.cpu())
-        record = record._replace(routing=record.routing._replace(routes=record.routing.routes.cpu()))
         stride = stride_of(size, record.query.shape[1:3])
         token = int(y // stride), int(x // stride)
         _draw_routes(above, shown, record, token, stride)

@@ -91,8 +91,13 @@ class Looker:
         shown.thumbnail((_SHOWN, _SHOWN), Image.Resampling.LANCZOS)
         return dict(
             name=name, height=height, width=width, image=_jpeg(shown), guesses=self.guesses(images),
-            layers=encode_layers(collect_attention(self.network, images), (height, width), self.with_weights),
+            layers=encode_layers(self.records(images), (height, width), self.with_weights),
         )
+
+    def records(self, images: torch.Tensor) -> dict[str, dict[str, AttentionRecord]]:
+        """`collect_attention` of one image, on the CPU."""
+        found = collect_attention(self.network, images)
+        return {module: {kind: _on_cpu(record) for kind, record in kinds.items()} for module, kinds in found.items()}
 
 
 def encode_layers(
@@ -101,17 +106,16 @@ def encode_layers(
     """The attentions of one image, in the order of the forward pass.
 
     Args:
-        found: As `models.collect_attention` returns it.
+        found: As `Looker.records` returns it.
         size: (height, width) of the image that the network got.
         with_weights: As of `Looker`.
     """
     layers = []
     for module, records in found.items():
         for kind, record in records.items():
-            record = AttentionRecord(*(_on_cpu(part) for part in record))
             strides = [stride_of(size, x.shape[1:3]) for x in (record.query, record.key)]
             encoded = encode_attention(record, *strides, with_weights)
-            layers.append(dict(module=module, kind=kind, **_place(module), **encoded))
+            layers.append(dict(module=module, kind=kind, **place_of(module), **encoded))
     return layers
 
 
@@ -130,7 +134,7 @@ def stride_of(size: tuple[int, int], shape: tuple[int, int]) -> int:
     return stride
 
 
-def _place(module: str) -> dict[str, Any]:
+def place_of(module: str) -> dict[str, Any]:
     """Where in the network a module lies, counted from 1, and which half of a block it is, of those that have two."""
     found = re.search(r"stages\.(\d+)\.blocks\.(\d+)(?:\.(first|second))?", module)
     if found is None:

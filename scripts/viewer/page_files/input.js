@@ -82,8 +82,6 @@ async function picture() {
   const scale = Math.max(1, 1200 / one.width), caption = 34;
   const canvas = new OffscreenCanvas(Math.round(one.width * scale), Math.round(one.height * scale) + caption);
   const pen = canvas.getContext("2d");
-  pen.fillStyle = "#fff";
-  pen.fillRect(0, 0, canvas.width, canvas.height);
   paint(pen, scale, image, layer, found, 1.5);
   pen.setTransform(1, 0, 0, 1, 0, 0);
   pen.fillStyle = "#fff";

@@ -4,8 +4,11 @@ function start(index = null) {
   element("picture").hidden = element("panel").hidden = !photos.length;
   if (!photos.length) return;
   fillThumbnails();
-  if (index === null) readHash();
-  else choosePhoto(index);
+  if (index !== null) {
+    choosePhoto(index);
+    return;
+  }
+  readHash();
   fillPhoto();
   fillLayers();
   draw();
