@@ -7,7 +7,8 @@ import torch.nn.functional as F
 import models
 from helpers.costs import DEBIFORMER as COSTS
 from helpers.published import assert_agrees, gmacs, published_state_dict
-from models.debiformer import DeformableAgentAttention, ResidualConv2d, checkpoint_filter_fn
+from models._agent_attention import DeformableAgentAttention, ResidualConv2d
+from models.debiformer import checkpoint_filter_fn
 from scripts.bench.timing import peak_memory
 
 # parameters, GMACs at 224, of which the paper's table says 2.6, 5.4 and 11.8

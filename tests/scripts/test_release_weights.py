@@ -4,6 +4,7 @@ import json
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 import models
@@ -54,6 +55,16 @@ def test_a_run(tmp_path, capfd):
     photo = str(ROOT / "docs" / "church.jpg")
     assert predict.main([photo, "--checkpoint", str(output), "--num_workers", "0", "--device", "cpu"]) == 0
     assert "\u732b" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("given,size", [("64", (3, 64, 64)), ("64x96", (3, 64, 96))])
+def test_another_image_size_in_use(tmp_path, given, size):
+    write_run(tmp_path / "best.pth")
+    output = tmp_path / "w.safetensors"
+    assert release_weights.main([str(tmp_path / "best.pth"), str(output), "--input_size", given]) == 0
+    network, transform = models.load(output)
+    assert network.pretrained_cfg["input_size"] == size
+    assert transform(Image.new("RGB", (200, 100))).shape == size
 
 
 def test_nothing_else_of_the_run_is_in_the_file(tmp_path):
