@@ -1,4 +1,5 @@
 """What everything may use: errors, seeds, and files that are never half written."""
+import errno
 import os
 import random
 import sys
@@ -168,7 +169,13 @@ def user_path(text: str | Path) -> Path:
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], Any]):
-    """Write `path` by `write` so that it is never half written, whatever ends the process or the machine."""
+    """Write `path` by `write` so that it is never half written, whatever ends the process or the machine.
+
+    Raises:
+        OSError: It cannot be written; IsADirectoryError where it is a folder.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     mask = os.umask(0)

@@ -37,6 +37,9 @@ from training.data.images import load_image
 from training.distributed import init_distributed
 from utils import UsageError, UserError, as_user_error, count, printable, replace_file, run_script, user_path
 
+# Of figures, by their files' endings.
+FORMATS = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
+
 
 def check_routes(network: nn.Module, name: str):
     """Raises UsageError where a network, here called `name`, routes nothing."""
@@ -88,8 +91,9 @@ def write_page(args: argparse.Namespace, looker: Looker, name: str, paths: list[
     photos = []
     try:
         for photo in looked_at(looker, paths):
-            print(f"{photo['name']}: {photo['width']} x {photo['height']}, "
-                  + ", ".join(f"{label} {100 * share:.1f} %" for label, share in photo["guesses"][:3]), file=sys.stderr)
+            guesses = ", ".join(f"{label} {100 * share:.1f} %" for label, share in photo["guesses"][:3])
+            size = f"{photo['width']} x {photo['height']} pixels"
+            print(printable(f"{photo['name']}: {guesses}, of {size}"), file=sys.stderr)
             photos.append(photo)
     finally:
         if photos:
@@ -98,21 +102,54 @@ def write_page(args: argparse.Namespace, looker: Looker, name: str, paths: list[
             print(f"{args.output}: {count(len(photos), 'photograph')}, {len(page) / 1e6:.1f} MB", file=sys.stderr)
 
 
+def serve_page(args: argparse.Namespace, looker: Looker, name: str, paths: list[Path]):
+    """Serve the page, with all photographs that can be read."""
+    from scripts.viewer.server import serve
+
+    photos = []
+    try:
+        for photo in looked_at(looker, paths):
+            photos.append(photo)
+    except UserError as error:
+        print(printable(str(error)), file=sys.stderr)
+    serve(looker, name, photos, args.serve)
+
+
+def write_figure(args: argparse.Namespace, looker: Looker, paths: list[Path]):
+    """Draw the figure of one photograph."""
+    from scripts.viewer.figure import draw_figure  # imports Matplotlib, which the other outputs do without
+
+    (path,) = paths
+    draw_figure(looker, load_image(path), path.name, tuple(args.query), args.figure)
+
+
 def run(args: argparse.Namespace):
     """Write the page or the figure, or serve."""
     paths = find_images(args.photos) if args.photos else []
+    if args.figure is not None and len(paths) > 1:
+        raise UserError(f"--figure draws one photograph, not {len(paths)}")
     network, name = open_network(args)
     looker = Looker(network, args.input_size, with_weights=not args.routes_only)
     if args.serve is not None:
-        from scripts.viewer.server import serve
-
-        serve(looker, name, list(looked_at(looker, paths)), args.serve)
+        serve_page(args, looker, name, paths)
     elif args.figure is not None:
-        from scripts.viewer.figure import draw_figure  # imports Matplotlib, which the other outputs do without
-
-        draw_figure(looker, load_image(paths[0]), tuple(args.query), args.figure)
+        write_figure(args, looker, paths)
     else:
         write_page(args, looker, name, paths)
+
+
+def check_output(parser: argparse.ArgumentParser, args: argparse.Namespace):
+    """Refuse what cannot be written, before any work."""
+    given = [flag for flag in ("output", "figure", "serve") if getattr(args, flag) is not None]
+    if len(given) > 1:
+        parser.error(f"--{given[0]} and --{given[1]} are mutually exclusive")
+    for path in filter(None, (args.output, args.figure)):
+        if path.is_dir():
+            parser.error(f"--{given[0]}: {path} is a folder")
+    if args.figure is not None and args.figure.suffix.lower() not in FORMATS:
+        parser.error(f"{args.figure} is none of the formats of a figure: {', '.join(FORMATS)}")
+    if args.figure is not None and args.routes_only:
+        parser.error("--routes_only is of a page")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -123,8 +160,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model_key", help="which weights of a checkpoint to take, for example model_ema")
     parser.add_argument("--input_size", type=image_size, metavar="PIXELS",
                         help="shorter side of what the network gets, or HEIGHTxWIDTH (default: the network's own)")
-    parser.add_argument("--output", type=user_path, default=Path("routes.html"), metavar="FILE",
-                        help="the page (default: %(default)s)")
+    parser.add_argument("--output", type=user_path, metavar="FILE", help="the page (default: routes.html)")
     parser.add_argument("--routes_only", action="store_true",
                         help="leave the attention of single tokens out of the page, which is most of its bytes")
     parser.add_argument("--figure", type=user_path, metavar="FILE",
@@ -139,8 +175,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("give photographs or folders of them, or --serve PORT")
     if (args.figure is None) != (args.query is None):
         parser.error("--figure and --query go together")
-    if args.figure is not None and args.serve is not None:
-        parser.error("--figure and --serve are mutually exclusive")
+    check_output(parser, args)
+    args.output = args.output or Path("routes.html")
     return args
 
 

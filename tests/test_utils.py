@@ -92,6 +92,9 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path):
 
     with pytest.raises(OSError, match="disk full"):
         utils.replace_file(path, fail)
+    with pytest.raises(IsADirectoryError) as error:
+        utils.replace_file(path.parent, lambda file: file.write(b"two"))
+    assert error.value.filename == str(path.parent)
     assert path.read_bytes() == b"one" and [p.name for p in path.parent.iterdir()] == ["file"]
 
 

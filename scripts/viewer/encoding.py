@@ -7,13 +7,14 @@ import torch
 
 from ops import AttentionRecord, PositionBias, RegionGrid
 
-# The largest error of a weight that a page may have, in parts of the largest weight of the same token: less than two
-# of its 256 colours differ by.
+# The largest error of a weight that a page should have, in parts of the largest weight of the same token: as much as
+# three of its 256 colours differ by. That of some tokens is measured, so it is to be half of that.
 TOLERANCE = 0.01
 # Steps of the numbers in a page, tried from the coarsest.
 _STEPS = tuple(2.0**-power for power in range(3, 14))
-# Tokens by which the error is measured.
+# Tokens by which the error is measured, at most.
 _SAMPLES = 48
+_GOLDEN = (5**0.5 - 1) / 2
 _LARGEST = 2**15 - 1
 
 
@@ -50,14 +51,19 @@ def _weights_of(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor, rout
     return logits.masked_fill(~routed, -torch.inf).softmax(-1)
 
 
+def spread_tokens(height: int, width: int) -> list[tuple[int, int]]:
+    """(row, column) of tokens all over a map: a Fibonacci lattice, which is even in rows, in columns and in between."""
+    count = min(_SAMPLES, height * width)
+    tokens = ((int((i + 0.5) / count * height), int(i * _GOLDEN % 1 * width)) for i in range(count))
+    return list(dict.fromkeys(tokens))
+
+
 class _Samples:
     """Tokens spread over the map, with their weights, to compare those of numbers in steps with."""
 
     def __init__(self, record: AttentionRecord):
-        height, width = record.query.shape[1:3]
-        every = max(1, height * width // _SAMPLES)
-        self.tokens = [divmod(index, width) for index in range(0, height * width, every)]
-        self.width = width
+        height, self.width = record.query.shape[1:3]
+        self.tokens = spread_tokens(height, self.width)
         self.weights = [record.weights(*token)[0].flatten(1) for token in self.tokens]
         self.routed = [record.is_routed(*token)[0].flatten() for token in self.tokens]
         self.biases = [_bias_of(record, *token) for token in self.tokens]
@@ -77,14 +83,20 @@ def _bias_of(record: AttentionRecord, row: int, col: int) -> torch.Tensor:
 
 
 def encode_factors(record: AttentionRecord) -> dict[str, Any]:
-    """`factors` in the coarsest steps with errors within the tolerance: of each head, `rank` planes of both maps."""
+    """`factors` in the coarsest steps with errors within the tolerance: of each head, `rank` planes of both maps.
+
+    Where attention is so sharp that no step is fine and wide enough, it is the one with the least error.
+    """
     query, key = factors(record)
     samples = _Samples(record)
-    for step in _STEPS:
-        whole = [_in_steps(x, step) * step for x in (query, key)]
-        error = samples.error(*whole)
-        if error <= TOLERANCE:
+    error, step = torch.inf, 1.0
+    for finer in _STEPS:
+        found = samples.error(*(_in_steps(x, finer) * finer for x in (query, key)))
+        if found < error:
+            error, step = found, finer
+        if error <= TOLERANCE / 2:
             break
+    whole = [_in_steps(x, step) for x in (query, key)]
     used = (whole[0].abs().amax((0, 2)) * whole[1].abs().amax((0, 2))).nonzero()
     rank = int(used.max()) + 1 if len(used) else 0
     both = torch.cat([x[:, :rank] for x in (query, key)], dim=2)

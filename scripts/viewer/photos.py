@@ -21,7 +21,7 @@ from .encoding import encode_attention
 # Photographs are shown larger than the network gets them, up to this longest side.
 _SHOWN = 1024
 _SMALLEST = 32
-# Of what the network gets; a page of more would take minutes and gigabytes.
+# Of what the network gets; more would take minutes and gigabytes.
 _MOST_PIXELS = 4_000_000
 
 
@@ -55,17 +55,29 @@ class Looker:
         if min(sides) < _SMALLEST:
             raise SizeError(f"the network takes images from {_SMALLEST} pixels a side, not {min(sides)}")
 
-    def size_of(self, photo: Image.Image) -> tuple[int, int]:
-        """(height, width) that the network gets of a photograph."""
-        if not isinstance(self.input_size, int):
-            return self.input_size
-        scale = self.input_size / min(photo.size)
-        return tuple(max(_SMALLEST, round(side * scale)) for side in reversed(photo.size))
+    def size_of(self, photo: Image.Image, name: str) -> tuple[int, int]:
+        """(height, width) that the network gets of a photograph, here called `name`.
 
-    def tensor(self, photo: Image.Image) -> torch.Tensor:
-        """An RGB photograph -> (1, 3, H, W), resized as in evaluation, but not cropped, and normalised."""
+        Raises:
+            SizeError: They are too many pixels, as of a very narrow photograph.
+        """
+        if isinstance(self.input_size, int):
+            scale = self.input_size / min(photo.size)
+            height, width = (max(_SMALLEST, round(side * scale)) for side in reversed(photo.size))
+        else:
+            height, width = self.input_size
+        if height * width > _MOST_PIXELS:
+            raise SizeError(f"{name}: {width} x {height} pixels are too many, give fewer")
+        return height, width
+
+    def tensor(self, photo: Image.Image, name: str) -> torch.Tensor:
+        """An RGB photograph -> (1, 3, H, W), resized as in evaluation, but not cropped, and normalised.
+
+        Raises:
+            SizeError: As of `size_of`.
+        """
         interpolation = F.InterpolationMode(self.config["interpolation"])
-        image = F.to_tensor(F.resize(photo, list(self.size_of(photo)), interpolation))
+        image = F.to_tensor(F.resize(photo, list(self.size_of(photo, name)), interpolation))
         device = next(self.network.parameters()).device
         return F.normalize(image, self.config["mean"], self.config["std"])[None].to(device)
 
@@ -80,12 +92,9 @@ class Looker:
         """All that a page holds of an RGB photograph.
 
         Raises:
-            SizeError: The network would get too many pixels, as of a very narrow photograph.
+            SizeError: As of `size_of`.
         """
-        rows, columns = self.size_of(photo)
-        if rows * columns > _MOST_PIXELS:
-            raise SizeError(f"{name}: {columns} x {rows} pixels are too many for a page, give fewer")
-        images = self.tensor(photo)
+        images = self.tensor(photo, name)
         height, width = images.shape[-2:]
         shown = photo.copy()
         shown.thumbnail((_SHOWN, _SHOWN), Image.Resampling.LANCZOS)

@@ -15,8 +15,16 @@ from .page import make_page
 from .photos import Looker
 
 HOST = "127.0.0.1"
+# Replies stay what they are, and no other page shows this one in a frame.
+_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY"}
 # A photograph of a telephone has 5 MB, one of a large camera 40.
 _MOST_BYTES = 100_000_000
+
+
+def hosts_of(port: int) -> set[str]:
+    """What a browser says that it asks, where it asks the server on this port: port 80 is left out."""
+    names = (HOST, "localhost")
+    return {f"{name}:{port}" for name in names} | (set(names) if port == 80 else set())
 
 
 class Server(ThreadingHTTPServer):
@@ -52,8 +60,8 @@ class Server(ThreadingHTTPServer):
         """
         file = io.BytesIO(content)
         file.name = name
-        photo = load_image(file)
-        with self.lock:
+        with self.lock:  # reading too: a photograph may take half a gigabyte
+            photo = load_image(file)
             looked_at = self.looker.look(photo, name)
             self.photos.append(looked_at)
         return json.dumps(looked_at).encode()
@@ -68,7 +76,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
-        self.send_header("Cache-Control", "no-store")
+        for name, value in _HEADERS.items():
+            self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
@@ -79,7 +88,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _is_ours(self) -> bool:
         """Whether the request is of this page: no other site may send one in the name of this machine's user."""
-        hosts = {f"{host}:{self.server.server_port}" for host in (HOST, "localhost")}
+        hosts = hosts_of(self.server.server_port)
         origin = self.headers.get("Origin")
         return self.headers.get("Host") in hosts and (origin is None or origin.removeprefix("http://") in hosts)
 

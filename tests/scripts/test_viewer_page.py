@@ -86,7 +86,7 @@ def point_at(page, row, col, stride):
 def test_the_regions_that_light_up_are_those_of_collect_routing(visit, looked):
     """In every block, under the pointer."""
     looker = looked[1]
-    images = looker.tensor(CHURCH)
+    images = looker.tensor(CHURCH, "church.jpg")
     routing = models.collect_routing(looker.network, images)
     layers = visit.page.evaluate("photos[0].layers.map((layer) => [layer.module, layer.kind, layer.queries.stride])")
     seen = set()
@@ -108,7 +108,7 @@ def test_the_regions_that_light_up_are_those_of_collect_routing(visit, looked):
 def test_attention_is_that_of_the_network(visit, looked):
     """Of single heads and their mean, to a hundredth of the largest weight."""
     looker = looked[1]
-    records = models.collect_attention(looker.network, looker.tensor(CHURCH))
+    records = models.collect_attention(looker.network, looker.tensor(CHURCH, "church.jpg"))
     kept = [(module, kind, record) for module, found in records.items() for kind, record in found.items()]
     for index, (module, kind, record) in enumerate(kept):
         height, width, heads = record.query.shape[1:4]

@@ -20,10 +20,10 @@ import models
 from helpers import ROOT
 from ops import AttentionRecord
 from scripts import visualize
-from scripts.viewer.encoding import TOLERANCE, encode_factors, factors, pack
+from scripts.viewer.encoding import TOLERANCE, encode_factors, factors, pack, spread_tokens
 from scripts.viewer.page import make_page
 from scripts.viewer.photos import Looker, stride_of
-from scripts.viewer.server import Server
+from scripts.viewer.server import Server, hosts_of
 
 CHURCH = ROOT / "docs" / "church.jpg"
 SMALL = ("--input_size", "64", "--device", "cpu")
@@ -65,6 +65,30 @@ def test_factors_give_the_weights(spread):
     assert ((found - expected).abs().amax(-1) / expected.amax(-1)).max() < 1.5 * TOLERANCE  # all tokens, not samples
 
 
+@pytest.mark.parametrize("height,width", [(96, 96), (48, 48), (24, 24), (14, 14), (1, 60), (60, 1)])
+def test_errors_are_measured_all_over_the_map(height, width):
+    """In all columns and rows alike: a multiple of the width between two samples would leave them in one column."""
+    tokens = spread_tokens(height, width)
+    assert len(set(tokens)) == len(tokens) >= min(48, height * width) // 2
+    for at, count in zip(zip(*tokens, strict=True), (height, width), strict=True):
+        assert len(set(at)) >= min(count, 12)
+        halves = sum(index < count / 2 for index in at)
+        assert count == 1 or abs(2 * halves - len(at)) <= len(at) / 5
+
+
+def test_weights_of_sharp_attention_are_as_near_as_is_possible():
+    """No step is fine and wide enough for all of it; the best one is for most."""
+    torch.manual_seed(0)
+    record = AttentionRecord(40 * torch.randn(1, 14, 14, 1, 32), 40 * torch.randn(1, 14, 14, 1, 32), 32**-0.5)
+    encoded = encode_factors(record)
+    rank = encoded["rank"]
+    whole = torch.from_numpy(unpacked(encoded["data"])).float().view(1, rank, 2 * 196) * encoded["step"]
+    found = torch.einsum("ndq,ndk->nqk", whole[..., :196], whole[..., 196:]).softmax(-1)
+    expected = torch.stack([record.weights(i // 14, i % 14)[0].flatten(1) for i in range(196)], 1)
+    errors = (found - expected).abs().amax(-1) / expected.amax(-1)
+    assert errors.quantile(0.9) < 0.1
+
+
 @pytest.mark.parametrize("size,shape,stride", [
     ((64, 64), (16, 16), 4), ((75, 110), (19, 28), 4), ((75, 110), (3, 4), 32), ((384, 577), (98, 147), 4),
     ((32, 32), (1, 1), 32),
@@ -74,16 +98,16 @@ def test_strides(size, shape, stride):
 
 
 def test_photographs_keep_their_shape(looker):
-    assert looker.size_of(Image.new("RGB", (300, 150))) == (64, 128)
-    assert looker.size_of(Image.new("RGB", (1000, 10))) == (64, 6400)
-    assert Looker(looker.network, (96, 64)).size_of(Image.new("RGB", (300, 150))) == (96, 64)
+    assert looker.size_of(Image.new("RGB", (300, 150)), "") == (64, 128)
+    assert looker.size_of(Image.new("RGB", (1000, 10)), "") == (64, 6400)
+    assert Looker(looker.network, (96, 64)).size_of(Image.new("RGB", (300, 150)), "") == (96, 64)
 
 
 def test_what_a_page_holds(looker):
     photo = looker.look(Image.open(CHURCH).convert("RGB"), "church.jpg")
     json.dumps(photo)
     assert (photo["height"], photo["width"]) == (64, 96) and len(photo["guesses"]) == 3
-    routing = models.collect_routing(looker.network, looker.tensor(Image.open(CHURCH).convert("RGB")))
+    routing = models.collect_routing(looker.network, looker.tensor(Image.open(CHURCH).convert("RGB"), "church.jpg"))
     held = {layer["module"]: layer for layer in photo["layers"] if layer["routes"] is not None}
     assert {name: found.routes[0].tolist() for name, found in routing.items()} == {
         name: layer["routes"] for name, layer in held.items()
@@ -115,7 +139,7 @@ def test_a_page_of_several_photographs(tmp_path, capsys):
     page = tmp_path / "routes.html"
     assert visualize.main([str(photos), *SMALL, "--routes_only", "--output", str(page)]) == 1
     said = capsys.readouterr().err
-    assert "broken.jpg" in said and "line.png: 576000 x 64 pixels are too many for a page" in said
+    assert "broken.jpg" in said and "line.png: 576000 x 64 pixels are too many, give fewer" in said
     assert "error: 2 of 4 images could not be shown" in said
     assert f"{page}: 2 photographs, 0." in said
     names = re.findall(r'"name":"([\w.]+)"', page.read_text())
@@ -123,14 +147,43 @@ def test_a_page_of_several_photographs(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["png", "jpg", "pdf", "svg"])
+@pytest.mark.parametrize("kind", ["png", "jpg", "jpeg", "pdf", "svg"])
 @pytest.mark.parametrize("model", ["biformer_nano", "debiformer_nano"])
 def test_a_figure(tmp_path, kind, model):
     path = tmp_path / f"figure.{kind}"
     command = [str(CHURCH), *SMALL, "--model", model, "--figure", str(path), "--query", "100", "319"]
     assert visualize.main(command) == 0
     head = path.read_bytes()[:100]
-    assert {"png": b"\x89PNG", "jpg": b"JFIF", "pdf": b"%PDF", "svg": b"<?xml"}[kind] in head
+    assert {"png": b"\x89PNG", "jpg": b"JFIF", "jpeg": b"JFIF", "pdf": b"%PDF", "svg": b"<?xml"}[kind] in head
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("photo", [(1200, 90), (90, 1200)], ids=["wide", "tall"])
+def test_a_figure_of_a_narrow_photograph(tmp_path, photo):
+    """Is no larger than a page, and has room for the predictions."""
+    Image.effect_noise(photo, 50).convert("RGB").save(tmp_path / "narrow.png")
+    command = [str(tmp_path / "narrow.png"), *SMALL, "--figure", str(tmp_path / "f.png"), "--query", "80", "80"]
+    assert visualize.main(command) == 0
+    with Image.open(tmp_path / "f.png") as figure:
+        assert 350 < figure.height < 2400 and figure.width < 2400
+
+
+@pytest.mark.slow
+def test_a_name_is_printed_without_its_escape_codes(tmp_path, capsys):
+    path = tmp_path / "esc\033[31mred.jpg"
+    shutil.copy(CHURCH, path)
+    assert visualize.main([str(path), *SMALL, "--routes_only", "--output", str(tmp_path / "routes.html")]) == 0
+    assert "\033" not in capsys.readouterr().err
+
+
+def test_what_can_be_read_is_served(tmp_path, capsys, monkeypatch):
+    (tmp_path / "broken.jpg").write_bytes(CHURCH.read_bytes()[:500])
+    served = []
+    monkeypatch.setattr("scripts.viewer.server.serve", lambda looker, name, photos, port: served.extend(photos))
+    assert visualize.main([str(CHURCH), str(tmp_path / "broken.jpg"), *SMALL, "--serve", "0"]) == 0
+    assert [photo["name"] for photo in served] == ["church.jpg"]
+    said = capsys.readouterr().err
+    assert "broken.jpg" in said and "1 of 2 images could not be shown" in said
 
 
 @pytest.mark.parametrize("arguments,code,message", [
@@ -142,13 +195,23 @@ def test_a_figure(tmp_path, kind, model):
     ([CHURCH, "--checkpoint", "none.pth"], 1, "none.pth"),
     ([CHURCH, "--input_size", "8"], 1, "the network takes images from 32 pixels a side, not 8"),
     ([CHURCH, "--figure", "a.png"], 2, "--figure and --query go together"),
-    ([CHURCH, "--figure", "a.gif", "--query", 1, 1], 1, "a.gif is none of the formats of a figure: png, jpg, pdf, svg"),
+    ([CHURCH, "--figure", "a.gif", "--query", 1, 1], 2, "a.gif is none of the formats of a figure: .png, .jpg"),
+    ([CHURCH, CHURCH, "--figure", "a.png", "--query", 1, 1], 1, "--figure draws one photograph, not 2"),
+    ([CHURCH, "--figure", "a.png", "--query", 1, 1, "--routes_only"], 2, "--routes_only is of a page"),
+    ([CHURCH, "--figure", "a.png", "--query", 1, 1, "--output", "a.html"], 2, "--output and --figure are mutually"),
+    (["--serve", 0, "--output", "a.html"], 2, "--output and --serve are mutually exclusive"),
+    ([CHURCH, "--output", "folder"], 2, "folder is a folder"),
+    ([CHURCH, "--figure", "folder.png", "--query", 1, 1], 2, "folder.png is a folder"),
+    (["line.png", "--figure", "a.png", "--query", 0, 1], 1, "line.png: 480000 x 160 pixels are too many, give fewer"),
     ([CHURCH, "--figure", "a.png", "--query", 213, 0], 1, "lies outside of a photograph of 213 rows and 320 columns"),
     ([CHURCH, "--figure", "a.png", "--query", 1, 1, "--serve", 0], 2, "mutually exclusive"),
     (["--serve", 70000], 1, "cannot serve on port 70000"),
 ])
 def test_what_is_refused(arguments, code, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder.png").mkdir()
+    Image.new("RGB", (9000, 3)).save("line.png")
     try:
         status = visualize.main([*map(str, arguments), "--device", "cpu"])
     except SystemExit as end:
@@ -169,6 +232,21 @@ def port(looker):
         yield server.server_port
         server.shutdown()
         thread.join()
+
+
+@pytest.mark.parametrize("host,is_ours", [
+    ("127.0.0.1", True), ("localhost", True), ("127.0.0.1:80", True), ("127.0.0.1:81", False), ("evil.example", False),
+])
+def test_browsers_leave_out_port_80(host, is_ours):
+    assert (host in hosts_of(80)) == is_ours
+
+
+def test_no_other_page_may_frame_it(port):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection.request("GET", "/")
+    reply = connection.getresponse()
+    assert reply.getheader("X-Frame-Options") == "DENY" and reply.getheader("X-Content-Type-Options") == "nosniff"
+    connection.close()
 
 
 def ask(port, method, path, body=None, **headers):
