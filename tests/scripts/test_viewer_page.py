@@ -216,6 +216,121 @@ def test_the_view_is_copied_or_saved_as_png(visit):
     until(page, "document.getElementById('copied').textContent.startsWith('saved as church-')")
 
 
+def test_colours_of_attention_grow_in_lightness(visit):
+    """Over light and dark photographs alike, and as the scale shows them."""
+    luminance = visit.page.evaluate("""["#fff", "#000", "#808080"].map((ground) => {
+      const layer = layerNow(), count = layer.keys.width, canvas = new OffscreenCanvas(count * layer.keys.stride, 4);
+      const pen = canvas.getContext("2d");
+      pen.fillStyle = ground;
+      pen.fillRect(0, 0, canvas.width, 4);
+      const keys = Array.from({ length: count }, (_, i) => i);
+      heat(pen, layer, { keys, weights: keys.map((i) => i / (count - 1)) });
+      const row = pen.getImageData(0, 1, canvas.width, 1).data;
+      return keys.map((i) => {
+        const [r, g, b] = row.slice(4 * (i * layer.keys.stride + 1));
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+      });
+    })""")
+    assert all((np.diff(values) > 0).all() and values[-1] > values[0] + 100 for values in luminance)
+    scale = visit.page.evaluate("[...scalePen.getImageData(0, 0, 256, 1).data]")
+    shown = np.reshape(scale, (256, 4))[[0, -1], :3] @ [0.2126, 0.7152, 0.0722]
+    np.testing.assert_allclose(shown, [luminance[2][0], luminance[2][-1]], atol=2)
+
+
+@pytest.mark.parametrize("shape", [(40, 120), (120, 40), (32, 600)], ids=["wide", "portrait", "tall"])
+def test_any_shape_fits_the_window(browser, tmp_path, shape):
+    """But for the tallest, in which arrows bring the token into sight; and no PNG is of a size that nothing opens."""
+    path = tmp_path / "routes.html"
+    photo = Image.effect_noise(shape, 50).convert("RGB")
+    path.write_text(make_page("biformer_nano", [make_looker("biformer_nano", 32).look(photo, "a.jpg")]))
+    with Visit(browser, path.as_uri(), viewport=dict(width=1000, height=600)) as visit:
+        page = visit.page
+        page.wait_for_selector("#view[data-layer]")
+        box, tools = page.locator("#view").bounding_box(), page.locator("#tools").bounding_box()
+        assert box["width"] / box["height"] == pytest.approx(shape[0] / shape[1], rel=0.05)
+        if shape[1] < 600:
+            assert tools["y"] + tools["height"] <= 600
+        rows = page.evaluate("layerNow().queries.rows")
+        for _ in range(rows):
+            page.keyboard.press("ArrowDown")
+        until(page, "Number(view.dataset.drawing) === latest")
+        top = page.evaluate("view.getBoundingClientRect().top + tokenCentre()[1] / photo().height * view.clientHeight")
+        assert 0 < top < 600
+        size = page.evaluate("picture().then(createImageBitmap).then(({ width, height }) => [width, height])")
+        assert max(size) <= 4096 + 34
+        assert not visit.said
+
+
+def test_choices_keep_the_focus(visit):
+    """Radio buttons: arrows go from one to the next."""
+    page = visit.page
+    for group, chosen in (("layers", "state.layer"), ("heads", "state.head + 1")):
+        if group == "heads":
+            page.evaluate("chooseLayer(photos[0].layers.length - 1)")
+        page.evaluate("hold(true)")
+        place = page.evaluate("[state.row, state.col]")
+        page.locator(f"#{group} input:checked").focus()
+        before = page.evaluate(chosen)
+        drawn(page, page.keyboard.press, "ArrowLeft" if group == "layers" and before else "ArrowRight")
+        assert page.evaluate(chosen) != before
+        assert page.evaluate(f"document.activeElement === document.querySelector('#{group} input:checked')")
+        if group == "heads":
+            assert page.evaluate("[state.row, state.col]") == place
+    drawn(page, page.evaluate, "chooseLayer(0)")
+    heads = page.evaluate("layerNow().heads")
+    assert page.locator("#heads label:visible").count() == (heads + 1 if heads > 1 else 0)
+
+
+def test_brackets_that_are_typed_with_other_keys(visit):
+    """AltGr, as Windows and as others report it; not Ctrl alone, which is the browser's."""
+    page = visit.page
+
+    def press(key, **modifiers):
+        page.evaluate("([key, rest]) => document.body.dispatchEvent(new KeyboardEvent('keydown', "
+                      "{ key, bubbles: true, ...rest }))", [key, modifiers])
+        return page.evaluate("state.layer")
+
+    assert press("]", altKey=True, ctrlKey=True) == 1
+    assert press("[", altKey=True) == 0
+    assert press("]", ctrlKey=True) == press("]", metaKey=True) == press("h", altKey=True) == 0
+    assert press("]") == 1
+
+
+def test_a_reader_of_screens_hears_where_keys_lead(visit):
+    page = visit.page
+    drawn(page, page.keyboard.press, "ArrowLeft")
+    first = page.text_content("#spoken")
+    assert "Region " in first and " regions, the most similar first: 1. (" in first
+    drawn(page, page.keyboard.press, "ArrowUp")
+    assert page.text_content("#spoken") != first
+    said = page.text_content("#spoken")
+    page.evaluate("hold(false)")
+    drawn(page, point_at, page, 1, 1, 4)
+    assert page.text_content("#spoken") == said  # the pointer says nothing
+
+
+def test_the_place_that_is_held_is_shown_in_the_next_photograph(visit):
+    page = visit.page
+    page.evaluate("moveTo(0.9 * photo().width, 0.1 * photo().height); hold(true)")
+    drawn(page, page.keyboard.press, "p")
+    x, y = page.evaluate("(([x, y]) => [x / photo().width, y / photo().height])(tokenCentre())")
+    assert x == pytest.approx(0.9, abs=0.1) and y == pytest.approx(0.1, abs=0.1)
+
+
+def test_the_thumbnail_of_the_photograph_is_in_sight(browser, looked, tmp_path):
+    path = tmp_path / "many.html"
+    photos = [looked[1].look(CHURCH, f"{i}.jpg") for i in range(2)] * 20
+    path.write_text(make_page("x", photos))
+    for width in (360, 1200):
+        with Visit(browser, path.as_uri() + "#photo=31", viewport=dict(width=width, height=740)) as visit:
+            visit.page.wait_for_selector("#view[data-layer]")
+            strip, chosen = (visit.page.locator(at).bounding_box() for at in ("#photos", "#photos [aria-pressed=true]"))
+            for side, length in (("x", "width"), ("y", "height")):
+                assert strip[side] - 1 <= chosen[side]
+                assert chosen[side] + chosen[length] <= strip[side] + strip[length] + 1
+            assert strip["height"] < 200 and visit.page.evaluate("scrollY") == 0
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone(browser, looked, scheme):
     """Nothing is wider than the screen; a tap looks and holds."""
@@ -225,6 +340,14 @@ def test_a_phone(browser, looked, scheme):
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
         box = page.locator("#view").bounding_box()
         query = page.evaluate("view.dataset.query")
+        swipe(visit, box["x"] + 200, box["y"] + 150, 0, -120)
+        until(page, "scrollY > 50")
+        assert page.evaluate("view.dataset.query") == query and not page.evaluate("state.held")
+        until(page, "(scrollTo(0, 0), scrollY === 0)")
+        swipe(visit, box["x"] + 200, box["y"] + 20, 140, 0)
+        until(page, "state.held && Number(view.dataset.drawing) === latest")
+        assert page.evaluate("state.col * layerNow().queries.stride") > SIZE[1] * 0.9
+        page.evaluate("hold(false)")
         _, tapped, _ = drawn(page, page.touchscreen.tap, box["x"] + 5, box["y"] + 5)
         assert tapped == 0 != int(query) and page.evaluate("state.held")
         style = "getComputedStyle(document.body)"
@@ -266,6 +389,22 @@ def test_a_photograph_of_384_pixels(browser, tmp_path, name, record_property):
 # --- a server behind the page -----------------------------------------------------------------------------------------
 
 
+def swipe(visit, x, y, right, down):
+    """Move a finger in ten steps, as the browser gets it from a screen."""
+    session = visit.context.new_cdp_session(visit.page)
+
+    def send(kind, *points):
+        found = [dict(x=at[0], y=at[1]) for at in points]
+        session.send("Input.dispatchTouchEvent", dict(type=kind, touchPoints=found))
+
+    send("touchStart", (x, y))
+    for i in range(1, 11):
+        send("touchMove", (x + right * i / 10, y + down * i / 10))
+        visit.page.wait_for_timeout(16)
+    visit.page.wait_for_timeout(200)  # at rest, or the page would go on scrolling
+    send("touchEnd")
+
+
 @contextmanager
 def serving():
     with Server(make_looker("biformer_nano"), "biformer_nano", [], 0) as server:
@@ -285,10 +424,12 @@ def test_photographs_and_webcam_frames_are_added(browser, tmp_path):
     with serving() as server, Visit(browser, server.url, viewport=dict(width=1200, height=900)) as visit:
         page = visit.page
         assert page.locator("#view").is_hidden()
-        page.set_input_files("#files", [photo, text])
+        assert "Add photographs" in page.inner_text("#hint")
+        page.set_input_files("#files", [text, photo])
         page.wait_for_selector("#view[data-layer]")
         until(page, "document.getElementById('status').textContent.includes('notes.jpg: ')")
         assert "cannot be read" in page.inner_text("#status") or "image" in page.inner_text("#status")
+        assert page.locator("#hint").is_hidden()
         page.click("#webcam")
         until(page, "document.getElementById('video').videoWidth > 0")
         page.click("#frame")
@@ -296,7 +437,13 @@ def test_photographs_and_webcam_frames_are_added(browser, tmp_path):
         page.wait_for_selector("#photos:visible")
         assert page.locator("#photos button").count() == 2 and "église.png" in page.inner_text("#photos")
         assert [said for said in visit.said if "422" not in said] == []
+        page.evaluate("""(bytes) => {
+          const data = new DataTransfer();
+          data.items.add(new File([Uint8Array.from(bytes)], "dropped.png"));
+          document.body.dispatchEvent(new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true }));
+        }""", [*photo.read_bytes()])
+        until(page, "photos.length === 3")
         page.reload()  # what was added is still there
-        until(page, "photos.length === 2")
+        until(page, "photos.length === 3")
         added = page.evaluate("photos[0]")
     assert added["layers"] == make_looker("biformer_nano").look(CHURCH, "").pop("layers")

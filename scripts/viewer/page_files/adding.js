@@ -1,5 +1,6 @@
 // More photographs, where a server is behind the page.
 
+// Why it could not be added; nothing where it was.
 async function add(blob, name) {
   element("status").textContent = `${name} ...`;
   try {
@@ -7,12 +8,20 @@ async function add(blob, name) {
     const said = await reply.json();
     if (!reply.ok) throw new Error(said.error);
     photos.push(said);
-    element("status").textContent = "";
     start(photos.length - 1);
+    return "";
   } catch (error) {
-    element("status").textContent = `${name}: ${error.message}`;
+    return `${name}: ${error.message}`;
   }
 }
+
+async function addAll(files) {
+  const errors = [];
+  for (const [file, name] of files) errors.push(await add(file, name));
+  element("status").textContent = errors.filter(Boolean).join("; ");
+}
+
+const named = (files) => [...files].map((file) => [file, file.name]);
 
 async function toggleWebcam() {
   const video = element("video"), isOn = video.srcObject !== null;
@@ -34,12 +43,20 @@ async function toggleWebcam() {
 async function takeFrame() {
   const video = element("video"), canvas = new OffscreenCanvas(video.videoWidth, video.videoHeight);
   canvas.getContext("2d").drawImage(video, 0, 0);
-  await add(await canvas.convertToBlob({ type: "image/jpeg", quality: 0.92 }), `frame ${photos.length + 1}`);
+  await addAll([[await canvas.convertToBlob({ type: "image/jpeg", quality: 0.92 }), `frame ${photos.length + 1}`]]);
 }
 
 element("files").addEventListener("change", async (event) => {
-  for (const file of event.target.files) await add(file, file.name);
+  await addAll(named(event.target.files));
   event.target.value = "";
 });
+if (page.served) {
+  addEventListener("dragover", (event) => event.preventDefault());
+  addEventListener("drop", (event) => {
+    event.preventDefault();
+    addAll(named(event.dataTransfer.files));
+  });
+  addEventListener("paste", (event) => addAll(named(event.clipboardData.files)));
+}
 element("webcam").addEventListener("click", toggleWebcam);
 element("frame").addEventListener("click", takeFrame);

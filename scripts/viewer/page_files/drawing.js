@@ -13,7 +13,10 @@ function colour(share) {
 }
 
 const css = (rgb) => `rgb(${rgb.join(" ")})`;
-const rankColour = (rank, count) => css(colour(1 - rank / Math.max(count, 2)));
+// How much of the heat map is its colours; the rest is the photograph. The same everywhere, or light parts of the
+// photograph would change which of two colours is the lighter.
+const OPACITY = 0.78;
+const QUERY = "#ff5fa2";
 
 // ---- what is drawn -----------------------------------------------------------------------------
 
@@ -59,8 +62,7 @@ function heat(pen, layer, { keys, weights }) {
   const small = new OffscreenCanvas(map.width, map.height), inner = small.getContext("2d");
   const pixels = inner.createImageData(map.width, map.height);
   keys.forEach((key, i) => {
-    const share = weights[i] / largest;
-    pixels.data.set([...colour(share), 70 + 150 * share], 4 * key);
+    pixels.data.set([...colour(weights[i] / largest), 255 * OPACITY], 4 * key);
   });
   inner.putImageData(pixels, 0, 0);
   pen.imageSmoothingEnabled = false;
@@ -99,13 +101,13 @@ function drawOffsets(pen, layer, chosen, pixel) {
       const [left, top, width, height] = boxOf(layer.queries, agent, true);
       const [x, y] = onPhoto(point);
       const isChosen = agent === chosen;
-      pen.strokeStyle = isChosen ? "#ff5fa2" : "rgb(255 255 255 / 70%)";
+      pen.strokeStyle = isChosen ? QUERY : "rgb(255 255 255 / 40%)";
       pen.lineWidth = (isChosen ? 2.5 : 1) * pixel;
       pen.beginPath();
       pen.moveTo(left + width / 2, top + height / 2);
       pen.lineTo(x, y);
       pen.stroke();
-      dot(pen, [x, y], (isChosen ? 5 : 2) * pixel, isChosen ? "#ff5fa2" : "#fff", pixel);
+      dot(pen, [x, y], (isChosen ? 5 : 2) * pixel, isChosen ? QUERY : "#fff", pixel);
     });
   }
 }
@@ -124,7 +126,8 @@ function drawRoutes(pen, layer, routes, pixel) {
   routes.map((region, rank) => [region, rank]).reverse().forEach(([region, rank]) => {
     const [x, y, w, h] = boxOf(layer.keys, region);
     const inset = 1.5 * pixel;
-    outline(pen, [x + inset, y + inset, w - 2 * inset, h - 2 * inset], 2 * pixel, rankColour(rank, routes.length), "rgb(0 0 0 / 60%)");
+    const strength = 100 - (65 * rank) / routes.length;
+    outline(pen, [x + inset, y + inset, w - 2 * inset, h - 2 * inset], 2 * pixel, `rgb(255 255 255 / ${strength}%)`, "rgb(0 0 0 / 60%)");
     if (Math.min(w, h) > 17 * pixel) label(pen, String(rank + 1), x, y, pixel);
   });
 }
@@ -158,5 +161,5 @@ function paint(pen, scale, image, layer, found, shade = 1) {
   if (routes !== null) drawRoutes(pen, layer, routes, pixel);
   if (layer.points !== null && !isPulled) drawOffsets(pen, layer, token, pixel);
   if (!isPerToken(queries)) outline(pen, boxOf(queries, region), 2.5 * pixel, "#fff", "#000");
-  outline(pen, boxOf(queries, token, true), 1.5 * pixel, "#ff5fa2", "#000");
+  outline(pen, boxOf(queries, token, true), 1.5 * pixel, QUERY, "#000");
 }

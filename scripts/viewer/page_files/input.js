@@ -6,6 +6,7 @@ let latest = 0;
 
 async function draw() {
   const turn = ++latest, one = photo(), layer = layerNow();
+  showChoices();
   const [image, found] = await Promise.all([imageOf(one), attention(layer, state.row, state.col, state.head)]);
   if (turn !== latest) return;  // something else is to be shown by now
   const shown = view.clientWidth * devicePixelRatio, scale = Math.min(shown, 2400) / one.width;
@@ -21,7 +22,7 @@ async function draw() {
   view.dataset.layer = `${layer.module}:${layer.kind}`;
   view.dataset.query = String(regionOf(layer.queries, state.row, state.col));
   view.dataset.routed = (routesOf(layer, state.row, state.col) ?? []).join(" ");
-  writeHash();
+  writeHashSoon();
   view.dispatchEvent(new Event("drawn"));
 }
 
@@ -33,16 +34,34 @@ function look(event) {
   draw();
 }
 
+// Where a finger came down, and whether it moves along the picture: to scroll the page, it may begin here too.
+let finger = null;
+
 view.addEventListener("pointermove", (event) => {
-  const isTouch = event.pointerType !== "mouse";
-  if (isTouch ? event.isPrimary : !state.held) look(event);
+  if (event.pointerType === "mouse") {
+    if (!state.held) look(event);
+  } else if (finger !== null && event.isPrimary) {
+    const across = Math.abs(event.clientX - finger.x), along = Math.abs(event.clientY - finger.y);
+    finger.moves ||= across > 8 && across > along;
+    if (finger.moves) look(event);
+  }
 });
 view.addEventListener("pointerdown", (event) => {
   if (!event.isPrimary || event.button > 0) return;
-  const isTouch = event.pointerType !== "mouse";
-  if (isTouch || !state.held) look(event);
-  hold(isTouch || !state.held);
+  if (event.pointerType !== "mouse") {
+    finger = { x: event.clientX, y: event.clientY, moves: false };
+    return;
+  }
+  if (!state.held) look(event);
+  hold(!state.held);
 });
+view.addEventListener("pointerup", (event) => {
+  if (finger === null || !event.isPrimary) return;
+  finger = null;
+  look(event);
+  hold(true);
+});
+view.addEventListener("pointercancel", () => { finger = null; });
 element("hold").addEventListener("click", () => hold(!state.held));
 element("weights").addEventListener("click", toggleWeights);
 element("copy").addEventListener("click", copy);
@@ -59,11 +78,14 @@ const KEYS = {
 const ARROWS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
 
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || !photos.length) return;
-  const onView = event.target === view || event.target === document.body;
+  // Many keyboards have brackets on AltGr, which is Ctrl and Alt on some systems and Option on others.
+  const isBracket = "[]".includes(event.key) && event.altKey === (event.ctrlKey || event.altKey);
+  if (event.metaKey || ((event.ctrlKey || event.altKey) && !isBracket) || !photos.length) return;
+  const before = latest, onView = event.target === view || event.target === document.body;
   if (event.key in ARROWS && onView) {
     step(...ARROWS[event.key], event.shiftKey);
     hold(true);
+    scrollToToken();
   } else if ((event.key === " " || event.key === "Enter") && onView) {
     hold(!state.held);
   } else if (event.key in KEYS) {
@@ -71,15 +93,23 @@ document.addEventListener("keydown", (event) => {
   } else {
     return;
   }
+  if (latest > before) view.addEventListener("drawn", sayAloud, { once: true });
   event.preventDefault();
 });
+
+// Of a photograph that is higher than the window, the part with the token.
+function scrollToToken() {
+  const box = view.getBoundingClientRect(), y = box.top + (tokenCentre()[1] / photo().height) * box.height;
+  const margin = innerHeight / 6;
+  if (y < margin || y > innerHeight - margin) scrollBy(0, y - innerHeight / 2);
+}
 
 // ---- a picture of the view ---------------------------------------------------------------------
 
 async function picture() {
   const one = photo(), layer = layerNow(), image = await imageOf(one);
   const found = await attention(layer, state.row, state.col, state.head);
-  const scale = Math.max(1, 1200 / one.width), caption = 34;
+  const scale = Math.min(Math.max(1, 1200 / one.width), 4096 / Math.max(one.width, one.height)), caption = 34;
   const canvas = new OffscreenCanvas(Math.round(one.width * scale), Math.round(one.height * scale) + caption);
   const pen = canvas.getContext("2d");
   paint(pen, scale, image, layer, found, 1.5);

@@ -1,6 +1,15 @@
 // The link that restores a view.
 
+let writing = 0;
+
+// Browsers let a page say it no more than a hundred times in half a minute, so not at every token on the way.
+function writeHashSoon() {
+  clearTimeout(writing);
+  writing = setTimeout(writeHash, 300);
+}
+
 function writeHash() {
+  clearTimeout(writing);
   const layer = layerNow();
   const said = new URLSearchParams({
     photo: state.photo + 1, layer: layer.module, kind: layer.kind, head: state.head < 0 ? "mean" : state.head + 1,
@@ -9,7 +18,7 @@ function writeHash() {
   history.replaceState(null, "", `#${said.toString().replaceAll("%2C", ",")}`);
 }
 
-// What the hash does not say, or says of what is not there, stays as it is.
+// Of what the hash does not say, or says of what is not there: photograph and layer stay, head and place are as at first.
 function readHash() {
   const said = new URLSearchParams(location.hash.slice(1));
   const whole = (text, count, otherwise) => (/^\d+$/.test(text ?? "") && Number(text) < count ? Number(text) : otherwise);

@@ -27,16 +27,21 @@ function say(layer, found) {
     element("said").textContent = layer.bias
       ? `attends to all ${size(keys)} agents, by what they hold and where they were read`
       : `attends to all ${size(keys)} tokens of the map`;
-    return;
+  } else {
+    element("said").textContent = `attends to ${routes.length} of ${keys.rows * keys.cols} regions, the most similar first:`;
+    const sums = found.weights ? shares(layer, found, routes) : null;
+    list.append(...routes.map((target, rank) => {
+      const item = document.createElement("li");
+      item.textContent = `${rank + 1}. (${place(keys.cols, target)})${sums ? " " + percent(sums[rank]) : ""}`;
+      return item;
+    }));
   }
-  element("said").textContent = `attends to ${routes.length} of ${keys.rows * keys.cols} regions, the most similar first:`;
-  const sums = found.weights ? shares(layer, found, routes) : null;
-  routes.forEach((target, rank) => {
-    const item = document.createElement("li"), swatch = document.createElement("i");
-    swatch.style.background = rankColour(rank, routes.length);
-    item.append(swatch, `${rank + 1}. (${place(keys.cols, target)})${sums ? " " + percent(sums[rank]) : ""}`);
-    list.append(item);
-  });
+}
+
+// For a reader of screens, after a key: the pointer would have it speak without end.
+function sayAloud() {
+  const first = [...element("routes").children].slice(0, 3).map((item) => item.textContent);
+  element("spoken").textContent = [element("asker").textContent, element("said").textContent, ...first].join(" ");
 }
 
 // ---- controls ----------------------------------------------------------------------------------
@@ -47,18 +52,19 @@ function layerLabel(layer) {
   return `${layer.block}${half}${layer.kind === "agents" ? " agents" : layer.bias ? " tokens" : ""}`;
 }
 
-function radio(text, isChosen, choose, title = "") {
-  const button = document.createElement("button");
-  button.type = "button";
-  button.textContent = text;
-  button.title = title;
-  button.setAttribute("role", "radio");
-  button.setAttribute("aria-checked", String(isChosen));
-  button.addEventListener("click", choose);
-  return button;
+function radio(group, text, choose, title = "") {
+  const label = document.createElement("label"), input = document.createElement("input");
+  label.className = "button";
+  label.title = title;
+  input.type = "radio";
+  input.name = group;
+  input.addEventListener("change", choose);
+  label.append(input, text);
+  return label;
 }
 
-function fillLayers() {
+// All photographs have the same layers.
+function fillControls() {
   const rows = new Map();
   photo().layers.forEach((layer, index) => {
     const stage = layer.stage ?? "";
@@ -69,14 +75,21 @@ function fillLayers() {
       row.append(name);
       rows.set(stage, row);
     }
-    rows.get(stage).append(radio(layerLabel(layer), index === state.layer, () => chooseLayer(index), layer.module));
+    rows.get(stage).append(radio("layer", layerLabel(layer), () => chooseLayer(index), layer.module));
   });
   element("layers").replaceChildren(...rows.values());
-  const layer = layerNow();
-  element("heads").hidden = element("headTitle").hidden = layer.heads < 2;
-  const heads = [radio("mean", state.head < 0, () => chooseHead(-1))];
-  for (let head = 0; head < layer.heads; head++) heads.push(radio(String(head + 1), head === state.head, () => chooseHead(head)));
-  element("heads").replaceChildren(...heads);
+  const most = Math.max(...photo().layers.map((layer) => layer.heads));
+  const heads = Array.from({ length: most }, (_, head) => radio("head", String(head + 1), () => chooseHead(head)));
+  element("heads").replaceChildren(radio("head", "mean", () => chooseHead(-1)), ...heads);
+}
+
+// In place: what has the focus keeps it.
+function showChoices() {
+  const { heads } = layerNow();
+  element("layers").querySelectorAll("input")[state.layer].checked = true;
+  element("heads").querySelectorAll("input")[state.head + 1].checked = true;
+  [...element("heads").children].forEach((label, index) => { label.hidden = index > heads; });
+  element("heads").hidden = element("headTitle").hidden = heads < 2;
 }
 
 function fillPhoto() {
@@ -89,9 +102,20 @@ function fillPhoto() {
     item.append(text, value, bar);
     return item;
   }));
-  [...element("photos").children].forEach((button, index) => button.setAttribute("aria-pressed", String(index === state.photo)));
+  const thumbnails = [...element("photos").children];
+  thumbnails.forEach((button, index) => button.setAttribute("aria-pressed", String(index === state.photo)));
+  if (thumbnails.length) scrollWithin(element("photos"), thumbnails[state.photo].getBoundingClientRect());
+  element("size").textContent = `${photo().width} \u00d7 ${photo().height} pixels to the network`;
+  view.style.setProperty("--aspect", photo().width / photo().height);
   document.title = `${photo().name}: what ${page.network} attends to`;
   view.setAttribute("aria-label", `${photo().name}, with what ${page.network} attends to`);
+}
+
+// Scroll a list, and nothing around it, so far that a box in it is seen.
+function scrollWithin(list, box) {
+  const seen = list.getBoundingClientRect();
+  list.scrollTop += Math.min(box.top - seen.top, 0) + Math.max(box.bottom - seen.bottom, 0);
+  list.scrollLeft += Math.min(box.left - seen.left, 0) + Math.max(box.right - seen.right, 0);
 }
 
 function fillThumbnails() {
@@ -111,28 +135,33 @@ function fillThumbnails() {
   }));
 }
 
+// In its middle, or where another was held.
 function choosePhoto(index) {
+  const before = photo(), [x, y] = tokenCentre();
   state.photo = index;
   const { width, height } = photo();
-  moveTo(width / 2, height / 2);
+  if (state.held) moveTo((x / before.width) * width, (y / before.height) * height);
+  else moveTo(width / 2, height / 2);
   fillPhoto();
-  fillLayers();
   draw();
+}
+
+function tokenCentre() {
+  const { queries } = layerNow(), [x, y, w, h] = boxOf(queries, state.row * queries.width + state.col, true);
+  return [x + w / 2, y + h / 2];
 }
 
 // The same place of the photograph, in another layer's map.
 function chooseLayer(index) {
-  const [x, y, w, h] = boxOf(layerNow().queries, state.row * layerNow().queries.width + state.col, true);
+  const centre = tokenCentre();
   state.layer = (index + photo().layers.length) % photo().layers.length;
   if (state.head >= layerNow().heads) state.head = -1;
-  moveTo(x + w / 2, y + h / 2);
-  fillLayers();
+  moveTo(...centre);
   draw();
 }
 
 function chooseHead(head) {
   state.head = head;
-  fillLayers();
   draw();
 }
 
