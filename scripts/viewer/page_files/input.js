@@ -6,7 +6,6 @@ let latest = 0;
 
 async function draw() {
   const turn = ++latest, one = photo(), layer = layerNow();
-  showChoices();
   const [image, found] = await Promise.all([imageOf(one), attention(layer, state.row, state.col, state.head)]);
   if (turn !== latest) return;  // something else is to be shown by now
   const shown = view.clientWidth * devicePixelRatio, scale = Math.min(shown, 2400) / one.width;

@@ -157,11 +157,13 @@ function chooseLayer(index) {
   state.layer = (index + photo().layers.length) % photo().layers.length;
   if (state.head >= layerNow().heads) state.head = -1;
   moveTo(...centre);
+  showChoices();
   draw();
 }
 
 function chooseHead(head) {
   state.head = head;
+  showChoices();
   draw();
 }
 

@@ -6,13 +6,14 @@ function start(index = null) {
   if (!photos.length) return;
   fillThumbnails();
   fillControls();
+  if (index === null) readHash();
+  showChoices();
   if (index !== null) {
     choosePhoto(index);
-    return;
+  } else {
+    fillPhoto();
+    draw();
   }
-  readHash();
-  fillPhoto();
-  draw();
 }
 
 const scaleCanvas = element("scale"), scalePen = scaleCanvas.getContext("2d");
