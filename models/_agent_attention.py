@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module, trunc_normal_
+from timm.layers import trunc_normal_
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,6 +19,7 @@ from ._ops import (
     Routing,
     apply_linear,
     conv_channels_last,
+    fx_leaf,
     is_traced_or_transformed,
     route_regions,
     routed_attention,
@@ -27,7 +28,7 @@ from ._ops import (
 HEAD_DIM = 32
 
 
-@register_notrace_module  # what it computes depends on the dtype, which torch.fx does not know while it traces
+@fx_leaf  # what it computes depends on the dtype
 class ResidualConv2d(nn.Conv2d):
     """x + conv(x), of a 3 x 3 depthwise convolution."""
 
@@ -128,6 +129,7 @@ def _recomputed(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
     return functools.partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
 
 
+@fx_leaf  # regions, points and positions depend on the map's size
 class DeformableAgentAttention(nn.Module):
     """Attention of every token to a few agents, which have attended to the map by bi-level routing.
 
@@ -312,7 +314,3 @@ class DeformableAgentAttention(nn.Module):
         agents, points = self.make_agents(x, query)
         agents = self._inform(agents, key, value)
         return apply_linear(self.proj, self._attend_to_agents(query, agents, points))
-
-
-# Regions, points and positions depend on the map's size, which torch.fx does not know while it traces.
-register_notrace_module(DeformableAgentAttention)

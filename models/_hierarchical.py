@@ -10,6 +10,8 @@ from torch import nn
 from ._layers import channels_last_image
 from ._pretrained import build_with_pretrained_weights
 
+torch.fx.wrap("channels_last_image")  # which looks at the image's size
+
 
 class Stage(nn.Module):
     """Optional downsampling, then blocks. NCHW in and out, channels last in memory."""

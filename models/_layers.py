@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import timm.layers
 import torch
-from timm.layers import DropPath, register_notrace_function, register_notrace_module
+from timm.layers import DropPath, register_notrace_function
 from torch import nn
 
-from ._ops import DepthwiseConv, add_layer_norm, apply_linear, is_plain, layer_norm, linear_gelu, reuses_memory
+from ._ops import DepthwiseConv, add_layer_norm, apply_linear, fx_leaf, is_plain, layer_norm, linear_gelu, reuses_memory
 
 
 def split_qkv(qkv: torch.Tensor, num_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -54,11 +54,7 @@ def channels_last_image(x: torch.Tensor) -> torch.Tensor:
     return channels_last(x)
 
 
-# Which implementation computes a layer depends on the device, which torch.fx does not know while it traces.
-register_notrace_module(DepthwiseConv)
-
-
-@register_notrace_module
+@fx_leaf  # its implementation depends on the device
 class LayerNorm(nn.LayerNorm):
     """Layer norm by `ops.layer_norm`, whose `impl` is `layer_impl`."""
 
@@ -71,7 +67,6 @@ class LayerNorm(nn.LayerNorm):
         return layer_norm(x, self.weight, self.bias, self.eps, self.layer_impl)
 
 
-@register_notrace_module
 class AddLayerNorm(LayerNorm):
     """The next value of a residual path, and its layer norm, by `ops.add_layer_norm`."""
 

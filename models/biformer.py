@@ -5,7 +5,7 @@ Published code and weights: https://github.com/rayleizhu/BiFormer
 """
 import torch
 import torch.nn.functional as F
-from timm.layers import calculate_drop_path_rates, register_notrace_module
+from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
@@ -17,9 +17,6 @@ from ._pretrained import imagenet_cfg
 from ._shipped import imagenette_cfg
 
 __all__ = ["BiFormer"]
-
-# Its regions depend on the map's size, which torch.fx does not know while it traces.
-register_notrace_module(BiLevelRoutingAttention)
 
 
 class LePEAttention(nn.Module):

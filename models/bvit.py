@@ -13,7 +13,6 @@ from timm.layers import (
     PatchEmbed,
     calculate_drop_path_rates,
     global_pool_nlc,
-    register_notrace_function,
     resample_abs_pos_embed,
     to_2tuple,
     trunc_normal_,
@@ -29,12 +28,14 @@ from ._pretrained import build_with_pretrained_weights, imagenet_cfg, stored
 
 __all__ = ["BViT"]
 
+torch.fx.wrap("resample_abs_pos_embed")  # which looks at the grid's size
+
 PATCH_SIZE = 16
 BROAD_SCALE = 0.4  # weight of broad attention beside the last layer's output
 GLOBAL_POOLS = ("", "token", "avg", "avgmax", "max")
 
 
-@register_notrace_function
+@torch.fx.wrap
 def broad_attention(qkvs: list[torch.Tensor], num_heads: int, num_queries: int | None = None) -> torch.Tensor:
     """Attention of every layer's queries, keys and values, which lie side by side in each head. No parameters.
 

@@ -10,7 +10,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, calculate_drop_path_rates, register_notrace_module
+from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import window_partition, window_reverse
 from torch import nn
@@ -18,13 +18,13 @@ from torch import nn
 from ._checkpoints import fit_token_head, rename_published
 from ._hierarchical import HierarchicalNetwork, Stage, build_hierarchical
 from ._layers import Mlp, channels_last, check_divides, check_per_stage, split_qkv
-from ._ops import conv_channels_last
+from ._ops import conv_channels_last, fx_leaf
 from ._pretrained import imagenet_cfg, stored
 
 __all__ = ["ViTAEv2"]
 
 
-@register_notrace_module  # its padding depends on the image's size, which torch.fx does not know while it traces
+@fx_leaf  # its padding depends on the image's size
 class PadToMultiple(nn.Module):
     """Zeros at the bottom and right of an image, up to the next multiple of `multiple`; channels last in memory.
 
@@ -43,7 +43,7 @@ class PadToMultiple(nn.Module):
         return channels_last(x)
 
 
-@register_notrace_module  # its windows depend on the map's size
+@fx_leaf  # its windows depend on the map's size
 class Attention(nn.Module):
     """Self-attention in unshifted windows, or over the whole map.
 

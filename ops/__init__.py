@@ -8,6 +8,7 @@
     depthwise_conv(...)                 a depthwise convolution of such a map, with what is added to it
     layer_norm(...), add_layer_norm(...)  layer norm, and that of a sum, in one pass over memory
     apply_linear(...), linear_gelu(...)  a linear layer, alone or with its GELU, without copies where a CPU infers
+    fx_leaf(...)                        a module that torch.fx records whole
 """
 from .attention import IMPLS, choose_impl, routed_attention, unsupported
 from .bra import BiLevelRoutingAttention
@@ -20,7 +21,7 @@ from .record import AttentionRecord, PositionBias
 from .regions import RegionGrid
 from .routing import Routing, region_means, route_regions
 from .support import LAYER_IMPLS, check_layer_impl
-from .transforms import is_traced_or_transformed
+from .transforms import fx_leaf, is_traced_or_transformed
 
 __all__ = [
     "IMPLS",
@@ -38,6 +39,7 @@ __all__ = [
     "choose_norm_impl",
     "conv_channels_last",
     "depthwise_conv",
+    "fx_leaf",
     "is_plain",
     "is_traced_or_transformed",
     "layer_norm",

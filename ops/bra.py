@@ -10,8 +10,10 @@ from .record import AttentionRecord
 from .regions import RegionGrid
 from .routing import Routing, route_regions
 from .support import check_layer_impl, in_low_precision_on_gpu, triton_unsupported
+from .transforms import fx_leaf
 
 
+@fx_leaf  # its regions depend on the map's size
 class BiLevelRoutingAttention(nn.Module):
     """Bi-level routing attention with a local depthwise term (BiFormer, https://arxiv.org/abs/2303.08810).
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from .layout import conv_channels_last
 from .support import LOW_PRECISION, triton_unsupported
+from .transforms import fx_leaf
 
 _TRITON_KERNELS = (3, 5)
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -133,6 +134,7 @@ def depthwise_conv(
     return _BACKENDS[impl](x, weight, bias, residual)
 
 
+@fx_leaf  # its implementation depends on the device
 class DepthwiseConv(nn.Conv2d):
     """residual + conv(x): a depthwise convolution of channels-last maps by `depthwise_conv`.
 

@@ -1,5 +1,34 @@
-"""What PyTorch's transforms ask of operators of ours, which they do not know."""
+"""What PyTorch's transforms ask of operators and modules of ours, which they do not know."""
+from typing import Any, TypeVar
+
 import torch
+from torch import nn
+from torch.fx import Proxy
+
+_Module = TypeVar("_Module", bound=type[nn.Module])
+
+
+def fx_leaf(cls: _Module) -> _Module:
+    """Class decorator: torch.fx records calls of the module whole, and calls its hooks when the graph runs.
+
+    For modules that look at sizes, types or devices, which torch.fx does not know while it traces. Which modules are
+    traced through is up to the tracer; PyTorch's, torchvision's and timm's each keep a list, and take no word from the
+    module. So a call whose first argument is a proxy records itself.
+    """
+    inherited = cls.__call__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not args or not isinstance(args[0], Proxy):
+            return inherited(self, *args, **kwargs)
+        tracer = args[0].tracer
+
+        def record(*args: Any, **kwargs: Any) -> Proxy:
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
+
+        return tracer.call_module(self, record, args, kwargs)
+
+    cls.__call__ = __call__
+    return cls
 
 
 def cast_inputs(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
