@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from timm.layers import trunc_normal_
+from timm.layers import trunc_normal_, use_fused_attn
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ._layers import check_divides
+from ._layers import attend, check_divides
 from ._ops import (
     AttentionRecord,
     PositionBias,
@@ -177,6 +177,7 @@ class DeformableAgentAttention(nn.Module):
         self.topk = topk
         self.scale = dim**-0.5
         self.attn_impl = attn_impl
+        self.fused_attn = use_fused_attn()
         self.qkv = nn.Linear(dim, 3 * dim, **dd)
         self.lepe = nn.Conv2d(dim, dim, kernel_size=5, stride=stride, padding=2, groups=dim, **dd)
         self.offsets = Offsets(dim, num_groups, offset_kernel, stride, **dd)
@@ -284,7 +285,7 @@ class DeformableAgentAttention(nn.Module):
         It reads tensors that it is given and none of the module's, which may change before it is computed again.
         """
         bias = self._position_bias(*positions).to(query.dtype)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=self.scale)
+        out = attend(query, key, value, self.fused_attn, bias, self.scale)
         return out.transpose(1, 2).flatten(2)
 
     def _rows_at_once(self, width: int, num_agents: int, points: torch.Tensor) -> int:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import timm.layers
 import torch
-from timm.layers import DropPath, register_notrace_function
+import torch.nn.functional as F
+from timm.layers import DropPath, register_notrace_function, use_fused_attn
 from torch import nn
 
 from ._ops import DepthwiseConv, add_layer_norm, apply_linear, fx_leaf, is_plain, layer_norm, linear_gelu, reuses_memory
@@ -17,6 +18,43 @@ from ._ops import DepthwiseConv, add_layer_norm, apply_linear, fx_leaf, is_plain
 def split_qkv(qkv: torch.Tensor, num_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(B, N, 3 * heads * head_dim) packed projection -> query, key and value, views of (B, heads, N, head_dim)."""
     return qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    fused: bool,
+    bias: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """softmax(scale * q k^T + bias) v.
+
+    Args:
+        query: (B, heads, N, head_dim).
+        key: (B, heads, M, head_dim).
+        value: (B, heads, M, head_dim).
+        fused: By PyTorch's fused attention, or by plain products, which also have second and forward derivatives.
+        bias: (B, heads, N, M), or None.
+        scale: Factor of the products, head_dim ** -0.5 unless given.
+
+    Returns:
+        (B, heads, N, head_dim).
+    """
+    if fused:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+    logits = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(-2, -1)
+    return (logits if bias is None else logits + bias).softmax(dim=-1) @ value
+
+
+def resolve_impls(attn_impl: str, layer_impl: str) -> tuple[str, str]:
+    """The implementations of routed attention and of layers, plain ones for "auto" where timm's fused attention is off.
+
+    As with timm's models, that counts when a network is built.
+    """
+    if use_fused_attn():
+        return attn_impl, layer_impl
+    return "gather" if attn_impl == "auto" else attn_impl, "torch" if layer_impl == "auto" else layer_impl
 
 
 def check_per_stage(num_stages: int, kind: str = "stages", **settings):

@@ -4,14 +4,13 @@ Paper: `BiFormer: Vision Transformer with Bi-Level Routing Attention` - https://
 Published code and weights: https://github.com/rayleizhu/BiFormer
 """
 import torch
-import torch.nn.functional as F
-from timm.layers import calculate_drop_path_rates
+from timm.layers import calculate_drop_path_rates, use_fused_attn
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from ._checkpoints import rename_biformer
 from ._hierarchical import HierarchicalNetwork, Stage, build_hierarchical
-from ._layers import Block, Downsample, Mlp, Stem, check_divides, check_per_stage, split_qkv
+from ._layers import Block, Downsample, Mlp, Stem, attend, check_divides, check_per_stage, resolve_impls, split_qkv
 from ._ops import AttentionRecord, BiLevelRoutingAttention, DepthwiseConv, check_layer_impl
 from ._pretrained import imagenet_cfg
 from ._shipped import imagenette_cfg
@@ -46,6 +45,7 @@ class LePEAttention(nn.Module):
         dd = dict(device=device, dtype=dtype)
         self.num_heads = num_heads
         self.lepe_on_value = lepe_on_value
+        self.fused_attn = use_fused_attn()
         self.qkv = nn.Linear(dim, 3 * dim, bias=False, **dd)
         self.lepe = DepthwiseConv(dim, 5, layer_impl, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
@@ -59,7 +59,7 @@ class LePEAttention(nn.Module):
         """(B, H, W, dim) -> (B, H, W, dim)."""
         qkv = self.qkv(x)
         query, key, value = split_qkv(qkv.flatten(1, 2), self.num_heads)
-        attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(x.shape)
+        attended = attend(query, key, value, self.fused_attn).transpose(1, 2).reshape(x.shape)
         seen = qkv.chunk(3, dim=-1)[2] if self.lepe_on_value else x
         return self.proj(self.lepe(seen, residual=attended))
 
@@ -112,6 +112,7 @@ class BiFormer(HierarchicalNetwork):
         **kwargs,
     ):
         check_layer_impl(layer_impl)
+        attn_impl, layer_impl = resolve_impls(attn_impl, layer_impl)
         if layout not in ("conv", "stl"):
             raise ValueError(f"layout must be 'conv' or 'stl', got {layout!r}")
         check_per_stage(len(dims), depths=depths)

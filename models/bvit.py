@@ -6,7 +6,6 @@ Published code and, by the paper, weights: https://github.com/DRL-CASIA/Broad_Vi
 import math
 
 import torch
-import torch.nn.functional as F
 from timm.layers import (
     ClassifierHead,
     DropPath,
@@ -16,6 +15,7 @@ from timm.layers import (
     resample_abs_pos_embed,
     to_2tuple,
     trunc_normal_,
+    use_fused_attn,
 )
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
@@ -23,7 +23,7 @@ from timm.models.vision_transformer import init_weights_vit_timm
 from torch import nn
 
 from ._checkpoints import rename_published
-from ._layers import Mlp, check_divides, split_qkv
+from ._layers import Mlp, attend, check_divides, split_qkv
 from ._pretrained import build_with_pretrained_weights, imagenet_cfg, stored
 
 __all__ = ["BViT"]
@@ -71,6 +71,7 @@ class Attention(nn.Module):
         super().__init__()
         dd = dict(device=device, dtype=dtype)
         self.num_heads = num_heads
+        self.fused_attn = use_fused_attn()
         self.qkv = nn.Linear(dim, 3 * dim, bias=False, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
 
@@ -78,7 +79,7 @@ class Attention(nn.Module):
         """(B, N, dim) -> (B, N, dim), and the (B, N, 3 * dim) projection."""
         qkv = self.qkv(x)
         query, key, value = split_qkv(qkv, self.num_heads)
-        attended = F.scaled_dot_product_attention(query, key, value)
+        attended = attend(query, key, value, self.fused_attn)
         return self.proj(attended.transpose(1, 2).flatten(2)), qkv
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from ._agent_attention import HEAD_DIM, ConvMlp, DeformableAgentAttention
 from ._checkpoints import rename_biformer
 from ._hierarchical import HierarchicalNetwork, Stage, build_hierarchical
-from ._layers import Block, Downsample, Stem, check_divides, check_per_stage
+from ._layers import Block, Downsample, Stem, check_divides, check_per_stage, resolve_impls
 from ._ops import BiLevelRoutingAttention, check_layer_impl
 from ._pretrained import imagenet_cfg
 from ._shipped import imagenette_cfg
@@ -78,6 +78,7 @@ class DeBiFormer(HierarchicalNetwork):
         **kwargs,
     ):
         check_layer_impl(layer_impl)
+        attn_impl, layer_impl = resolve_impls(attn_impl, layer_impl)
         check_per_stage(
             4,
             depths=depths,

@@ -10,14 +10,14 @@ import math
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, calculate_drop_path_rates
+from timm.layers import DropPath, calculate_drop_path_rates, use_fused_attn
 from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import window_partition, window_reverse
 from torch import nn
 
 from ._checkpoints import fit_token_head, rename_published
 from ._hierarchical import HierarchicalNetwork, Stage, build_hierarchical
-from ._layers import Mlp, channels_last, check_divides, check_per_stage, split_qkv
+from ._layers import Mlp, attend, channels_last, check_divides, check_per_stage, split_qkv
 from ._ops import conv_channels_last, fx_leaf
 from ._pretrained import imagenet_cfg, stored
 
@@ -75,13 +75,14 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.window_size = window_size
         self.value_skip = value_skip
+        self.fused_attn = use_fused_attn()
         self.qkv = nn.Linear(dim, 3 * out_dim, bias=qkv_bias, **dd)
         self.proj = nn.Linear(out_dim, out_dim, **dd)
 
     def _attend(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, W, dim) -> (B, H, W, out_dim), every token to all H * W."""
         query, key, value = split_qkv(self.qkv(x).flatten(1, 2), self.num_heads)
-        attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+        attended = attend(query, key, value, self.fused_attn).transpose(1, 2)
         out = self.proj(attended.flatten(2))
         if self.value_skip:
             out = out + value.transpose(1, 2).flatten(2)
