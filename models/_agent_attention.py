@@ -190,6 +190,10 @@ class DeformableAgentAttention(nn.Module):
         self.agent_value = nn.Linear(dim, dim, **dd)
         self.bias_table = nn.Parameter(torch.empty(self.num_heads, 2 * table_side - 1, 2 * table_side - 1, **dd))
         self.proj = nn.Linear(dim, dim, **dd)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Draw what is the module's own, the biases."""
         trunc_normal_(self.bias_table, std=0.01)
 
     def make_agents(self, x: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

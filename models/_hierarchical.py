@@ -8,6 +8,7 @@ from timm.models._features import feature_take_indices
 from torch import nn
 
 from ._layers import channels_last_image
+from ._network import Network
 from ._pretrained import build_with_pretrained_weights
 
 torch.fx.wrap("channels_last_image")  # which looks at the image's size
@@ -29,7 +30,7 @@ class Stage(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
-class HierarchicalNetwork(nn.Module):
+class HierarchicalNetwork(Network):
     """Stem, stages, norm and classifier, with timm's contract for image classifiers and feature extractors.
 
     Takes (B, in_chans, H, W) images from 32 x 32 up.
@@ -76,10 +77,10 @@ class HierarchicalNetwork(nn.Module):
         )
         self.head_hidden_size = self._pooled_features()
         self.token_head = self._make_token_head(device=device, dtype=dtype) if token_head else None
-        self.apply(self._init_weights)
+        self.init_weights(needs_reset=False)
 
     @staticmethod
-    def _init_weights(module: nn.Module):
+    def _init_weights(module: nn.Module, name: str = ""):
         if isinstance(module, nn.Linear):
             trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:

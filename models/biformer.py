@@ -92,6 +92,8 @@ class BiFormer(HierarchicalNetwork):
             `num_regions` or `topk` is out of range, or there is no such padding.
     """
 
+    built_first = ("blocks", "attn", "mlp")
+
     def __init__(
         self,
         in_chans: int = 3,

@@ -24,6 +24,7 @@ from torch import nn
 
 from ._checkpoints import rename_published
 from ._layers import Mlp, attend, check_divides, split_qkv
+from ._network import Network
 from ._pretrained import build_with_pretrained_weights, imagenet_cfg, stored
 
 __all__ = ["BViT"]
@@ -105,7 +106,7 @@ class Block(nn.Module):
         return x + self.drop_path2(self.mlp(self.norm2(x))), qkv
 
 
-class BViT(nn.Module):
+class BViT(Network):
     """BViT image classifier and feature extractor. Takes (B, in_chans, H, W) images of any size from 32 x 32 up.
 
     Images that 16 * stem_stride does not divide are padded at the bottom and right, and positions are resampled to
@@ -132,6 +133,7 @@ class BViT(nn.Module):
 
     output_fmt = "NLC"
     num_prefix_tokens = 1
+    _init_weights = staticmethod(init_weights_vit_timm)
 
     def __init__(
         self,
@@ -180,9 +182,13 @@ class BViT(nn.Module):
         # Tokens are pooled before the head, whose own pooling is for maps.
         self.head = ClassifierHead(embed_dim, num_classes, pool_type="", drop_rate=drop_rate, **dd)
 
+        self.reset_parameters()
+        self.init_weights(needs_reset=False)
+
+    def reset_parameters(self):
+        """Draw what is the network's own, the class token and the positions."""
         trunc_normal_(self.pos_embed, std=0.02)
         trunc_normal_(self.cls_token, std=0.02)
-        self.apply(init_weights_vit_timm)
 
     def _set_global_pool(self, global_pool: str):
         if global_pool not in GLOBAL_POOLS:

@@ -59,6 +59,8 @@ class DeBiFormer(HierarchicalNetwork):
             heads, or `num_regions`, `topk` or `agent_topk` is out of range.
     """
 
+    built_first = ("blocks", "attn", "mlp")
+
     def __init__(
         self,
         in_chans: int = 3,

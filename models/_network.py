@@ -1,0 +1,35 @@
+"""What networks of every family share: their weights are drawn in one place."""
+from timm.models import named_apply
+from torch import nn
+
+
+class Network(nn.Module):
+    """A network whose weights can be drawn again, as timm's can: after `to_empty` of one on the meta device, say.
+
+    Attributes:
+        built_first: Names of children that are built before their siblings, where those come first in the module.
+    """
+
+    built_first: tuple[str, ...] = ()
+
+    @staticmethod
+    def _init_weights(module: nn.Module, name: str = ""):
+        """Draw the weights of a module within the network that are not as the module's constructor draws them."""
+        raise NotImplementedError
+
+    def _reset(self, module: nn.Module):
+        """Every `reset_parameters` in a module, in the order in which its parts were built."""
+        for _, child in sorted(module.named_children(), key=lambda item: item[0] not in self.built_first):
+            self._reset(child)
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+    def init_weights(self, needs_reset: bool = True):
+        """Set all parameters and buffers; with one seed, to what building the network sets them to.
+
+        Args:
+            needs_reset: Start with every module's `reset_parameters`, which a module that was just built has behind it.
+        """
+        if needs_reset:
+            self._reset(self)
+        named_apply(self._init_weights, self)
