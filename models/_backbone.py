@@ -7,6 +7,7 @@ import torch
 from timm.layers import LayerNorm2d
 from torch import nn
 
+from ._network import NotScriptable
 from ._recipe import ImageSize, size_kwargs
 
 STRIDES = (4, 8, 16, 32)
@@ -63,7 +64,7 @@ class Backbone(nn.Module):
         return [norm(x) for norm, x in zip(self.extra_norms, maps, strict=True)]
 
 
-class OnBackbone:
+class OnBackbone(NotScriptable):
     """What a network built on a `Backbone`, its `backbone`, says of it where timm's models speak for themselves.
 
     Attributes:
@@ -79,11 +80,9 @@ class OnBackbone:
         body = getattr(self.backbone.body, "default_cfg", None) or {}
         return dict(architecture=f"{self.kind} on {body.get('architecture') or type(self.backbone.body).__name__}")
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return {f"backbone.body.{name}" for name in getattr(self.backbone.body, "no_weight_decay", set)()}
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True):
         self.backbone.body.set_grad_checkpointing(enable)
 

@@ -8,13 +8,13 @@ from timm.models._features import feature_take_indices
 from torch import nn
 
 from ._layers import channels_last_image
-from ._network import Network
+from ._network import Network, NotScriptable
 from ._pretrained import build_with_pretrained_weights
 
 torch.fx.wrap("channels_last_image")  # which looks at the image's size
 
 
-class Stage(nn.Module):
+class Stage(NotScriptable, nn.Module):
     """Optional downsampling, then blocks. NCHW in and out, channels last in memory."""
 
     def __init__(self, downsample: nn.Module, blocks: list[nn.Module]):
@@ -92,11 +92,9 @@ class HierarchicalNetwork(Network):
     def _pooled_features(self) -> int:
         return self.num_features * self.head.global_pool.feat_mult()
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return set()
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
         return dict(
             stem=r"^stem",
@@ -107,12 +105,10 @@ class HierarchicalNetwork(Network):
             ],
         )
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True):
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
-    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         return self.head.fc
 

@@ -1,9 +1,26 @@
-"""What networks of every family share: their weights are drawn in one place."""
+"""What networks of every family share: how weights are drawn, and what they are not made for."""
+from typing import NoReturn
+
 from timm.models import named_apply
 from torch import nn
 
 
-class Network(nn.Module):
+class NotScriptable:
+    """A module that looks at devices and types, which TorchScript cannot, and refuses it with advice."""
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script calls first.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(
+            f"torch.jit.script cannot compile {type(self).__name__}, and PyTorch has deprecated it: "
+            "use torch.export.export, torch.compile, or torch.jit.trace for images of one size"
+        )
+
+
+class Network(NotScriptable, nn.Module):
     """A network whose weights can be drawn again, as timm's can: after `to_empty` of one on the meta device, say.
 
     Attributes:

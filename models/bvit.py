@@ -195,22 +195,18 @@ class BViT(Network):
             raise ValueError(f"global_pool must be one of {GLOBAL_POOLS}, got {global_pool!r}")
         self.global_pool = global_pool
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return {"cls_token", "pos_embed"}
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
         return dict(
             stem=r"^(?:stem|patch_embed|cls_token|pos_embed)",
             blocks=[(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         )
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True):
         self.grad_checkpointing = enable
 
-    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         return self.head.fc
 

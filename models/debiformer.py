@@ -133,7 +133,6 @@ class DeBiFormer(HierarchicalNetwork):
             stages.append(Stage(downsample, blocks))
         super().__init__(stem, stages, dims, nn.BatchNorm2d(dims[-1], **dd), in_chans, **dd, **kwargs)
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name.endswith("bias_table")}
 

@@ -340,7 +340,6 @@ class ViTAEv2(HierarchicalNetwork):
             stages.append(Stage(reduction, cells))
         super().__init__(PadToMultiple(32), stages, dims, nn.Identity(), in_chans, **dd, **kwargs)
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
         return dict(
             stem=r"^stages\.0\.downsample",
