@@ -18,6 +18,8 @@ from ._ops import (
     RegionGrid,
     Routing,
     apply_linear,
+    check_positive,
+    check_whole,
     conv_channels_last,
     fx_leaf,
     is_traced_or_transformed,
@@ -150,7 +152,8 @@ class DeformableAgentAttention(nn.Module):
         attn_impl: The implementation of `ops.routed_attention`.
 
     Raises:
-        ValueError: `dim` is no multiple of 32, or `num_groups` does not divide the heads.
+        ValueError: `dim` is no multiple of 32, `num_groups` does not divide the heads, or a number is out of range or
+            no whole one.
     """
 
     def __init__(
@@ -168,6 +171,9 @@ class DeformableAgentAttention(nn.Module):
         dtype=None,
     ):
         super().__init__()
+        check_whole(dim=dim, num_groups=num_groups, stride=stride, offset_kernel=offset_kernel, table_side=table_side)
+        check_whole(num_regions=num_regions, topk=topk)
+        check_positive(mlp_ratio=mlp_ratio)
         check_divides("the heads' channels", HEAD_DIM, "dim", dim)
         check_divides("num_groups", num_groups, "the number of heads", dim // HEAD_DIM)
         dd = dict(device=device, dtype=dtype)

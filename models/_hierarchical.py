@@ -9,6 +9,7 @@ from torch import nn
 
 from ._layers import channels_last_image
 from ._network import Network, NotScriptable
+from ._ops import check_rates, check_whole
 from ._pretrained import build_with_pretrained_weights
 
 torch.fx.wrap("channels_last_image")  # which looks at the image's size
@@ -46,6 +47,9 @@ class HierarchicalNetwork(Network):
         drop_rate: Dropout before the classifier.
         token_head: Whether to have a second classifier, for every token of the last map, for training with token labels
             (Jiang et al., https://arxiv.org/abs/2104.10858).
+
+    Raises:
+        ValueError: `num_classes` or `drop_rate` is out of range.
     """
 
     def __init__(
@@ -63,6 +67,8 @@ class HierarchicalNetwork(Network):
         dtype=None,
     ):
         super().__init__()
+        check_whole(0, num_classes=num_classes)
+        check_rates(drop_rate=drop_rate)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.num_features = dims[-1]

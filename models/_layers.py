@@ -3,8 +3,9 @@
 Maps are held channels last, so that linear layers, layer norms, routing and depthwise convolutions all read the same
 memory and nothing is transposed between them.
 """
+import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import timm.layers
 import torch
@@ -12,7 +13,17 @@ import torch.nn.functional as F
 from timm.layers import DropPath, register_notrace_function, use_fused_attn
 from torch import nn
 
-from ._ops import DepthwiseConv, add_layer_norm, apply_linear, fx_leaf, is_plain, layer_norm, linear_gelu, reuses_memory
+from ._ops import (
+    DepthwiseConv,
+    add_layer_norm,
+    apply_linear,
+    check_whole,
+    fx_leaf,
+    is_plain,
+    layer_norm,
+    linear_gelu,
+    reuses_memory,
+)
 
 
 def split_qkv(qkv: torch.Tensor, num_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -57,11 +68,21 @@ def resolve_impls(attn_impl: str, layer_impl: str) -> tuple[str, str]:
     return "gather" if attn_impl == "auto" else attn_impl, "torch" if layer_impl == "auto" else layer_impl
 
 
-def check_per_stage(num_stages: int, kind: str = "stages", **settings):
-    """Raises ValueError unless each of `settings`, by name, has one entry for each of the `num_stages` stages."""
+def check_per_stage(
+    num_stages: int, kind: str = "stages", check: Callable[..., None] = check_whole, **settings: Sequence
+):
+    """Raises ValueError unless each of `settings`, by name, has one entry for each of the `num_stages` stages.
+
+    Each entry is checked by `check`, such as `check_whole`.
+    """
     for name, values in settings.items():
         if not isinstance(values, (tuple, list)) or len(values) != num_stages:
             raise ValueError(f"{name} must have one entry for each of the {num_stages} {kind}, got {values}")
+        for value in values:
+            check(**{name: value})
+
+
+check_depths = functools.partial(check_whole, 0)  # a stage may have no blocks
 
 
 def check_divides(name: str, divisors: int | Sequence[int], what: str, numbers: int | Sequence[int]):

@@ -10,8 +10,27 @@ from torch import nn
 
 from ._checkpoints import rename_biformer
 from ._hierarchical import HierarchicalNetwork, Stage, build_hierarchical
-from ._layers import Block, Downsample, Mlp, Stem, attend, check_divides, check_per_stage, resolve_impls, split_qkv
-from ._ops import AttentionRecord, BiLevelRoutingAttention, DepthwiseConv, check_layer_impl
+from ._layers import (
+    Block,
+    Downsample,
+    Mlp,
+    Stem,
+    attend,
+    check_depths,
+    check_divides,
+    check_per_stage,
+    resolve_impls,
+    split_qkv,
+)
+from ._ops import (
+    AttentionRecord,
+    BiLevelRoutingAttention,
+    DepthwiseConv,
+    check_layer_impl,
+    check_positive,
+    check_rates,
+    check_whole,
+)
 from ._pretrained import imagenet_cfg
 from ._shipped import imagenette_cfg
 
@@ -41,6 +60,7 @@ class LePEAttention(nn.Module):
         dtype=None,
     ):
         super().__init__()
+        check_whole(dim=dim, num_heads=num_heads)
         check_divides("num_heads", num_heads, "dim", dim)
         dd = dict(device=device, dtype=dtype)
         self.num_heads = num_heads
@@ -88,8 +108,8 @@ class BiFormer(HierarchicalNetwork):
         **kwargs: `num_classes`, `global_pool`, `drop_rate` and `token_head`, as of `HierarchicalNetwork`.
 
     Raises:
-        ValueError: `layout` is unknown, there is not one entry for each stage, heads do not divide the channels, or
-            `num_regions` or `topk` is out of range, or there is no such padding.
+        ValueError: `layout` is unknown, there is not one entry for each stage, heads do not divide the channels, a
+            number is out of range or no whole one, or there is no such padding.
     """
 
     built_first = ("blocks", "attn", "mlp")
@@ -117,10 +137,15 @@ class BiFormer(HierarchicalNetwork):
         attn_impl, layer_impl = resolve_impls(attn_impl, layer_impl)
         if layout not in ("conv", "stl"):
             raise ValueError(f"layout must be 'conv' or 'stl', got {layout!r}")
-        check_per_stage(len(dims), depths=depths)
-        num_routed = len(dims) - 1
+        num_stages = len(dims) if isinstance(dims, (tuple, list)) and dims else 4
+        check_per_stage(num_stages, dims=dims)
+        check_per_stage(num_stages, check=check_depths, depths=depths)
+        num_routed = num_stages - 1
         topk = (topk,) * num_routed if isinstance(topk, int) else topk
         check_per_stage(num_routed, "routed stages", topk=topk)
+        check_whole(in_chans=in_chans, head_dim=head_dim)
+        check_positive(mlp_ratio=mlp_ratio)
+        check_rates(drop_path_rate=drop_path_rate)
         check_divides("head_dim", head_dim, "the routed stages' channels", dims[:num_routed])
         dd = dict(device=device, dtype=dtype)
         routed = dict(attn_impl=attn_impl, layer_impl=layer_impl, padding=padding, **dd)

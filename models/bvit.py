@@ -25,6 +25,7 @@ from torch import nn
 from ._checkpoints import rename_published
 from ._layers import Mlp, attend, check_divides, split_qkv
 from ._network import Network
+from ._ops import check_positive, check_rates, check_whole
 from ._pretrained import build_with_pretrained_weights, imagenet_cfg, stored
 
 __all__ = ["BViT"]
@@ -106,6 +107,16 @@ class Block(nn.Module):
         return x + self.drop_path2(self.mlp(self.norm2(x))), qkv
 
 
+def _sides(img_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width; raises ValueError unless they are whole numbers from 1 up."""
+    sides = to_2tuple(img_size)
+    if len(sides) != 2:
+        raise ValueError(f"img_size must be a side, or height and width, got {img_size!r}")
+    for side in sides:
+        check_whole(img_size=side)
+    return sides
+
+
 class BViT(Network):
     """BViT image classifier and feature extractor. Takes (B, in_chans, H, W) images of any size from 32 x 32 up.
 
@@ -128,7 +139,8 @@ class BViT(Network):
         drop_path_rate: Stochastic depth of the last layer; grows linearly from 0 over all layers.
 
     Raises:
-        ValueError: `global_pool` is unknown, `num_heads` does not divide `embed_dim`, or `stem_stride` is below 1.
+        ValueError: `global_pool` is unknown, `num_heads` does not divide `embed_dim`, or a number is out of range or no
+            whole one.
     """
 
     output_fmt = "NLC"
@@ -152,9 +164,11 @@ class BViT(Network):
         dtype=None,
     ):
         super().__init__()
+        check_whole(in_chans=in_chans, embed_dim=embed_dim, num_heads=num_heads, stem_stride=stem_stride)
+        check_whole(0, num_classes=num_classes, depth=depth)
+        check_positive(mlp_ratio=mlp_ratio)
+        check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
         check_divides("num_heads", num_heads, "embed_dim", embed_dim)
-        if stem_stride < 1:
-            raise ValueError(f"stem_stride must be at least 1, got {stem_stride}")
         dd = dict(device=device, dtype=dtype)
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -163,7 +177,7 @@ class BViT(Network):
         self.num_heads = num_heads
         self.stem_stride = stem_stride
         self.reduction = PATCH_SIZE * stem_stride
-        self.grid_size = tuple(math.ceil(side / self.reduction) for side in to_2tuple(img_size))
+        self.grid_size = tuple(math.ceil(side / self.reduction) for side in _sides(img_size))
         self.feature_info = [
             dict(num_chs=embed_dim, reduction=self.reduction, module=f"blocks.{i}") for i in range(depth)
         ]

@@ -15,8 +15,8 @@ from torch import nn
 from ._agent_attention import HEAD_DIM, ConvMlp, DeformableAgentAttention
 from ._checkpoints import rename_biformer
 from ._hierarchical import HierarchicalNetwork, Stage, build_hierarchical
-from ._layers import Block, Downsample, Stem, check_divides, check_per_stage, resolve_impls
-from ._ops import BiLevelRoutingAttention, check_layer_impl
+from ._layers import Block, Downsample, Stem, check_depths, check_divides, check_per_stage, resolve_impls
+from ._ops import BiLevelRoutingAttention, check_layer_impl, check_positive, check_rates, check_whole
 from ._pretrained import imagenet_cfg
 from ._shipped import imagenette_cfg
 
@@ -56,7 +56,7 @@ class DeBiFormer(HierarchicalNetwork):
 
     Raises:
         ValueError: There is not one entry for each stage, `dims` are no multiples of 32, groups do not divide the
-            heads, or `num_regions`, `topk` or `agent_topk` is out of range.
+            heads, or a number is out of range or no whole one.
     """
 
     built_first = ("blocks", "attn", "mlp")
@@ -81,19 +81,13 @@ class DeBiFormer(HierarchicalNetwork):
     ):
         check_layer_impl(layer_impl)
         attn_impl, layer_impl = resolve_impls(attn_impl, layer_impl)
-        check_per_stage(
-            4,
-            depths=depths,
-            dims=dims,
-            mlp_ratios=mlp_ratios,
-            agent_mlp_ratios=agent_mlp_ratios,
-            num_groups=num_groups,
-            agent_topk=agent_topk,
-        )
+        check_whole(in_chans=in_chans)
+        check_rates(drop_path_rate=drop_path_rate)
+        check_per_stage(4, check=check_depths, depths=depths)
+        check_per_stage(4, check=check_positive, mlp_ratios=mlp_ratios, agent_mlp_ratios=agent_mlp_ratios)
+        check_per_stage(4, dims=dims, num_groups=num_groups, agent_topk=agent_topk)
         check_per_stage(3, "routed stages", topk=topk)
         check_divides("the heads' channels", HEAD_DIM, "the stages' channels", dims)
-        if min(agent_topk) < 1:
-            raise ValueError(f"agent_topk must be at least 1, got {agent_topk}")
         dd = dict(device=device, dtype=dtype)
 
         def agent_attention(i: int) -> nn.Module:

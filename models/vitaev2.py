@@ -17,8 +17,8 @@ from torch import nn
 
 from ._checkpoints import fit_token_head, rename_published
 from ._hierarchical import HierarchicalNetwork, Stage, build_hierarchical
-from ._layers import Mlp, attend, channels_last, check_divides, check_per_stage, split_qkv
-from ._ops import conv_channels_last, fx_leaf
+from ._layers import Mlp, attend, channels_last, check_depths, check_divides, check_per_stage, split_qkv
+from ._ops import check_rates, check_whole, conv_channels_last, fx_leaf
 from ._pretrained import imagenet_cfg, stored
 
 __all__ = ["ViTAEv2"]
@@ -280,7 +280,7 @@ class ViTAEv2(HierarchicalNetwork):
 
     Raises:
         ValueError: There is not one entry for each of the four stages, heads or groups do not divide the channels, or
-            `window_size` is below 1.
+            a number is out of range or no whole one.
     """
 
     def __init__(
@@ -299,9 +299,11 @@ class ViTAEv2(HierarchicalNetwork):
         dtype=None,
         **kwargs,
     ):
+        check_whole(in_chans=in_chans, window_size=window_size)
+        check_rates(drop_path_rate=drop_path_rate)
+        check_per_stage(4, check=check_depths, depths=depths)
         check_per_stage(
             4,
-            depths=depths,
             dims=dims,
             embed_dims=embed_dims,
             num_heads=num_heads,
@@ -314,8 +316,6 @@ class ViTAEv2(HierarchicalNetwork):
         check_divides("groups", groups, "the stages' channels", dims)
         check_divides("reduction_groups", reduction_groups, "the stages' channels", dims)
         check_divides("reduction_groups", reduction_groups, "embed_dims", embed_dims)
-        if window_size < 1:
-            raise ValueError(f"window_size must be at least 1, got {window_size}")
         dd = dict(device=device, dtype=dtype)
         windows = (window_size, window_size, 0, 0)
         drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)

@@ -12,6 +12,7 @@
 """
 from .attention import IMPLS, choose_impl, routed_attention, unsupported
 from .bra import BiLevelRoutingAttention
+from .checks import check_positive, check_rates, check_whole
 from .depthwise import DepthwiseConv, depthwise_conv
 from .layout import conv_channels_last
 from .linear import apply_linear, linear_gelu, reuses_memory
@@ -35,6 +36,9 @@ __all__ = [
     "add_layer_norm",
     "apply_linear",
     "check_layer_impl",
+    "check_positive",
+    "check_rates",
+    "check_whole",
     "choose_impl",
     "choose_norm_impl",
     "conv_channels_last",

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .attention import routed_attention, unsupported
+from .checks import check_positive, check_whole
 from .depthwise import DepthwiseConv
 from .linear import apply_linear
 from .record import AttentionRecord
@@ -44,8 +45,8 @@ class BiLevelRoutingAttention(nn.Module):
             `num_regions` divides the map.
 
     Raises:
-        ValueError: `dim` is not a multiple of `num_heads`, `num_regions` or `topk` is out of range, or there is no such
-            implementation or padding.
+        ValueError: `dim` is not a multiple of `num_heads`, a number is out of range or no whole one, or there is no
+            such implementation or padding.
     """
 
     def __init__(
@@ -63,12 +64,13 @@ class BiLevelRoutingAttention(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
+        check_whole(dim=dim, num_heads=num_heads, num_regions=num_regions, topk=topk)
+        if dim % num_heads:
             raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}")
-        if num_regions < 1:
-            raise ValueError(f"num_regions must be at least 1, got {num_regions}")
-        if not 1 <= topk <= num_regions**2:
+        if topk > num_regions**2:
             raise ValueError(f"topk must be 1 to num_regions ** 2 = {num_regions**2}, got {topk}")
+        if scale is not None:
+            check_positive(scale=scale)
         if attn_impl != "auto" and unsupported(attn_impl):
             raise ValueError(f"attn_impl={attn_impl!r}: {unsupported(attn_impl)}")
         check_layer_impl(layer_impl)
