@@ -47,10 +47,13 @@ class HierarchicalNetwork(Network):
         drop_rate: Dropout before the classifier.
         token_head: Whether to have a second classifier, for every token of the last map, for training with token labels
             (Jiang et al., https://arxiv.org/abs/2104.10858).
+        output_stride: Stride of the last map: of the stages that would go beyond it, which do not halve theirs.
 
     Raises:
-        ValueError: `num_classes` or `drop_rate` is out of range.
+        ValueError: `num_classes` or `drop_rate` is out of range, or the stages have another `output_stride`.
     """
+
+    output_strides = (32,)
 
     def __init__(
         self,
@@ -63,17 +66,20 @@ class HierarchicalNetwork(Network):
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         token_head: bool = False,
+        output_stride: int = 32,
         device=None,
         dtype=None,
     ):
         super().__init__()
         check_whole(0, num_classes=num_classes)
         check_rates(drop_rate=drop_rate)
+        self.check_output_stride(output_stride)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.num_features = dims[-1]
         self.feature_info = [
-            dict(num_chs=dim, reduction=2 ** (i + 2), module=f"stages.{i}") for i, dim in enumerate(dims)
+            dict(num_chs=dim, reduction=min(2 ** (i + 2), output_stride), module=f"stages.{i}")
+            for i, dim in enumerate(dims)
         ]
         self.stem = stem
         self.stages = nn.Sequential(*stages)

@@ -163,6 +163,7 @@ class Block(nn.Module):
         attn: (B, H, W, dim) -> (B, H, W, dim).
         mlp: (B, H, W, dim) -> (B, H, W, dim).
         pos_conv: Whether to have the position encoding, a 3 x 3 depthwise convolution.
+        dilation: Dilation of the position encoding.
         drop_path: Stochastic depth of attention and MLP.
         layer_impl: The implementation of the norms and of the position encoding, see `ops`.
     """
@@ -175,12 +176,13 @@ class Block(nn.Module):
         pos_conv: bool = True,
         drop_path: float = 0.0,
         layer_impl: str = "auto",
+        dilation: int = 1,
         device=None,
         dtype=None,
     ):
         super().__init__()
         dd = dict(layer_impl=layer_impl, device=device, dtype=dtype)
-        self.pos_embed = DepthwiseConv(dim, 3, **dd) if pos_conv else None
+        self.pos_embed = DepthwiseConv(dim, 3, dilation=dilation, **dd) if pos_conv else None
         self.norm1 = LayerNorm(dim, **dd)
         self.attn = attn
         self.drop_path1 = DropPath(drop_path)
@@ -214,14 +216,35 @@ class Stem(nn.Sequential):
 
 
 class Downsample(nn.Sequential):
-    """Halve a map between stages: convolution and norm, or norm and convolution ("stl" layout)."""
+    """Halve a map between stages: convolution and norm, or norm and convolution ("stl" layout).
 
-    def __init__(self, dim: int, out_dim: int, patchify: bool = False, device=None, dtype=None):
-        dd = dict(device=device, dtype=dtype)
+    With a stride of 1 the map keeps its size, and has the halved one's values at every second row and column.
+
+    Args:
+        dim: Channels of the input.
+        out_dim: Channels of the output.
+        patchify: Norm and convolution, without overlap where the map is halved.
+        stride: 2 or 1.
+        dilation: Dilation of the convolution, for a map that was not halved before; 1 where the stride is 2.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int,
+        patchify: bool = False,
+        stride: int = 2,
+        dilation: int = 1,
+        device=None,
+        dtype=None,
+    ):
+        dd = dict(stride=stride, dilation=dilation, device=device, dtype=dtype)
         super().__init__()
         if patchify:
-            self.norm = nn.BatchNorm2d(dim, **dd)
-            self.conv = nn.Conv2d(dim, out_dim, kernel_size=2, stride=2, **dd)
+            self.norm = nn.BatchNorm2d(dim, device=device, dtype=dtype)
+            if stride == 1:
+                self.pad = nn.ZeroPad2d((0, dilation, 0, dilation))
+            self.conv = nn.Conv2d(dim, out_dim, kernel_size=2, **dd)
         else:
-            self.conv = nn.Conv2d(dim, out_dim, kernel_size=3, stride=2, padding=1, **dd)
-            self.norm = nn.BatchNorm2d(out_dim, **dd)
+            self.conv = nn.Conv2d(dim, out_dim, kernel_size=3, padding=dilation, **dd)
+            self.norm = nn.BatchNorm2d(out_dim, device=device, dtype=dtype)

@@ -24,10 +24,19 @@ class Network(NotScriptable, nn.Module):
     """A network whose weights can be drawn again, as timm's can: after `to_empty` of one on the meta device, say.
 
     Attributes:
+        output_strides: What `output_stride` may be, the stride of the last map; nothing where there is no choice.
         built_first: Names of children that are built before their siblings, where those come first in the module.
     """
 
+    output_strides: tuple[int, ...] = ()
     built_first: tuple[str, ...] = ()
+
+    @classmethod
+    def check_output_stride(cls, output_stride: int):
+        """Raises ValueError unless the network can have this `output_stride`."""
+        if not isinstance(output_stride, int) or output_stride not in cls.output_strides:
+            strides = " or ".join(map(str, cls.output_strides)) or "left out, its maps have the stride of its patches"
+            raise ValueError(f"output_stride of {cls.__name__} must be {strides}, got {output_stride!r}")
 
     @staticmethod
     def _init_weights(module: nn.Module, name: str = ""):

@@ -8,6 +8,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_cfg
 from torch import nn
 
+from ._network import Network
 from ._recipe import NetworkRecipe, count_classes
 from ._shipped import is_shipped
 
@@ -68,7 +69,7 @@ def _check_has_weights(variant: str, cfg: PretrainedCfg):
     )
 
 
-def build_with_pretrained_weights(model_cls: type[nn.Module], variant: str, pretrained: bool, **kwargs) -> nn.Module:
+def build_with_pretrained_weights(model_cls: type[Network], variant: str, pretrained: bool, **kwargs) -> nn.Module:
     """timm's `build_model_with_cfg`, for weights that lie behind the `url` of a default config, or in its `file`.
 
     A local file is given as in timm: `create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=path))`.
@@ -78,7 +79,10 @@ def build_with_pretrained_weights(model_cls: type[nn.Module], variant: str, pret
 
     Raises:
         RuntimeError: The file cannot be read; NoWeightsError where there are no weights to download, or they cannot be.
+        ValueError: The network has no such `output_stride`.
     """
+    if "output_stride" in kwargs:
+        model_cls.check_output_stride(kwargs["output_stride"])
     if not pretrained:
         return build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})

@@ -45,6 +45,7 @@ class LePEAttention(nn.Module):
         num_heads: Heads; must divide `dim`.
         lepe_on_value: Feed the local term the values, as one published checkpoint does, instead of the input.
         layer_impl: The implementation of `ops.depthwise_conv`, for the local term.
+        dilation: Dilation of the local term.
 
     Raises:
         ValueError: `num_heads` does not divide `dim`.
@@ -56,6 +57,7 @@ class LePEAttention(nn.Module):
         num_heads: int = 8,
         lepe_on_value: bool = False,
         layer_impl: str = "auto",
+        dilation: int = 1,
         device=None,
         dtype=None,
     ):
@@ -67,7 +69,7 @@ class LePEAttention(nn.Module):
         self.lepe_on_value = lepe_on_value
         self.fused_attn = use_fused_attn()
         self.qkv = nn.Linear(dim, 3 * dim, bias=False, **dd)
-        self.lepe = DepthwiseConv(dim, 5, layer_impl, **dd)
+        self.lepe = DepthwiseConv(dim, 5, layer_impl, dilation, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
 
     def records(self, x: torch.Tensor) -> dict[str, AttentionRecord]:
@@ -105,6 +107,8 @@ class BiFormer(HierarchicalNetwork):
         padding: What the routed stages do on maps that `num_regions` does not divide: "masked" (padding has no effect)
             or "published" (it is attended to, as in the published code), for the published weights of detection and
             segmentation. See `ops.BiLevelRoutingAttention`; the last stage has no regions and pads nothing.
+        output_stride: Stride of the last map, 32, 16 or 8, with the same weights: stages that would go beyond it keep
+            the size of their maps, and their convolutions are dilated. Fused depthwise convolutions take no dilation.
         **kwargs: `num_classes`, `global_pool`, `drop_rate` and `token_head`, as of `HierarchicalNetwork`.
 
     Raises:
@@ -112,6 +116,7 @@ class BiFormer(HierarchicalNetwork):
             number is out of range or no whole one, or there is no such padding.
     """
 
+    output_strides = (8, 16, 32)
     built_first = ("blocks", "attn", "mlp")
 
     def __init__(
@@ -129,6 +134,7 @@ class BiFormer(HierarchicalNetwork):
         attn_impl: str = "auto",
         layer_impl: str = "auto",
         padding: str = "masked",
+        output_stride: int = 32,
         device=None,
         dtype=None,
         **kwargs,
@@ -147,6 +153,7 @@ class BiFormer(HierarchicalNetwork):
         check_positive(mlp_ratio=mlp_ratio)
         check_rates(drop_path_rate=drop_path_rate)
         check_divides("head_dim", head_dim, "the routed stages' channels", dims[:num_routed])
+        self.check_output_stride(output_stride)
         dd = dict(device=device, dtype=dtype)
         routed = dict(attn_impl=attn_impl, layer_impl=layer_impl, padding=padding, **dd)
         patchify = layout == "stl"
@@ -154,17 +161,23 @@ class BiFormer(HierarchicalNetwork):
         drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         for i, dim in enumerate(dims):
+            dilation = max(1, 2 ** (i + 2) // output_stride)
             blocks = []
             for drop_path in drop_path_rates[i]:
                 if i < num_routed:
-                    attn = BiLevelRoutingAttention(dim, dim // head_dim, num_regions, topk[i], **routed)
+                    attn = BiLevelRoutingAttention(
+                        dim, dim // head_dim, num_regions, topk[i], dilation=dilation, **routed
+                    )
                 else:
-                    attn = LePEAttention(dim, lepe_on_value=lepe_on_value, layer_impl=layer_impl, **dd)
+                    attn = LePEAttention(dim, 8, lepe_on_value, layer_impl, dilation, **dd)
                 mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
-                blocks.append(Block(dim, attn, mlp, not patchify, drop_path, layer_impl, **dd))
-            downsample = Downsample(dims[i - 1], dim, patchify, **dd) if i else nn.Identity()
+                blocks.append(Block(dim, attn, mlp, not patchify, drop_path, layer_impl, dilation, **dd))
+            # A map that was not halved before this stage is read at the dilation of the stage before.
+            sampling = dict(stride=2, dilation=1) if dilation == 1 else dict(stride=1, dilation=dilation // 2)
+            downsample = Downsample(dims[i - 1], dim, patchify, **sampling, **dd) if i else nn.Identity()
             stages.append(Stage(downsample, blocks))
-        super().__init__(stem, stages, dims, nn.BatchNorm2d(dims[-1], **dd), in_chans, **dd, **kwargs)
+        norm = nn.BatchNorm2d(dims[-1], **dd)
+        super().__init__(stem, stages, dims, norm, in_chans, output_stride=output_stride, **dd, **kwargs)
 
 
 # Published name -> ours, tried in this order. The first two differ between the published checkpoints.

@@ -43,6 +43,7 @@ class BiLevelRoutingAttention(nn.Module):
             divide: the input is padded with zeros to `num_regions` regions along each side, and padding tokens are
             tokens like any other, with the projection's bias as query, key and value. Both are the same where
             `num_regions` divides the map.
+        dilation: Dilation of the local term. The fused operators take 1 alone.
 
     Raises:
         ValueError: `dim` is not a multiple of `num_heads`, a number is out of range or no whole one, or there is no
@@ -60,11 +61,12 @@ class BiLevelRoutingAttention(nn.Module):
         attn_impl: str = "auto",
         layer_impl: str = "auto",
         padding: str = "masked",
+        dilation: int = 1,
         device=None,
         dtype=None,
     ):
         super().__init__()
-        check_whole(dim=dim, num_heads=num_heads, num_regions=num_regions, topk=topk)
+        check_whole(dim=dim, num_heads=num_heads, num_regions=num_regions, topk=topk, dilation=dilation)
         if dim % num_heads:
             raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}")
         if topk > num_regions**2:
@@ -84,7 +86,7 @@ class BiLevelRoutingAttention(nn.Module):
         self.attn_impl = attn_impl
         self.padding = padding
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
-        self.lepe = DepthwiseConv(dim, 5, layer_impl, **dd)
+        self.lepe = DepthwiseConv(dim, 5, layer_impl, dilation, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
 
     def _pad(self, x: torch.Tensor) -> torch.Tensor:
@@ -136,6 +138,8 @@ class BiLevelRoutingAttention(nn.Module):
         lepe = self.lepe
         if type(lepe) is not DepthwiseConv or lepe._forward_hooks or lepe._forward_pre_hooks or lepe.bias is None:
             return None  # what changes a module, or watches it, waits for its call
+        if lepe.dilation != (1, 1):
+            return None
         impls = (self.attn_impl, lepe.layer_impl)
         if "auto" in impls and not in_low_precision_on_gpu(qkv):
             return None

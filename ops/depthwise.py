@@ -27,7 +27,9 @@ def _computed_in(x: torch.Tensor) -> torch.dtype:
     return _autocast_dtype(x) or dtype if dtype in _TRITON_DTYPES else dtype
 
 
-def _triton_unsupported(x, weight, bias, residual) -> str | None:
+def _triton_unsupported(x, weight, bias, residual, dilation) -> str | None:
+    if dilation != 1:
+        return f"its kernels take no dilation, got {dilation}"
     kernel = weight.shape[2]
     if kernel not in _TRITON_KERNELS:
         return f"its kernels take 3 x 3 and 5 x 5 weights, got {kernel} x {kernel}"
@@ -44,20 +46,23 @@ def _triton_unsupported(x, weight, bias, residual) -> str | None:
     return triton_unsupported(x)
 
 
-def depthwise_unsupported(impl: str, x: torch.Tensor, weight: torch.Tensor, bias=None, residual=None) -> str | None:
+def depthwise_unsupported(
+    impl: str, x: torch.Tensor, weight: torch.Tensor, bias=None, residual=None, dilation: int = 1
+) -> str | None:
     """Why `impl` cannot compute `depthwise_conv` of these, or None where it can."""
     if impl not in _BACKENDS:
         return f"there is no such implementation; choose from {', '.join(_BACKENDS)} or auto"
-    return _triton_unsupported(x, weight, bias, residual) if impl == "triton" else None
+    return _triton_unsupported(x, weight, bias, residual, dilation) if impl == "triton" else None
 
 
-def choose_depthwise_impl(x: torch.Tensor, weight: torch.Tensor, bias=None, residual=None) -> str:
+def choose_depthwise_impl(x: torch.Tensor, weight: torch.Tensor, bias=None, residual=None, dilation: int = 1) -> str:
     """The implementation that `impl="auto"` takes.
 
     "triton" in low precision on a GPU that can run it. Off a GPU, and in float32, all stays as PyTorch computes it.
     """
-    low_precision = x.is_cuda and _computed_in(x) in LOW_PRECISION
-    return "triton" if low_precision and not depthwise_unsupported("triton", x, weight, bias, residual) else "torch"
+    if not x.is_cuda or _computed_in(x) not in LOW_PRECISION:
+        return "torch"
+    return "torch" if depthwise_unsupported("triton", x, weight, bias, residual, dilation) else "triton"
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None):
@@ -78,14 +83,13 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, res
             raise ValueError(f"{name} is on {tensor.device}, the input on {device}")
 
 
-def _torch(x, weight, bias, residual) -> torch.Tensor:
-    out = conv_channels_last(
-        lambda x_BCHW: F.conv2d(x_BCHW, weight, bias, padding=weight.shape[2] // 2, groups=weight.shape[0]), x
-    )
+def _torch(x, weight, bias, residual, dilation) -> torch.Tensor:
+    settings = dict(padding=dilation * (weight.shape[2] // 2), dilation=dilation, groups=weight.shape[0])
+    out = conv_channels_last(lambda x_BCHW: F.conv2d(x_BCHW, weight, bias, **settings), x)
     return out if residual is None else residual + out
 
 
-def _triton(x, weight, bias, residual) -> torch.Tensor:
+def _triton(x, weight, bias, residual, _dilation) -> torch.Tensor:
     from .fused import depthwise  # imports Triton, which only its users need
 
     dtype = _computed_in(x)
@@ -103,6 +107,7 @@ def depthwise_conv(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     impl: str = "auto",
+    dilation: int = 1,
 ) -> torch.Tensor:
     """residual + conv(x, weight) + bias: a depthwise convolution of stride 1 that keeps the map's size.
 
@@ -117,6 +122,7 @@ def depthwise_conv(
         residual: (B, H, W, C), or None. It may be `x` itself, which then is read once.
         impl: "triton" (fused, for GPUs), "torch" (PyTorch's convolution and addition), or "auto" (see
             `choose_depthwise_impl`).
+        dilation: Tokens from one number of the kernel to the next; "triton" takes 1 alone.
 
     Returns:
         (B, H, W, C).
@@ -126,12 +132,12 @@ def depthwise_conv(
     """
     _check(x, weight, bias, residual)
     if impl == "auto":
-        impl = choose_depthwise_impl(x, weight, bias, residual)
+        impl = choose_depthwise_impl(x, weight, bias, residual, dilation)
     else:
-        reason = depthwise_unsupported(impl, x, weight, bias, residual)
+        reason = depthwise_unsupported(impl, x, weight, bias, residual, dilation)
         if reason is not None:
             raise ValueError(f"impl={impl!r} cannot run: {reason}")
-    return _BACKENDS[impl](x, weight, bias, residual)
+    return _BACKENDS[impl](x, weight, bias, residual, dilation)
 
 
 @fx_leaf  # its implementation depends on the device
@@ -142,12 +148,16 @@ class DepthwiseConv(nn.Conv2d):
         dim: Channels.
         kernel_size: Rows and columns of the kernel, odd.
         layer_impl: The implementation of `depthwise_conv`.
+        dilation: Tokens from one number of the kernel to the next.
     """
 
-    def __init__(self, dim: int, kernel_size: int, layer_impl: str = "auto", device=None, dtype=None):
-        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype)
+    def __init__(
+        self, dim: int, kernel_size: int, layer_impl: str = "auto", dilation: int = 1, device=None, dtype=None
+    ):
+        settings = dict(padding=dilation * (kernel_size // 2), dilation=dilation, groups=dim)
+        super().__init__(dim, dim, kernel_size, **settings, device=device, dtype=dtype)
         self.layer_impl = layer_impl
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """(B, H, W, dim), (B, H, W, dim) -> (B, H, W, dim)."""
-        return depthwise_conv(x, self.weight, self.bias, residual, self.layer_impl)
+        return depthwise_conv(x, self.weight, self.bias, residual, self.layer_impl, self.dilation[0])

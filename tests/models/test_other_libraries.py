@@ -2,6 +2,7 @@
 import re
 
 import pytest
+import timm
 import torch
 
 import models  # noqa: F401
@@ -36,6 +37,19 @@ def test_segmentation_models_pytorch():
     assert names["loss"].isfinite() and names["model"](names["images"]).shape == (2, 11, 64, 64)
     assert regions(names["model"]) == {8} and all(p.grad is None or p.grad.isfinite().all()
                                                   for p in names["model"].parameters())
+
+
+@pytest.mark.parametrize("decoder,stride", [("DeepLabV3Plus", 16), ("DeepLabV3", 8), ("PAN", 16)])
+def test_decoders_that_ask_for_dilated_stages(decoder, stride):
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    torch.manual_seed(0)
+    model = getattr(smp, decoder)("tu-biformer_nano", encoder_weights=None, classes=3, encoder_output_stride=stride)
+    assert model.encoder.model.feature_info.reduction()[-1] == stride
+    out = model(torch.randn(2, 3, 128, 128))
+    assert out.shape == (2, 3, 128, 128)
+    out.square().mean().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    model.encoder.model.load_state_dict(timm.create_model("biformer_nano", features_only=True).state_dict())
 
 
 def test_transformers():

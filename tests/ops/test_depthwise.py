@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ops import depthwise_conv
+from ops import DepthwiseConv, depthwise_conv
 from ops.depthwise import choose_depthwise_impl
 
 pytest.importorskip("triton")
@@ -295,17 +295,33 @@ def test_auto_takes_it_in_low_precision_on_a_gpu():
             assert choose_depthwise_impl(x.float(), weight.float()) == "triton"
 
 
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("dilation", [2, 3])
+def test_a_dilated_convolution_is_one_of_every_second_or_third_token(kernel, dilation):
+    x, weight, bias, residual = make_inputs(kernel, (9, 14), 8, torch.float64)
+    found = depthwise_conv(x, weight, bias, residual, dilation=dilation)
+    assert found.shape == x.shape
+    for row in range(dilation):
+        for col in range(dilation):
+            every = slice(None), slice(row, None, dilation), slice(col, None, dilation)
+            torch.testing.assert_close(found[every], depthwise_conv(x[every], weight, bias, residual[every]))
+    module = DepthwiseConv(8, kernel, dilation=dilation, dtype=torch.float64, device=x.device)
+    same = depthwise_conv(x, module.weight, module.bias, x, dilation=dilation)
+    assert module(x, residual=x).equal(same)
+
+
 def test_what_it_cannot_do_is_explained(monkeypatch):
     x, weight, bias, residual = make_inputs(3, (5, 7), 8, torch.float32)
 
-    def reason(*args, impl="triton"):
+    def reason(*args, impl="triton", **kwargs):
         with pytest.raises(ValueError) as error:
-            depthwise_conv(*args, impl=impl)
+            depthwise_conv(*args, impl=impl, **kwargs)
         return str(error.value)
 
     assert "impl='triton' cannot run: its kernels take 3 x 3 and 5 x 5 weights, got 7 x 7" in reason(
         x, weight.new_empty(8, 1, 7, 7)
     )
+    assert "its kernels take no dilation, got 2" in reason(x, weight, dilation=2)
     assert "choose from triton, torch or auto" in reason(x, weight, impl="cudnn")
     assert "weight must be of the input's torch.bfloat16, got torch.float32" in reason(x.bfloat16(), weight)
     assert "residual is torch.float64" in reason(x, weight, bias, residual.double())

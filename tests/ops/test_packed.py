@@ -86,6 +86,7 @@ def test_it_takes_the_place_of_its_parts_where_both_take_triton():
         return attention._packed_settings(attention.qkv(x)) is not None
 
     assert is_packed()
+    assert not is_packed(dilation=2)
     assert not is_packed(attn_impl="gather") and not is_packed(layer_impl="torch")
     assert not is_packed(attn_impl="auto") and not is_packed(layer_impl="auto"), "float32"
     assert not is_packed(regions=9, x=torch.empty(1, 9, 9, 32, device=DEVICE)), "81 regions"
