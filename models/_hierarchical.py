@@ -15,6 +15,11 @@ from ._pretrained import build_with_pretrained_weights
 torch.fx.wrap("channels_last_image")  # which looks at the image's size
 
 
+def dilation_of(stage: int, output_stride: int) -> int:
+    """How many times finer a stage's map is than without `output_stride`; that of 32 asks for nothing."""
+    return 1 if output_stride == 32 else max(1, 2 ** (stage + 2) // output_stride)
+
+
 class Stage(NotScriptable, nn.Module):
     """Optional downsampling, then blocks. NCHW in and out, channels last in memory."""
 
@@ -78,7 +83,7 @@ class HierarchicalNetwork(Network):
         self.in_chans = in_chans
         self.num_features = dims[-1]
         self.feature_info = [
-            dict(num_chs=dim, reduction=min(2 ** (i + 2), output_stride), module=f"stages.{i}")
+            dict(num_chs=dim, reduction=2 ** (i + 2) // dilation_of(i, output_stride), module=f"stages.{i}")
             for i, dim in enumerate(dims)
         ]
         self.stem = stem

@@ -9,7 +9,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from ._checkpoints import rename_biformer
-from ._hierarchical import HierarchicalNetwork, Stage, build_hierarchical
+from ._hierarchical import HierarchicalNetwork, Stage, build_hierarchical, dilation_of
 from ._layers import (
     Block,
     Downsample,
@@ -161,7 +161,7 @@ class BiFormer(HierarchicalNetwork):
         drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         for i, dim in enumerate(dims):
-            dilation = max(1, 2 ** (i + 2) // output_stride)
+            dilation = dilation_of(i, output_stride)
             blocks = []
             for drop_path in drop_path_rates[i]:
                 if i < num_routed:

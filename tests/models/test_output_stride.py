@@ -114,6 +114,12 @@ def test_segmenters_and_detectors_need_all_strides():
         create_backbone("biformer_nano", output_stride=16)
 
 
+def test_more_stages_than_four_are_not_dilated_unasked():
+    model = network(32, dims=(32, 32, 64, 64, 64), depths=(1,) * 5, topk=4)
+    assert [info["reduction"] for info in model.feature_info] == [4, 8, 16, 32, 64]
+    assert model.forward_features(torch.randn(1, 3, 128, 128, dtype=torch.float64)).shape[2:] == (2, 2)
+
+
 @pytest.mark.parametrize("name", ["debiformer_nano", "vitaev2_s"])
 def test_what_all_have(name):
     assert timm.create_model(name, output_stride=32).feature_info[-1]["reduction"] == 32
