@@ -18,10 +18,14 @@ from ._ops import (
     RegionGrid,
     Routing,
     apply_linear,
+    channels_first,
     check_positive,
     check_whole,
     conv_channels_last,
+    fixed_if_traced,
+    flatten_map,
     fx_leaf,
+    is_open,
     is_traced_or_transformed,
     route_regions,
     routed_attention,
@@ -39,8 +43,9 @@ class ResidualConv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, channels, H, W) -> (B, channels, H, W)."""
-        if x.dtype in (torch.bfloat16, torch.float16):
-            # In low precision, a weight added to 1 would lose most of its digits.
+        if x.dtype in (torch.bfloat16, torch.float16) or torch.jit.is_tracing():
+            # In low precision, a weight added to 1 would lose most of its digits. The older of the exporters to ONNX,
+            # which traces, takes no weight that is computed.
             return x + super().forward(x)
         # One convolution, with 1 added in the middle of each kernel: it saves writing one of the widest maps.
         identity = F.pad(self.weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
@@ -90,7 +95,7 @@ class Offsets(nn.Module):
         # One depthwise convolution over all channels is the shared one over every group.
         weight = self.conv.weight.repeat(self.num_groups, 1, 1, 1)
         x = F.conv2d(
-            query.permute(0, 3, 1, 2), weight, None, self.conv.stride, self.conv.padding, groups=weight.shape[0]
+            channels_first(query), weight, None, self.conv.stride, self.conv.padding, groups=weight.shape[0]
         )
         x = x.permute(0, 2, 3, 1).unflatten(-1, (self.num_groups, -1))
         return self.proj(self.act(self.norm(x)))[..., 0].permute(0, 3, 1, 2)
@@ -109,7 +114,9 @@ def _cell_centres(count: int, like: torch.Tensor) -> torch.Tensor:
 
 def _token_positions(count: int, like: torch.Tensor) -> torch.Tensor:
     """`count` positions from -1 to 1; a single one lies at 0."""
-    return _cell_centres(1, like) if count == 1 else torch.linspace(-1, 1, count, device=like.device, dtype=like.dtype)
+    steps = count - 1
+    doubled = torch.arange(count, device=like.device, dtype=like.dtype) * 2  # linspace takes no symbolic count
+    return (doubled - steps) / torch.sym_max(steps, 1)
 
 
 def _sample(maps: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
@@ -217,10 +224,10 @@ class DeformableAgentAttention(nn.Module):
         offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32))
         rows, cols = (_cell_centres(count, offsets) for count in offsets.shape[2:])
         points = torch.stack([rows[:, None] + offsets, cols + offsets], dim=-1).clamp(-1, 1)
-        groups = x.to(points.dtype).unflatten(-1, (self.num_groups, -1)).permute(0, 3, 4, 1, 2).flatten(0, 1)
+        groups = channels_first(x.to(points.dtype)).unflatten(1, (self.num_groups, -1)).flatten(0, 1)
         agents = _sample(groups, points.flip(-1).flatten(0, 1))
-        agents = agents.unflatten(0, (-1, self.num_groups)).permute(0, 3, 4, 1, 2).flatten(3)
-        return agents.to(x.dtype), points
+        agents = agents.unflatten(0, (-1, self.num_groups)).flatten(1, 2).permute(0, 2, 3, 1)
+        return agents.to(x.dtype).clone(memory_format=torch.contiguous_format), points
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, W, dim) -> (B, H, W, heads, 32)."""
@@ -267,7 +274,8 @@ class DeformableAgentAttention(nn.Module):
     def _table(self, points: torch.Tensor) -> torch.Tensor:
         """The table of relative positions for each image and group, (B * groups, heads / groups, S, S)."""
         table = self.bias_table.to(points.dtype).unflatten(0, (self.num_groups, -1))
-        return table.expand(points.shape[0], *table.shape).flatten(0, 1)
+        of_images = points[:, :1, :1, :1, :1].detach() * 0  # the older exporter to ONNX takes a batch for a constant
+        return (table + of_images).flatten(0, 1)
 
     def _position_bias(
         self, table: torch.Tensor, points: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor
@@ -306,12 +314,12 @@ class DeformableAgentAttention(nn.Module):
 
     def _attend_to_agents(self, query: torch.Tensor, agents: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
         """(B, H, W, dim): attention of the (B, H, W, dim) queries to all agents, with a bias by position."""
-        height, width = query.shape[1:3]
+        height, width = fixed_if_traced(*query.shape[1:3])
         inputs = query, self.agent_key(agents), self.agent_value(agents)
-        query, key, value = (self._heads(x).flatten(1, 2).transpose(1, 2) for x in inputs)
+        query, key, value = (flatten_map(self._heads(x)).transpose(1, 2) for x in inputs)
         rows, cols = (_token_positions(count, points) for count in (height, width))
         table, step = self._table(points), self._rows_at_once(width, key.shape[2], points)
-        if step >= height:
+        if is_open(height, width) or step >= height:
             out = self._attend_band(query, key, value, table, points, rows, cols)
         else:
             attend = _recomputed(self._attend_band)

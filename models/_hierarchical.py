@@ -9,7 +9,7 @@ from torch import nn
 
 from ._layers import channels_last_image
 from ._network import Network, NotScriptable
-from ._ops import check_rates, check_whole
+from ._ops import channels_first, check_rates, check_whole
 from ._pretrained import build_with_pretrained_weights
 
 torch.fx.wrap("channels_last_image")  # which looks at the image's size
@@ -33,7 +33,7 @@ class Stage(NotScriptable, nn.Module):
         """(B, C, H, W) -> (B, C', H', W')."""
         x = self.downsample(x).permute(0, 2, 3, 1)
         x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
-        return x.permute(0, 3, 1, 2)
+        return channels_first(x)
 
 
 class HierarchicalNetwork(Network):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import timm.layers
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, register_notrace_function, use_fused_attn
+from timm.layers import DropPath, use_fused_attn
 from torch import nn
 
 from ._ops import (
@@ -19,6 +19,7 @@ from ._ops import (
     apply_linear,
     check_whole,
     fx_leaf,
+    is_exported,
     is_plain,
     layer_norm,
     linear_gelu,
@@ -97,19 +98,25 @@ def check_divides(name: str, divisors: int | Sequence[int], what: str, numbers: 
 
 
 def channels_last(x: torch.Tensor) -> torch.Tensor:
-    """(B, C, H, W) in channels-last memory, by permutations: torch.func.vmap does not support memory formats."""
+    """(B, C, H, W) in channels-last memory, by permutations: torch.func.vmap does not support memory formats.
+
+    In an export the image stays as it is, see `ops.channels_first`.
+    """
+    if is_exported():
+        return x
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
-@register_notrace_function
 def channels_last_image(x: torch.Tensor) -> torch.Tensor:
     """(B, C, H, W) in channels-last memory; torch.compile treats H and W as constants from here on.
 
     A graph for each image size takes seconds to compile. One for all sizes takes minutes, if it succeeds: each stage's
-    regions add another rounded division, and the compiler reasons about all of them, nested, at every reshape.
+    regions add another rounded division, and the compiler reasons about all of them, nested, at every reshape. An
+    export may leave them open.
     """
-    for side in x.shape[2:]:
-        operator.index(side)
+    if torch.compiler.is_dynamo_compiling() and not is_exported():
+        for side in x.shape[2:]:
+            operator.index(side)
     return channels_last(x)
 
 

@@ -81,7 +81,7 @@ class LePEAttention(nn.Module):
         """(B, H, W, dim) -> (B, H, W, dim)."""
         qkv = self.qkv(x)
         query, key, value = split_qkv(qkv.flatten(1, 2), self.num_heads)
-        attended = attend(query, key, value, self.fused_attn).transpose(1, 2).reshape(x.shape)
+        attended = attend(query, key, value, self.fused_attn).transpose(1, 2).flatten(2).unflatten(1, x.shape[1:3])
         seen = qkv.chunk(3, dim=-1)[2] if self.lepe_on_value else x
         return self.proj(self.lepe(seen, residual=attended))
 

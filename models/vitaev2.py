@@ -12,16 +12,32 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, calculate_drop_path_rates, use_fused_attn
 from timm.models import generate_default_cfgs, register_model
-from timm.models.swin_transformer import window_partition, window_reverse
 from torch import nn
 
 from ._checkpoints import fit_token_head, rename_published
 from ._hierarchical import HierarchicalNetwork, Stage, build_hierarchical
 from ._layers import Mlp, attend, channels_last, check_depths, check_divides, check_per_stage, split_qkv
-from ._ops import check_rates, check_whole, conv_channels_last, fx_leaf
+from ._ops import check_rates, check_whole, conv_channels_last, crop_map, fx_leaf, is_open, settle
 from ._pretrained import imagenet_cfg, stored
 
 __all__ = ["ViTAEv2"]
+
+
+def missing_to_multiple(size: int, multiple: int) -> int:
+    """How much `size` lacks of the next multiple, in an expression that an export can simplify."""
+    return (size + multiple - 1) // multiple * multiple - size
+
+
+def to_windows(x: torch.Tensor, size: int) -> torch.Tensor:
+    """(B, H, W, C) -> (B * H / size * W / size, size, size, C), windows in row-major order."""
+    return settle(x.unflatten(2, (-1, size)).unflatten(1, (-1, size)).transpose(2, 3)).flatten(0, 2)
+
+
+def from_windows(windows: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The (B, height, width, C) map that `to_windows` cut."""
+    size = windows.shape[1]
+    x = windows.unflatten(0, (-1, height // size, width // size)).transpose(2, 3)
+    return settle(x).flatten(3, 4).flatten(1, 2)
 
 
 @fx_leaf  # its padding depends on the image's size
@@ -38,8 +54,9 @@ class PadToMultiple(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, C, H', W')."""
         height, width = x.shape[-2:]
-        if height % self.multiple or width % self.multiple:
-            x = F.pad(x, (0, -width % self.multiple, 0, -height % self.multiple))
+        pad_bottom, pad_right = (missing_to_multiple(side, self.multiple) for side in (height, width))
+        if is_open(height, width) or pad_bottom or pad_right:
+            x = F.pad(x, (0, pad_right, 0, pad_bottom))
         return channels_last(x)
 
 
@@ -81,11 +98,12 @@ class Attention(nn.Module):
 
     def _attend(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, W, dim) -> (B, H, W, out_dim), every token to all H * W."""
-        query, key, value = split_qkv(self.qkv(x).flatten(1, 2), self.num_heads)
+        qkv = self.qkv(x).flatten(1, 2)
+        query, key, value = split_qkv(qkv, self.num_heads)
         attended = attend(query, key, value, self.fused_attn).transpose(1, 2)
         out = self.proj(attended.flatten(2))
         if self.value_skip:
-            out = out + value.transpose(1, 2).flatten(2)
+            out = out + qkv.chunk(3, dim=-1)[2]
         return out.unflatten(1, x.shape[1:3])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -93,14 +111,12 @@ class Attention(nn.Module):
         if not self.window_size:
             return self._attend(x)
         height, width = x.shape[1:3]
-        pad_height, pad_width = -height % self.window_size, -width % self.window_size
+        pad_height, pad_width = (missing_to_multiple(side, self.window_size) for side in (height, width))
         top, left = pad_height // 2, pad_width // 2
-        if pad_height or pad_width:
+        if is_open(height, width) or pad_height or pad_width:
             x = F.pad(x, (0, 0, left, pad_width - left, top, pad_height - top))
-        window = (self.window_size, self.window_size)
-        attended = self._attend(window_partition(x, window))
-        out = window_reverse(attended, window, height + pad_height, width + pad_width)
-        return out[:, top : top + height, left : left + width]
+        out = from_windows(self._attend(to_windows(x, self.window_size)), *x.shape[1:3])
+        return crop_map(out, top, left, height, width)
 
 
 class ParallelConv(nn.Sequential):

@@ -14,7 +14,7 @@ from .attention import IMPLS, choose_impl, routed_attention, unsupported
 from .bra import BiLevelRoutingAttention
 from .checks import check_positive, check_rates, check_whole
 from .depthwise import DepthwiseConv, depthwise_conv
-from .layout import conv_channels_last
+from .layout import channels_first, conv_channels_last, crop_map, fixed_if_traced, flatten_map, is_open, settle
 from .linear import apply_linear, linear_gelu, reuses_memory
 from .norm import add_layer_norm, choose_norm_impl, layer_norm, norm_unsupported
 from .onednn import is_plain
@@ -22,7 +22,7 @@ from .record import AttentionRecord, PositionBias
 from .regions import RegionGrid
 from .routing import Routing, region_means, route_regions
 from .support import LAYER_IMPLS, check_layer_impl
-from .transforms import fx_leaf, is_traced_or_transformed
+from .transforms import fx_leaf, is_exported, is_traced_or_transformed
 
 __all__ = [
     "IMPLS",
@@ -35,6 +35,7 @@ __all__ = [
     "Routing",
     "add_layer_norm",
     "apply_linear",
+    "channels_first",
     "check_layer_impl",
     "check_positive",
     "check_rates",
@@ -42,8 +43,13 @@ __all__ = [
     "choose_impl",
     "choose_norm_impl",
     "conv_channels_last",
+    "crop_map",
     "depthwise_conv",
+    "fixed_if_traced",
+    "flatten_map",
     "fx_leaf",
+    "is_exported",
+    "is_open",
     "is_plain",
     "is_traced_or_transformed",
     "layer_norm",
@@ -53,5 +59,6 @@ __all__ = [
     "reuses_memory",
     "route_regions",
     "routed_attention",
+    "settle",
     "unsupported",
 ]

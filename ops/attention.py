@@ -85,6 +85,8 @@ def choose_impl(query: torch.Tensor, routing: Routing) -> str:
         if reason is None:
             return "triton"
         warn_of_fallback(reason)
+    if not everything_routed and (q.is_dynamic or k.is_dynamic):
+        return "gather"  # a mask of the largest map would not fit into memory
     copied = routes.shape[-1] * k.tokens_per_region
     cost_of_copies = copied + QUERY_COST + (copied * COPY_COST + REGION_COST) / q.tokens_per_region
     if everything_routed or k.height * k.width <= cost_of_copies:

@@ -3,12 +3,26 @@
 Shape suffixes used in `ops`: B batch, H map height, W map width, Y region rows, X region columns, R = Y * X regions,
 h region height, w region width, T = h * w tokens of a region, N heads, D head_dim, K top-k.
 """
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+
+from .layout import crop_map, fixed_if_traced, is_open
+
+
+def _divide_up(size: int, count: int) -> int:
+    """ceil(size / count), by whole numbers: an export keeps it as an expression where `size` is symbolic."""
+    return (size + count - 1) // count
+
+
+def _count_that_fits(size: int, regions: int) -> int:
+    """How many regions along a side, at most `regions`, leave none of them empty; symbolic sides may have empty ones.
+
+    The regions are as large either way, so that a side has the same ones, and with a symbolic size empty ones at its
+    end.
+    """
+    return regions if is_open(size) else _divide_up(size, _divide_up(size, regions))
 
 
 @dataclass(frozen=True)
@@ -17,6 +31,9 @@ class RegionGrid:
 
     Regions are `ceil(height / rows)` x `ceil(width / cols)` tokens. Where they extend beyond the map, at the bottom
     and the right, they are padded; no region is padding alone.
+
+    In an export that leaves the map's size open, `height` and `width` are symbolic, and the numbers of regions are not:
+    then there may be empty regions at the bottom and the right, which `token_counts` tells apart.
 
     Args:
         height: Map height in tokens, at least 1.
@@ -38,7 +55,7 @@ class RegionGrid:
                 raise ValueError(f"a region grid needs a map of at least 1 x 1, got {side} {size}")
             if count < 1:
                 raise ValueError(f"a region grid needs at least 1 region along the {side}, got {count}")
-            if (count - 1) * math.ceil(size / count) >= size:
+            if not is_open(size) and (count - 1) * _divide_up(size, count) >= size:
                 raise ValueError(
                     f"{count} regions along {side} {size} would leave one empty; "
                     f"RegionGrid.fit({self.height}, {self.width}, regions={count}) chooses a count that fits"
@@ -53,9 +70,8 @@ class RegionGrid:
         """
         if regions < 1 or height < 1 or width < 1:
             raise ValueError(f"cannot cut a {height} x {width} map into {regions} x {regions} regions")
-        rows = math.ceil(height / math.ceil(height / regions))
-        cols = math.ceil(width / math.ceil(width / regions))
-        return cls(height, width, rows, cols)
+        height, width = fixed_if_traced(height, width)
+        return cls(height, width, _count_that_fits(height, regions), _count_that_fits(width, regions))
 
     @property
     def num_regions(self) -> int:
@@ -63,11 +79,11 @@ class RegionGrid:
 
     @property
     def region_height(self) -> int:
-        return math.ceil(self.height / self.rows)
+        return _divide_up(self.height, self.rows)
 
     @property
     def region_width(self) -> int:
-        return math.ceil(self.width / self.cols)
+        return _divide_up(self.width, self.cols)
 
     @property
     def tokens_per_region(self) -> int:
@@ -80,8 +96,13 @@ class RegionGrid:
         return self.rows * self.region_height - self.height, self.cols * self.region_width - self.width
 
     @property
+    def is_dynamic(self) -> bool:
+        """Whether the map's size is left open, so that regions may be padded, or empty, or neither."""
+        return is_open(self.height, self.width)
+
+    @property
     def is_padded(self) -> bool:
-        return self.padding != (0, 0)
+        return self.is_dynamic or self.padding != (0, 0)
 
     def region_of(self, row: int, col: int) -> int:
         """The region of the token in this row and column of the map."""
@@ -94,18 +115,24 @@ class RegionGrid:
             return x_BHW
         return F.pad(x_BHW, (0, 0) * (x_BHW.ndim - 3) + (0, pad_right, 0, pad_bottom))
 
+    def split(self, x_BHW: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, ...) -> (B, Y, h, X, w, ...), a view where the map needs no padding."""
+        sizes = self.rows, self.region_height, self.cols, self.region_width, *x_BHW.shape[3:]
+        return self.pad(x_BHW).view(-1, *sizes)
+
     def crop(self, x_BHW: torch.Tensor) -> torch.Tensor:
         """(B, Y * h, X * w, ...) -> (B, H, W, ...): the view without the padding."""
-        return x_BHW[:, : self.height, : self.width]
+        return crop_map(x_BHW, 0, 0, self.height, self.width)
 
     def token_counts(self, device: torch.device | str | None = None) -> torch.Tensor:
         """How many real tokens each region holds, (Y, X) int64."""
-        rows = (self.height - torch.arange(self.rows, device=device) * self.region_height).clamp(max=self.region_height)
-        cols = (self.width - torch.arange(self.cols, device=device) * self.region_width).clamp(max=self.region_width)
-        return rows[:, None] * cols
+        rows = self.height - torch.arange(self.rows, device=device) * self.region_height
+        cols = self.width - torch.arange(self.cols, device=device) * self.region_width
+        return rows.clamp(0, self.region_height)[:, None] * cols.clamp(0, self.region_width)
 
     def is_real(self, device: torch.device | str | None = None) -> torch.Tensor:
         """Which tokens are of the map and not padding, (R, T) bool."""
         rows = torch.arange(self.rows * self.region_height, device=device) < self.height
         cols = torch.arange(self.cols * self.region_width, device=device) < self.width
-        return rearrange(rows[:, None] & cols, "(y h) (x w) -> (y x) (h w)", y=self.rows, x=self.cols)
+        rows_Yh, cols_Xw = rows.unflatten(0, (self.rows, -1)), cols.unflatten(0, (self.cols, -1))
+        return (rows_Yh[:, None, :, None] & cols_Xw[:, None]).flatten(2).flatten(0, 1)

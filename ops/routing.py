@@ -3,7 +3,6 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
 
 from .regions import RegionGrid
 
@@ -35,13 +34,21 @@ def region_means(x_BHWND: torch.Tensor, grid: RegionGrid) -> torch.Tensor:
     """
     dtype = torch.promote_types(x_BHWND.dtype, torch.float32)
     # Two sums over one axis each: a single sum over both takes three times as long on the CPU.
-    x_BYhXwND = rearrange(grid.pad(x_BHWND), "b (y h) (x w) n d -> b y h x w n d", y=grid.rows, x=grid.cols)
-    sums_BYXND = x_BYhXwND.sum(4, dtype=dtype).sum(2)
-    counts = grid.token_counts(x_BHWND.device)[:, :, None, None] if grid.is_padded else grid.tokens_per_region
-    return rearrange(sums_BYXND / counts, "b y x n d -> b (y x) (n d)")
+    sums_BYXND = grid.split(x_BHWND).sum(4, dtype=dtype).sum(2)
+    if grid.is_padded:
+        counts = grid.token_counts(x_BHWND.device).clamp(min=1)[:, :, None, None]
+    else:
+        counts = grid.tokens_per_region
+    return (sums_BYXND / counts).flatten(3).flatten(1, 2)
 
 
-@torch.no_grad()
+def _leave_out_empty(scores_BRR: torch.Tensor, key_grid: RegionGrid) -> torch.Tensor:
+    """The scores, with minus infinity for key regions without tokens, which a dynamic grid may have."""
+    if not key_grid.is_dynamic:
+        return scores_BRR
+    return scores_BRR.masked_fill(key_grid.token_counts(scores_BRR.device).flatten() == 0, float("-inf"))
+
+
 def route_regions(
     query: torch.Tensor, key: torch.Tensor, query_grid: RegionGrid, key_grid: RegionGrid, topk: int
 ) -> Routing:
@@ -75,8 +82,13 @@ def route_regions(
         raise ValueError(
             f"query and key must have one batch, heads and head_dim, got {tuple(query.shape)} and {tuple(key.shape)}"
         )
-    has_autocast = query.device.type != "meta"
-    with torch.autocast(query.device.type, enabled=False) if has_autocast else nullcontext():
+    # Not by `torch.no_grad()`, nor by a context of autocast where none is on: exporters keep either as a graph within
+    # the graph, which quantisation then refuses.
+    query, key = query.detach(), key.detach()
+    device = query.device.type
+    has_autocast = device != "meta" and torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
         scores_BRR = region_means(query, query_grid) @ region_means(key, key_grid).transpose(1, 2)
+    scores_BRR = _leave_out_empty(scores_BRR, key_grid)
     routes_BRK = scores_BRR.topk(min(topk, key_grid.num_regions), dim=-1).indices
     return Routing(routes_BRK, query_grid, key_grid)

@@ -4,14 +4,13 @@ All regions of a head follow one another, so that copies of the rows that they a
 which the cache holds, and not of all heads.
 """
 import torch
-from einops import rearrange
 
 from .regions import RegionGrid
 
 
 def _by_head_and_region(x_BHWND: torch.Tensor, grid: RegionGrid) -> torch.Tensor:
     """(B, H, W, N, D) -> (B, N, Y, X, h, w, D), a view where the map needs no padding."""
-    return rearrange(grid.pad(x_BHWND), "b (y h) (x w) n d -> b n y x h w d", y=grid.rows, x=grid.cols)
+    return grid.split(x_BHWND).permute(0, 5, 1, 3, 2, 4, 6)
 
 
 def to_rows(x_BHWND: torch.Tensor, grid: RegionGrid) -> torch.Tensor:
@@ -28,8 +27,9 @@ def to_rows_of_both(x_BHWND: torch.Tensor, y_BHWND: torch.Tensor, grid: RegionGr
 
 def from_rows(rows: torch.Tensor, grid: RegionGrid, num_heads: int) -> torch.Tensor:
     """(B * N * R, T, D) -> (B, H, W, N, D), without the padding."""
-    sizes = dict(y=grid.rows, x=grid.cols, n=num_heads, h=grid.region_height)
-    return grid.crop(rearrange(rows, "(b n y x) (h w) d -> b (y h) (x w) n d", **sizes))
+    x_BNYXhwD = rows.unflatten(1, (grid.region_height, -1)).unflatten(0, (-1, num_heads, grid.rows, grid.cols))
+    copy = x_BNYXhwD.permute(0, 2, 4, 3, 5, 1, 6).clone(memory_format=torch.contiguous_format)
+    return grid.crop(copy.flatten(3, 4).flatten(1, 2))
 
 
 def write_rows(rows: torch.Tensor, grid: RegionGrid, out_BHWND: torch.Tensor):

@@ -7,6 +7,9 @@ from torch.fx import Proxy
 
 _Module = TypeVar("_Module", bound=type[nn.Module])
 
+# From PyTorch 2.7; before, the export to ONNX alone could be told from compiling.
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.onnx.is_in_onnx_export)
+
 
 def fx_leaf(cls: _Module) -> _Module:
     """Class decorator: torch.fx records calls of the module whole, and calls its hooks when the graph runs.
@@ -48,8 +51,11 @@ def is_traced_or_transformed() -> bool:
     )
 
 
+def is_exported() -> bool:
+    """Whether torch.export, which the export to ONNX begins with, records the calls made here."""
+    return torch.compiler.is_compiling() and _is_exporting()
+
+
 def needs_plain_operators() -> bool:
-    """Whether a call has to consist of PyTorch's own operators, which are known to tracers, transforms and ONNX."""
-    if torch.compiler.is_compiling():
-        return torch.onnx.is_in_onnx_export()
-    return is_traced_or_transformed()
+    """Whether a call has to consist of PyTorch's own operators, which tracers, transforms and other runtimes know."""
+    return is_exported() if torch.compiler.is_compiling() else is_traced_or_transformed()

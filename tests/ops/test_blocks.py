@@ -133,11 +133,13 @@ def module(impl, regions=4):
 
 @pytest.mark.compile
 @pytest.mark.parametrize("impl", IMPLS)
-def test_exports_as_one_operator(impl):
+def test_exports_as_plain_operators(impl):
+    """What is exported runs where this repository is not installed."""
     attention = module(impl)
     x = torch.randn(2, 9, 7, 16)
     program = torch.export.export(attention, (x,), dynamic_shapes=({0: torch.export.Dim("batch", max=64)},))
-    assert sum("routed_attention.blocks" in str(node.target) for node in program.graph.nodes) == 1
+    calls = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert calls and all(target.startswith("aten.") for target in calls)
     torch.testing.assert_close(program.module()(x[:1]), attention(x[:1]))
 
 

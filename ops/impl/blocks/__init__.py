@@ -7,6 +7,7 @@ the inputs' size, the routes, one block, and one float for each query and head; 
 import torch
 import torch.nn.functional as F
 
+from ...layout import flatten_map
 from ...routing import Routing
 from ...support import LOW_PRECISION
 from ...transforms import cast_inputs, needs_plain_operators
@@ -52,6 +53,6 @@ def masked_attention(
         return _attend(query, key, value, routing, scale, masked=True)
     mask = None if everything_routed else route_bias(routing, query.dtype)
     map_size = query.shape[1:3]
-    query, key, value = (x.flatten(1, 2).transpose(1, 2) for x in (query, key, value))
+    query, key, value = (flatten_map(x).transpose(1, 2) for x in (query, key, value))
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     return out.transpose(1, 2).unflatten(1, map_size)

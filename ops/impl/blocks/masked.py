@@ -31,8 +31,9 @@ def _region_of_token(grid: RegionGrid, device: torch.device) -> torch.Tensor:
 
 def _bias_of_regions(routes_BRK: torch.Tensor, key_grid: RegionGrid, dtype: torch.dtype) -> torch.Tensor:
     """(B, Rq, Rk): zero where a query region is routed to a key region, else minus infinity."""
-    shape = (*routes_BRK.shape[:2], key_grid.num_regions)
-    return torch.full(shape, float("-inf"), dtype=dtype, device=routes_BRK.device).scatter(2, routes_BRK, 0.0)
+    # Made of the routes: the older of the exporters to ONNX takes a batch that is read for a constant.
+    nothing_BR1 = (routes_BRK[..., :1] * 0).to(dtype) - float("inf")
+    return nothing_BR1.expand(-1, -1, key_grid.num_regions).scatter(2, routes_BRK, 0.0)
 
 
 def route_bias(routing: Routing, dtype: torch.dtype) -> torch.Tensor:
