@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from .checks import check_whole
 from .layout import crop_map, fixed_if_traced, is_open
 
 
@@ -66,9 +67,10 @@ class RegionGrid:
         """The grid of at most `regions` x `regions` regions on a map of any size, none of them empty.
 
         Raises:
-            ValueError: The map is empty or `regions` is not positive.
+            ValueError: The map is empty, or `regions` is no whole number from 1 up.
         """
-        if regions < 1 or height < 1 or width < 1:
+        check_whole(regions=regions)
+        if height < 1 or width < 1:
             raise ValueError(f"cannot cut a {height} x {width} map into {regions} x {regions} regions")
         height, width = fixed_if_traced(height, width)
         return cls(height, width, _count_that_fits(height, regions), _count_that_fits(width, regions))

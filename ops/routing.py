@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from .checks import check_whole
 from .regions import RegionGrid
 
 
@@ -68,10 +69,9 @@ def route_regions(
         The routes, (B, Rq, min(topk, Rk)), and the grids.
 
     Raises:
-        ValueError: `topk` is not positive, a map is not of its grid's size, or the maps do not fit each other.
+        ValueError: `topk` is no whole number from 1 up, a map is not of its grid's size, or the maps do not fit each other.
     """
-    if topk < 1:
-        raise ValueError(f"topk must be at least 1, got {topk}")
+    check_whole(topk=topk)
     for name, x, grid in (("query", query, query_grid), ("key", key, key_grid)):
         if x.ndim != 5 or x.shape[1:3] != (grid.height, grid.width):
             raise ValueError(

@@ -139,7 +139,8 @@ def test_exports_as_plain_operators(impl):
     x = torch.randn(2, 9, 7, 16)
     program = torch.export.export(attention, (x,), dynamic_shapes=({0: torch.export.Dim("batch", max=64)},))
     calls = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-    assert calls and all(target.startswith("aten.") for target in calls)
+    assert "aten.bmm.default" in calls or "aten.scaled_dot_product_attention.default" in calls
+    assert not any("routed_attention" in target for target in calls)
     torch.testing.assert_close(program.module()(x[:1]), attention(x[:1]))
 
 
