@@ -69,7 +69,8 @@ def route_regions(
         The routes, (B, Rq, min(topk, Rk)), and the grids.
 
     Raises:
-        ValueError: `topk` is no whole number from 1 up, a map is not of its grid's size, or the maps do not fit each other.
+        ValueError: `topk` is no whole number from 1 up, a map is not of its grid's size, or the maps do not fit each
+            other.
     """
     check_whole(topk=topk)
     for name, x, grid in (("query", query, query_grid), ("key", key, key_grid)):

@@ -1,4 +1,4 @@
-"""The models as programs for other runtimes: torch.export, both exporters to ONNX, and int8 by PyTorch's quantisation."""
+"""The models as programs for other runtimes: torch.export, both exporters to ONNX, and int8 by torchao."""
 import onnxruntime
 import pytest
 import timm
