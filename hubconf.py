@@ -2,7 +2,7 @@
 import importlib
 from pathlib import Path
 
-dependencies = ["torch", "timm", "einops"]
+dependencies = ["torch", "timm"]
 
 for _name in ("models", "ops", "storage"):
     _file = importlib.import_module(_name).__file__

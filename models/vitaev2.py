@@ -17,15 +17,10 @@ from torch import nn
 from ._checkpoints import fit_token_head, rename_published
 from ._hierarchical import HierarchicalNetwork, Stage, build_hierarchical
 from ._layers import Mlp, attend, channels_last, check_depths, check_divides, check_per_stage, split_qkv
-from ._ops import check_rates, check_whole, conv_channels_last, crop_map, fx_leaf, is_open, settle
+from ._ops import check_rates, check_whole, conv_channels_last, crop_map, fx_leaf, is_open, missing_to_multiple, settle
 from ._pretrained import imagenet_cfg, stored
 
 __all__ = ["ViTAEv2"]
-
-
-def missing_to_multiple(size: int, multiple: int) -> int:
-    """How much `size` lacks of the next multiple, in an expression that an export can simplify."""
-    return (size + multiple - 1) // multiple * multiple - size
 
 
 def to_windows(x: torch.Tensor, size: int) -> torch.Tensor:

@@ -14,7 +14,16 @@ from .attention import IMPLS, choose_impl, routed_attention, unsupported
 from .bra import BiLevelRoutingAttention
 from .checks import check_positive, check_rates, check_whole
 from .depthwise import DepthwiseConv, depthwise_conv
-from .layout import channels_first, conv_channels_last, crop_map, fixed_if_traced, flatten_map, is_open, settle
+from .layout import (
+    channels_first,
+    conv_channels_last,
+    crop_map,
+    fixed_if_traced,
+    flatten_map,
+    is_open,
+    missing_to_multiple,
+    settle,
+)
 from .linear import apply_linear, linear_gelu, reuses_memory
 from .norm import add_layer_norm, choose_norm_impl, layer_norm, norm_unsupported
 from .onednn import is_plain
@@ -54,6 +63,7 @@ __all__ = [
     "is_traced_or_transformed",
     "layer_norm",
     "linear_gelu",
+    "missing_to_multiple",
     "norm_unsupported",
     "region_means",
     "reuses_memory",

@@ -3,6 +3,7 @@ import torch
 
 from .impl import gather
 from .impl.blocks import chunked_attention, masked_attention
+from .layout import is_open
 from .routing import Routing
 from .support import triton_unsupported, warn_of_fallback
 from .transforms import needs_plain_operators
@@ -37,6 +38,8 @@ _TRITON_HEAD_DIM = 128
 
 
 def _triton_unsupported(query: torch.Tensor | None) -> str | None:
+    if query is not None and is_open(*query.shape[1:3]):
+        return "its kernels are for maps of one size, and an export leaves this one's open"
     if query is not None and query.shape[-1] > _TRITON_HEAD_DIM:
         return f"its kernels take heads of up to {_TRITON_HEAD_DIM} numbers, got {query.shape[-1]}"
     return triton_unsupported(query)
@@ -76,17 +79,17 @@ def choose_impl(query: torch.Tensor, routing: Routing) -> str:
     Elsewhere the fastest by the shape. By `masked` every query attends to all Hk * Wk keys; by `chunked`, to K * Tk
     copies, each made once for the Tq queries of a region, which is expensive where regions are small. `gather` makes
     the copies of the whole map at once, and takes the place of `chunked` where they are few and small. The batch plays
-    no part: a model is exported for any number of images.
+    no part: a model is exported for any number of images. An export that leaves the map's size open has plain products.
     """
     routes, q, k, _ = routing
     everything_routed = routes.shape[-1] == k.num_regions
+    if q.has_open_size or k.has_open_size:
+        return "masked" if everything_routed else "gather"  # a mask of the largest map would not fit into memory
     if query.device.type == "cuda" and not everything_routed:
         reason = unsupported("triton", query)
         if reason is None:
             return "triton"
         warn_of_fallback(reason)
-    if not everything_routed and (q.is_dynamic or k.is_dynamic):
-        return "gather"  # a mask of the largest map would not fit into memory
     copied = routes.shape[-1] * k.tokens_per_region
     cost_of_copies = copied + QUERY_COST + (copied * COPY_COST + REGION_COST) / q.tokens_per_region
     if everything_routed or k.height * k.width <= cost_of_copies:

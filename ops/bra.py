@@ -6,6 +6,7 @@ from torch import nn
 from .attention import routed_attention, unsupported
 from .checks import check_positive, check_whole
 from .depthwise import DepthwiseConv
+from .layout import crop_map, is_open, missing_to_multiple
 from .linear import apply_linear
 from .record import AttentionRecord
 from .regions import RegionGrid
@@ -93,15 +94,16 @@ class BiLevelRoutingAttention(nn.Module):
         """(B, H, W, dim) -> (B, H', W', dim): as published, zeros up to multiples of `num_regions`; else `x` itself."""
         if self.padding == "masked":
             return x
-        pad_bottom, pad_right = (-side % self.num_regions for side in x.shape[1:3])
-        return F.pad(x, (0, 0, 0, pad_right, 0, pad_bottom)) if pad_bottom or pad_right else x
+        pad_bottom, pad_right = (missing_to_multiple(side, self.num_regions) for side in x.shape[1:3])
+        is_padded = is_open(*x.shape[1:3]) or pad_bottom or pad_right
+        return F.pad(x, (0, 0, 0, pad_right, 0, pad_bottom)) if is_padded else x
 
     def _crop(self, attended: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """(B, H', W', dim) of the padded map -> (B, H, W, dim) of the input `x`."""
-        if attended.shape == x.shape:
+        if self.padding == "masked":
             return attended
         # A linear layer adds its bias in a second pass over what is not contiguous.
-        return attended[:, : x.shape[1], : x.shape[2]].contiguous()
+        return crop_map(attended, 0, 0, *x.shape[1:3]).contiguous()
 
     def _project(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, W, dim) -> (B, H', W', 3 * dim): queries, keys and values of the padded map.
@@ -138,7 +140,7 @@ class BiLevelRoutingAttention(nn.Module):
         lepe = self.lepe
         if type(lepe) is not DepthwiseConv or lepe._forward_hooks or lepe._forward_pre_hooks or lepe.bias is None:
             return None  # what changes a module, or watches it, waits for its call
-        if lepe.dilation != (1, 1):
+        if lepe.dilation != (1, 1) or is_open(*qkv.shape[1:3]):
             return None
         impls = (self.attn_impl, lepe.layer_impl)
         if "auto" in impls and not in_low_precision_on_gpu(qkv):

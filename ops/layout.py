@@ -31,6 +31,11 @@ def is_open(*sizes: int) -> bool:
     return any(isinstance(size, torch.SymInt) for size in sizes)
 
 
+def missing_to_multiple(size: int, multiple: int) -> int:
+    """How much `size` lacks of the next multiple, in an expression that an export can simplify."""
+    return (size + multiple - 1) // multiple * multiple - size
+
+
 def fixed_if_traced(height: int, width: int) -> tuple[int, int]:
     """The size of a map in numbers: torch.jit.trace makes tensors of it, but a trace is for maps of one size."""
     return (int(height), int(width)) if torch.jit.is_tracing() else (height, width)

@@ -98,13 +98,13 @@ class RegionGrid:
         return self.rows * self.region_height - self.height, self.cols * self.region_width - self.width
 
     @property
-    def is_dynamic(self) -> bool:
+    def has_open_size(self) -> bool:
         """Whether the map's size is left open, so that regions may be padded, or empty, or neither."""
         return is_open(self.height, self.width)
 
     @property
     def is_padded(self) -> bool:
-        return self.is_dynamic or self.padding != (0, 0)
+        return self.has_open_size or self.padding != (0, 0)
 
     def region_of(self, row: int, col: int) -> int:
         """The region of the token in this row and column of the map."""

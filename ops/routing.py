@@ -44,8 +44,8 @@ def region_means(x_BHWND: torch.Tensor, grid: RegionGrid) -> torch.Tensor:
 
 
 def _leave_out_empty(scores_BRR: torch.Tensor, key_grid: RegionGrid) -> torch.Tensor:
-    """The scores, with minus infinity for key regions without tokens, which a dynamic grid may have."""
-    if not key_grid.is_dynamic:
+    """The scores, with minus infinity for key regions without tokens, which a grid of open size may have."""
+    if not key_grid.has_open_size:
         return scores_BRR
     return scores_BRR.masked_fill(key_grid.token_counts(scores_BRR.device).flatten() == 0, float("-inf"))
 

@@ -42,7 +42,7 @@ def requirements_file(name):
 def test_requirements_files_say_the_same():
     project = PYPROJECT["project"]
     extras = {name: requirements(lines) for name, lines in project["optional-dependencies"].items()}
-    assert requirements(project["dependencies"]).keys() == {"torch", "timm", "einops"}
+    assert requirements(project["dependencies"]).keys() == {"torch", "timm"}
     assert requirements(project["dependencies"]) | extras["train"] == requirements_file("requirements.txt")
     assert extras["slurm"] == requirements_file("requirements-slurm.txt")
     assert extras["dev"] == requirements_file("requirements-dev.txt")
@@ -149,14 +149,14 @@ def test_in_a_project_with_names_like_ours(python, site, order):
 
 @pytest.mark.slow
 def test_what_it_loads(python):
-    """Nothing that timm does not load, but einops."""
+    """Nothing that timm does not load."""
     code = (
         "import sys, timm; before = {n.partition('.')[0] for n in sys.modules}; import routedvit;"
         "print(sorted({n.partition('.')[0] for n in sys.modules} - before - set(sys.stdlib_module_names)));"
         "print(sorted({'.'.join(n.split('.')[:2]) for n in sys.modules if n.startswith('routedvit.')}))"
     )
     ours = "['routedvit.models', 'routedvit.ops', 'routedvit.storage']"
-    assert output_of(python("-c", code)) == f"['einops', 'routedvit']\n{ours}\n"
+    assert output_of(python("-c", code)) == f"['routedvit']\n{ours}\n"
 
 
 SHIPPED = """

@@ -3,6 +3,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.fx.experimental._config as symbolic_shapes
 import torch.nn.functional as F
 
 from ops import BiLevelRoutingAttention, RegionGrid, bra
@@ -208,3 +209,19 @@ def test_empty_map_is_refused(padding, size):
 def test_input_that_is_no_map(shape, padding):
     with pytest.raises(ValueError, match=r"input must be \(B, H, W, 16\), channels last, got"):
         BiLevelRoutingAttention(dim=16, num_heads=2, padding=padding)(torch.randn(shape))
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("padding", ["masked", "published"])
+@pytest.mark.skipif(torch.__version__ < (2, 11), reason="shown with PyTorch 2.11 and newer")
+def test_exports_for_maps_of_any_size(padding):
+    """With regions that are empty, padded, of one token, or as large as each other."""
+    torch.manual_seed(0)
+    attention = BiLevelRoutingAttention(dim=16, num_heads=2, num_regions=5, topk=3, padding=padding).eval()
+    names = ("batch", "height", "width")
+    sides = {i: torch.export.Dim(name, min=1 if name == "batch" else 2, max=256) for i, name in enumerate(names)}
+    with symbolic_shapes.patch(backed_size_oblivious=True):
+        program = torch.export.export(attention, (torch.randn(2, 12, 17, 16),), dynamic_shapes=(sides,), strict=False)
+    for size in [(1, 2, 2), (3, 4, 9), (2, 10, 10), (1, 5, 31), (2, 12, 17), (1, 3, 2)]:
+        x = torch.randn(*size, 16)
+        torch.testing.assert_close(program.module()(x), attention(x), rtol=0, atol=1e-6)
