@@ -5,6 +5,7 @@
     python scripts/predict.py --model convnext_tiny photos/
     python scripts/predict.py --checkpoint runs/streets/best.pth photos/ --output maps
     python scripts/predict.py --checkpoint runs/animals/best.pth photos/ --output found --score 0.5
+    python scripts/predict.py --model flowers.onnx photos/
 
 A checkpoint of this repository knows its model, its image size and its classes. For any other, give --model, of a
 segmenter or detector its backbone; if a classifier has 1000 classes, they are named as those of ImageNet-1K, and the
@@ -12,6 +13,9 @@ segmenter or detector its backbone; if a classifier has 1000 classes, they are n
 
 Without --checkpoint the published weights of --model are taken, and without either those of biformer_nano, which are
 in the repository. It knows ten classes, from tench to parachute, and answers with one of these whatever it sees.
+
+--model may be a file of scripts/export.py, which says for itself what it takes. One of PyTorch's (.pt2, .pt) can hold
+code: run it where you trust who wrote it.
 
 Of a segmenter, each line says which parts of the image the classes cover; --output is a folder, for labels/NAME.png
 with the values of the label files it was trained on, in colours, and overlays/NAME.jpg.
@@ -26,11 +30,10 @@ import argparse
 import os
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -39,22 +42,18 @@ import torch
 from timm.layers import to_2tuple
 from tqdm import tqdm
 
-from models import NetworkRecipe, create_trained
+from models import NetworkRecipe
 from models.detection import is_detector
 from models.segmentation import is_segmenter
+from scripts.exporting.formats import ENDINGS, open_exported
 from scripts.prediction import masks, objects
+from scripts.prediction.classifier import load_network
 from scripts.prediction.images import Images, Prediction, collate, find_images
 from scripts.prediction.names import class_names
-from scripts.prediction.published import DEFAULT_MODEL, build_published
+from scripts.prediction.published import DEFAULT_MODEL
 from storage import weights
 from tasks.classification.images import ImagePipeline
-from tasks.networks import (
-    check_model,
-    check_outputs,
-    model_data_config,
-    pretrained_num_classes,
-    read,
-)
+from tasks.networks import check_outputs
 from tasks.options import image_size
 from tasks.tables import prediction_cells, prediction_columns, write_csv
 from training import flags
@@ -70,7 +69,7 @@ from training.signals import (
     WorkerFault,
     fault_of,
 )
-from training.task import reading_weights, refusal
+from training.task import refusal
 from utils import UsageError, UserError, as_user_error, print_line, printable, run_script, user_path
 
 ADVICE = {
@@ -88,58 +87,44 @@ class Interrupted(UserError):
     exit_code = 130
 
 
-def recipe_of(checkpoint: dict[str, Any], args: argparse.Namespace) -> NetworkRecipe:
-    """What the network is, and which images it takes: as the checkpoint says, or as was given.
-
-    Raises:
-        UsageError: Nothing says which model it is, or there is none of that name.
-    """
-    recipe = NetworkRecipe.of(checkpoint, args.model)
-    if recipe.model is None:
-        raise UsageError("the checkpoint does not say which model it belongs to; give --model")
-    check_model(recipe.model)
-    if args.use_test_size:
-        config = model_data_config(recipe.model, use_test_size=True)
-        recipe = replace(recipe, input_size=config["input_size"][-2:], crop_pct=config["crop_pct"])
-    return replace(
-        recipe,
-        num_classes=args.nb_classes or recipe.num_classes,
-        input_size=args.input_size or recipe.input_size or model_data_config(recipe.model)["input_size"][-2:],
-    )
-
-
-def load_published(args: argparse.Namespace) -> tuple[torch.nn.Module, NetworkRecipe]:
-    """The network with its published weights, and its recipe; says which classes it has, where they are not ImageNet's.
-    """
-    recipe = recipe_of({}, args)
-    published = pretrained_num_classes(recipe.model)
-    if recipe.num_classes not in (None, published):
-        raise UsageError(f"the published weights of {recipe.model} have {published} classes, not {recipe.num_classes}")
-    model = build_published(recipe.model, recipe.build_kwargs)
-    if model.pretrained_cfg.get("label_names"):
-        names = class_names({}, model)
-        tqdm.write(f"{recipe.model}'s own weights, for {len(names)} classes: {', '.join(names)}", file=sys.stderr)
-    return model, recipe
-
-
-def load_network(args: argparse.Namespace) -> tuple[torch.nn.Module, NetworkRecipe, dict[str, Any]]:
-    """The network, its recipe, and the checkpoint that it came from, which is empty for published weights."""
-    if args.checkpoint is None:
-        return *load_published(args), {}
-    checkpoint = read(args.checkpoint)
-    recipe = recipe_of(checkpoint, args)
-    key, notes = (args.model_key, []) if args.model_key else weights.default_weights(checkpoint, args.checkpoint)
-    for note in notes:
-        tqdm.write(note, file=sys.stderr)
-    with reading_weights():
-        return create_trained(recipe, checkpoint, args.checkpoint, key), recipe, checkpoint
-
-
 def check_input(model: torch.nn.Module, name: str, input_size: int | tuple[int, int], precision: Precision):
     """Raises UsageError where a network, here called `name`, cannot take images of a size."""
     height, width = to_2tuple(input_size)
     with precision.autocast(), refusal(UsageError, f"{name} cannot take images of 3 x {height} x {width}"):
         model(torch.zeros(1, 3, height, width, device=next(model.parameters()).device))
+
+
+class Classifier(NamedTuple):
+    """What images are predicted by.
+
+    network: (B, 3, H, W) normalised images -> (B, classes) logits.
+    names: Of the classes.
+    images: How images are prepared.
+    exif_transpose: Whether they are turned upright, as their EXIF orientation says.
+    """
+
+    network: Callable[[torch.Tensor], torch.Tensor]
+    names: list[str]
+    images: ImagePipeline
+    exif_transpose: bool
+
+
+def is_exported(args: argparse.Namespace) -> bool:
+    """Whether --model is a file of scripts/export.py."""
+    return args.model is not None and Path(args.model).suffix in ENDINGS
+
+
+def open_classifier(args: argparse.Namespace, device: torch.device, precision: Precision) -> Classifier:
+    """The network of the flags, on the device."""
+    if is_exported(args):
+        metadata, run = open_exported(Path(args.model))
+        images = ImagePipeline(metadata.model, metadata.input_size, metadata.crop_pct, metadata.crop_mode)
+        return Classifier(run, metadata.class_names, images, metadata.exif_transpose)
+    model, recipe, checkpoint = load_network(args)
+    model.eval().to(device)
+    images = ImagePipeline(recipe.model, recipe.input_size, recipe.crop_pct)
+    check_input(model, recipe.model, images.input_size, precision)
+    return Classifier(model, class_names(checkpoint, model), images, recipe.exif_transpose)
 
 
 @torch.inference_mode()
@@ -150,15 +135,11 @@ def predict(args: argparse.Namespace, paths: list[Path]) -> Iterator[Prediction]
         UserError: The weights cannot be read; UsageError where the network cannot take images of their size.
     """
     distributed = init_distributed(args.device)
-    model, recipe, checkpoint = load_network(args)
-    model.eval().to(distributed.device)
-    names = class_names(checkpoint, model)
-    images = ImagePipeline(recipe.model, recipe.input_size, recipe.crop_pct)
     loader_options = LoaderOptions(batch_size=args.batch_size, num_workers=args.num_workers)
     precision = Precision.on(distributed.device, args.amp)
-    check_input(model, recipe.model, images.input_size, precision)
+    model, names, images, exif_transpose = open_classifier(args, distributed.device, precision)
     tqdm.write(f"evaluated at {images.description}", file=sys.stderr)
-    dataset = Images(paths, images.transform(), recipe.exif_transpose)
+    dataset = Images(paths, images.transform(), exif_transpose)
     for batch, places in images.loader(dataset, loader_options, distributed, collate):
         with precision.autocast():
             logits = model(batch)
@@ -241,13 +222,23 @@ def write(args: argparse.Namespace):
         raise UserError(with_advice(fault, ADVICE)) from error
 
 
+def check_exported(parser: argparse.ArgumentParser, args: argparse.Namespace):
+    """Ends the program where a flag is given that an exported file has settled; predicts on the CPU."""
+    for name in ("checkpoint", "model_key", "nb_classes", "input_size", "use_test_size"):
+        if getattr(args, name):
+            parser.error(f"--{name}: {args.model} is a network that was exported with its weights and image size")
+    if args.device not in ("auto", "cpu") or args.amp not in ("auto", "off"):
+        parser.error(f"--device and --amp: {args.model} runs on the CPU, in the precision of the file")
+    args.device, args.amp = "cpu", "off"
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="+", type=user_path, metavar="IMAGE_OR_FOLDER")
     parser.add_argument("--checkpoint", type=flags.path,
                         help="the weights, file or URL (default: the published ones of --model)")
     parser.add_argument("--model", help="any model that timm knows, ours included (default: the checkpoint's; without "
-                                        f"one {DEFAULT_MODEL})")
+                                        f"one {DEFAULT_MODEL}), or a file of scripts/export.py: {', '.join(ENDINGS)}")
     parser.add_argument("--model_key", help="which weights of a checkpoint to take, for example model_ema")
     parser.add_argument("--nb_classes", type=int, help="what the weights must have (default: what they have)")
     parser.add_argument("--input_size", type=image_size, metavar="PIXELS",
@@ -270,6 +261,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.checkpoint is None and args.model is None:
         args.model = DEFAULT_MODEL
+    if is_exported(args):
+        check_exported(parser, args)
     if args.use_test_size and args.input_size is not None:
         parser.error("--use_test_size and --input_size are mutually exclusive")
     for name in ("topk", "batch_size", "nb_classes"):

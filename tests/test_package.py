@@ -19,7 +19,7 @@ except ImportError:  # Python 3.10
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # Folders of the repository whose modules are in the package; `package/` itself is its top.
 # Scripts that the command `routedvit` runs, and the folder of each one's parts.
-SCRIPTS = {"predict": "prediction", "visualize": "viewer"}
+SCRIPTS = {"export": "exporting", "predict": "prediction", "visualize": "viewer"}
 LIBRARY, PROGRAM = ("models", "ops", "storage", "weights"), ("configs", "tasks", "training")
 
 
@@ -44,6 +44,7 @@ def test_requirements_files_say_the_same():
     extras = {name: requirements(lines) for name, lines in project["optional-dependencies"].items()}
     assert requirements(project["dependencies"]).keys() == {"torch", "timm"}
     assert requirements(project["dependencies"]) | extras["train"] == requirements_file("requirements.txt")
+    assert extras["export"].items() <= extras["dev"].items()
     assert extras["slurm"] == requirements_file("requirements-slurm.txt")
     assert extras["dev"] == requirements_file("requirements-dev.txt")
 

@@ -16,7 +16,7 @@ import main as program
 from datasets import build_transform
 from helpers import ROOT
 from scripts import make_label_maps, make_shards, plot_logs, predict
-from scripts.prediction import images
+from scripts.prediction import classifier, images
 from tasks.networks import model_data_config
 from training.data.images import load_image
 
@@ -230,7 +230,7 @@ def test_images_as_timms_validation_takes_them(capfd):
     checkpoint = dict(args=dict(task="classification", model="resnet18.a1_in1k", input_size=64, crop_pct=0.5))
     for use_test_size, expected in ((True, ((288, 288), 1.0)), (False, (64, 0.5))):
         arguments = argparse.Namespace(model=None, nb_classes=None, input_size=None, use_test_size=use_test_size)
-        recipe = predict.recipe_of(checkpoint, arguments)
+        recipe = classifier.recipe_of(checkpoint, arguments)
         assert (recipe.input_size, recipe.crop_pct) == expected
     with pytest.raises(SystemExit):
         run(capfd, "x.png", "--use_test_size", "--input_size", "32")

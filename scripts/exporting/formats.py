@@ -1,0 +1,93 @@
+"""The formats that networks are exported to, by name."""
+import importlib.util
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from utils import UsageError, UserError
+
+from . import programs, runtimes
+from .metadata import Metadata
+from .opened import Exported
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of file.
+
+    Args:
+        ending: Of its files.
+        write: Writes a network, in evaluation mode and without gradients, and what the file says of itself.
+        open: Opens such a file by its runtime; raises UserError where it is not of scripts/export.py.
+        needs: Packages beside PyTorch, to write it and to run it.
+        leaves_size_open: Whether it can take images of any size.
+    """
+
+    ending: str
+    write: Callable[[nn.Module, Path, Metadata], None]
+    open: Callable[[Path], Exported]
+    needs: tuple[str, ...] = ()
+    leaves_size_open: bool = True
+
+
+FORMATS = {
+    "onnx": Format(".onnx", runtimes.write_onnx, runtimes.open_onnx, ("onnx", "onnxscript", "onnxruntime")),
+    "openvino": Format(
+        ".xml", runtimes.write_openvino, runtimes.open_openvino, ("onnx", "onnxscript", "openvino")
+    ),
+    "torch_export": Format(".pt2", programs.write_program, programs.open_program),
+    "aoti": Format(".pt2", programs.write_compiled, programs.open_compiled),
+    "torchscript": Format(".pt", programs.write_trace, programs.open_trace, leaves_size_open=False),
+}
+ENDINGS = tuple(dict.fromkeys(format.ending for format in FORMATS.values()))
+
+
+def of_ending(file: Path) -> str:
+    """The format that a new file of this name is written in.
+
+    Raises:
+        UsageError: There is none of this ending, or more than one.
+    """
+    names = [name for name, format in FORMATS.items() if format.ending == file.suffix]
+    if not names:
+        raise UsageError(f"{file} has none of the endings {', '.join(ENDINGS)}; name a --format")
+    if len(names) > 1:
+        raise UsageError(f"{file} may be {' or '.join(names)}; name a --format")
+    return names[0]
+
+
+def check_needs(name: str):
+    """Raises UserError where a package is missing that files of the format are written or run with."""
+    missing = [package for package in FORMATS[name].needs if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(f"{name} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+
+
+def _format_of(file: Path) -> str:
+    if file.suffix != ".pt2":
+        return of_ending(file)
+    with zipfile.ZipFile(file) as archive:
+        is_compiled = any("aotinductor" in name for name in archive.namelist())
+    return "aoti" if is_compiled else "torch_export"
+
+
+def open_exported(file: Path) -> Exported:
+    """The network in a file of scripts/export.py, opened by its own runtime on the CPU.
+
+    Raises:
+        UserError: There is no such file, it cannot be read, or the package that runs it is missing.
+    """
+    if not file.is_file():
+        raise UserError(f"{file}: no such file")
+    try:
+        name = _format_of(file)
+        check_needs(name)
+        return FORMATS[name].open(file)
+    except UserError:
+        raise
+    except Exception as error:  # each runtime has errors of its own for files that are damaged, or no networks
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{file} cannot be read: {reason}") from error

@@ -1,0 +1,113 @@
+"""scripts/export.py, and scripts/predict.py of what it writes."""
+import re
+
+import pytest
+import torch
+
+from scripts import export, predict
+from scripts.exporting import formats
+from scripts.exporting.check import Agreement
+from scripts.exporting.formats import open_exported
+
+pytestmark = pytest.mark.skipif(torch.__version__ < (2, 11), reason="shown with PyTorch 2.11 and newer")
+FILES = dict(onnx="nano.onnx", openvino="nano.xml", torch_export="nano.pt2", torchscript="nano.pt")
+COMPILED = pytest.param("aoti", marks=pytest.mark.long)
+
+
+def run(capfd, script, *arguments):
+    code = script.main([str(argument) for argument in arguments])
+    out, err = capfd.readouterr()
+    return code, out, err
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+@pytest.mark.parametrize("name", [*FILES, COMPILED])
+def test_what_is_written_predicts_as_the_network_does(name, tmp_path, capfd):
+    file = tmp_path / FILES.get(name, "nano.pt2")
+    code, out, err = run(capfd, export, file, "--format", name, "--batch_size", 3, "--input_size", "96x64")
+    assert code == 0, err
+    assert re.search(r"nano\.\w+: biformer_nano, 10 classes, \d+\.\d MB; batch left open\n32 images of 96 x 64: ", out)
+    assert "the same class first in 32\nfile: " in out and "\nPyTorch: " in out
+    assert [path.suffix for path in sorted(tmp_path.iterdir())] in ([file.suffix], [".bin", ".xml"])
+    metadata, network = open_exported(file)
+    assert (metadata.model, metadata.input_size, metadata.dynamic) == ("biformer_nano", (96, 64), ("batch",))
+    assert metadata.class_names[4] == "church" and metadata.mean == (0.485, 0.456, 0.406)
+    assert network(torch.zeros(5, 3, 96, 64)).shape == (5, 10)
+
+    photo = "docs/church.jpg"
+    code, found, _ = run(capfd, predict, "--model", file, photo, "--num_workers", 0)
+    assert code == 0
+    assert found == run(capfd, predict, photo, "--input_size", "96x64", "--num_workers", 0)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+def test_any_size(tmp_path, capfd):
+    file = tmp_path / "nano.onnx"
+    code, out, err = run(capfd, export, file, "--dynamic", "batch,size", "--input_size", 64, "--images", "docs/church.jpg")
+    assert code == 0, err
+    assert "1 images of 64 x 64: " in out and "1 images of 101 x 139: " in out
+    _, network = open_exported(file)
+    for size in ((32, 32), (224, 224), (33, 77)):
+        assert network(torch.zeros(2, 3, *size)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["x.pt2"], "x.pt2 may be torch_export or aoti; name a --format"),
+    (["x.bin"], "x.bin has none of the endings .onnx, .xml, .pt2, .pt; name a --format"),
+    (["x.onnx", "--format", "aoti"], "x.onnx: files of aoti end in .pt2"),
+    (["x.pt", "--dynamic", "batch,size"], "--dynamic size: torchscript records the network for images of one size"),
+    (["nowhere/x.onnx"], "cannot write nowhere/x.onnx: no such folder"),
+    (["x.onnx", "--model", "no_such_model"], "no_such_model"),
+])
+def test_mistakes_are_one_line(arguments, message, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capfd, export, *arguments)
+    assert code in (1, 2) and not out
+    assert message in err and "Traceback" not in err
+
+
+def test_a_folder_as_the_file(tmp_path, capfd):
+    (tmp_path / "x.onnx").mkdir()
+    assert run(capfd, export, tmp_path / "x.onnx")[2].endswith("x.onnx: it is a folder\n")
+
+
+def test_what_may_be_left_open(capfd):
+    with pytest.raises(SystemExit):
+        export.main(["x.onnx", "--dynamic", "width"])
+    assert "must be of batch, size, or none, got 'width'" in capfd.readouterr().err
+
+
+def test_a_package_that_is_missing(monkeypatch, capfd):
+    monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: None)
+    assert "onnx needs onnx and onnxscript and onnxruntime: pip install onnx" in run(capfd, export, "x.onnx")[2]
+
+
+def test_a_file_that_differs_is_told(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(export.check, "compare", lambda *_: Agreement(0.1, 2.0, 3, 32))
+    file = tmp_path / "nano.pt"
+    code, _, err = run(capfd, export, file, "--input_size", 64)
+    assert code == 1 and f"{file} does not compute what PyTorch does" in err and file.exists()
+
+
+@pytest.mark.parametrize("name", ["x.onnx", "x.xml", "x.pt2", "x.pt"])
+def test_predict_refuses_what_is_no_such_file(name, tmp_path, capfd):
+    assert "no such file" in run(capfd, predict, "--model", tmp_path / name, "docs/church.jpg")[2]
+    (tmp_path / name).write_bytes(b"not a network")
+    code, _, err = run(capfd, predict, "--model", tmp_path / name, "docs/church.jpg", "--num_workers", 0)
+    assert code == 1 and f"{name} cannot be read: " in err and "Traceback" not in err
+
+
+def test_predict_refuses_files_of_others(tmp_path, capfd):
+    file = tmp_path / "other.pt"
+    torch.jit.save(torch.jit.trace(torch.nn.Flatten(), torch.zeros(1, 3, 4, 4)), file)
+    code, _, err = run(capfd, predict, "--model", file, "docs/church.jpg", "--num_workers", 0)
+    assert code == 1 and "was not written by scripts/export.py" in err
+
+
+@pytest.mark.parametrize("flag", ["--input_size 64", "--nb_classes 10", "--device cuda", "--amp bf16"])
+def test_predict_refuses_flags_that_the_file_has_settled(flag, capfd):
+    with pytest.raises(SystemExit):
+        predict.main(["--model", "x.onnx", "docs/church.jpg", *flag.split()])
+    assert flag.split()[0] in capfd.readouterr().err
