@@ -40,7 +40,7 @@ from tasks.classification.images import ImagePipeline
 from tasks.options import image_size
 from training import flags
 from training.task import refusal
-from utils import UsageError, UserError, print_line, run_script, user_path
+from utils import UsageError, UserError, count, print_line, run_script, user_path
 
 PARTS = ("batch", "size")
 
@@ -102,7 +102,7 @@ def report(network: torch.nn.Module, images: ImagePipeline, args: argparse.Names
     sizes = [x, check.of_another_size(x)] if "size" in metadata.dynamic else [x]
     found = [check.compare(network, run, each, batch) for each in sizes]
     for each, agreement in zip(sizes, found, strict=True):
-        print_line(f"{agreement.total} images of {each.shape[2]} x {each.shape[3]}: logits differ by at most "
+        print_line(f"{count(agreement.total, 'image')} of {each.shape[2]} x {each.shape[3]}: logits differ by at most "
                    f"{agreement.difference:.1e}, the largest is {agreement.largest:.1f}; "
                    f"the same class first in {agreement.alike}")
     part = x[:1].expand(batch, -1, -1, -1).contiguous()

@@ -45,9 +45,10 @@ def test_what_is_written_predicts_as_the_network_does(name, tmp_path, capfd):
 @pytest.mark.compile
 def test_any_size(tmp_path, capfd):
     file = tmp_path / "nano.onnx"
-    code, out, err = run(capfd, export, file, "--dynamic", "batch,size", "--input_size", 64, "--images", "docs/church.jpg")
+    sizes = "--dynamic", "batch,size", "--input_size", 64
+    code, out, err = run(capfd, export, file, *sizes, "--images", "docs/church.jpg")
     assert code == 0, err
-    assert "1 images of 64 x 64: " in out and "1 images of 101 x 139: " in out
+    assert "1 image of 64 x 64: " in out and "1 image of 101 x 139: " in out
     _, network = open_exported(file)
     for size in ((32, 32), (224, 224), (33, 77)):
         assert network(torch.zeros(2, 3, *size)).shape == (2, 10)
