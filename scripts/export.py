@@ -56,8 +56,6 @@ def dynamic(text: str) -> tuple[str, ...]:
 def describe(args: argparse.Namespace) -> tuple[torch.nn.Module, ImagePipeline, Metadata]:
     """The network of the flags, how its images are prepared, and what its file says of both."""
     network, recipe, checkpoint = load_network(args)
-    if recipe.task != "classification":
-        raise UserError(f"{args.checkpoint} is of the task {recipe.task}; classifiers are exported")
     network = network.eval().requires_grad_(False)
     images = ImagePipeline(recipe.model, to_2tuple(recipe.input_size), recipe.crop_pct)
     config = images.config

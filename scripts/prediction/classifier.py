@@ -11,7 +11,7 @@ from models import NetworkRecipe, create_trained
 from storage import weights
 from tasks.networks import check_model, model_data_config, pretrained_num_classes, read
 from training.task import reading_weights
-from utils import UsageError
+from utils import UsageError, UserError
 
 from .names import class_names
 from .published import build_published
@@ -52,10 +52,17 @@ def load_published(args: argparse.Namespace) -> tuple[torch.nn.Module, NetworkRe
 
 
 def load_network(args: argparse.Namespace) -> tuple[torch.nn.Module, NetworkRecipe, dict[str, Any]]:
-    """The network, its recipe, and the checkpoint that it came from, which is empty for published weights."""
+    """The network, its recipe, and the checkpoint that it came from, which is empty for published weights.
+
+    Raises:
+        UserError: The weights cannot be read, or are of a segmenter or detector.
+    """
     if args.checkpoint is None:
         return *load_published(args), {}
     checkpoint = read(args.checkpoint)
+    task = NetworkRecipe.of(checkpoint).task
+    if task != "classification":
+        raise UserError(f"{args.checkpoint} is no classifier, but of the task {task}")
     recipe = recipe_of(checkpoint, args)
     key, notes = (args.model_key, []) if args.model_key else weights.default_weights(checkpoint, args.checkpoint)
     for note in notes:

@@ -2,6 +2,7 @@
 import re
 
 import pytest
+import timm
 import torch
 
 from scripts import export, predict
@@ -52,6 +53,32 @@ def test_any_size(tmp_path, capfd):
     _, network = open_exported(file)
     for size in ((32, 32), (224, 224), (33, 77)):
         assert network(torch.zeros(2, 3, *size)).shape == (2, 10)
+
+
+def checkpoint_of_a_run(file, task="classification"):
+    network = timm.create_model("biformer_nano", num_classes=3, depths=(1, 1, 1, 1))
+    said = dict(task=task, model="biformer_nano", model_kwargs=dict(depths=(1, 1, 1, 1)), nb_classes=3, input_size=64,
+                crop_pct=0.5, exif_transpose=False)
+    torch.save(dict(args=said, classes=["daisy", "rose", "tulip"], model=network.state_dict()), file)
+    return file
+
+
+@pytest.mark.slow
+def test_the_checkpoint_of_a_run(tmp_path, capfd):
+    checkpoint, file, photo = checkpoint_of_a_run(tmp_path / "best.pth"), tmp_path / "flowers.pt", "docs/church.jpg"
+    code, _, err = run(capfd, export, file, "--checkpoint", checkpoint)
+    assert code == 0, err
+    metadata, _ = open_exported(file)
+    assert (metadata.class_names, metadata.input_size) == (["daisy", "rose", "tulip"], (64, 64))
+    assert (metadata.crop_pct, metadata.exif_transpose) == (0.5, False)
+    found = run(capfd, predict, "--model", file, photo, "--num_workers", 0)[1]
+    assert found == run(capfd, predict, "--checkpoint", checkpoint, photo, "--num_workers", 0)[1]
+
+
+def test_a_segmenter_is_refused(tmp_path, capfd):
+    checkpoint = checkpoint_of_a_run(tmp_path / "best.pth", "segmentation")
+    code, _, err = run(capfd, export, tmp_path / "x.onnx", "--checkpoint", checkpoint)
+    assert code == 1 and f"{checkpoint} is no classifier, but of the task segmentation" in err
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
