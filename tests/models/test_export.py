@@ -96,8 +96,8 @@ def test_the_older_exporter_to_onnx_takes_any_batch(name, padded, tmp_path):
     assert_runs(in_onnx_runtime(tmp_path / "model.onnx"), model, [(n, *size) for n in (1, 2, 5)])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("is_dynamic", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("is_dynamic", [False, True])
 def test_converts_to_int8(is_dynamic):
     """By torchao's PT2E: a prepared program is calibrated, and converts; no graph within the graph is in its way."""
     pt2e = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e")

@@ -12,7 +12,8 @@ from scripts.exporting.formats import open_exported
 
 pytestmark = pytest.mark.skipif(torch.__version__ < (2, 11), reason="shown with PyTorch 2.11 and newer")
 FILES = dict(onnx="nano.onnx", openvino="nano.xml", torch_export="nano.pt2", torchscript="nano.pt")
-COMPILED = pytest.param("aoti", marks=pytest.mark.long)
+# The exporters and the compiler take their time.
+LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("openvino", "torch_export", "aoti")]
 
 
 def run(capfd, script, *arguments):
@@ -23,7 +24,7 @@ def run(capfd, script, *arguments):
 
 @pytest.mark.slow
 @pytest.mark.compile
-@pytest.mark.parametrize("name", [*FILES, COMPILED])
+@pytest.mark.parametrize("name", ["onnx", "torchscript", *LONG])
 def test_what_is_written_predicts_as_the_network_does(name, tmp_path, capfd):
     file = tmp_path / FILES.get(name, "nano.pt2")
     code, out, err = run(capfd, export, file, "--format", name, "--batch_size", 3, "--input_size", "96x64")
@@ -42,7 +43,7 @@ def test_what_is_written_predicts_as_the_network_does(name, tmp_path, capfd):
     assert found == run(capfd, predict, photo, "--input_size", "96x64", "--num_workers", 0)[1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.compile
 def test_any_size(tmp_path, capfd):
     file = tmp_path / "nano.onnx"
