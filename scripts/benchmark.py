@@ -7,6 +7,8 @@
     python scripts/benchmark.py choice --budget 600         # what `auto` chooses, on shapes drawn from a grid
     python scripts/benchmark.py data --data_path FOLDER     # images/s of a core, and cores for one GPU
     python scripts/benchmark.py broad                       # BViT's broad attention beside its network
+    python scripts/benchmark.py runtimes biformer_tiny      # PyTorch, compiled, ONNX Runtime, OpenVINO on the CPU
+    python scripts/benchmark.py int8 --data_path FOLDER     # accuracy and routes in 8-bit integers, by quantizer
     python scripts/benchmark.py all                         # op, models and profile, within a budget of seconds
     python scripts/benchmark.py plot benchmarks/RECORD.json # draw a record of `all` again
 
@@ -31,14 +33,19 @@ import torch  # noqa: E402
 from timm.layers import to_2tuple  # noqa: E402
 
 from ops import IMPLS  # noqa: E402
-from scripts.bench import attention, choice, loader, models, suite, tables  # noqa: E402
+from scripts.bench import attention, choice, int8, loader, models, runtimes, suite, tables  # noqa: E402
 from scripts.bench.suite import Case  # noqa: E402
 from scripts.bench.timing import machine  # noqa: E402
+from scripts.exporting.int8 import CALIBRATION_IMAGES, spread  # noqa: E402
+from scripts.exporting.source import Source  # noqa: E402
+from scripts.prediction.classifier import add_network_flags, load_network  # noqa: E402
+from scripts.prediction.images import find_images  # noqa: E402
+from scripts.prediction.published import DEFAULT_MODEL  # noqa: E402
 from tasks.options import image_size  # noqa: E402
 from utils import UserError, replace_file, user_path  # noqa: E402
 
 DEFAULT_MODELS = ("biformer_tiny", "swin_tiny_patch4_window7_224", "convnext_tiny", "biformer_stl")
-NOT_SETTINGS = ("command", "models", "output", "data_path", "rate")
+NOT_SETTINGS = ("command", "models", "output", "data_path", "checkpoint", "rate")
 
 
 def all_cases(args: argparse.Namespace) -> list[Case]:
@@ -78,7 +85,27 @@ def choice_cases(args: argparse.Namespace) -> list[Case]:
     return [Case("choice", name, measure) for name, measure in choice.cases()]
 
 
-CASES = {"all": all_cases, "models": models_cases, "op": op_cases, "broad": broad_cases, "choice": choice_cases}
+def runtimes_cases(args: argparse.Namespace) -> list[Case]:
+    size = to_2tuple(args.input_size)
+    return [
+        Case("runtimes", name, partial(runtimes.measure, name, size, args.thread_counts, args.batch_sizes))
+        for name in args.models
+    ]
+
+
+def int8_cases(args: argparse.Namespace) -> list[Case]:
+    source = Source.of(*load_network(args))
+    calibration, photos = (
+        spread(find_images([args.data_path / split]), most)
+        for split, most in (("train", CALIBRATION_IMAGES), ("val", args.images))
+    )
+    return [Case("int8", source.metadata.model, partial(int8.measure, source, calibration, photos))]
+
+
+CASES = {
+    "all": all_cases, "models": models_cases, "op": op_cases, "broad": broad_cases, "choice": choice_cases,
+    "runtimes": runtimes_cases, "int8": int8_cases,
+}
 
 
 def record_path(args: argparse.Namespace, about: dict) -> Path:
@@ -160,6 +187,22 @@ def contender(text: str) -> models.Contender:
     return parsed
 
 
+def add_exported(commands: argparse._SubParsersAction) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """The commands that measure what scripts/export.py writes."""
+    of_runtimes = commands.add_parser("runtimes", help="a classifier on the CPU by PyTorch, ONNX Runtime and OpenVINO")
+    of_runtimes.add_argument("models", nargs="+", choices=timm.list_models(), metavar="MODEL")
+    of_runtimes.add_argument("--input_size", type=image_size, default=224, help="side, or HEIGHTxWIDTH")
+    of_runtimes.add_argument("--thread_counts", type=int, nargs="+", default=[1, 2])
+    of_runtimes.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
+    of_int8 = commands.add_parser("int8", help="accuracy and routes in 8-bit integers, by several quantizers")
+    add_network_flags(of_int8)
+    of_int8.add_argument("--data_path", type=user_path, required=True, help="train/ to calibrate on, val/CLASS/IMAGE")
+    of_int8.add_argument("--images", type=int, default=1000, help="how many of val/, spread evenly (default: 1000)")
+    for command in (of_runtimes, of_int8):
+        command.set_defaults(device="cpu", threads=None)
+    return of_runtimes, of_int8
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -188,6 +231,7 @@ def build_parser() -> argparse.ArgumentParser:
     of_data.set_defaults(device="cpu", threads=1)
     of_choice = commands.add_parser("choice", help="what `auto` chooses on the CPU, beside all that it could choose")
     of_choice.set_defaults(device="cpu", threads=None)
+    of_runtimes, of_int8 = add_exported(commands)
     of_all = commands.add_parser("all", help="op, models, growing images and a profile, within a budget of seconds")
     for command in (of_choice, of_all):
         command.add_argument("--budget", type=float, default=480, help="seconds; what does not fit is left out")
@@ -199,9 +243,9 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--amp", choices=list(suite.DTYPES), default="off")
     for command in (of_models, of_op, of_broad):
         command.add_argument("--batch_size", type=int, default=8)
-    for command in (of_models, of_op, of_broad, of_data):
+    for command in (of_models, of_op, of_broad, of_data, of_runtimes):
         command.add_argument("--rounds", type=int, default=15)
-    for command in (of_models, of_op, of_broad, of_data, of_choice, of_all):
+    for command in (of_models, of_op, of_broad, of_data, of_choice, of_runtimes, of_int8, of_all):
         command.add_argument("--output", type=user_path, default=ROOT / "benchmarks", help="folder of the results")
     for command in (of_models, of_op, of_broad, of_all):
         command.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
@@ -219,7 +263,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--device must be one of {', '.join(suite.SCALES)}, got {args.device}")
     if kind == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device {args.device}: PyTorch sees no CUDA GPU here")
-    if args.command == "data" and args.images < 1:
+    if args.command in ("data", "int8") and args.images < 1:
         parser.error("--images must be at least 1")
     if getattr(args, "budget", 1) <= 0:
         parser.error("--budget must be positive")
@@ -227,6 +271,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"no record at {args.record}")
     if args.command == "broad" and not set(args.models) <= set(timm.list_models(module="bvit")):
         parser.error(f"broad attention is BViT's: {', '.join(timm.list_models(module='bvit'))}")
+    if args.command == "runtimes" and min(*args.thread_counts, *args.batch_sizes) < 1:
+        parser.error("--thread_counts and --batch_sizes must be at least 1")
+    if args.command == "int8" and args.model is None and args.checkpoint is None:
+        args.model = DEFAULT_MODEL
     if args.command == "models":
         if args.cuda_graph and kind != "cuda":
             parser.error("--cuda_graph needs a GPU")

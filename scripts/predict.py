@@ -47,16 +47,14 @@ from models.detection import is_detector
 from models.segmentation import is_segmenter
 from scripts.exporting.formats import ENDINGS, open_exported
 from scripts.prediction import masks, objects
-from scripts.prediction.classifier import load_network
+from scripts.prediction.classifier import add_network_flags, load_network
 from scripts.prediction.images import Images, Prediction, collate, find_images
 from scripts.prediction.names import class_names
 from scripts.prediction.published import DEFAULT_MODEL
 from storage import weights
 from tasks.classification.images import ImagePipeline
 from tasks.networks import check_outputs
-from tasks.options import image_size
 from tasks.tables import prediction_cells, prediction_columns, write_csv
-from training import flags
 from training.advice import with_advice
 from training.distributed import init_distributed
 from training.options import LoaderOptions
@@ -235,14 +233,7 @@ def check_exported(parser: argparse.ArgumentParser, args: argparse.Namespace):
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="+", type=user_path, metavar="IMAGE_OR_FOLDER")
-    parser.add_argument("--checkpoint", type=flags.path,
-                        help="the weights, file or URL (default: the published ones of --model)")
-    parser.add_argument("--model", help="any model that timm knows, ours included (default: the checkpoint's; without "
-                                        f"one {DEFAULT_MODEL}), or a file of scripts/export.py: {', '.join(ENDINGS)}")
-    parser.add_argument("--model_key", help="which weights of a checkpoint to take, for example model_ema")
-    parser.add_argument("--nb_classes", type=int, help="what the weights must have (default: what they have)")
-    parser.add_argument("--input_size", type=image_size, metavar="PIXELS",
-                        help="side of the image, or HEIGHTxWIDTH (default: the checkpoint's)")
+    add_network_flags(parser, f"; or a file of scripts/export.py: {', '.join(ENDINGS)}")
     parser.add_argument("--use_test_size", action="store_true",
                         help="the image size and the crop that timm's validate.py takes, instead of the checkpoint's")
     parser.add_argument("--topk", default=5, type=int,

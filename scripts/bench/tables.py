@@ -31,6 +31,10 @@ def _spread(key: str, ends: str, digits: int = 3) -> Callable[[dict], str]:
     return cell
 
 
+def _percent(key: str, digits: int) -> Callable[[dict], str]:
+    return lambda row: f"{row[key]:.{digits}%}" if key in row else ""
+
+
 def _repeats(row: dict) -> str:
     kept = [row[key] for key in ("output_repeats", "gradients_repeat") if key in row]
     return "" if not kept else "yes" if all(kept) else "no" if not kept[0] else "output only"
@@ -61,6 +65,10 @@ CELLS: dict[str, Callable[[dict], str]] = {
     "host, ms": _number("host_milliseconds"),
     "prepared, ms": _number("prepare_milliseconds"),
     "rate": _number("rate"),
+    "difference": _number("difference", 2),
+    "top-1": _percent("accuracy", 2),
+    "same class": _percent("alike", 2),
+    "changed routes, %": lambda row: ", ".join(f"{100 * share:.1f}" for share in row.get("changed_routes", ())),
 }
 
 
@@ -125,6 +133,18 @@ TABLES = {
         ("threads", "dtype", "mode", "reference"), ("shapes", "slower", "median", "decile", "worst"),
     ),
     "broad": Table("Broad attention", "Inference; MiB beyond the inputs.", ("model", "batch", "part"), ("ms", "MiB")),
+    "runtimes": Table(
+        "Runtimes on the CPU",
+        "Inference with random weights; `ratio` is the speed over PyTorch's in float32. Compiled for the shape of the "
+        "batch, by TorchInductor with frozen weights; the files of ONNX Runtime and OpenVINO take any batch.",
+        ("model", "threads", "batch", "runtime", "precision"), ("images/s", "ratio", "ms"),
+    ),
+    "int8": Table(
+        "8-bit integers",
+        "`same class` is the share of images whose first class is as in float32; `changed routes` are, by routed "
+        "layer, the query regions that then attend to other regions.",
+        ("model", "images", "quantizer"), ("top-1", "same class", "difference", "changed routes, %"),
+    ),
     "data": Table(
         "Data loading", "Files lie in memory; each process has one thread; `ratio` is the speed over decoding alone.",
         ("format", "kind", "name"), ("images/s", "ms an image", "ratio"),

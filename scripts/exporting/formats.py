@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from utils import UsageError, UserError
@@ -20,26 +21,29 @@ class Format:
 
     Args:
         ending: Of its files.
-        write: Writes a network, in evaluation mode and without gradients, and what the file says of itself.
+        write: Writes a network, in evaluation mode and without gradients, and what the file says of itself; in int8 by
+            normalised images, (N, 3, H, W), where there are any.
         open: Opens such a file by its runtime; raises UserError where it is not of scripts/export.py.
         needs: Packages beside PyTorch, to write it and to run it.
+        int8_needs: The same, to write it in int8; None where it cannot be.
         leaves_size_open: Whether it can take images of any size.
     """
 
     ending: str
-    write: Callable[[nn.Module, Path, Metadata], None]
+    write: Callable[[nn.Module, Path, Metadata, torch.Tensor | None], None]
     open: Callable[[Path], Exported]
     needs: tuple[str, ...] = ()
+    int8_needs: tuple[str, ...] | None = None
     leaves_size_open: bool = True
 
 
 FORMATS = {
-    "onnx": Format(".onnx", runtimes.write_onnx, runtimes.open_onnx, ("onnx", "onnxscript", "onnxruntime")),
+    "onnx": Format(".onnx", runtimes.write_onnx, runtimes.open_onnx, ("onnx", "onnxscript", "onnxruntime"), ()),
     "openvino": Format(
-        ".xml", runtimes.write_openvino, runtimes.open_openvino, ("onnx", "onnxscript", "openvino")
+        ".xml", runtimes.write_openvino, runtimes.open_openvino, ("onnx", "onnxscript", "openvino"), ("nncf",)
     ),
     "torch_export": Format(".pt2", programs.write_program, programs.open_program),
-    "aoti": Format(".pt2", programs.write_compiled, programs.open_compiled),
+    "aoti": Format(".pt2", programs.write_compiled, programs.open_compiled, int8_needs=("torchao",)),
     "torchscript": Format(".pt", programs.write_trace, programs.open_trace, leaves_size_open=False),
 }
 ENDINGS = tuple(dict.fromkeys(format.ending for format in FORMATS.values()))
@@ -59,9 +63,10 @@ def of_ending(file: Path) -> str:
     return names[0]
 
 
-def check_needs(name: str):
+def check_needs(name: str, int8: bool = False):
     """Raises UserError where a package is missing that files of the format are written or run with."""
-    missing = [package for package in FORMATS[name].needs if importlib.util.find_spec(package) is None]
+    needs = FORMATS[name].needs + (FORMATS[name].int8_needs or () if int8 else ())
+    missing = [package for package in needs if importlib.util.find_spec(package) is None]
     if missing:
         raise UserError(f"{name} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 

@@ -6,7 +6,7 @@ from utils import UserError
 
 # Under which the metadata lie in a file, as JSON.
 KEY = "routedvit"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Metadata:
         crop_mode: Where the crop lies.
         exif_transpose: Whether images are first turned upright, as their EXIF orientation says.
         dynamic: What is left open: "batch", "size", both or neither.
+        precision: "float32" or "int8".
         torch: The version that wrote it.
         version: Of these metadata.
     """
@@ -41,6 +42,7 @@ class Metadata:
     crop_mode: str
     exif_transpose: bool
     dynamic: tuple[str, ...]
+    precision: str
     torch: str
     version: int = VERSION
 

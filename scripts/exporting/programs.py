@@ -5,6 +5,7 @@ import torch
 import torch.fx.experimental._config as symbolic_shapes
 from torch import nn
 
+from .int8 import quantize_program
 from .metadata import KEY, Metadata
 from .opened import Exported, Run
 
@@ -36,7 +37,7 @@ def export_program(network: nn.Module, metadata: Metadata) -> torch.export.Expor
         )
 
 
-def write_program(network: nn.Module, file: Path, metadata: Metadata):
+def write_program(network: nn.Module, file: Path, metadata: Metadata, images: None = None):
     torch.export.save(export_program(network, metadata), file, extra_files={KEY: metadata.to_json()})
 
 
@@ -47,9 +48,12 @@ def open_program(file: Path) -> Exported:
     return Exported(metadata, _without_grad(program.module()))
 
 
-def write_compiled(network: nn.Module, file: Path, metadata: Metadata):
-    settings = {"aot_inductor.metadata": {KEY: metadata.to_json()}}
+def write_compiled(network: nn.Module, file: Path, metadata: Metadata, images: torch.Tensor | None = None):
+    # Frozen weights are stored in the order in which oneDNN reads them.
+    settings = {"aot_inductor.metadata": {KEY: metadata.to_json()}, "freezing": True}
     program = export_program(network, metadata)
+    if images is not None:
+        program = export_program(quantize_program(program.module(), images), metadata)
     torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=settings)
 
 
@@ -58,7 +62,7 @@ def open_compiled(file: Path) -> Exported:
     return Exported(Metadata.from_json(program.get_metadata().get(KEY), str(file)), _without_grad(program))
 
 
-def write_trace(network: nn.Module, file: Path, metadata: Metadata):
+def write_trace(network: nn.Module, file: Path, metadata: Metadata, images: None = None):
     trace = torch.jit.trace(network, example_of(metadata), check_trace=False)
     torch.jit.save(trace, file, _extra_files={KEY: metadata.to_json()})
 

@@ -10,11 +10,26 @@ from tqdm import tqdm
 from models import NetworkRecipe, create_trained
 from storage import weights
 from tasks.networks import check_model, model_data_config, pretrained_num_classes, read
+from tasks.options import image_size
+from training import flags
 from training.task import reading_weights
 from utils import UsageError, UserError
 
 from .names import class_names
-from .published import build_published
+from .published import DEFAULT_MODEL, build_published
+
+
+def add_network_flags(parser: argparse.ArgumentParser, or_model: str = ""):
+    """The flags of `load_network`; `or_model` says what else --model may be."""
+    parser.add_argument("--checkpoint", type=flags.path,
+                        help="the weights, file or URL (default: the published ones of --model)")
+    parser.add_argument("--model", help="any model that timm knows, ours included (default: the checkpoint's; without "
+                                        f"one {DEFAULT_MODEL}){or_model}")
+    parser.add_argument("--model_key", help="which weights of a checkpoint to take, for example model_ema")
+    parser.add_argument("--nb_classes", type=int, help="what the weights must have (default: what they have)")
+    parser.add_argument("--input_size", type=image_size, metavar="PIXELS",
+                        help="side of the image, or HEIGHTxWIDTH (default: the checkpoint's)")
+    parser.set_defaults(use_test_size=False)
 
 
 def recipe_of(checkpoint: dict[str, Any], args: argparse.Namespace) -> NetworkRecipe:
