@@ -21,7 +21,10 @@ Routed = Callable[[torch.Tensor], tuple[torch.Tensor, list[torch.Tensor]]]
 
 
 class _Routes(TorchDispatchMode):
-    """Keeps the indices of every `topk` that runs within: what a routed layer chooses its regions by."""
+    """Keeps the indices of every `topk` that runs within: what a routed layer chooses its regions by.
+
+    Where it takes all regions there is no choice, and files of other runtimes leave it out.
+    """
 
     def __init__(self):
         super().__init__()
@@ -29,7 +32,7 @@ class _Routes(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         result = operator(*args, **(kwargs or {}))
-        if operator is torch.ops.aten.topk.default:
+        if operator is torch.ops.aten.topk.default and args[1] < args[0].shape[-1]:
             self.kept.append(result[1])
         return result
 

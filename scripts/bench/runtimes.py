@@ -2,7 +2,7 @@
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 
@@ -36,7 +36,8 @@ def source_of(name: str, size: tuple[int, int]) -> Source:
 @lru_cache(maxsize=1)
 def quantized(name: str, size: tuple[int, int]) -> nn.Module:
     source = source_of(name, size)
-    return quantize_program(programs.export_program(*source[::2]).module(), source.photographs([]))
+    program = programs.export_program(source.network, source.metadata)
+    return quantize_program(program.module(), source.photographs([]))
 
 
 def exported(format_name: str, precision: str, source: Source, folder: Path) -> Path:
@@ -64,14 +65,12 @@ def compiled(network: nn.Module, x: torch.Tensor, precision: str = "float32") ->
     return run
 
 
-def builders(
-    source: Source, x: torch.Tensor, folder: Path
-) -> dict[tuple[str, str], Callable[[], Callable[[], None]]]:
+def builders(source: Source, x: torch.Tensor, folder: Path) -> dict[tuple[str, str], Callable[[], Callable]]:
     """By runtime and precision, what prepares a call on the images."""
     network, key = source.network, (source.metadata.model, source.metadata.input_size)
 
-    def by_file(format_name: str, precision: str, open_file: Callable, **settings: str) -> Callable[[], None]:
-        run = open_file(exported(format_name, precision, source, folder), **settings).run
+    def by_file(format_name: str, precision: str, open_file: Callable) -> Callable[[], None]:
+        run = open_file(exported(format_name, precision, source, folder)).run
         return lambda: run(x)
 
     return {
@@ -83,7 +82,7 @@ def builders(
         (ONNX, "float32"): lambda: by_file("onnx", "float32", open_onnx),
         (ONNX, "int8"): lambda: by_file("onnx", "int8", open_onnx),
         (OPENVINO, "float32"): lambda: by_file("openvino", "float32", open_openvino),
-        (OPENVINO, "bf16"): lambda: by_file("openvino", "float32", open_openvino, precision="bf16"),
+        (OPENVINO, "bf16"): lambda: by_file("openvino", "float32", partial(open_openvino, precision="bf16")),
         (OPENVINO, "int8"): lambda: by_file("openvino", "int8", open_openvino),
     }
 

@@ -2,22 +2,26 @@
 import importlib
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 from torch.autograd import DeviceType
 from torch.nn.attention.flex_attention import flex_attention
 
 from helpers import ROOT
+from models import NetworkRecipe
 from models.bvit import broad_attention
 from ops import RegionGrid, route_regions, routed_attention
 from scripts import benchmark
-from scripts.bench import attention, breakdown, flex, layers, models, suite, tables, timing
+from scripts.bench import attention, breakdown, flex, int8, layers, models, suite, tables, timing
 from scripts.bench.attention import BACKWARD, FORWARD, AttentionCase
 from scripts.bench.models import Contender, Setting
 from scripts.bench.suite import Case
 from scripts.bench.timing import Trial
+from scripts.exporting.source import Source
 
 CPU = torch.device("cpu")
 
@@ -116,6 +120,65 @@ def test_all(tmp_path, capsys, monkeypatch):
     path.with_suffix(".png").unlink()
     benchmark.main(["plot", str(path)])
     assert path.with_suffix(".png").exists()
+
+
+@pytest.mark.long
+@pytest.mark.compile
+def test_runtimes(tmp_path, capsys):
+    benchmark.main(["runtimes", "resnet10t", "--input_size", "32", "--thread_counts", "1", "--batch_sizes", "2",
+                    "--rounds", "2", "--output", str(tmp_path)])
+    rows = json.loads(next(tmp_path.glob("*.json")).read_text())["results"]
+    assert [(row["runtime"], row["precision"]) for row in rows] == [
+        *(("PyTorch", precision) for precision in ("float32", "bf16")),
+        *(("PyTorch, compiled", precision) for precision in ("float32", "bf16", "int8")),
+        *(("ONNX Runtime", precision) for precision in ("float32", "int8")),
+        *(("OpenVINO", precision) for precision in ("float32", "bf16", "int8")),
+    ]
+    assert all(row["images_per_second"] == pytest.approx(2e3 / row["milliseconds"], rel=1e-6) for row in rows)
+    assert rows[0]["ratio"] == 1 and "| resnet10t | 1 | 2 | OpenVINO | int8 |" in capsys.readouterr().out
+
+
+def nano(size=64):
+    network = timm.create_model("biformer_nano", pretrained=True)
+    return Source.of(network, NetworkRecipe("biformer_nano", input_size=size), {})
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+def test_routes_in_other_runtimes(monkeypatch):
+    """In float32 they are PyTorch's; three of the five layers take all regions of this size. A quantizer that fails is
+    reported, and the others are measured.
+    """
+    source = nano()
+    monkeypatch.setattr(int8, "builders", lambda source, images: {
+        "ONNX": lambda: int8.through_onnx(shutil.copy, source), "fails": lambda: 1 / 0,
+    })
+    church = [ROOT / "docs" / "church.jpg"]
+    first, onnx, fails = int8.measure(source, church, church, trial())
+    assert first["changed_routes"] == onnx["changed_routes"] == [0.0] * 2
+    assert first["alike"] == onnx["alike"] == 1 and 0 < onnx["difference"] < 1e-4
+    assert fails["failed"] == "ZeroDivisionError: division by zero"
+
+
+@pytest.mark.long
+@pytest.mark.compile
+def test_every_quantizer(tmp_path, capsys):
+    for split in ("train", "val"):
+        folder = tmp_path / split / "n03028079"
+        folder.mkdir(parents=True)
+        shutil.copy(ROOT / "docs" / "church.jpg", folder)
+    benchmark.main(["int8", "--data_path", str(tmp_path), "--output", str(tmp_path)])
+    first, *rows = json.loads(next(tmp_path.glob("*.json")).read_text())["results"]
+    assert first["accuracy"] == 1 and first["changed_routes"] == [0.0] * 5
+    assert len(rows) == 7 and not any("failed" in row for row in rows)
+    assert all(row["difference"] > 0 and len(row["changed_routes"]) == 5 for row in rows)
+    assert "| biformer_nano | 1 | torchao, dynamic | 100.00% |" in capsys.readouterr().out
+
+
+def test_changed_routes_are_counted_whatever_their_order():
+    routes = torch.tensor([[[0, 1], [2, 3], [4, 5]]])
+    found = torch.tensor([[[1, 0], [2, 4], [4, 5]]])
+    assert int8.changed_routes([found, routes], [routes, routes]) == [1, 0]
 
 
 def test_sections_are_chosen():
