@@ -108,7 +108,7 @@ def through_onnx(quantize: Callable[[Path, Path], None], source: Source) -> Rout
 
 def through_pt2e(source: Source, images: torch.Tensor, is_dynamic: bool) -> Routed:
     program = programs.export_program(source.network, source.metadata)
-    return of_torch(int8.quantize_program(program.module(), images, is_dynamic))
+    return of_torch(int8.quantize_program(program, images, is_dynamic))
 
 
 def through_torchao(source: Source, config: str) -> Routed:

@@ -37,7 +37,7 @@ def source_of(name: str, size: tuple[int, int]) -> Source:
 def quantized(name: str, size: tuple[int, int]) -> nn.Module:
     source = source_of(name, size)
     program = programs.export_program(source.network, source.metadata)
-    return quantize_program(program.module(), source.photographs([]))
+    return quantize_program(program, source.photographs([]))
 
 
 def exported(format_name: str, precision: str, source: Source, folder: Path) -> Path:

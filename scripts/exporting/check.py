@@ -129,11 +129,13 @@ def at_another_size(found: Iterable[Batch]) -> Iterator[Batch]:
 
 @torch.inference_mode()
 def compare(network: nn.Module, run: Run, found: Iterable[Batch]) -> Agreement:
-    """The file beside the network, batch by batch."""
+    """The file beside the network, batch by batch; the first image alone, which some programs do not take."""
     agreement = Agreement()
-    for x, labels in found:
-        agreement.size = tuple(x.shape[2:])
-        agreement.add(run(x), network(x), labels)
+    for number, batch in enumerate(found):
+        sizes = [1, len(batch[0]) - 1] if number == 0 and len(batch[0]) > 1 else [len(batch[0])]
+        for x, labels in zip(*(values.split(sizes) for values in batch), strict=True):
+            agreement.size = tuple(x.shape[2:])
+            agreement.add(run(x), network(x), labels)
     return agreement
 
 

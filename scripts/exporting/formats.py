@@ -12,7 +12,7 @@ from utils import UsageError, UserError
 
 from . import programs, runtimes
 from .metadata import Metadata
-from .opened import Exported
+from .opened import Exported, Run
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,24 @@ def _format_of(file: Path) -> str:
     return "aoti" if is_compiled else "torch_export"
 
 
+def _named(run: Run, file: Path) -> Run:
+    """`run`, which names the file where it refuses images."""
+    def call(x: torch.Tensor) -> torch.Tensor:
+        try:
+            return run(x)
+        except MemoryError:
+            raise
+        except Exception as error:
+            shape = " x ".join(map(str, x.shape))
+            raise UserError(f"{file} does not take images of {shape}: {_reason(error)}") from error
+
+    return call
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
 def open_exported(file: Path) -> Exported:
     """The network in a file of scripts/export.py, opened by its own runtime on the CPU.
 
@@ -90,9 +108,9 @@ def open_exported(file: Path) -> Exported:
     try:
         name = _format_of(file)
         check_needs(name)
-        return FORMATS[name].open(file)
+        metadata, run = FORMATS[name].open(file)
+        return Exported(metadata, _named(run, file))
     except UserError:
         raise
     except Exception as error:  # each runtime has errors of its own for files that are damaged, or no networks
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{file} cannot be read: {reason}") from error
+        raise UserError(f"{file} cannot be read: {_reason(error)}") from error

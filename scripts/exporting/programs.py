@@ -53,7 +53,7 @@ def write_compiled(network: nn.Module, file: Path, metadata: Metadata, images: t
     settings = {"aot_inductor.metadata": {KEY: metadata.to_json()}, "freezing": True}
     program = export_program(network, metadata)
     if images is not None:
-        program = export_program(quantize_program(program.module(), images), metadata)
+        program = export_program(quantize_program(program, images), metadata)
     torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=settings)
 
 

@@ -215,6 +215,32 @@ def test_when_a_file_agrees():
     assert not agreement.holds("int8")
 
 
+def test_the_first_image_is_also_tried_alone():
+    sizes = []
+
+    def run(x):
+        sizes.append(len(x))
+        return x.flatten(1)
+
+    batches = [(torch.rand(3, 3, 1, 1), torch.tensor([0, 1, UNLABELLED])), (torch.rand(2, 3, 1, 1), torch.zeros(2))]
+    agreement = export.check.compare(torch.nn.Flatten(), run, batches)
+    assert sizes == [1, 2, 2] and (agreement.total, agreement.labelled, agreement.difference) == (5, 4, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+def test_a_file_that_refuses_one_image(tmp_path, capfd):
+    """PyTorch notes of channels-last convolutions, as in timm's ConvNeXt, that the batch is more than one."""
+    weights, file = tmp_path / "weights.pth", tmp_path / "convnext.pt2"
+    flags = "--checkpoint", weights, "--model", "convnext_atto", "--input_size", 64, "--format", "torch_export"
+    torch.save(timm.create_model("convnext_atto").state_dict(), weights)
+    code, _, err = run(capfd, export, file, *flags)
+    assert code == 1 and f"{file} does not take images of 1 x 3 x 64 x 64: " in err and "Traceback" not in err
+    code, _, err = run(capfd, predict, "--model", file, "docs/church.jpg", "--num_workers", 0)
+    assert code == 1 and f"{file} does not take images of 1 x 3 x 64 x 64: " in err and "Traceback" not in err
+    assert run(capfd, export, file, *flags, "--dynamic", "none")[0] == 0
+
+
 def test_logits_that_are_no_numbers_do_not_agree():
     found = torch.tensor([[1.0, math.nan]])
     agreement = Agreement()
