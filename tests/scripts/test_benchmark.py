@@ -229,6 +229,9 @@ def test_mistakes(capsys, tmp_path):
         (["op", "--device", "abacus"], "must be one of cuda, cpu, got abacus"),
         (["all", "--budget", "0", "--device", "cpu"], "--budget must be positive"),
         (["plot", str(tmp_path / "none.json")], "no record at"),
+        (["runtimes", "biformer_nanoo"], "invalid choice: 'biformer_nanoo'"),
+        (["runtimes", "biformer_nano", "--thread_counts", "0"], "--thread_counts and --batch_sizes must be at least 1"),
+        (["int8", "--data_path", str(tmp_path), "--images", "0"], "--images must be at least 1"),
     ):
         with pytest.raises(SystemExit):
             benchmark.parse(arguments)
