@@ -11,6 +11,7 @@ from helpers.faults.runs import Fault
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 
+@pytest.mark.long
 def test_five_faults_cost_nothing(tmp_path):
     chosen = [fault for topic in FAULTS.values() for fault in topic if fault.name in SHORT]
     campaign = strike_all(chosen, tmp_path, random.Random(0), say=print)

@@ -32,6 +32,7 @@ def on_two_machines(*arguments):
     return [launcher.returncode for launcher in launchers], sorted(outputs, reverse=True)
 
 
+@pytest.mark.long
 def test_two_machines_are_one(photos, tmp_path, capfd):
     """They train what two processes of one machine train, and evaluate each image once.
 

@@ -83,7 +83,7 @@ def test_evaluation_prints_how_images_are_taken_and_one_line(photos, trained, ca
     assert float(loss) == pytest.approx(last["val_loss"], abs=2e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.distributed
 def test_two_processes_on_seven_images_give_what_one_gives(photos, trained, capfd):
     arguments = [*SMALL, "--data_path", photos, "--eval", "--resume", trained / "last.pth"]
@@ -96,7 +96,7 @@ def test_two_processes_on_seven_images_give_what_one_gives(photos, trained, capf
     assert RESULT.search(whole.stdout).group() == RESULT.search(alone).group()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.distributed
 def test_three_processes_report_what_one_reports(photos, trained, tmp_path, capfd):
     """Every image once and in order, though one process gets a batch less; also where nothing is shared."""
@@ -209,7 +209,7 @@ def test_a_frozen_backbone_stays_on_several_processes(photos, trained, tmp_path)
     assert changed(before, weights(tmp_path / "last.pth")) == {"head.fc.weight", "head.fc.bias"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_average_of_a_short_run_is_as_good_as_the_network(tmp_path, capfd):
     """After six epochs of digits, with the decay that is meant for a run of 375,000 steps."""
     code, out, _ = run(capfd, "--config", ROOT / "configs" / "train" / "quickstart.yaml", "--epochs", "6", "--device",

@@ -205,7 +205,7 @@ def test_evaluating_the_shipped_weights(python, tmp_path):
     assert "* Acc@1 100.000" in output_of(done) and "of 9 of the network's 10 classes" in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_models_are_pickled(python, tmp_path):
     write = (
         "import pickle, sys, routedvit, timm, torch; torch.manual_seed(0)\n"

@@ -118,7 +118,7 @@ def test_deformable_attention_is_one_graph(photos, tmp_path, compiler):
     run_command([*DEBIFORMER, *COMMAND, "--data_path", photos, "--output_dir", tmp_path], graphs=1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.compile
 def test_a_network_trains_as_without_the_compiler(photos, tmp_path, compiler):
     """Nearly; checkpoints are those of the model itself."""

@@ -115,7 +115,7 @@ print("the same" if same else "another")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.distributed
 @pytest.mark.parametrize("warm_up,expected", [(True, "the same"), (False, "another")])
 def test_no_pass_that_counts_is_the_first_of_three_processes(warm_up, expected):

@@ -134,7 +134,7 @@ def test_killed_in_the_middle_of_a_step(whole, tmp_path):
     assert differences(tmp_path, whole) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.distributed
 def test_two_processes(whole, tmp_path):
     """The main process is killed as above; torchrun restarts both, and the run ends as if it had never stopped."""

@@ -57,7 +57,7 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_mistakes_are_one_line_without_asserts_too(tmp_path):
     """One process of `python -O` for all of them."""
     common = ["--model", "biformer_nano", "--input_size", "32", "--batch_size", "4", "--num_workers", "0", "--device",

@@ -99,6 +99,7 @@ def test_a_run_that_is_stopped_resumes_exactly(segments, trained, tmp_path, step
     assert differences(trained, tmp_path) == []
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_two_processes_train_and_resume_exactly(segments, tmp_path):
     """From the middle of the first epoch."""
