@@ -33,7 +33,7 @@ import training.startup  # before torch  # noqa: F401  # isort: skip
 import torch
 
 from scripts.exporting import check
-from scripts.exporting.formats import FORMATS, check_needs, of_ending, open_exported
+from scripts.exporting.formats import FORMATS, check_needs, of_ending, open_exported, reason_of
 from scripts.exporting.int8 import CALIBRATION_IMAGES, spread
 from scripts.exporting.source import Source
 from scripts.prediction.classifier import add_network_flags, load_network
@@ -76,6 +76,9 @@ def write(source: Source, calibration: list[Path], name: str, output: Path):
                 os.replace(file, output.parent / file.name)
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror or error}") from error
+    except Exception as error:  # each exporter has errors of its own for what it cannot follow
+        version = torch.__version__
+        raise UserError(f"PyTorch {version} cannot export {metadata.model} as {name}: {reason_of(error)}") from error
 
 
 def report(source: Source, photos: list[Path], args: argparse.Namespace):

@@ -88,12 +88,13 @@ def _named(run: Run, file: Path) -> Run:
             raise
         except Exception as error:
             shape = " x ".join(map(str, x.shape))
-            raise UserError(f"{file} does not take images of {shape}: {_reason(error)}") from error
+            raise UserError(f"{file} does not take images of {shape}: {reason_of(error)}") from error
 
     return call
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """What a runtime or an exporter says, as one line."""
     return " ".join(str(error).split())[:300]
 
 
@@ -113,4 +114,4 @@ def open_exported(file: Path) -> Exported:
     except UserError:
         raise
     except Exception as error:  # each runtime has errors of its own for files that are damaged, or no networks
-        raise UserError(f"{file} cannot be read: {_reason(error)}") from error
+        raise UserError(f"{file} cannot be read: {reason_of(error)}") from error
