@@ -12,8 +12,8 @@ file says which images it takes and what its classes are, under the key "routedv
 --dynamic names what is left open: "batch" (the default), "batch,size", "size", or "none". Images may then be of any
 height and width from 32 pixels up.
 
-With --int8 FOLDER, linear layers compute in 8-bit integers, and in openvino and aoti convolutions do too, whose ranges
-are taken from photographs in the folder: of those that the network was trained on, for example.
+With --int8 FOLDER, linear layers compute in 8-bit integers, in openvino and aoti convolutions too. These two formats
+are calibrated on photographs in the folder, for example the training images.
 
 The network is that of --checkpoint, or of --model with its published weights; without either biformer_nano, whose
 weights are in the repository. The file is opened again by its own runtime, on the CPU, and compared with PyTorch in

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scripts.exporting import int8, programs, runtimes
+from scripts.exporting.check import Agreement
 from scripts.exporting.source import Source
 
 from .timing import Trial
@@ -165,13 +166,13 @@ def measure(source: Source, calibration: list[Path], photos: list[Path], trial: 
 
 
 def _compare(found: list[tuple], expected: list[tuple], labels: torch.Tensor) -> dict:
-    logits, logits_before = (torch.cat([logits for logits, _ in each]) for each in (found, expected))
-    first, first_before = logits.argmax(1), logits_before.argmax(1)
+    agreement = Agreement()
+    agreement.add(*(torch.cat([logits for logits, _ in each]) for each in (found, expected)), labels)
     changed = [changed_routes(a, b) for (_, a), (_, b) in zip(found, expected, strict=True)]
     layers = zip(*(routes for _, routes in expected), strict=True)
     regions = [sum(routes[:, :, 0].numel() for routes in layer) for layer in layers]
     return dict(
-        accuracy=(first == labels).float().mean().item(), alike=(first == first_before).float().mean().item(),
-        difference=(logits - logits_before).abs().max().item(),
+        accuracy=agreement.correct / agreement.total, alike=agreement.alike / agreement.total,
+        difference=agreement.difference,
         changed_routes=[sum(layer) / total for layer, total in zip(zip(*changed, strict=True), regions, strict=True)],
     )

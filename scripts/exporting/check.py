@@ -8,10 +8,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from sklearn.datasets import load_sample_images
-from timm.data.loader import fast_collate
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from tasks.classification.images import ImagePipeline
 from training.data.images import load_image
@@ -83,6 +81,8 @@ class Agreement:
 
 def sample_photographs() -> Iterator[Image.Image]:
     """Two photographs that come with scikit-learn, of a temple and a flower, and a grid of crops of each."""
+    from sklearn.datasets import load_sample_images  # slow to import, and scripts/benchmark.py runs without it
+
     for pixels in load_sample_images().images:
         photo = Image.fromarray(pixels)
         yield photo
@@ -111,13 +111,6 @@ class Photographs(Dataset):
         if not isinstance(photo, Path):
             return self.transform(photo), UNLABELLED
         return self.transform(load_image(photo, self.exif_transpose)), self.labels.get(photo.parent.name, UNLABELLED)
-
-
-def batches(photos: Photographs, images: ImagePipeline, batch_size: int) -> Iterator[Batch]:
-    """Normalised (B, 3, H, W) and labels (B,), of which the last may be smaller."""
-    mean, std = (torch.tensor(images.config[name]).view(3, 1, 1) * 255 for name in ("mean", "std"))
-    for x, labels in DataLoader(photos, batch_size, collate_fn=fast_collate):
-        yield (x.float() - mean) / std, labels
 
 
 def at_another_size(found: Iterable[Batch]) -> Iterator[Batch]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from utils import UsageError, UserError
+from utils import UsageError, UserError, one_line
 
 from . import programs, runtimes
 from .metadata import Metadata
@@ -94,8 +94,8 @@ def _named(run: Run, file: Path) -> Run:
 
 
 def reason_of(error: Exception) -> str:
-    """What a runtime or an exporter says, as one line."""
-    return " ".join(str(error).split())[:300]
+    """How what a runtime or an exporter says begins."""
+    return one_line(error)[:300]
 
 
 def open_exported(file: Path) -> Exported:

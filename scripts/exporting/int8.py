@@ -32,8 +32,7 @@ def without_advice() -> Iterator[None]:
 def quantize_onnx(source: Path, target: Path):
     """Quantize the weights of linear layers for each channel, and their inputs by the range in each batch.
 
-    Convolutions stay in float32. With static ranges, which they need, files were slower than these in ONNX Runtime, and
-    changed more routes (docs/export.md).
+    Convolutions stay in float32: with the static ranges that they need, more routes changed (docs/export.md).
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 

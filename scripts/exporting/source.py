@@ -10,6 +10,8 @@ from torch import nn
 from models import NetworkRecipe
 from scripts.prediction.names import class_names, label_names
 from tasks.classification.images import ImagePipeline
+from training.distributed import Distributed
+from training.options import LoaderOptions
 
 from . import check
 from .metadata import Metadata
@@ -63,7 +65,8 @@ class Source(NamedTuple):
     def batches(self, paths: list[Path], batch_size: int) -> Iterator[check.Batch]:
         """Normalised (B, 3, H, W) images and labels (B,) of image files or, without any, of samples."""
         photos = check.Photographs(paths, self.images, self.metadata.exif_transpose, self.label_names)
-        return check.batches(photos, self.images, batch_size)
+        options = LoaderOptions(batch_size=batch_size, num_workers=0)
+        return iter(self.images.loader(photos, options, Distributed(torch.device("cpu"))))
 
     def photographs(self, paths: list[Path]) -> torch.Tensor:
         """All of them at once, (N, 3, H, W)."""

@@ -26,9 +26,8 @@ def label_names(checkpoint: dict[str, Any], model: nn.Module) -> list[str]:
 
 def class_names(checkpoint: dict[str, Any], model: nn.Module) -> list[str]:
     """`label_names`, described where the network's `pretrained_cfg`, or ImageNet, has words for them."""
-    names = label_names(checkpoint, model)
-    if _own_names(checkpoint, model):
+    if names := _own_names(checkpoint, model):
         described = model.pretrained_cfg.get("label_descriptions") or {}
-        return [described.get(name, name) for name in names]
+        return complete([described.get(name, name) for name in names], model.num_classes)
     subset = infer_imagenet_subset(dict(num_classes=model.num_classes))
-    return ImageNetInfo(subset).label_descriptions() if subset else names
+    return ImageNetInfo(subset).label_descriptions() if subset else label_names(checkpoint, model)
