@@ -23,6 +23,8 @@ from training.data.folders import open_folders
 from training.data.held_out import HeldOut, ValSplit
 from training.data.images import UnreadableImageError, load_image
 from training.data.loader import seeded, seeded_sample
+from training.data.robustness import SETS as ROBUSTNESS_SETS
+from training.data.robustness import RobustnessImages, find, find_all, incomplete, synsets
 from training.data.shards import TarShards, open_shards
 from utils import LostDataError, UserError, derive_seed, is_url, one_line, some, user_path
 
@@ -194,6 +196,24 @@ class ImageDataset(Dataset):
         raise UserError(f"none of the {len(self)} images can be read")
 
 
+class RobustnessDataset(ImageDataset):
+    """Images of one or more of the sets in `training.data.robustness`; a target is an image's part and its classes.
+
+    The arguments are those of `ImageDataset`, the source a `RobustnessImages`.
+    """
+
+    source: RobustnessImages
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+    def names(self) -> list[str]:
+        return [self.name(index) for index in range(len(self))]
+
+    def _masked(self) -> tuple[Image.Image, tuple[int, ...]]:
+        return super()._masked()[0], (-1,) * self.source.width
+
+
 @dataclass(frozen=True)
 class ShardCache:
     """Where copies of shards from a URL are kept.
@@ -246,8 +266,8 @@ def build_dataset(
     should read.
 
     Args:
-        name: "IMNET" or "image_folder" (root/SPLIT/CLASS/IMAGE), "CIFAR10", "CIFAR100", "digits" (scikit-learn's) or
-            "wds/NAME" (WebDataset shards).
+        name: "IMNET" or "image_folder" (root/SPLIT/CLASS/IMAGE), "CIFAR10", "CIFAR100", "digits" (scikit-learn's),
+            "wds/NAME" (WebDataset shards), one of `ROBUSTNESS_SETS`, or "robustness" for all of these below the root.
         root: Folder of the data, for shards also a URL; the digits need none.
         split: "train", "val" or "test"; CIFAR's test images and the digits held out are "val".
         transform: Takes a PIL RGB image; None returns it as it is.
@@ -272,8 +292,13 @@ def build_dataset(
     if name in ("IMNET", "image_folder"):
         source = open_folders(_folder(root), split, decode, most_classes, reading.val_split, classes)
         return ImageDataset(source, source.classes, transform, on_error, notes=tuple(source.notes))
-    if name not in ("CIFAR10", "CIFAR100", "digits"):
-        raise UserError(f"no data set {name!r}; there are IMNET, image_folder, CIFAR10, CIFAR100, digits, wds/NAME")
+    if name not in ("CIFAR10", "CIFAR100", "digits", "robustness", *ROBUSTNESS_SETS):
+        raise UserError(f"no data set {name!r}; there are IMNET, image_folder, CIFAR10, CIFAR100, digits, wds/NAME, "
+                        f"robustness, {', '.join(ROBUSTNESS_SETS)}")
+    if name == "robustness" or name in ROBUSTNESS_SETS:
+        if split != "val":
+            raise UserError(f"{name} has no split {split}: it is there to be evaluated")
+        return _robustness(name, _folder(root), decode, transform, on_error)
     if split == "test":
         raise UserError(f"{name} has no split test; its splits are train and val")
     train = split == "train"
@@ -294,6 +319,14 @@ def check_same_classes(train_classes: list[str] | None, val_classes: list[str] |
     differences = [f"{what} {some(names)}" for what, names in (("lacks", missing), ("adds", extra)) if names]
     difference = " and ".join(differences) or "has them in another order"
     raise UserError(f"the validation set must have the training set's classes, but {difference}")
+
+
+def _robustness(
+    name: str, root: Path, decode: Callable[[str], Image.Image], transform: Transform | None, on_error: str
+) -> RobustnessDataset:
+    parts = find_all(root) if name == "robustness" else find(name, root)
+    source = RobustnessImages(parts, decode)
+    return RobustnessDataset(source, list(synsets()), transform, on_error, notes=tuple(incomplete(parts)))
 
 
 def _folder(root: str | Path | None) -> Path:

@@ -14,7 +14,10 @@ from utils import UsageError, count, is_url
 from ..options import NetworkOptions, check_picture, check_range, check_weights, image_size, model_name
 
 IMAGE_FOLDERS = ("image_folder", "IMNET")
-DATA_SETS = ("IMNET", "image_folder", "CIFAR10", "CIFAR100", "digits")
+# Sets that are there to be evaluated, by a network of ImageNet's classes; see training/data/robustness.py.
+ROBUSTNESS = ("robustness", "imagenet_val", "imagenet_v2", "imagenet_c", "imagenet_a", "imagenet_r", "imagenet_sketch",
+              "imagenet_real")
+DATA_SETS = ("IMNET", "image_folder", "CIFAR10", "CIFAR100", "digits", *ROBUSTNESS)
 # Training images below which the augmentation of ImageNet, and a third of them in an epoch, are worth a warning.
 _FEW = 10_000
 # Pixels of a token along each side of the last map, in every model that has a token head.
@@ -234,6 +237,8 @@ class ClassificationSettings(Settings):
             self._check_training()
         if self.data.data_path is None and self.data.data_set != "digits":
             raise UsageError(f"--data_path is missing: the folder of the data set {self.data.data_set}")
+        if self.data.data_set in ROBUSTNESS and self.evaluation.split != "val":
+            raise UsageError(f"--data_set {self.data.data_set} has no split {self.evaluation.split}")
         if self.data.data_set in IMAGE_FOLDERS:
             for folder, name in self._written():
                 check_is_no_class(folder, Path(self.data.data_path), name)
@@ -253,6 +258,8 @@ class ClassificationSettings(Settings):
             yield Path(output) / "tensorboard", f"--output_dir {output}"
 
     def _check_training(self):
+        if self.data.data_set in ROBUSTNESS:
+            raise UsageError(f"--data_set {self.data.data_set} is to be evaluated: it needs --eval")
         if self.report.report is not None:
             raise UsageError("--report is of an evaluation: it needs --eval")
         if self.augmentation.use_test_size:

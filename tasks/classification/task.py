@@ -22,7 +22,7 @@ from training.task import Task
 from utils import UsageError
 
 from .. import networks, pictures, tables
-from . import report, shown, token_labels
+from . import report, robustness, shown, token_labels
 from .criterion import create_criterion
 from .errors import (
     ADVICE,
@@ -147,7 +147,8 @@ class ClassificationTask(Task):
                 if self.report_folder is not None:
                     pictures.prepare_folder(self.report_folder)
             self.val_set = dataset
-            return self.images.loader(dataset, self.settings.loader, self.eval_processes)
+            collate = robustness.collate if isinstance(dataset, datasets.RobustnessDataset) else fast_collate
+            return self.images.loader(dataset, self.settings.loader, self.eval_processes, collate)
         return self._train_loader(dataset, self.settings.loader)
 
     def _train_loader(self, dataset: Dataset, loader_options: LoaderOptions) -> EpochLoader:
@@ -273,8 +274,10 @@ class ClassificationTask(Task):
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
-    def evaluator(self) -> Accuracy:
+    def evaluator(self) -> Accuracy | robustness.RobustnessAccuracy:
         device = self.distributed.device
+        if isinstance(self.val_set, datasets.RobustnessDataset):
+            return robustness.RobustnessAccuracy(device, self.precision, self.val_set.source.parts)
         if not self.settings.evaluation.eval:
             images = len(self.val_set) if self.distributed.is_main and self.val_set is not None else 0
             places = pictures.places_to_show(shown.SHOWN, images, self.eval_processes.world_size)
@@ -286,7 +289,10 @@ class ClassificationTask(Task):
         config, processes = self.images.config, self.eval_processes.world_size
         return shown.evaluation_pictures(evaluator, self._class_names(), config, processes)
 
-    def report(self, results: dict[str, float], evaluator: Accuracy, what: str):
+    def report(self, results: dict[str, float], evaluator: Accuracy | robustness.RobustnessAccuracy, what: str):
+        if isinstance(evaluator, robustness.RobustnessAccuracy):
+            robustness.report(evaluator, self.report_folder)
+            return
         # In the words of the published repositories, up to the loss.
         values = f"Acc@1 {results['acc1']:.3f} Acc@5 {results['acc5']:.3f} loss {results['loss']:.3f}"
         print(f"* {values} {self.measured_on(results, what)}")
@@ -314,6 +320,8 @@ class ClassificationTask(Task):
         images = torch.zeros(size, 3, height, width, device=device)
         if train and self.settings.token_label.token_label:
             return images, token_labels.TokenTargets.zeros(size, height // TOKEN_STRIDE, width // TOKEN_STRIDE, device)
+        if isinstance(self.val_set, datasets.RobustnessDataset):
+            return images, torch.tensor([self.val_set.source.target(0)] * size, device=device)
         return images, torch.zeros(size, dtype=torch.int64, device=device)
 
     @property
