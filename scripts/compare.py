@@ -1,0 +1,76 @@
+"""Train several networks by one recipe, and compare them: accuracy, images/s, memory, and accuracy by training time.
+
+    python scripts/compare.py configs/comparison/imagenette_64.yaml --data_path /path/to/imagenette2 --output_dir out
+    python scripts/compare.py configs/comparison/imagenette_64.yaml --output_dir out --draw   # what is there
+
+The YAML file says what all runs share, what each contender has of its own, and which learning rates and seeds it gets.
+Each run is one of main.py, in a folder of its own, with its messages beside it. The same command again resumes where
+it was stopped, by Ctrl-C, SIGTERM, `--minutes` or a fault. What has been found is in `results.json`, `table.md` and
+`plot.png` of the output folder, written again after every run.
+"""
+import argparse
+import math
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import training.startup  # before torch, as main.py does  # noqa: F401  # isort: skip
+from scripts.comparison import results, runs
+from scripts.comparison.plan import Plan
+from training.signals import EXIT_RESUME
+from utils import UserError, count, run_script, user_path
+
+
+def compare(args: argparse.Namespace):
+    plan = Plan.read(args.plan)
+    deadline = time.monotonic() + 60 * args.minutes
+    with tempfile.TemporaryDirectory() as folder:
+        settings = plan.check(Path(folder), args.data_path)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    failed = [] if args.draw else train_all(plan, args, deadline)
+    speeds = results.speeds(plan, settings, args.output_dir, measure=not args.draw)
+    table = results.write(plan, speeds, args.output_dir)
+    print(f"\n{table}\n{args.output_dir / 'results.json'}")
+    if failed:
+        raise UserError(f"{count(len(failed), 'run')} failed; the same command tries them again")
+
+
+def train_all(plan: Plan, args: argparse.Namespace, deadline: float) -> list[runs.PlannedRun]:
+    """Train what remains, while time is left; returns the runs that failed."""
+    failed = []
+    while run := next((run for run in runs.remaining(plan, args.output_dir) if run not in failed), None):
+        data = {} if args.data_path is None else dict(data_path=str(args.data_path))
+        recipe = plan.recipe(run.contender, lr=run.lr, seed=run.seed, epochs=run.epochs, **data)
+        runs.check_settings(run, recipe)
+        print(f"{run} ... ", end="", flush=True)
+        code = runs.train(run, recipe, deadline)
+        if code != 0 or run.accuracy is None:
+            failed.append(run)
+            print(f"failed, see {run.folder}.txt", flush=True)
+        else:
+            print(f"{run.accuracy:.2f} %", flush=True)
+        results.write(plan, results.speeds(plan, {}, args.output_dir, measure=False), args.output_dir)
+    return failed
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plan", type=user_path, metavar="FILE.yaml", help="what is compared")
+    parser.add_argument("--data_path", type=user_path, metavar="FOLDER", help="the data, where FILE does not say it")
+    parser.add_argument("--output_dir", type=user_path, required=True, metavar="FOLDER", help="for runs and results")
+    parser.add_argument("--minutes", type=float, default=math.inf,
+                        help="stop after so long, with exit code 75; the same command again goes on")
+    parser.add_argument("--draw", action="store_true", help="train and measure nothing: draw what is there")
+    args = parser.parse_args(argv)
+    try:
+        return run_script(lambda: compare(args))
+    except runs.OutOfTime:
+        print("stopped; the same command resumes")
+        return EXIT_RESUME
+
+
+if __name__ == "__main__":
+    sys.exit(main())

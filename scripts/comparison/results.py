@@ -1,0 +1,161 @@
+"""What a comparison found: a record, a table, and a plot of accuracy against training time."""
+import json
+from contextlib import suppress
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+import torch
+
+from scripts.bench import models, tables
+from scripts.bench.timing import Trial, machine
+from training.options import Settings
+from training.precision import Precision
+from utils import replace_file
+
+from .plan import LOGGED, Plan
+from .runs import METRIC, PlannedRun, long_runs, short_runs
+
+ROUNDS = 10
+SPEED = "speed.json"
+
+
+# --- speed ------------------------------------------------------------------------------------------------------------
+
+
+def speeds(plan: Plan, settings: dict[str, Settings], folder: Path, measure: bool) -> dict[str, Any]:
+    """Speed of training steps by contender, and the machine; measured where that was not done before.
+
+    Empty where speed is taken from the logs, or is not measured yet.
+    """
+    file = folder / SPEED
+    if plan.speed == LOGGED:
+        return {}
+    found = json.loads(file.read_text()) if file.is_file() else {}
+    if measure and found.keys() != {"machine", *settings}:
+        found = measure_speeds(settings)
+        replace_file(file, lambda opened: opened.write(json.dumps(found, indent=1).encode()))
+    return found
+
+
+def measure_speeds(settings: dict[str, Settings]) -> dict[str, Any]:
+    """Training steps of every contender, in turns: images/s with quartiles, ratio to the first, MiB beyond weights."""
+    first = next(iter(settings.values()))
+    device = torch.device("cuda" if torch.cuda.is_available() and first.machine.device != "cpu" else "cpu")
+    contenders = [
+        models.Contender(own.model.model, tuple(own.model.model_kwargs.items()), name) for name, own in settings.items()
+    ]
+    machine_options, size = first.machine, first.model.input_size
+    amp = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "off"}[
+        Precision.on(device, machine_options.amp).amp_dtype
+    ]
+    setting = models.Setting(
+        models.TRAIN, first.loader.batch_size, size if isinstance(size, tuple) else (size, size), amp,
+        machine_options.channels_last, machine_options.compile, machine_options.cuda_graph,
+    )
+    rows = models.measure(contenders, contenders[0].name, setting, Trial(device, ROUNDS, ROUNDS))
+    return {"machine": machine(device) | dict(amp=amp), **{row["model"]: row for row in rows}}
+
+
+# --- record -----------------------------------------------------------------------------------------------------------
+
+
+def record(plan: Plan, measured: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """All that is known so far, of plain values; seconds and images/s of a run are those of its log."""
+    short, long = short_runs(plan, folder), long_runs(plan, folder)
+    contenders = {
+        name: dict(
+            settings=plan.own(name), lr_tried={f"{run.lr:g}": run.accuracy for run in short[name]},
+            runs=[run_record(run) for run in long[name]], speed=measured.get(name),
+        )
+        for name in plan.runs
+    }
+    return dict(
+        plan=plan.name, machine=measured.get("machine", machine(torch.device("cpu"))), shared=plan.settings,
+        epochs=plan.epochs, lr_epochs=plan.lr_epochs, contenders=contenders,
+    )
+
+
+def run_record(run: PlannedRun) -> dict[str, Any]:
+    log = run.log
+    seconds = [epoch["train_seconds"] for epoch in log]
+    rates = [epoch["train_images_per_second"] for epoch in log]
+    images = round(seconds[0] * rates[0]) if log else None
+    curve = [(epoch["epoch"] + 1, epoch[METRIC]) for epoch in log if epoch.get(METRIC) is not None]
+    return dict(lr=run.lr, seed=run.seed, accuracy=run.accuracy, images_an_epoch=images, seconds=sum(seconds),
+                images_per_second=median(rates) if rates else None, curve=curve)
+
+
+def write(plan: Plan, measured: dict[str, Any], folder: Path) -> str:
+    """Write the record, the table and the plot; returns the table. Without matplotlib there is no plot."""
+    found = record(plan, measured, folder)
+    text = table(found)
+    replace_file(folder / "results.json", lambda file: file.write((json.dumps(found, indent=1) + "\n").encode()))
+    replace_file(folder / "table.md", lambda file: file.write(f"{text}\n".encode()))
+    with suppress(ImportError):
+        draw(found).savefig(folder / "plot.png")
+    return text
+
+
+# --- table and plot ---------------------------------------------------------------------------------------------------
+
+
+def accuracies(contender: dict[str, Any]) -> list[float]:
+    """Of the runs that have ended."""
+    return [run["accuracy"] for run in contender["runs"] if run["accuracy"] is not None]
+
+
+def rate(contender: dict[str, Any]) -> float | None:
+    """Images/s in training: as measured side by side, else as logged by the runs."""
+    if (contender["speed"] or {}).get("images_per_second"):
+        return contender["speed"]["images_per_second"]
+    logged = [run["images_per_second"] for run in contender["runs"] if run["images_per_second"]]
+    return median(logged) if logged else None
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown, a line for each contender: accuracy of its last epochs, mean and standard deviation over the seeds."""
+    titles = ("", "lr", "Acc@1", "runs", "images/s", "MiB", "minutes")
+    lines = [titles, ("---",) * len(titles)]
+    for name, contender in found["contenders"].items():
+        values, speed, images = accuracies(contender), contender["speed"] or {}, images_seen(contender, found["epochs"])
+        spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
+        per_second = rate(contender)
+        lines.append((
+            name,
+            f"{contender['runs'][0]['lr']:g}" if contender["runs"] else "",
+            f"{mean(values):.2f}{spread}" if values else speed.get("failed", ""),
+            str(len(values)),
+            tables.CELLS["images/s"](speed) if "quartiles" in speed else f"{per_second:.4g}" if per_second else "",
+            tables.CELLS["MiB"](speed),
+            f"{images / per_second / 60:.0f}" if images and per_second else "",
+        ))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def images_seen(contender: dict[str, Any], epochs: int) -> int | None:
+    """Images that a run trains on, with repetitions."""
+    known = [run["images_an_epoch"] for run in contender["runs"] if run["images_an_epoch"]]
+    return epochs * known[0] if known else None
+
+
+def draw(found: dict[str, Any]):
+    """A matplotlib Figure: accuracy against minutes of training, at the rate of the table; a line for each run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for number, (name, contender) in enumerate(found["contenders"].items()):
+        per_second = rate(contender)
+        for run in contender["runs"] if per_second else ():
+            if run["curve"]:
+                epochs, values = zip(*run["curve"], strict=True)
+                minutes = [epoch * run["images_an_epoch"] / per_second / 60 for epoch in epochs]
+                is_first = run is contender["runs"][0]
+                axes.plot(minutes, values, color=f"C{number}", marker=".", label=name if is_first else None)
+    axes.set_xlabel(f"minutes of training, {found['machine']['device']}")
+    axes.set_ylabel("top-1 accuracy (%)")
+    axes.grid(alpha=0.4)
+    if axes.lines:
+        axes.legend(frameon=False, fontsize="small")
+    return figure

@@ -1,0 +1,236 @@
+"""scripts/compare.py: learning rates chosen, runs stopped and resumed, what is reported, and mistakes in the file."""
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from helpers import ROOT
+from scripts import compare
+from scripts.comparison import results, runs
+from scripts.comparison.plan import Plan
+from training.recipes import read_recipe
+from training.signals import EXIT_RESUME
+
+SETTINGS = dict(data_set="image_folder", input_size=32, batch_size=4, num_workers=0, device="cpu", aa="none", mixup=0.0,
+                cutmix=0.0, repeated_aug=False, model_ema=False, amp="off")
+
+
+def write_plan(path, **changed):
+    plan = dict(settings=SETTINGS, lr=[0.004, 0.0], lr_epochs=1, epochs=2, runs=dict(biformer_nano=None))
+    plan["lr"] = [0.004, 0.008]
+    path.write_text(yaml.safe_dump(plan | changed, sort_keys=False))
+    return path
+
+
+def log(folder, *accuracies, seconds=2.0):
+    folder.mkdir(parents=True)
+    records = (
+        dict(epoch=epoch, train_seconds=seconds, train_images_per_second=50 / seconds, val_acc1=value)
+        for epoch, value in enumerate(accuracies)
+    )
+    (folder / "log.txt").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_says_what_the_plan_says(tmp_path):
+    """In the words of the file: `aa: none` stays a word; without `model`, the contender's name is the model."""
+    shared = dict(SETTINGS, amp="off")
+    plan = Plan.read(write_plan(tmp_path / "plan.yaml", settings=shared, runs={
+        "biformer_nano": None, "dense": dict(model="biformer_nano", model_kwargs=dict(topk=49), drop_path=0.1),
+    }))
+    (tmp_path / "recipe.yaml").write_text(plan.recipe("dense", lr=0.004, seed=3, epochs=2))
+    recipe = read_recipe(str(tmp_path / "recipe.yaml"))
+    assert recipe["model"] == "biformer_nano" and recipe["model_kwargs"] == dict(topk=49) and recipe["aa"] == "none"
+    assert [recipe[key] for key in ("lr", "seed", "epochs", "drop_path")] == ["0.004", "3", "2", "0.1"]
+    assert yaml.safe_load(plan.recipe("biformer_nano", lr=0.004))["model"] == "biformer_nano"
+
+
+@pytest.mark.parametrize(("changed", "error"), [
+    (dict(lr=["1e-3"]), "`lr` needs a list of learning rates; YAML reads 1e-3 as a word"),
+    (dict(lr=[]), "`lr` needs a list"),
+    (dict(lr=[1e-3, 1e-3]), "`lr` needs a list"),
+    (dict(seeds=[0.5]), "`seeds` needs a list of whole numbers"),
+    (dict(epochs="2"), "`epochs` needs a number of epochs"),
+    (dict(lr_epochs=0), "`lr_epochs` needs a number of epochs"),
+    (dict(runs={}), "`runs` names nothing to compare"),
+    (dict(runs=dict(a=3)), "`a` needs lines of `flag: value`, or none"),
+    (dict(runs={"../a": None}), "`../a` cannot be the name of a folder"),
+    (dict(runs=dict(a=dict(lr=1.0))), "lr: the comparison itself gives these"),
+    (dict(seed=3), "unknown seed; there are epochs, lr, lr_epochs, runs, seeds, settings, speed"),
+    (dict(speed="fast"), "`speed` is measured or logged"),
+    (dict(settings=None), "needs `settings` and `runs`"),
+    (dict(runs=dict(biformer_nono=None)), "biformer_nano"),
+    (dict(settings=dict(SETTINGS, mixupp=1)), "mixup"),
+])
+def test_mistakes_in_the_file(tmp_path, photos, capsys, changed, error):
+    """Before anything is written."""
+    plan = write_plan(tmp_path / "plan.yaml", **changed)
+    code = compare.main([str(plan), "--data_path", str(photos), "--output_dir", str(tmp_path / "out")])
+    assert code in (1, 2) and not (tmp_path / "out").exists()
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and error in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1", "", "&a [*a]"])
+def test_files_that_are_no_plan(tmp_path, capsys, text):
+    (tmp_path / "plan.yaml").write_text(text)
+    assert compare.main([str(tmp_path / "plan.yaml"), "--output_dir", str(tmp_path / "out")]) == 1
+    assert str(tmp_path / "plan.yaml") in capsys.readouterr().err
+    assert compare.main([str(tmp_path / "missing.yaml"), "--output_dir", str(tmp_path / "out")]) == 1
+    assert "No such file" in capsys.readouterr().err
+
+
+# --- which run is next ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plan(tmp_path):
+    return Plan.read(write_plan(tmp_path / "plan.yaml", seeds=[0, 1], runs=dict(a=None, b=None)))
+
+
+def test_runs_follow_their_order(plan, tmp_path):
+    """The short ones first; then each contender by the first seed, with the best learning rate of its own."""
+    def waiting():
+        return [str(run) for run in runs.remaining(plan, tmp_path)]
+
+    assert waiting() == [f"{name}, lr {lr}, seed 0, 1 epochs" for name in "ab" for lr in ("0.004", "0.008")]
+    log(tmp_path / "a" / "lr-0.004", 40.0)
+    log(tmp_path / "a" / "lr-0.008", 50.0)
+    assert waiting() == ["b, lr 0.004, seed 0, 1 epochs", "b, lr 0.008, seed 0, 1 epochs",
+                         "a, lr 0.008, seed 0, 2 epochs", "a, lr 0.008, seed 1, 2 epochs"]
+    log(tmp_path / "b" / "lr-0.004", 30.0)
+    log(tmp_path / "b" / "lr-0.008", None)  # diverged
+    log(tmp_path / "a" / "seed-0", 60.0)  # one of two epochs
+    assert waiting() == ["a, lr 0.008, seed 0, 2 epochs", "b, lr 0.004, seed 0, 2 epochs",
+                         "a, lr 0.008, seed 1, 2 epochs", "b, lr 0.004, seed 1, 2 epochs"]
+
+
+def test_of_equal_learning_rates_the_lower_is_taken(plan, tmp_path):
+    for rate, value in (("0.004", 40.0), ("0.008", 40.0)):
+        log(tmp_path / "a" / f"lr-{rate}", value)
+        log(tmp_path / "b" / f"lr-{rate}", None)
+    short = runs.short_runs(plan, tmp_path)
+    assert runs.chosen_lr(plan, short["a"]) == runs.chosen_lr(plan, short["b"]) == 0.004
+
+
+def test_one_learning_rate_needs_no_short_runs(tmp_path):
+    plan = Plan.read(write_plan(tmp_path / "plan.yaml", lr=[0.004]))
+    assert [str(run) for run in runs.remaining(plan, tmp_path)] == ["biformer_nano, lr 0.004, seed 0, 2 epochs"]
+
+
+# --- what is reported -------------------------------------------------------------------------------------------------
+
+
+def test_the_table(plan, tmp_path):
+    """Mean and standard deviation over the seeds; minutes at the rate that was measured."""
+    for name, values in (("a", (60.0, 64.0)), ("b", (50.0,))):
+        for rate, value in (("0.004", 10.0), ("0.008", 20.0)):
+            log(tmp_path / name / f"lr-{rate}", value)
+        for seed, value in enumerate(values):
+            log(tmp_path / name / f"seed-{seed}", value - 5, value)
+    speed = dict(a=dict(images_per_second=10.0, quartiles=[9.0, 11.0], peak_memory_mb=123.4), machine=dict(device="x"))
+    table = results.write(plan, speed, tmp_path)
+    assert table.splitlines()[2:] == [
+        "| a | 0.008 | 62.00 ± 2.83 | 2 | 10.00 (9.000 to 11.00) | 123 | 0 |",
+        "| b | 0.008 | 50.00 | 1 | 25 |  | 0 |",
+    ]
+    found = json.loads((tmp_path / "results.json").read_text())
+    first = found["contenders"]["a"]["runs"][0]
+    assert first["curve"] == [[1, 55.0], [2, 60.0]] and first["images_an_epoch"] == 50 and first["seconds"] == 4.0
+    assert found["contenders"]["a"]["lr_tried"] == {"0.004": 10.0, "0.008": 20.0}
+    (axes,) = results.draw(found).axes
+    assert [line.get_xydata().tolist() for line in axes.lines] == [
+        [[50 / 10 / 60, 55.0], [100 / 10 / 60, 60.0]], [[50 / 10 / 60, 59.0], [100 / 10 / 60, 64.0]],
+        [[50 / 25 / 60, 45.0], [100 / 25 / 60, 50.0]],
+    ]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
+
+
+def test_nothing_yet(plan, tmp_path):
+    lines = results.write(plan, {}, tmp_path).splitlines()
+    assert lines[2:] == ["| a |  |  | 0 |  |  |  |", "| b |  |  | 0 |  |  |  |"]
+
+
+# --- whole comparisons ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_comparison(photos, tmp_path, capsys):
+    """Two networks, two learning rates; called again, nothing is left to do."""
+    plan = write_plan(tmp_path / "plan.yaml", lr_epochs=1, epochs=2, runs=dict(
+        biformer_nano=None, small=dict(model="resnet10t", drop_path=0.0),
+    ))
+    words = [str(plan), "--data_path", str(photos), "--output_dir", str(tmp_path / "out")]
+    assert compare.main(words) == 0
+    said = capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(found["contenders"]) == ["biformer_nano", "small"]
+    for name, contender in found["contenders"].items():
+        (run,) = contender["runs"]
+        assert [epoch for epoch, _ in run["curve"]] == [1, 2] and run["accuracy"] == run["curve"][-1][1]
+        tried = contender["lr_tried"]
+        assert run["lr"] == min(float(lr) for lr in tried if tried[lr] == max(tried.values()))
+        assert contender["speed"]["images_per_second"] > 0 and contender["speed"]["peak_memory_mb"] > 0
+        assert yaml.safe_load((tmp_path / "out" / name / "seed-0" / "args.yaml").read_text())["lr"] == run["lr"]
+    assert said.count("epochs ... ") == 6 and (tmp_path / "out" / "plot.png").stat().st_size > 10_000
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert table in said
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.pth")}
+    assert compare.main(words) == 0
+    assert "epochs ... " not in capsys.readouterr().out
+    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.pth")}
+
+    other = write_plan(tmp_path / "plan.yaml", lr=[0.004, 0.008], epochs=3, lr_epochs=1)
+    assert compare.main([str(other), *words[1:]]) == 1
+    assert "holds a run of other settings: epochs 2, not 3; give another --output_dir" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_comparison_that_is_stopped_resumes(photos, tmp_path):
+    """By SIGTERM; the run that was going on has saved itself, and ends as one that was left alone."""
+    plan = write_plan(tmp_path / "plan.yaml", lr=[0.004], epochs=40, runs=dict(biformer_nano=None), speed="logged")
+    command = [sys.executable, "scripts/compare.py", str(plan), "--data_path", str(photos), "--output_dir"]
+    process = subprocess.Popen([*command, str(tmp_path / "stopped")], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    log_file = tmp_path / "stopped" / "biformer_nano" / "seed-0" / "log.txt"
+    while not log_file.is_file():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert "interrupted" in process.communicate(timeout=60)[1] and process.returncode == 130
+    epochs = len(log_file.read_text().splitlines())
+    assert 0 < epochs < 40
+    for folder in ("stopped", "alone"):
+        done = subprocess.run([*command, str(tmp_path / folder)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    records = (json.loads((tmp_path / folder / "results.json").read_text()) for folder in ("stopped", "alone"))
+    curves = [record["contenders"]["biformer_nano"]["runs"][0]["curve"] for record in records]
+    assert curves[0] == curves[1] and len(curves[0]) == 40
+
+
+@pytest.mark.slow
+def test_a_comparison_ends_when_its_time_is_over(photos, tmp_path, capsys):
+    plan = write_plan(tmp_path / "plan.yaml", lr=[0.004], epochs=10_000, speed="logged")
+    words = [str(plan), "--data_path", str(photos), "--output_dir", str(tmp_path / "out"), "--minutes", "0.3"]
+    assert compare.main(words) == EXIT_RESUME
+    assert "stopped; the same command resumes" in capsys.readouterr().out
+    assert (tmp_path / "out" / "biformer_nano" / "seed-0" / "last.pth").is_file()
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_leaves_the_others(photos, tmp_path, capsys):
+    """A learning rate at which the loss is NaN, or a network that does not take the images."""
+    plan = write_plan(tmp_path / "plan.yaml", lr=[0.004], epochs=1, speed="logged", runs=dict(
+        deit=dict(model="deit_tiny_patch16_224", model_kwargs=dict(img_size=48)), biformer_nano=None,
+    ))
+    assert compare.main([str(plan), "--data_path", str(photos), "--output_dir", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr()
+    assert "deit, lr 0.004, seed 0, 1 epochs ... failed, see " in said.out and "1 run failed" in said.err
+    assert (tmp_path / "out" / "deit" / "seed-0.txt").read_text().count("error: ") == 1
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["contenders"]
+    assert found["biformer_nano"]["runs"][0]["accuracy"] is not None and found["deit"]["runs"][0]["accuracy"] is None
