@@ -6,19 +6,21 @@ Runs that are in the output already are not run again.
 """
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from statistics import mean, median, stdev
 
+import torch
+
 from helpers import ROOT
 from scripts.bench.timing import machine
 
 PROGRAMS = OURS, TIMMS = "main.py", "timm"
-# Images of a step, and the learning rate of its size: main.py is given the one for 512.
-BATCH, LR = 64, 1e-3
-SHARED = dict(batch_size=BATCH, weight_decay=0.05, warmup_epochs=1, smoothing=0.1, clip_grad=5.0, drop_path=0.0)
+LR = 1e-3  # of a step; main.py is given the one for 512 images
+SHARED = dict(weight_decay=0.05, warmup_epochs=1, smoothing=0.1, clip_grad=5.0, drop_path=0.0)
 # What timm's loop has no flags for.
 OURS_ALONE = dict(
     data_set="image_folder", device="cpu", opt="adamw", sched="cosine", hflip=0.5, color_jitter=0.0, aa="none",
@@ -32,18 +34,20 @@ def as_words(flags: dict) -> list[str]:
 
 def train(program: str, model: str, seed: int, args: argparse.Namespace, folder: Path) -> list[dict]:
     """The records of the epochs of one run."""
-    flags = dict(SHARED, model=model, seed=seed, epochs=args.epochs, input_size=args.input_size,
-                 data_path=args.data_path, num_workers=args.num_workers, warmup_lr=LR / 1000, min_lr=LR / 100)
+    given = {name: getattr(args, name) for name in ("epochs", "input_size", "data_path", "num_workers", "batch_size")}
+    flags = dict(SHARED, **given, model=model, seed=seed, warmup_lr=LR / 1000, min_lr=LR / 100)
     scale = ["--scale", "0.35", "1.0"]
     if program == OURS:
-        flags |= dict(OURS_ALONE, lr=LR * 512 / BATCH, output_dir=folder)
+        flags |= dict(OURS_ALONE, lr=LR * 512 / args.batch_size, output_dir=folder)
         subprocess.run([sys.executable, "main.py", *as_words(flags), *scale], cwd=ROOT, check=True,
                        stdout=subprocess.DEVNULL)
         lines = (folder / "log.txt").read_text()
     else:
         flags |= dict(lr=LR, num_classes=args.num_classes)
         words = [sys.executable, "-m", "helpers.peer.timm_train", *as_words(flags), *scale]
-        lines = subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+        paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+        done = subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | paths)
+        lines = done.stdout
     return [json.loads(line) for line in lines.splitlines()]
 
 
@@ -61,7 +65,7 @@ def table(runs: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def main():
+def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_path", required=True, help="train/ and val/")
     parser.add_argument("--output", type=Path, required=True, help="the record")
@@ -69,11 +73,10 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--input_size", type=int, default=64)
+    parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--num_workers", type=int, default=1)
     parser.add_argument("--num_classes", type=int, default=10)
-    args = parser.parse_args()
-    import torch
-
+    args = parser.parse_args(argv)
     found = json.loads(args.output.read_text()) if args.output.is_file() else dict(runs=[])
     found |= dict(machine=machine(torch.device("cpu")), epochs=args.epochs, input_size=args.input_size)
     done = {(run["model"], run["seed"], run["program"]) for run in found["runs"]}
