@@ -23,8 +23,8 @@ from training.data.folders import open_folders
 from training.data.held_out import HeldOut, ValSplit
 from training.data.images import UnreadableImageError, load_image
 from training.data.loader import seeded, seeded_sample
+from training.data.robustness import CROPPED, RobustnessImages, find, find_all, incomplete, synsets
 from training.data.robustness import SETS as ROBUSTNESS_SETS
-from training.data.robustness import RobustnessImages, find, find_all, incomplete, synsets
 from training.data.shards import TarShards, open_shards
 from utils import LostDataError, UserError, derive_seed, is_url, one_line, some, user_path
 
@@ -196,13 +196,24 @@ class ImageDataset(Dataset):
         raise UserError(f"none of the {len(self)} images can be read")
 
 
+@dataclass(eq=False, repr=False)
 class RobustnessDataset(ImageDataset):
     """Images of one or more of the sets in `training.data.robustness`; a target is an image's part and its classes.
 
-    The arguments are those of `ImageDataset`, the source a `RobustnessImages`.
+    The arguments are those of `ImageDataset`, the source a `RobustnessImages`; `cropped` is as in `Reading`.
     """
 
     source: RobustnessImages
+    cropped: Transform | None = None
+
+    @property
+    def has_cropped(self) -> bool:
+        """Whether there are images that are cropped already."""
+        return any(part.set in CROPPED for part in self.source.parts)
+
+    def _transformed(self, image: Image.Image, target: tuple[int, ...]) -> Any:
+        is_cropped = target[0] >= 0 and self.source.parts[target[0]].set in CROPPED
+        return (self.cropped if is_cropped and self.cropped else self.transform)(image), target
 
     def name(self, index: int) -> str:
         return self.source.name(index)
@@ -240,12 +251,14 @@ class Reading:
         shard_cache: Where, and how many, copies of shards from a URL are kept.
         val_split: What is held out of the training images of a folder that has no folder val.
         exif_transpose: See `load_image`; for folders and shards.
+        cropped: The transform of images that are cropped already, as ImageNet-C's; None for that of all others.
     """
 
     download: bool = False
     shard_cache: ShardCache = ShardCache()
     val_split: ValSplit | None = None
     exif_transpose: bool = True
+    cropped: Transform | None = None
 
 
 def build_dataset(
@@ -298,7 +311,7 @@ def build_dataset(
     if name == "robustness" or name in ROBUSTNESS_SETS:
         if split != "val":
             raise UserError(f"{name} has no split {split}: it is there to be evaluated")
-        return _robustness(name, _folder(root), decode, transform, on_error)
+        return _robustness(name, _folder(root), decode, transform, on_error, reading.cropped)
     if split == "test":
         raise UserError(f"{name} has no split test; its splits are train and val")
     train = split == "train"
@@ -322,11 +335,12 @@ def check_same_classes(train_classes: list[str] | None, val_classes: list[str] |
 
 
 def _robustness(
-    name: str, root: Path, decode: Callable[[str], Image.Image], transform: Transform | None, on_error: str
+    name: str, root: Path, decode: Callable[[str], Image.Image], transform: Transform | None, on_error: str,
+    cropped: Transform | None,
 ) -> RobustnessDataset:
     parts = find_all(root) if name == "robustness" else find(name, root)
-    source = RobustnessImages(parts, decode)
-    return RobustnessDataset(source, list(synsets()), transform, on_error, notes=tuple(incomplete(parts)))
+    source, notes = RobustnessImages(parts, decode), tuple(incomplete(parts))
+    return RobustnessDataset(source, list(synsets()), transform, on_error, notes=notes, cropped=cropped)
 
 
 def _folder(root: str | Path | None) -> Path:

@@ -13,6 +13,11 @@ from utils import UserError, one_line
 # Flags that the comparison itself gives to its runs.
 GIVEN = frozenset({"lr", "seed", "epochs", "output_dir", "auto_resume", "resume", "eval", "config", "task"})
 MEASURED, LOGGED = "measured", "logged"
+# Flags that change what a training step costs: their contenders are not measured side by side by their networks alone.
+OF_STEPS = frozenset({
+    "batch_size", "input_size", "amp", "channels_last", "compile", "cuda_graph", "grad_checkpointing", "update_freq",
+    "distillation_type", "token_label", "freeze_backbone",
+})
 
 
 class PlanError(UserError):
@@ -120,7 +125,7 @@ def check(path: Path, values: Any):
         if "/" in str(name) or str(name).startswith("."):
             refuse(f"`{name}` cannot be the name of a folder")
     for mapping in (values["settings"], *filter(None, values["runs"].values())):
-        if own := GIVEN & {str(key).replace("-", "_") for key in mapping}:
+        if own := GIVEN & names_in(mapping):
             refuse(f"{', '.join(sorted(own))}: the comparison itself gives these, see `lr`, `epochs` and `seeds`")
     lr, seeds = values.get("lr"), values.get("seeds", [0])
     if not _is_list_of(lr, (int, float)) or min(lr) <= 0:
@@ -130,8 +135,17 @@ def check(path: Path, values: Any):
     for key in ("epochs", *["lr_epochs"] * (len(lr) > 1)):
         if not isinstance(values.get(key), int) or values[key] < 1:
             refuse(f"`{key}` needs a number of epochs")
-    if values.get("speed", MEASURED) not in (MEASURED, LOGGED):
+    speed = values.get("speed", MEASURED)
+    if speed not in (MEASURED, LOGGED):
         refuse(f"`speed` is {MEASURED} or {LOGGED}")
+    for name, own in values["runs"].items() if speed == MEASURED else ():
+        if costly := OF_STEPS & names_in(own or {}):
+            refuse(f"`{name}` differs in {', '.join(sorted(costly))}, not in its network alone: add `speed: {LOGGED}`")
+
+
+def names_in(mapping: dict[Any, Any]) -> set[str]:
+    """The flags of a part of the file, in underscores."""
+    return {str(key).replace("-", "_") for key in mapping}
 
 
 def _is_list_of(values: Any, kind: type | tuple[type, ...]) -> bool:

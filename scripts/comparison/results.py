@@ -6,9 +6,11 @@ from statistics import mean, median, stdev
 from typing import Any
 
 import torch
+from timm.layers import to_2tuple
 
 from scripts.bench import models, tables
 from scripts.bench.timing import Trial, machine
+from training.distributed import init_distributed
 from training.options import Settings
 from training.precision import Precision
 from utils import replace_file
@@ -24,7 +26,7 @@ SPEED = "speed.json"
 
 
 def speeds(plan: Plan, settings: dict[str, Settings], folder: Path, measure: bool) -> dict[str, Any]:
-    """Speed of training steps by contender, and the machine; measured where that was not done before.
+    """The "machine", and "rows" of the speed of training steps by contender; measured where that was not done before.
 
     Empty where speed is taken from the logs, or is not measured yet.
     """
@@ -32,7 +34,7 @@ def speeds(plan: Plan, settings: dict[str, Settings], folder: Path, measure: boo
     if plan.speed == LOGGED:
         return {}
     found = json.loads(file.read_text()) if file.is_file() else {}
-    if measure and found.keys() != {"machine", *settings}:
+    if measure and found.get("rows", {}).keys() != settings.keys():
         found = measure_speeds(settings)
         replace_file(file, lambda opened: opened.write(json.dumps(found, indent=1).encode()))
     return found
@@ -40,21 +42,23 @@ def speeds(plan: Plan, settings: dict[str, Settings], folder: Path, measure: boo
 
 def measure_speeds(settings: dict[str, Settings]) -> dict[str, Any]:
     """Training steps of every contender, in turns: images/s with quartiles, ratio to the first, MiB beyond weights."""
-    first = next(iter(settings.values()))
-    device = torch.device("cuda" if torch.cuda.is_available() and first.machine.device != "cpu" else "cpu")
-    contenders = [
-        models.Contender(own.model.model, tuple(own.model.model_kwargs.items()), name) for name, own in settings.items()
-    ]
-    machine_options, size = first.machine, first.model.input_size
-    amp = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "off"}[
-        Precision.on(device, machine_options.amp).amp_dtype
-    ]
+    shared = next(iter(settings.values()))
+    device = init_distributed(shared.machine.device).device
+    contenders = [models.Contender(own.model.model, hashable(own.model.model_kwargs), name)
+                  for name, own in settings.items()]
+    dtype = Precision.on(device, shared.machine.amp).amp_dtype
+    amp = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "off"}[dtype]
     setting = models.Setting(
-        models.TRAIN, first.loader.batch_size, size if isinstance(size, tuple) else (size, size), amp,
-        machine_options.channels_last, machine_options.compile, machine_options.cuda_graph,
+        models.TRAIN, shared.loader.batch_size, to_2tuple(shared.model.input_size), amp, shared.machine.channels_last,
+        shared.machine.compile, shared.machine.cuda_graph,
     )
     rows = models.measure(contenders, contenders[0].name, setting, Trial(device, ROUNDS, ROUNDS))
-    return {"machine": machine(device) | dict(amp=amp), **{row["model"]: row for row in rows}}
+    return dict(machine=machine(device) | dict(amp=amp), rows={row["model"]: row for row in rows})
+
+
+def hashable(kwargs: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Arguments of a model as pairs, by which it can be cached."""
+    return tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in kwargs.items())
 
 
 # --- record -----------------------------------------------------------------------------------------------------------
@@ -66,12 +70,12 @@ def record(plan: Plan, measured: dict[str, Any], folder: Path) -> dict[str, Any]
     contenders = {
         name: dict(
             settings=plan.own(name), lr_tried={f"{run.lr:g}": run.accuracy for run in short[name]},
-            runs=[run_record(run) for run in long[name]], speed=measured.get(name),
+            runs=[run_record(run) for run in long[name]], speed=measured.get("rows", {}).get(name),
         )
         for name in plan.runs
     }
     return dict(
-        plan=plan.name, machine=measured.get("machine", machine(torch.device("cpu"))), shared=plan.settings,
+        plan=plan.name, machine=measured.get("machine") or machine(init_distributed().device), shared=plan.settings,
         epochs=plan.epochs, lr_epochs=plan.lr_epochs, contenders=contenders,
     )
 

@@ -88,6 +88,7 @@ class ClassificationTask(Task):
             shard_cache=datasets.ShardCache(data.shard_cache, data.shard_cache_gb),
             val_split=data.val_split and datasets.ValSplit(data.val_split, self.settings.machine.seed),
             exif_transpose=data.exif_transpose,
+            cropped=None if self.settings.augmentation.crop_pct else replace(self.images, crop_pct=1.0).transform(),
         )
         try:
             dataset = datasets.build_dataset(
@@ -143,13 +144,20 @@ class ClassificationTask(Task):
     def loader(self, dataset: Dataset, train: bool) -> EpochLoader:
         if not train:
             if self.distributed.is_main:
-                print(f"evaluated at {self.images.description}")
+                print(f"evaluated at {self.images.description}{self._about_cropped(dataset)}")
                 if self.report_folder is not None:
                     pictures.prepare_folder(self.report_folder)
             self.val_set = dataset
             collate = robustness.collate if isinstance(dataset, datasets.RobustnessDataset) else fast_collate
             return self.images.loader(dataset, self.settings.loader, self.eval_processes, collate)
         return self._train_loader(dataset, self.settings.loader)
+
+    def _about_cropped(self, dataset: Dataset) -> str:
+        """How images that are cropped already are evaluated, where there are such."""
+        is_cropped = isinstance(dataset, datasets.RobustnessDataset) and dataset.has_cropped
+        if not is_cropped or self.settings.augmentation.crop_pct:
+            return ""
+        return f"; ImageNet-C, which is cropped already, at {replace(self.images, crop_pct=1.0).description}"
 
     def _train_loader(self, dataset: Dataset, loader_options: LoaderOptions) -> EpochLoader:
         options = self.settings.augmentation

@@ -13,13 +13,15 @@ from training.data.robustness import CORRUPTIONS, set_classes
 VAL = {"n01440764": [1], "n04404412": [2], "n02109525": [3]}
 
 
-def write_images(folder: Path, classes: Sequence[str], names: Sequence[str] = ("a.JPEG", "b.JPEG")):
-    """Images of noise in class folders."""
+def write_images(
+    folder: Path, classes: Sequence[str], names: Sequence[str] = ("a.JPEG", "b.JPEG"), size: tuple[int, int] = (40, 48)
+):
+    """Images of noise, of (height, width), in class folders."""
     for class_name in classes:
         (folder / class_name).mkdir(parents=True, exist_ok=True)
         for name in names:
             seed = zlib.crc32(f"{class_name}/{name}".encode())
-            pixels = np.random.default_rng(seed).integers(0, 256, (40, 48, 3), np.uint8)
+            pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
             Image.fromarray(pixels).save(folder / class_name / name)
 
 

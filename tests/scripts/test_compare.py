@@ -64,6 +64,7 @@ def test_a_recipe_says_what_the_plan_says(tmp_path):
     (dict(runs=dict(a=dict(lr=1.0))), "lr: the comparison itself gives these"),
     (dict(seed=3), "unknown seed; there are epochs, lr, lr_epochs, runs, seeds, settings, speed"),
     (dict(speed="fast"), "`speed` is measured or logged"),
+    (dict(runs=dict(a=dict(token_label="maps"))), "`a` differs in token_label, not in its network alone"),
     (dict(settings=None), "needs `settings` and `runs`"),
     (dict(runs=dict(biformer_nono=None)), "biformer_nano"),
     (dict(settings=dict(SETTINGS, mixupp=1)), "mixup"),
@@ -134,7 +135,8 @@ def test_the_table(plan, tmp_path):
             log(tmp_path / name / f"lr-{rate}", value)
         for seed, value in enumerate(values):
             log(tmp_path / name / f"seed-{seed}", value - 5, value)
-    speed = dict(a=dict(images_per_second=10.0, quartiles=[9.0, 11.0], peak_memory_mb=123.4), machine=dict(device="x"))
+    row = dict(images_per_second=10.0, quartiles=[9.0, 11.0], peak_memory_mb=123.4)
+    speed = dict(machine=dict(device="x"), rows=dict(a=row))
     table = results.write(plan, speed, tmp_path)
     assert table.splitlines()[2:] == [
         "| a | 0.008 | 62.00 ± 2.83 | 2 | 10.00 (9.000 to 11.00) | 123 | 0 |",
@@ -164,7 +166,7 @@ def test_nothing_yet(plan, tmp_path):
 def test_a_comparison(photos, tmp_path, capsys):
     """Two networks, two learning rates; called again, nothing is left to do."""
     plan = write_plan(tmp_path / "plan.yaml", lr_epochs=1, epochs=2, runs=dict(
-        biformer_nano=None, small=dict(model="resnet10t", drop_path=0.0),
+        biformer_nano=dict(model_kwargs=dict(topk=[1, 4, 4])), small=dict(model="resnet10t", drop_path=0.0),
     ))
     words = [str(plan), "--data_path", str(photos), "--output_dir", str(tmp_path / "out")]
     assert compare.main(words) == 0

@@ -38,6 +38,8 @@ WHOLE = dict(imagenet_val=50_000, imagenet_v2=10_000, imagenet_c=50_000, imagene
              imagenet_sketch=50_889, imagenet_real=50_000)
 # The order in which they are evaluated.
 SETS = tuple(WHOLE)
+# Its images are the 224 x 224 pixels of the usual crop; the authors evaluate them as they are.
+CROPPED = frozenset({"imagenet_c"})
 # Folders of the archives and of common copies, in lower case and without what is no letter or digit.
 _FOLDERS = dict(
     imagenet_a=("imageneta",), imagenet_r=("imagenetr",), imagenet_c=("imagenetc",),

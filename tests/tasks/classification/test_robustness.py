@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 
 import main as program
 import models  # noqa: F401, registers our models with timm
-from datasets import build_dataset
+from datasets import Reading, build_dataset
 from helpers.launch import launch
 from helpers.robustness import write_images, write_sets
 from tasks.classification import robustness
@@ -135,7 +136,10 @@ def test_all_sets_by_one_command(root, weights, tmp_path, capfd):
     assert len(table) == 1 + 3 + 3 + 1 + 16 and all(f"* {row['set']}" in out for row in table)
     assert "imagenet_v2 has 8, 4, 4 images where the whole set has 10,000" in out
 
-    dataset = build_dataset("robustness", root, "val", ImagePipeline("biformer_nano", 32).transform())
+    cropped = ImagePipeline("biformer_nano", 32, crop_pct=1.0)
+    assert f"ImageNet-C, which is cropped already, at {cropped.description}" in out
+    transform, reading = ImagePipeline("biformer_nano", 32).transform(), Reading(cropped=cropped.transform())
+    dataset = build_dataset("robustness", root, "val", transform, reading=reading)
     hits = hits_of(weights, dataset)
     by_name = {(row["set"], row["part"]): row for row in table}
     errors = {}
@@ -177,6 +181,21 @@ def test_one_set(root, weights, capfd):
     assert evaluate(weights, "--data_set", "imagenet_a", "--data_path", root / "imagenet-a") == 0
     out = capfd.readouterr().out
     assert "on 6 images" in out and out.count("* imagenet") == 1
+
+
+def test_images_that_are_cropped_already_are_not_cropped_again(tmp_path, weights, capfd):
+    """As their authors evaluate them: 224 pixels stay as they are; `--crop_pct` decides otherwise."""
+    for severity in range(1, 6):
+        write_images(tmp_path / "fog" / str(severity), ["n01440764"], size=(64, 64))
+    pipeline = ImagePipeline("biformer_nano", 64)
+    reading = Reading(cropped=ImagePipeline("biformer_nano", 64, crop_pct=1.0).transform())
+    dataset = build_dataset("imagenet_c", tmp_path, "val", pipeline.transform(), reading=reading)
+    with Image.open(dataset.name(0)) as image:
+        assert (np.asarray(dataset[0][0]) == np.asarray(image).transpose(2, 0, 1)).all()
+    asked = ["--data_set", "imagenet_c", "--data_path", tmp_path, "--crop_pct", "0.9"]
+    assert evaluate(weights, *asked) == 0
+    out = capfd.readouterr().out
+    assert "evaluated at 32 x 32, crop 0.9, bicubic\n" in out
 
 
 def test_weights_of_nan_are_no_result(root, weights, tmp_path, capfd):
