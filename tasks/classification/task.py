@@ -37,7 +37,7 @@ from .errors import (
 from .images import ImagePipeline
 from .losses import Criterion
 from .metrics import Accuracy, RecordedAccuracy
-from .options import IMAGE_FOLDERS, TOKEN_STRIDE, ClassificationSettings
+from .options import IMAGE_FOLDERS, ROBUSTNESS, TOKEN_STRIDE, ClassificationSettings
 
 Batch = tuple[torch.Tensor, torch.Tensor | token_labels.TokenTargets]
 
@@ -88,7 +88,7 @@ class ClassificationTask(Task):
             shard_cache=datasets.ShardCache(data.shard_cache, data.shard_cache_gb),
             val_split=data.val_split and datasets.ValSplit(data.val_split, self.settings.machine.seed),
             exif_transpose=data.exif_transpose,
-            cropped=None if self.settings.augmentation.crop_pct else replace(self.images, crop_pct=1.0).transform(),
+            cropped=self._whole_images.transform() if data.data_set in ROBUSTNESS else None,
         )
         try:
             dataset = datasets.build_dataset(
@@ -152,12 +152,18 @@ class ClassificationTask(Task):
             return self.images.loader(dataset, self.settings.loader, self.eval_processes, collate)
         return self._train_loader(dataset, self.settings.loader)
 
+    @property
+    def _whole_images(self) -> ImagePipeline:
+        """How images that are cropped already are prepared: whole, unless the crop was asked for."""
+        return replace(self.images, crop_pct=self.settings.augmentation.crop_pct or 1.0)
+
     def _about_cropped(self, dataset: Dataset) -> str:
-        """How images that are cropped already are evaluated, where there are such."""
-        is_cropped = isinstance(dataset, datasets.RobustnessDataset) and dataset.has_cropped
-        if not is_cropped or self.settings.augmentation.crop_pct:
+        """How images that are cropped already are evaluated, where there are such, and others are not so."""
+        has_cropped = isinstance(dataset, datasets.RobustnessDataset) and dataset.has_cropped
+        whole = self._whole_images
+        if not has_cropped or whole == self.images:
             return ""
-        return f"; ImageNet-C, which is cropped already, at {replace(self.images, crop_pct=1.0).description}"
+        return f"; ImageNet-C, which is cropped already, at {whole.description}"
 
     def _train_loader(self, dataset: Dataset, loader_options: LoaderOptions) -> EpochLoader:
         options = self.settings.augmentation

@@ -151,7 +151,7 @@ def test_recipes(name, tmp_path):
     settings = parse("--config", str(RECIPES / f"{name}.yaml"), *label_maps)
     nano = dict.fromkeys(("quickstart", "scratch_small", "imagenette"), "biformer_nano")
     others = dict(nano, finetune_small="biformer_tiny")
-    assert settings.name == others.get(name, name.removesuffix("_token_label"))
+    assert settings.name == others.get(name, name.removesuffix("_token_label").removesuffix("_cifar10"))
     options.save(flags.as_recipe(settings), tmp_path / "args.yaml")
     assert program.parse(["--config", str(tmp_path / "args.yaml")])[1] == settings
 
