@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data_path", type=user_path, metavar="FOLDER", help="the data, where FILE does not say it")
     parser.add_argument("--output_dir", type=user_path, required=True, metavar="FOLDER", help="for runs and results")
     parser.add_argument("--minutes", type=float, default=math.inf,
-                        help="stop after so long, with exit code 75; the same command again goes on")
+                        help="stop after so long, with exit code 75; the same command resumes")
     parser.add_argument("--draw", action="store_true", help="train and measure nothing: draw what is there")
     args = parser.parse_args(argv)
     try:

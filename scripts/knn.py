@@ -22,13 +22,14 @@ sys.path.insert(0, str(ROOT))
 import training.startup  # before torch, as main.py does  # noqa: E402, F401  # isort: skip
 import torch  # noqa: E402
 
+from datasets import check_same_classes  # noqa: E402
 from scripts.probing.classifiers import LinearProbe, knn_predictions  # noqa: E402
 from scripts.probing.features import Extractor  # noqa: E402
 from tasks.options import image_size  # noqa: E402
 from tasks.tables import check_output, write_csv  # noqa: E402
 from training.distributed import init_distributed  # noqa: E402
 from training.options import LoaderOptions  # noqa: E402
-from utils import UserError, count, run_script, user_path  # noqa: E402
+from utils import count, run_script, user_path  # noqa: E402
 
 DATA_SETS = ("image_folder", "CIFAR10", "CIFAR100", "digits")
 
@@ -42,9 +43,8 @@ def evaluate(name: str, args: argparse.Namespace) -> dict[str, float]:
     extractor = Extractor.of(name, args, args.distributed)
     sets = {split: extractor.split(args, split) for split in ("train", args.split)}
     options = LoaderOptions(batch_size=args.batch_size, num_workers=args.num_workers)
+    check_same_classes(*(dataset.classes for dataset in sets.values()))
     train, test = (extractor.extract(dataset, options) for dataset in sets.values())
-    if sets["train"].classes != sets[args.split].classes:
-        raise UserError(f"train and {args.split} have other classes")
     found = {
         f"{k}-NN": percent(classes, test.targets)
         for k, classes in knn_predictions(train.values, train.targets, test.values, args.k).items()

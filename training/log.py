@@ -108,9 +108,14 @@ def _lines(file: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
     return [(line + b"\n", _record(line)) for line in file.read_bytes().split(b"\n") if line]
 
 
+def logged(file: Path) -> list[dict[str, Any]]:
+    """The records of the epochs in a run's `log.txt`; raises UserError as `RunLog` does."""
+    return [record for _, record in _lines(file) if record is not None]
+
+
 def logged_epochs(file: Path) -> int:
     """How many epochs a run's `log.txt` holds; raises UserError as `RunLog` does."""
-    return sum(record is not None for _, record in _lines(file))
+    return len(logged(file))
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

@@ -33,7 +33,7 @@ class Plan:
         shared: Settings of every run, as a YAML mapping of main.py's flags.
         runs: By the name of each contender, the settings in which it differs; without `model`, its name is the model.
         lr: The learning rates that are tried, for 512 images. Where there are several, each contender is trained with
-            each of them for `lr_epochs` epochs, and goes on with the one of the highest accuracy.
+            each of them for `lr_epochs` epochs, and then from scratch with the one of the highest accuracy.
         lr_epochs: Epochs of these short runs.
         epochs: Epochs of the runs that are compared.
         seeds: Of these; the short runs have the first.

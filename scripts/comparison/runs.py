@@ -1,5 +1,4 @@
 """The runs of a comparison: main.py in processes of their own, one after the other, stopped and resumed at any time."""
-import json
 import math
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import yaml
 
+from training.log import logged
 from training.options import NO_RESULT
 from training.process import end_with_parent
 from training.signals import EXIT_RESUME
@@ -44,8 +44,7 @@ class PlannedRun:
     @property
     def log(self) -> list[dict]:
         """The records of its epochs so far."""
-        file = self.folder / "log.txt"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        return logged(self.folder / "log.txt")
 
     @property
     def accuracy(self) -> float | None:

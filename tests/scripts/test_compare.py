@@ -236,3 +236,10 @@ def test_a_run_that_fails_leaves_the_others(photos, tmp_path, capsys):
     assert (tmp_path / "out" / "deit" / "seed-0.txt").read_text().count("error: ") == 1
     found = json.loads((tmp_path / "out" / "results.json").read_text())["contenders"]
     assert found["biformer_nano"]["runs"][0]["accuracy"] is not None and found["deit"]["runs"][0]["accuracy"] is None
+
+
+def test_half_a_line_of_a_killed_run_is_no_epoch(tmp_path):
+    log(tmp_path / "run", 40.0, 50.0)
+    with open(tmp_path / "run" / "log.txt", "a") as file:
+        file.write('{"epoch": 2, "val')
+    assert [epoch["epoch"] for epoch in runs.PlannedRun("a", 0.1, 0, 3, tmp_path / "run").log] == [0, 1]
