@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
-import torch
 from PIL import Image
 from sklearn.metrics import confusion_matrix as sklearns
 from sklearn.metrics import precision_recall_fscore_support
@@ -16,24 +14,16 @@ from sklearn.metrics import precision_recall_fscore_support
 import main as program
 import models  # noqa: F401, registers our models with timm
 from datasets import build_dataset
+from helpers.evaluation import SMALL, evaluate, write_weights
 from scripts import make_shards
 from tasks import confusion
 from tasks.classification.report import class_rows
 from tasks.confusion import confusion_figure, confusion_matrix
 
-SMALL = ["--model", "biformer_nano", "--input_size", "32", "--batch_size", "4", "--num_workers", "0", "--device", "cpu"]
-
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "weights.pth"
-    torch.save(timm.create_model("biformer_nano", num_classes=3).state_dict(), path)
-    return path
-
-
-def evaluate(weights, *arguments):
-    return program.main([*SMALL, "--eval", "--resume", str(weights), *map(str, arguments)])
+    return write_weights(tmp_path_factory.mktemp("weights") / "weights.pth", num_classes=3)
 
 
 def rows_of(path):

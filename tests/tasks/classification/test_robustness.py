@@ -11,6 +11,7 @@ from PIL import Image
 import main as program
 import models  # noqa: F401, registers our models with timm
 from datasets import Reading, build_dataset
+from helpers.evaluation import SMALL, evaluate, write_weights
 from helpers.launch import launch
 from helpers.robustness import write_images, write_sets
 from tasks.classification import robustness
@@ -21,7 +22,6 @@ from training.distributed import Distributed
 from training.precision import Precision
 
 CPU = torch.device("cpu")
-SMALL = ["--model", "biformer_nano", "--input_size", "32", "--batch_size", "9", "--device", "cpu", "--num_workers", "0"]
 # Of ResNet-50, in CORRUPTIONS' order: table 1 of https://arxiv.org/abs/1903.12261; relative errors, its appendix.
 RESNET50_CLEAN, RESNET50_MCE, RESNET50_RELATIVE_MCE = 23.9, 76.7, 105.0
 RESNET50 = (80, 82, 83, 75, 89, 78, 80, 78, 75, 66, 57, 71, 85, 77, 77)
@@ -102,14 +102,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "weights.pth"
-    torch.save(timm.create_model("biformer_nano", num_classes=1000).state_dict(), path)
-    return path
-
-
-def evaluate(weights, *arguments):
-    return program.main([*SMALL, "--eval", "--resume", str(weights), *map(str, arguments)])
+    return write_weights(tmp_path_factory.mktemp("weights") / "weights.pth", num_classes=1000)
 
 
 def hits_of(weights, dataset):
