@@ -11,6 +11,7 @@ from timm.scheduler import create_scheduler_v2
 
 import main as program
 import models  # noqa: F401, registers our models with timm
+from helpers import ROOT
 from helpers.peer import __main__ as peer
 from training.run import Clock
 
@@ -72,3 +73,9 @@ def test_both_programs_train(photos, tmp_path, capsys):
     assert "| biformer_nano | timm | 1 |" in capsys.readouterr().out
     peer.main(words)
     assert "biformer_nano 0 " not in capsys.readouterr().out  # nothing is left to do
+
+
+def test_the_table_of_the_documents_follows_from_the_record():
+    record = json.loads((ROOT / "benchmarks/comparison/peer.json").read_text())
+    text = (ROOT / "docs/comparison.md").read_text()
+    assert peer.table(record["runs"]) in text and record["machine"]["date"].split()[0] in text

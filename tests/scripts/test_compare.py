@@ -17,6 +17,8 @@ from training.signals import EXIT_RESUME
 
 SETTINGS = dict(data_set="image_folder", input_size=32, batch_size=4, num_workers=0, device="cpu", aa="none", mixup=0.0,
                 cutmix=0.0, repeated_aug=False, model_ema=False, amp="off")
+PLANS = {path.stem for path in (ROOT / "configs/comparison").glob("*.yaml")}
+RECORDS = sorted(PLANS & {path.stem for path in (ROOT / "benchmarks/comparison").glob("*.json")})
 
 
 def write_plan(path, **changed):
@@ -157,6 +159,15 @@ def test_the_table(plan, tmp_path):
 def test_nothing_yet(plan, tmp_path):
     lines = results.write(plan, {}, tmp_path).splitlines()
     assert lines[2:] == ["| a |  |  | 0 |  |  |  |", "| b |  |  | 0 |  |  |  |"]
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_the_tables_of_the_documents_follow_from_the_records(name):
+    record = json.loads((ROOT / f"benchmarks/comparison/{name}.json").read_text())
+    plan = Plan.read(ROOT / f"configs/comparison/{name}.yaml")
+    assert results.table(record) in (ROOT / "docs/comparison.md").read_text()
+    assert record["contenders"].keys() == plan.runs.keys() and record["shared"] == plan.settings
+    assert (record["epochs"], record["lr_epochs"]) == (plan.epochs, plan.lr_epochs)
 
 
 # --- whole comparisons ------------------------------------------------------------------------------------------------

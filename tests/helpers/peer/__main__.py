@@ -1,6 +1,6 @@
 """Train the same networks with the same flags by main.py and by timm's parts, in turns, and compare the two.
 
-    PYTHONPATH=.:tests python -m helpers.peer --data_path /path/to/imagenette2 --output benchmarks/peer.json
+    PYTHONPATH=.:tests python -m helpers.peer --data_path /path/to/imagenette2 --output benchmarks/comparison/peer.json
 
 Runs that are in the output already are not run again.
 """
