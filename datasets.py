@@ -23,7 +23,7 @@ from training.data.folders import open_folders
 from training.data.held_out import HeldOut, ValSplit
 from training.data.images import UnreadableImageError, load_image
 from training.data.loader import seeded, seeded_sample
-from training.data.robustness import CROPPED, RobustnessImages, find, find_all, incomplete, synsets
+from training.data.robustness import CROPPED, RobustnessImages, find, find_all, incomplete, left_out, synsets
 from training.data.robustness import SETS as ROBUSTNESS_SETS
 from training.data.shards import TarShards, open_shards
 from utils import LostDataError, UserError, derive_seed, is_url, one_line, some, user_path
@@ -339,8 +339,10 @@ def _robustness(
     cropped: Transform | None,
 ) -> RobustnessDataset:
     parts = find_all(root) if name == "robustness" else find(name, root)
-    source, notes = RobustnessImages(parts, decode), tuple(incomplete(parts))
-    return RobustnessDataset(source, list(synsets()), transform, on_error, notes=notes, cropped=cropped)
+    notes = (*incomplete(parts), *(left_out(parts) if name == "robustness" else ()))
+    return RobustnessDataset(
+        RobustnessImages(parts, decode), list(synsets()), transform, on_error, notes=notes, cropped=cropped,
+    )
 
 
 def _folder(root: str | Path | None) -> Path:

@@ -267,6 +267,18 @@ def incomplete(parts: Sequence[Part]) -> list[str]:
     return notes
 
 
+def left_out(parts: Sequence[Part]) -> list[str]:
+    """Lines about what `find_all` has found of the validation images without being able to evaluate it."""
+    sets = {part.set for part in parts}
+    lines = []
+    if "imagenet_val" in sets and "imagenet_real" not in sets:
+        lines.append("imagenet_real is left out: its labels are found by names as ILSVRC2012_val_00000001.JPEG, "
+                     "which the validation images do not have")
+    if "imagenet_real" in sets and "imagenet_val" not in sets:
+        lines.append("imagenet_val is left out: the validation images are in no class folders")
+    return lines
+
+
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 

@@ -118,6 +118,18 @@ def test_sets_that_are_not_whole_say_so(root):
     assert notes == ["imagenet_v2 has 8, 4, 4 images where the whole set has 10,000"]
 
 
+@pytest.mark.parametrize(("place", "name", "note"), [
+    ("val/n01440764", "1.JPEG", "imagenet_real is left out: its labels are found by names as ILSVRC2012_val_00000001"),
+    ("val", "ILSVRC2012_val_00000002.JPEG", "imagenet_val is left out: the validation images are in no class folders"),
+])
+def test_validation_images_that_are_left_out_of_all_sets_are_told(tmp_path, place, name, note):
+    (tmp_path / place).mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / place / name)
+    assert any(line.startswith(note) for line in build_dataset("robustness", tmp_path, "val").notes)
+    alone = build_dataset("imagenet_val" if "real" in note else "imagenet_real", tmp_path, "val")
+    assert not any("left out" in line for line in alone.notes)
+
+
 def test_a_folder_of_another_class_is_named(tmp_path):
     write_images(tmp_path / "imagenet-a", ["n01440764"])  # the tench is none of its 200
     with pytest.raises(UserError, match="imagenet-a needs folders of imagenet_a's classes; it has n01440764"):
