@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ._layers import attend, check_divides
 from ._ops import (
     AttentionRecord,
+    DepthwiseConv2d,
     PositionBias,
     RegionGrid,
     Routing,
@@ -22,6 +23,7 @@ from ._ops import (
     check_positive,
     check_whole,
     conv_channels_last,
+    depthwise_conv2d,
     fixed_if_traced,
     flatten_map,
     fx_leaf,
@@ -35,11 +37,11 @@ HEAD_DIM = 32
 
 
 @fx_leaf  # what it computes depends on the dtype
-class ResidualConv2d(nn.Conv2d):
+class ResidualConv2d(DepthwiseConv2d):
     """x + conv(x), of a 3 x 3 depthwise convolution."""
 
     def __init__(self, channels: int, device=None, dtype=None):
-        super().__init__(channels, channels, kernel_size=3, padding=1, groups=channels, device=device, dtype=dtype)
+        super().__init__(channels, kernel_size=3, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, channels, H, W) -> (B, channels, H, W)."""
@@ -83,9 +85,7 @@ class Offsets(nn.Module):
         dd = dict(device=device, dtype=dtype)
         group_dim = dim // num_groups
         self.num_groups = num_groups
-        self.conv = nn.Conv2d(
-            group_dim, group_dim, kernel_size, stride, kernel_size // 2, groups=group_dim, bias=False, **dd
-        )
+        self.conv = DepthwiseConv2d(group_dim, kernel_size, stride, bias=False, **dd)
         self.norm = nn.LayerNorm(group_dim, eps=1e-5, **dd)
         self.act = nn.GELU()
         self.proj = nn.Linear(group_dim, 1, bias=False, **dd)
@@ -94,9 +94,7 @@ class Offsets(nn.Module):
         """(B, H, W, dim) queries -> (B, groups, Ha, Wa) offsets."""
         # One depthwise convolution over all channels is the shared one over every group.
         weight = self.conv.weight.repeat(self.num_groups, 1, 1, 1)
-        x = F.conv2d(
-            channels_first(query), weight, None, self.conv.stride, self.conv.padding, groups=weight.shape[0]
-        )
+        x = depthwise_conv2d(channels_first(query), weight, None, self.conv.stride, self.conv.padding)
         x = x.permute(0, 2, 3, 1).unflatten(-1, (self.num_groups, -1))
         return self.proj(self.act(self.norm(x)))[..., 0].permute(0, 3, 1, 2)
 
@@ -192,7 +190,7 @@ class DeformableAgentAttention(nn.Module):
         self.attn_impl = attn_impl
         self.fused_attn = use_fused_attn()
         self.qkv = nn.Linear(dim, 3 * dim, **dd)
-        self.lepe = nn.Conv2d(dim, dim, kernel_size=5, stride=stride, padding=2, groups=dim, **dd)
+        self.lepe = DepthwiseConv2d(dim, kernel_size=5, stride=stride, **dd)
         self.offsets = Offsets(dim, num_groups, offset_kernel, stride, **dd)
         self.agent_query = nn.Linear(dim, dim, **dd)
         self.agent_proj = nn.Linear(dim, dim, **dd)

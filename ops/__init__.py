@@ -6,6 +6,7 @@
     AttentionRecord(...)                what weights are computed from, to look at them
     BiLevelRoutingAttention(...)        all of it as a module, (B, H, W, C) in and out
     depthwise_conv(...)                 a depthwise convolution of such a map, with what is added to it
+    depthwise_conv2d(...)               one of any stride, of a (B, C, H, W) map
     layer_norm(...), add_layer_norm(...)  layer norm, and that of a sum, in one pass over memory
     apply_linear(...), linear_gelu(...)  a linear layer, alone or with its GELU, without copies where a CPU infers
     fx_leaf(...)                        a module that torch.fx records whole
@@ -13,7 +14,7 @@
 from .attention import IMPLS, choose_impl, routed_attention, unsupported
 from .bra import BiLevelRoutingAttention
 from .checks import check_positive, check_rates, check_whole
-from .depthwise import DepthwiseConv, depthwise_conv
+from .depthwise import DepthwiseConv, DepthwiseConv2d, depthwise_conv, depthwise_conv2d
 from .layout import (
     channels_first,
     conv_channels_last,
@@ -39,6 +40,7 @@ __all__ = [
     "AttentionRecord",
     "BiLevelRoutingAttention",
     "DepthwiseConv",
+    "DepthwiseConv2d",
     "PositionBias",
     "RegionGrid",
     "Routing",
@@ -54,6 +56,7 @@ __all__ = [
     "conv_channels_last",
     "crop_map",
     "depthwise_conv",
+    "depthwise_conv2d",
     "fixed_if_traced",
     "flatten_map",
     "fx_leaf",

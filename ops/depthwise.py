@@ -83,9 +83,29 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, res
             raise ValueError(f"{name} is on {tensor.device}, the input on {device}")
 
 
+def depthwise_conv2d(
+    x_BCHW: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, stride: int = 1, padding: int = 0,
+    dilation: int = 1,
+) -> torch.Tensor:
+    """`F.conv2d` with a kernel for each channel; (B, C, H, W) -> (B, C, H', W').
+
+    On a CPU, a training step in low precision computes it in float32, and rounds the result: oneDNN's gradients of
+    depthwise convolutions in bfloat16 take three to forty times as long as those in float32.
+    """
+    settings = dict(stride=stride, padding=padding, dilation=dilation, groups=weight.shape[0])
+    trains = torch.is_grad_enabled() and (x_BCHW.requires_grad or weight.requires_grad)
+    if not (x_BCHW.is_cpu and trains and (dtype := _computed_in(x_BCHW)) in LOW_PRECISION):
+        return F.conv2d(x_BCHW, weight, bias, **settings)
+    with torch.autocast("cpu", enabled=False):
+        inputs = (None if tensor is None else tensor.float() for tensor in (x_BCHW, weight, bias))
+        return F.conv2d(*inputs, **settings).to(dtype)
+
+
 def _torch(x, weight, bias, residual, dilation) -> torch.Tensor:
-    settings = dict(padding=dilation * (weight.shape[2] // 2), dilation=dilation, groups=weight.shape[0])
-    out = conv_channels_last(lambda x_BCHW: F.conv2d(x_BCHW, weight, bias, **settings), x)
+    padding = dilation * (weight.shape[2] // 2)
+    out = conv_channels_last(
+        lambda x_BCHW: depthwise_conv2d(x_BCHW, weight, bias, padding=padding, dilation=dilation), x
+    )
     return out if residual is None else residual + out
 
 
@@ -138,6 +158,25 @@ def depthwise_conv(
         if reason is not None:
             raise ValueError(f"impl={impl!r} cannot run: {reason}")
     return _BACKENDS[impl](x, weight, bias, residual, dilation)
+
+
+@fx_leaf  # what it computes depends on the device
+class DepthwiseConv2d(nn.Conv2d):
+    """`nn.Conv2d` with a kernel for each channel, by `depthwise_conv2d`.
+
+    Args:
+        dim: Channels.
+        kernel_size: Rows and columns of the kernel, odd; it is padded by half of it.
+        stride: Pixels from one place of the kernel to the next.
+    """
+
+    def __init__(self, dim: int, kernel_size: int, stride: int = 1, bias: bool = True, device=None, dtype=None):
+        dd = dict(device=device, dtype=dtype)
+        super().__init__(dim, dim, kernel_size, stride, kernel_size // 2, groups=dim, bias=bias, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, dim, H, W) -> (B, dim, H', W')."""
+        return depthwise_conv2d(x, self.weight, self.bias, self.stride, self.padding)
 
 
 @fx_leaf  # its implementation depends on the device

@@ -1,11 +1,12 @@
 """Depthwise convolution. Without a GPU its kernels run, slowly, in Triton's interpreter: small maps then."""
+import copy
 from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from ops import DepthwiseConv, depthwise_conv
+from ops import DepthwiseConv, DepthwiseConv2d, depthwise_conv
 from ops.depthwise import choose_depthwise_impl
 
 pytest.importorskip("triton")
@@ -280,6 +281,25 @@ def test_torch_is_what_the_networks_compute():
     conv = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=2, groups=8).permute(0, 2, 3, 1)
     assert depthwise_conv(x, weight, bias, residual, "torch").equal(residual + conv)
     assert depthwise_conv(x, weight, bias, impl="torch").equal(conv)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("kernel", "stride"), [(9, 8), (5, 2), (3, 1)])
+def test_training_in_low_precision_on_a_cpu_computes_in_float32(kernel, stride, dtype, autocast):
+    """As oneDNN's gradients in low precision are slow: what it returns is float32's result and gradients, rounded."""
+    layer = DepthwiseConv2d(16, kernel, stride, dtype=torch.float32 if autocast else dtype)
+    inputs = torch.randn(2, 16, 17, 19).to(dtype).requires_grad_()
+    exact = copy.deepcopy(layer).float()
+    expected = F.conv2d(inputs.float(), exact.weight, exact.bias, stride, kernel // 2, groups=16).to(dtype)
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        out = layer(inputs)
+    upstream = torch.randn(out.shape).to(dtype)
+    grads = torch.autograd.grad(out, [inputs, layer.weight, layer.bias], upstream)
+    wanted = torch.autograd.grad(expected, [inputs, exact.weight, exact.bias], upstream)
+    assert out.dtype == dtype and torch.equal(out, expected)
+    for ours, theirs in zip(grads, wanted, strict=True):
+        assert torch.equal(ours, theirs.to(ours.dtype))
 
 
 def test_auto_takes_it_in_low_precision_on_a_gpu():
