@@ -6,6 +6,7 @@
     python -m routedvit --help          train and evaluate, as main.py of the repository does
     routedvit view, routedvit predict   look at photographs, and name them: scripts/visualize.py, scripts/predict.py
     routedvit export                    write a network to a file for other runtimes: scripts/export.py
+    routedvit knn                       compare frozen networks on a data set: scripts/knn.py
 
 The folders are named in pyproject.toml, [tool.setuptools.package-dir].
 """

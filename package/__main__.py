@@ -1,6 +1,6 @@
 """The commands `routedvit` (also `python -m routedvit`) and `routedvit-hydra`: main.py and hydra_main.py, installed.
 
-`routedvit view` is scripts/visualize.py, `routedvit predict` scripts/predict.py, `routedvit export` scripts/export.py.
+`routedvit view` is scripts/visualize.py, and `routedvit predict`, `export` and `knn` are the scripts of these names.
 
 They import one another, the tasks, the models and the operations under their names in the repository. An installed copy
 has the folders that hold them on the search path of these commands alone: `import routedvit` leaves `models`, `utils`
@@ -14,7 +14,9 @@ from pathlib import Path
 
 # What the commands import beside the requirements of the bare package. Where it is missing, an extra was not installed.
 _TRAIN = ("PIL", "numpy", "torchvision", "tqdm", "yaml")
-_SCRIPTS = dict(view="scripts/visualize.py", predict="scripts/predict.py", export="scripts/export.py")
+_SCRIPTS = dict(
+    view="scripts/visualize.py", predict="scripts/predict.py", export="scripts/export.py", knn="scripts/knn.py",
+)
 _SLURM = (*_TRAIN, "hydra", "omegaconf", "submitit")
 
 

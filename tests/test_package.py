@@ -194,6 +194,13 @@ def test_its_scripts(python, tmp_path):
     assert "church.jpg: church " in done.stderr and page.read_text().startswith("<!DOCTYPE html>")
     assert output_of(python("-m", "routedvit", "view", "--help")).startswith("usage: ")
     assert python("-m", "routedvit", "view").returncode == 2
+    for split in ("train", "val"):
+        for name in ("one", "two"):
+            (tmp_path / "photos" / split / name).mkdir(parents=True)
+            shutil.copy(photo, tmp_path / "photos" / split / name)
+    found = python("-m", "routedvit", "knn", "biformer_nano", "--data_path", tmp_path / "photos", "--input_size", 32,
+                   "--k", 1, "--num_workers", 0, "--device", "cpu")
+    assert "biformer_nano" in output_of(found)
 
 
 @pytest.mark.slow
