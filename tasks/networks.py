@@ -228,6 +228,24 @@ def published_classes(name: str) -> list[str] | None:
     return list(names) if names else None
 
 
+def renew_classifier(model: torch.nn.Module, name: str, classes: list[str] | None) -> list[str]:
+    """Give a model with published weights a new classifier where theirs is of other classes; returns what to say of it.
+
+    Where their number differs, timm has done so.
+
+    Args:
+        model: The model, as timm has built it.
+        name: Its name.
+        classes: Those of the data, where it names them.
+    """
+    published = pretrained_num_classes(name)
+    if model.num_classes != published:
+        difference = f"has {published} classes, not {model.num_classes}"
+    elif difference := class_difference(dict(classes=published_classes(name)), classes):
+        model.reset_classifier(model.num_classes)
+    return [f"the published {name} {difference}: the classifier is re-initialised"] if difference else []
+
+
 def check_pretrained_classes(name: str, num_classes: int):
     """Raises PretrainedClassesError where timm would replace the published classifier by a random one."""
     pretrained = pretrained_num_classes(name)

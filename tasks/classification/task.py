@@ -191,6 +191,8 @@ class ClassificationTask(Task):
         if training:
             if settings.checkpoint.finetune and not settings.checkpoint.resumes_here():
                 self._fine_tune(network, settings.checkpoint.finetune)
+            if settings.model.load_release and not settings.checkpoint.resumes_here():
+                self.tell(networks.renew_classifier(network, self.name, self.classes))
             if settings.model.freeze_backbone:
                 networks.freeze_backbone(network)
             self.num_classes = network.num_classes

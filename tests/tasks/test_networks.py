@@ -3,7 +3,7 @@ import pytest
 import timm
 import torch
 
-from tasks.networks import freeze_backbone, hold_frozen, load_checkpoint
+from tasks.networks import freeze_backbone, hold_frozen, load_checkpoint, published_classes, renew_classifier
 from utils import UsageError
 
 # With one linear layer, two of them, and two with norms of their own.
@@ -77,3 +77,22 @@ def test_a_classifier_of_other_classes_is_re_initialised(name, classes, reason):
     assert after.keys() == expected.keys() and all(torch.equal(after[key], expected[key]) for key in expected)
     rest = {key: value for key, value in trained.state_dict().items() if key not in expected}
     assert rest and all(torch.equal(model.state_dict()[key], value) for key, value in rest.items())
+
+
+@pytest.mark.parametrize("classes, told", [
+    (None, None),
+    (published_classes("biformer_nano"), None),
+    ([*"abcdefghij"], "was trained on other classes: 'n01440764', 'n02102040', 'n02979186', 'n03000684', 'n03028079' "
+                      "and 5 more, where the data has 'a', 'b', 'c', 'd', 'e' and 5 more"),
+    (["a"], "has 10 classes, not 1"),
+])
+def test_published_weights_of_other_classes_get_a_new_classifier(classes, told):
+    """Those of ten classes, on ten others, kept their classifier without a word."""
+    model = timm.create_model("biformer_nano", pretrained=True, num_classes=len(classes or range(10)))
+    before = heads_of(model)
+    backbone = model.stages.state_dict()
+    notes = renew_classifier(model, "biformer_nano", classes)
+    assert notes == ([f"the published biformer_nano {told}: the classifier is re-initialised"] if told else [])
+    is_new = bool(told) and len(classes) == 10  # timm's own, where the number differs
+    assert all(value.equal(heads_of(model)[key]) != is_new for key, value in before.items())
+    assert all(value.equal(model.stages.state_dict()[key]) for key, value in backbone.items())

@@ -125,6 +125,14 @@ def test_some_synsets_of_imagenet_are_evaluated_by_its_numbers(data, favour, cap
     assert set(targets_of(own.dataset("train"))) == {0, 1, 2} and own.num_classes == 3
 
 
+def test_training_from_published_weights_of_other_classes_says_so(data, capfd):
+    task = task_of("--data_path", data, "--load_release", "--model", "biformer_nano")
+    task.dataset("train")
+    assert task.network().num_classes == 3
+    told = "the published biformer_nano has 10 classes, not 3: the classifier is re-initialised"
+    assert told in capfd.readouterr().out
+
+
 def targets_of(dataset):
     return [target for _, target in dataset.source.samples]
 
