@@ -19,7 +19,7 @@ except ImportError:  # Python 3.10
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # Folders of the repository whose modules are in the package; `package/` itself is its top.
 # Scripts that the command `routedvit` runs, and the folder of each one's parts.
-SCRIPTS = {"export": "exporting", "predict": "prediction", "visualize": "viewer"}
+SCRIPTS = {"export": "exporting", "knn": "probing", "predict": "prediction", "visualize": "viewer"}
 LIBRARY, PROGRAM = ("models", "ops", "storage", "weights"), ("configs", "tasks", "training")
 
 
