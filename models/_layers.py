@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import timm.layers
 import torch
-import torch.nn.functional as F
+import torch.fx
 from timm.layers import DropPath, use_fused_attn
 from torch import nn
 
@@ -18,6 +18,7 @@ from ._ops import (
     add_layer_norm,
     apply_linear,
     check_whole,
+    dense_attention,
     fx_leaf,
     is_exported,
     is_plain,
@@ -25,6 +26,8 @@ from ._ops import (
     linear_gelu,
     reuses_memory,
 )
+
+torch.fx.wrap("dense_attention")  # what it computes depends on the device; torch.fx records the call
 
 
 def split_qkv(qkv: torch.Tensor, num_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -54,7 +57,7 @@ def attend(
         (B, heads, N, head_dim).
     """
     if fused:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+        return dense_attention(query, key, value, bias, scale)
     logits = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(-2, -1)
     return (logits if bias is None else logits + bias).softmax(dim=-1) @ value
 

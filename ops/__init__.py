@@ -3,6 +3,7 @@
     RegionGrid.fit(H, W, regions)       how a map of any size is cut into regions
     route_regions(...) -> Routing       which key regions each query region attends to
     routed_attention(..., routing)      attention along those routes
+    dense_attention(...)                of all queries to all keys, by PyTorch
     AttentionRecord(...)                what weights are computed from, to look at them
     BiLevelRoutingAttention(...)        all of it as a module, (B, H, W, C) in and out
     depthwise_conv(...)                 a depthwise convolution of such a map, with what is added to it
@@ -14,6 +15,7 @@
 from .attention import IMPLS, choose_impl, routed_attention, unsupported
 from .bra import BiLevelRoutingAttention
 from .checks import check_positive, check_rates, check_whole
+from .dense import dense_attention
 from .depthwise import DepthwiseConv, DepthwiseConv2d, depthwise_conv, depthwise_conv2d
 from .layout import (
     channels_first,
@@ -55,6 +57,7 @@ __all__ = [
     "choose_norm_impl",
     "conv_channels_last",
     "crop_map",
+    "dense_attention",
     "depthwise_conv",
     "depthwise_conv2d",
     "fixed_if_traced",

@@ -8,23 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from .layout import conv_channels_last
+from .precision import autocast_dtype, computed_in, in_float32, trains_on_cpu_in_low_precision
 from .support import LOW_PRECISION, triton_unsupported
 from .transforms import fx_leaf
 
 _TRITON_KERNELS = (3, 5)
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
-    """The type that autocast computes in here, None where it is off."""
-    device = "cuda" if x.is_cuda else x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
-def _computed_in(x: torch.Tensor) -> torch.dtype:
-    """The type that a convolution of `x` computes in here: under autocast another one than its own."""
-    dtype = x.dtype
-    return _autocast_dtype(x) or dtype if dtype in _TRITON_DTYPES else dtype
 
 
 def _triton_unsupported(x, weight, bias, residual, dilation) -> str | None:
@@ -34,7 +23,7 @@ def _triton_unsupported(x, weight, bias, residual, dilation) -> str | None:
     if kernel not in _TRITON_KERNELS:
         return f"its kernels take 3 x 3 and 5 x 5 weights, got {kernel} x {kernel}"
     any_type = _TRITON_DTYPES
-    alike = (x.dtype,) if _autocast_dtype(x) is None else any_type
+    alike = (x.dtype,) if autocast_dtype(x) is None else any_type
     for name, tensor, dtypes in (("weight", weight, alike), ("bias", bias, alike), ("residual", residual, any_type)):
         if tensor is None:
             continue
@@ -60,7 +49,7 @@ def choose_depthwise_impl(x: torch.Tensor, weight: torch.Tensor, bias=None, resi
 
     "triton" in low precision on a GPU that can run it. Off a GPU, and in float32, all stays as PyTorch computes it.
     """
-    if not x.is_cuda or _computed_in(x) not in LOW_PRECISION:
+    if not x.is_cuda or computed_in(x) not in LOW_PRECISION:
         return "torch"
     return "torch" if depthwise_unsupported("triton", x, weight, bias, residual, dilation) else "triton"
 
@@ -93,12 +82,13 @@ def depthwise_conv2d(
     depthwise convolutions in bfloat16 take three to forty times as long as those in float32.
     """
     settings = dict(stride=stride, padding=padding, dilation=dilation, groups=weight.shape[0])
-    trains = torch.is_grad_enabled() and (x_BCHW.requires_grad or weight.requires_grad)
-    if not (x_BCHW.is_cpu and trains and (dtype := _computed_in(x_BCHW)) in LOW_PRECISION):
+
+    def convolve(x_BCHW, weight, bias):
         return F.conv2d(x_BCHW, weight, bias, **settings)
-    with torch.autocast("cpu", enabled=False):
-        inputs = (None if tensor is None else tensor.float() for tensor in (x_BCHW, weight, bias))
-        return F.conv2d(*inputs, **settings).to(dtype)
+
+    if trains_on_cpu_in_low_precision(x_BCHW, weight, bias):
+        return in_float32(convolve, x_BCHW, weight, bias)
+    return convolve(x_BCHW, weight, bias)
 
 
 def _torch(x, weight, bias, residual, dilation) -> torch.Tensor:
@@ -112,7 +102,7 @@ def _torch(x, weight, bias, residual, dilation) -> torch.Tensor:
 def _triton(x, weight, bias, residual, _dilation) -> torch.Tensor:
     from .fused import depthwise  # imports Triton, which only its users need
 
-    dtype = _computed_in(x)
+    dtype = computed_in(x)
     if dtype != x.dtype:  # then a residual that is x is not what is convolved
         x = x.to(dtype)
     return depthwise.depthwise_conv(x, weight, bias, residual)

@@ -5,8 +5,8 @@ under a mask. Copies are never whole, nor is a mask that would be large: beside 
 the inputs' size, the routes, one block, and one float for each query and head; the backward pass reads the block again.
 """
 import torch
-import torch.nn.functional as F
 
+from ...dense import dense_attention
 from ...layout import flatten_map
 from ...routing import Routing
 from ...support import LOW_PRECISION
@@ -54,5 +54,5 @@ def masked_attention(
     mask = None if everything_routed else route_bias(routing, query.dtype)
     map_size = query.shape[1:3]
     query, key, value = (flatten_map(x).transpose(1, 2) for x in (query, key, value))
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    out = dense_attention(query, key, value, mask, scale)
     return out.transpose(1, 2).unflatten(1, map_size)
