@@ -143,20 +143,30 @@ def images_seen(contender: dict[str, Any], epochs: int) -> int | None:
     return epochs * known[0] if known else None
 
 
+def curve(contender: dict[str, Any]) -> list[tuple[int, list[float]]]:
+    """(epochs, accuracies) with an accuracy of every run that has begun, where all of them have come so far."""
+    curves = [dict(run["curve"]) for run in contender["runs"] if run["curve"]]
+    epochs = sorted(set.intersection(*map(set, curves))) if curves else []
+    return [(epoch, [values[epoch] for values in curves]) for epoch in epochs]
+
+
 def draw(found: dict[str, Any]):
-    """A matplotlib Figure: accuracy against minutes of training, at the rate of the table; a line for each run."""
+    """A matplotlib Figure: accuracy against minutes of training, at the rate of the table.
+
+    A line for each contender, the mean over its seeds, in a band from the least to the most of them.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.subplots()
     for number, (name, contender) in enumerate(found["contenders"].items()):
-        per_second = rate(contender)
-        for run in contender["runs"] if per_second else ():
-            if run["curve"]:
-                epochs, values = zip(*run["curve"], strict=True)
-                minutes = [epoch * run["images_an_epoch"] / per_second / 60 for epoch in epochs]
-                is_first = run is contender["runs"][0]
-                axes.plot(minutes, values, color=f"C{number}", marker=".", label=name if is_first else None)
+        per_second, images = rate(contender), images_seen(contender, 1)
+        if not (per_second and (points := curve(contender))):
+            continue
+        minutes = [epochs * images / per_second / 60 for epochs, _ in points]
+        least, means, most = zip(*((min(values), mean(values), max(values)) for _, values in points), strict=True)
+        axes.plot(minutes, means, color=f"C{number}", marker=".", label=name)
+        axes.fill_between(minutes, least, most, color=f"C{number}", alpha=0.15, linewidth=0)
     axes.set_xlabel(f"minutes of training, {found['machine']['device']}")
     axes.set_ylabel("top-1 accuracy (%)")
     axes.grid(alpha=0.4)

@@ -149,10 +149,14 @@ def test_the_table(plan, tmp_path):
     assert first["curve"] == [[1, 55.0], [2, 60.0]] and first["images_an_epoch"] == 50 and first["seconds"] == 4.0
     assert found["contenders"]["a"]["lr_tried"] == {"0.004": 10.0, "0.008": 20.0}
     (axes,) = results.draw(found).axes
-    assert [line.get_xydata().tolist() for line in axes.lines] == [
-        [[50 / 10 / 60, 55.0], [100 / 10 / 60, 60.0]], [[50 / 10 / 60, 59.0], [100 / 10 / 60, 64.0]],
-        [[50 / 25 / 60, 45.0], [100 / 25 / 60, 50.0]],
+    expected = [
+        [(50 / 10 / 60, 57.0), (100 / 10 / 60, 62.0)],  # the mean of two seeds
+        [(50 / 25 / 60, 45.0), (100 / 25 / 60, 50.0)],
     ]
+    for line, points in zip(axes.lines, expected, strict=True):
+        assert line.get_xydata().tolist() == [pytest.approx(point) for point in points]
+    bands = [band.get_paths()[0].get_extents() for band in axes.collections]
+    assert [(band.ymin, band.ymax) for band in bands] == [(55.0, 64.0), (45.0, 50.0)]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
 
 
