@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .layout import conv_channels_last
-from .precision import autocast_dtype, computed_in, in_float32, trains_on_cpu_in_low_precision
+from .precision import autocast_dtype, computed_in, trained_in_float32
 from .support import LOW_PRECISION, triton_unsupported
 from .transforms import fx_leaf
 
@@ -86,9 +86,7 @@ def depthwise_conv2d(
     def convolve(x_BCHW, weight, bias):
         return F.conv2d(x_BCHW, weight, bias, **settings)
 
-    if trains_on_cpu_in_low_precision(x_BCHW, weight, bias):
-        return in_float32(convolve, x_BCHW, weight, bias)
-    return convolve(x_BCHW, weight, bias)
+    return trained_in_float32(convolve, x_BCHW, weight, bias)
 
 
 def _torch(x, weight, bias, residual, dilation) -> torch.Tensor:

@@ -3,6 +3,7 @@ from collections.abc import Callable
 
 import torch
 
+from .onednn import needs_grad
 from .support import LOW_PRECISION
 
 _AUTOCAST_FROM = (*LOW_PRECISION, torch.float32)
@@ -20,14 +21,10 @@ def computed_in(x: torch.Tensor) -> torch.dtype:
     return autocast_dtype(x) or dtype if dtype in _AUTOCAST_FROM else dtype
 
 
-def trains_on_cpu_in_low_precision(*inputs: torch.Tensor | None) -> bool:
-    """Whether gradients of what is computed from `inputs`, in 16 bits on a CPU, can be asked for."""
-    trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    return trains and inputs[0].is_cpu and computed_in(inputs[0]) in LOW_PRECISION
-
-
-def in_float32(compute: Callable[..., torch.Tensor], *inputs: torch.Tensor | None) -> torch.Tensor:
-    """compute(*inputs) in float32 on a CPU, rounded to the type that it would have had."""
-    dtype = computed_in(inputs[0])
+def trained_in_float32(compute: Callable[..., torch.Tensor], *inputs: torch.Tensor | None) -> torch.Tensor:
+    """compute(*inputs), in a training step in low precision on a CPU from float32, rounded to the type asked for."""
+    first = inputs[0]
+    if not (first.is_cpu and needs_grad(*inputs) and (dtype := computed_in(first)) in LOW_PRECISION):
+        return compute(*inputs)
     with torch.autocast("cpu", enabled=False):
         return compute(*(None if x is None else x.float() for x in inputs)).to(dtype)
