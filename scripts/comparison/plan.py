@@ -1,4 +1,5 @@
 """What is compared: a YAML file of the settings that all runs share, and of those in which they differ."""
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from utils import UserError, one_line
 
 # Flags that the comparison itself gives to its runs.
 GIVEN = frozenset({"lr", "seed", "epochs", "output_dir", "auto_resume", "resume", "eval", "config", "task"})
+OF_NUMBERS = "YAML reads 1e-3 as a word, 1.0e-3 as a number"
 MEASURED, LOGGED = "measured", "logged"
 # Flags that change what a training step costs: their contenders are not measured side by side by their networks alone.
 OF_STEPS = frozenset({
@@ -31,9 +33,10 @@ class Plan:
     Args:
         name: Of the file, without its ending.
         shared: Settings of every run, as a YAML mapping of main.py's flags.
-        runs: By the name of each contender, the settings in which it differs; without `model`, its name is the model.
-        lr: The learning rates that are tried, for 512 images. Where there are several, each contender is trained with
-            each of them for `lr_epochs` epochs, and then from scratch with the one of the highest accuracy.
+        runs: By the name of each contender, the settings in which it differs; without `model`, its name is the model,
+            and with `lr`, that is its learning rate.
+        lr: The learning rates that the others try, for 512 images. Where there are several, each contender is trained
+            with each of them for `lr_epochs` epochs, and then from scratch with the one of the highest accuracy.
         lr_epochs: Epochs of these short runs.
         epochs: Epochs of the runs that are compared.
         seeds: Of these; the short runs have the first.
@@ -44,9 +47,9 @@ class Plan:
     name: str
     shared: yaml.MappingNode
     runs: dict[str, yaml.MappingNode]
-    lr: list[float]
-    lr_epochs: int
     epochs: int
+    lr: list[float] = field(default_factory=list)
+    lr_epochs: int = 0
     seeds: list[int] = field(default_factory=lambda: [0])
     speed: str = MEASURED
 
@@ -65,7 +68,7 @@ class Plan:
         nodes = {key.value: node for key, node in root.value}
         runs = {key.value: _mapping(node) for key, node in nodes["runs"].value}
         own = {key: value for key, value in values.items() if key not in ("settings", "runs")}
-        return cls(path.stem, nodes["settings"], runs, **(dict(lr_epochs=0) | own))
+        return cls(path.stem, nodes["settings"], runs, **own)
 
     def recipe(self, name: str, **given: Any) -> str:
         """The recipe of a run of the contender `name`, as YAML for `--config`; `given` stand above the plan's."""
@@ -85,6 +88,11 @@ class Plan:
         """What the contender `name` has of its own, as plain values."""
         return yaml.safe_load(yaml.serialize(self.runs[name]))
 
+    def rates(self, name: str) -> list[float]:
+        """The learning rates that the contender `name` tries, or its own one."""
+        own = self.own(name)
+        return [own["lr"]] if "lr" in own else self.lr
+
     def check(self, folder: Path, data_path: Path | None) -> dict[str, Settings]:
         """The settings of every contender, by its name; `folder` is for their recipes.
 
@@ -95,7 +103,7 @@ class Plan:
         for name in self.runs:
             file = folder / f"{name}.yaml"
             given = {} if data_path is None else dict(data_path=str(data_path))
-            file.write_text(self.recipe(name, lr=self.lr[0], epochs=self.epochs, **given))
+            file.write_text(self.recipe(name, lr=self.rates(name)[0], epochs=self.epochs, **given))
             task, settings = main.parse(["--config", str(file)])
             main.check_names(task, settings)
             found[name] = settings
@@ -117,19 +125,11 @@ def check(path: Path, values: Any):
         refuse("needs `settings` and `runs`, which are lines of `flag: value`, and of `name: settings`")
     if unknown := values.keys() - known:
         refuse(f"unknown {', '.join(sorted(map(str, unknown)))}; there are {', '.join(sorted(known))}")
-    if not values["runs"]:
-        refuse("`runs` names nothing to compare")
-    for name, own in values["runs"].items():
-        if not isinstance(own, dict | None):
-            refuse(f"`{name}` needs lines of `flag: value`, or none")
-        if "/" in str(name) or str(name).startswith("."):
-            refuse(f"`{name}` cannot be the name of a folder")
-    for mapping in (values["settings"], *filter(None, values["runs"].values())):
-        if own := GIVEN & names_in(mapping):
-            refuse(f"{', '.join(sorted(own))}: the comparison itself gives these, see `lr`, `epochs` and `seeds`")
-    lr, seeds = values.get("lr"), values.get("seeds", [0])
-    if not _is_list_of(lr, (int, float)) or min(lr) <= 0:
-        refuse("`lr` needs a list of learning rates; YAML reads 1e-3 as a word, 1.0e-3 as a number")
+    check_settings_of_runs(values, refuse)
+    lr, seeds = values.get("lr", []), values.get("seeds", [0])
+    needs_lr = "lr" in values or any("lr" not in (own or {}) for own in values["runs"].values())
+    if needs_lr and (not _is_list_of(lr, (int, float)) or min(lr) <= 0):
+        refuse(f"`lr` needs a list of learning rates; {OF_NUMBERS}")
     if not _is_list_of(seeds, int) or min(seeds) < 0:
         refuse("`seeds` needs a list of whole numbers")
     for key in ("epochs", *["lr_epochs"] * (len(lr) > 1)):
@@ -141,6 +141,23 @@ def check(path: Path, values: Any):
     for name, own in values["runs"].items() if speed == MEASURED else ():
         if costly := OF_STEPS & names_in(own or {}):
             refuse(f"`{name}` differs in {', '.join(sorted(costly))}, not in its network alone: add `speed: {LOGGED}`")
+
+
+def check_settings_of_runs(values: dict[str, Any], refuse: Callable[[str], None]):
+    """Call `refuse` where the settings that all runs share, or those of one, are not as they should be."""
+    if not values["runs"]:
+        refuse("`runs` names nothing to compare")
+    for name, own in values["runs"].items():
+        if not isinstance(own, dict | None):
+            refuse(f"`{name}` needs lines of `flag: value`, or none")
+        if "/" in str(name) or str(name).startswith("."):
+            refuse(f"`{name}` cannot be the name of a folder")
+        lr = (own or {}).get("lr", 1.0)
+        if not _is_list_of([lr], (int, float)) or lr <= 0:
+            refuse(f"`lr` of `{name}` needs a learning rate; {OF_NUMBERS}")
+    for mapping, allowed in ((values["settings"], set()), *((own, {"lr"}) for own in values["runs"].values() if own)):
+        if given := (GIVEN & names_in(mapping)) - allowed:
+            refuse(f"{', '.join(sorted(given))}: the comparison itself gives these, see `lr`, `epochs` and `seeds`")
 
 
 def names_in(mapping: dict[Any, Any]) -> set[str]:

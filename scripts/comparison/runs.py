@@ -57,17 +57,15 @@ class PlannedRun:
 
 def short_runs(plan: Plan, folder: Path) -> dict[str, list[PlannedRun]]:
     """By contender, the runs that choose its learning rate; none where there is no choice."""
-    rates = plan.lr if len(plan.lr) > 1 else []
     return {
         name: [PlannedRun(name, lr, plan.seeds[0], plan.lr_epochs, folder / name / f"lr-{lr:g}") for lr in rates]
+        if len(rates := plan.rates(name)) > 1 else []
         for name in plan.runs
     }
 
 
-def chosen_lr(plan: Plan, short: list[PlannedRun]) -> float | None:
+def chosen_lr(short: list[PlannedRun]) -> float | None:
     """The learning rate of the highest accuracy, the lower one of equals; None while short runs are missing."""
-    if not short:
-        return plan.lr[0]
     accuracies = [run.accuracy for run in short]
     if None in accuracies:
         return None
@@ -79,7 +77,7 @@ def long_runs(plan: Plan, folder: Path) -> dict[str, list[PlannedRun]]:
     """By contender, the runs that are compared; none while its learning rate is not chosen."""
     found = {}
     for name, short in short_runs(plan, folder).items():
-        lr = chosen_lr(plan, short)
+        lr = chosen_lr(short) if short else plan.rates(name)[0]
         seeds = [] if lr is None else plan.seeds
         found[name] = [PlannedRun(name, lr, seed, plan.epochs, folder / name / f"seed-{seed}") for seed in seeds]
     return found

@@ -22,8 +22,7 @@ RECORDS = sorted(PLANS & {path.stem for path in (ROOT / "benchmarks/comparison")
 
 
 def write_plan(path, **changed):
-    plan = dict(settings=SETTINGS, lr=[0.004, 0.0], lr_epochs=1, epochs=2, runs=dict(biformer_nano=None))
-    plan["lr"] = [0.004, 0.008]
+    plan = dict(settings=SETTINGS, lr=[0.004, 0.008], lr_epochs=1, epochs=2, runs=dict(biformer_nano=None))
     path.write_text(yaml.safe_dump(plan | changed, sort_keys=False))
     return path
 
@@ -63,7 +62,11 @@ def test_a_recipe_says_what_the_plan_says(tmp_path):
     (dict(runs={}), "`runs` names nothing to compare"),
     (dict(runs=dict(a=3)), "`a` needs lines of `flag: value`, or none"),
     (dict(runs={"../a": None}), "`../a` cannot be the name of a folder"),
-    (dict(runs=dict(a=dict(lr=1.0))), "lr: the comparison itself gives these"),
+    (dict(runs=dict(a=dict(seed=1))), "seed: the comparison itself gives these"),
+    (dict(settings=dict(SETTINGS, lr=1e-3)), "lr: the comparison itself gives these"),
+    (dict(runs=dict(a=dict(lr="1e-3"))), "`lr` of `a` needs a learning rate; YAML reads 1e-3 as a word"),
+    (dict(runs=dict(a=dict(lr=[1e-3]))), "`lr` of `a` needs a learning rate"),
+    (dict(lr=None), "`lr` needs a list"),
     (dict(seed=3), "unknown seed; there are epochs, lr, lr_epochs, runs, seeds, settings, speed"),
     (dict(speed="fast"), "`speed` is measured or logged"),
     (dict(runs=dict(a=dict(token_label="maps"))), "`a` differs in token_label, not in its network alone"),
@@ -119,12 +122,24 @@ def test_of_equal_learning_rates_the_lower_is_taken(plan, tmp_path):
         log(tmp_path / "a" / f"lr-{rate}", value)
         log(tmp_path / "b" / f"lr-{rate}", None)
     short = runs.short_runs(plan, tmp_path)
-    assert runs.chosen_lr(plan, short["a"]) == runs.chosen_lr(plan, short["b"]) == 0.004
+    assert runs.chosen_lr(short["a"]) == runs.chosen_lr(short["b"]) == 0.004
 
 
 def test_one_learning_rate_needs_no_short_runs(tmp_path):
     plan = Plan.read(write_plan(tmp_path / "plan.yaml", lr=[0.004]))
     assert [str(run) for run in runs.remaining(plan, tmp_path)] == ["biformer_nano, lr 0.004, seed 0, 2 epochs"]
+
+
+def test_a_learning_rate_of_its_own_needs_no_short_runs(tmp_path):
+    """Beside contenders that try several; and where all have their own, the plan needs none."""
+    plan = Plan.read(write_plan(tmp_path / "plan.yaml", runs=dict(a=None, b=dict(lr=0.002, model="biformer_nano"))))
+    assert [str(run) for run in runs.remaining(plan, tmp_path)] == [
+        "a, lr 0.004, seed 0, 1 epochs", "a, lr 0.008, seed 0, 1 epochs", "b, lr 0.002, seed 0, 2 epochs"]
+    values = dict(settings=SETTINGS, epochs=2, runs=dict(biformer_nano=dict(lr=0.002)))
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(values))
+    plan = Plan.read(tmp_path / "own.yaml")
+    assert [str(run) for run in runs.remaining(plan, tmp_path)] == ["biformer_nano, lr 0.002, seed 0, 2 epochs"]
+    assert plan.check(tmp_path, tmp_path)["biformer_nano"].optimizer.lr == 0.002
 
 
 # --- what is reported -------------------------------------------------------------------------------------------------
