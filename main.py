@@ -220,7 +220,7 @@ def run_task(asked: CommandLine):
 
 
 def main(argv: Sequence[str] | None = None, tasks: TaskRegistry = TASKS) -> int:
-    """Run a command line; returns the exit code: 0, 1 (a mistake or fault), 2 (wrong command line), EXIT_RESUME."""
+    """Run a command line; returns the exit code: 0, EXIT_RESUME, or the error's: 1, 2 for usage, 3 for divergence."""
     known_advice = ADVICE
     try:
         asked = understand(sys.argv[1:] if argv is None else argv, tasks)

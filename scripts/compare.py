@@ -11,7 +11,6 @@ it was stopped, by Ctrl-C, SIGTERM, `--minutes` or a fault. What has been found 
 import argparse
 import math
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -20,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import training.startup  # before torch, as main.py does  # noqa: F401  # isort: skip
 from scripts.comparison import results, runs
 from scripts.comparison.plan import Plan
+from training.options import Settings
 from training.signals import EXIT_RESUME
 from utils import UserError, count, run_script, user_path
 
@@ -27,10 +27,12 @@ from utils import UserError, count, run_script, user_path
 def compare(args: argparse.Namespace):
     plan = Plan.read(args.plan)
     deadline = time.monotonic() + 60 * args.minutes
-    with tempfile.TemporaryDirectory() as folder:
-        settings = plan.check(Path(folder), args.data_path)
+    data_path = args.data_path or (args.output_dir if args.draw else None)  # to draw, no data are read
+    given = {} if data_path is None else dict(data_path=str(data_path))
+    settings = {name: plan.parse(name, lr=plan.rates(name)[0], epochs=plan.epochs, **given) for name in plan.runs}
+    runs.check_settings(plan, args.output_dir, **given)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    failed = [] if args.draw else train_all(plan, args, deadline)
+    failed = [] if args.draw else train_all(plan, settings, args.output_dir, deadline, **given)
     speeds = results.speeds(plan, settings, args.output_dir, measure=not args.draw)
     table = results.write(plan, speeds, args.output_dir)
     print(f"\n{table}\n{args.output_dir / 'results.json'}")
@@ -38,21 +40,25 @@ def compare(args: argparse.Namespace):
         raise UserError(f"{count(len(failed), 'run')} failed; the same command tries them again")
 
 
-def train_all(plan: Plan, args: argparse.Namespace, deadline: float) -> list[runs.PlannedRun]:
-    """Train what remains, while time is left; returns the runs that failed."""
+def train_all(
+    plan: Plan, settings: dict[str, Settings], folder: Path, deadline: float, **given: str
+) -> list[runs.PlannedRun]:
+    """Train what remains, while time is left; returns the runs that failed, without those that diverged."""
     failed = []
-    while run := next((run for run in runs.remaining(plan, args.output_dir) if run not in failed), None):
-        data = {} if args.data_path is None else dict(data_path=str(args.data_path))
-        recipe = plan.recipe(run.contender, lr=run.lr, seed=run.seed, epochs=run.epochs, **data)
-        runs.check_settings(run, recipe)
+    while run := next((run for run in runs.remaining(plan, folder) if run not in failed), None):
+        recipe = plan.recipe(run.contender, lr=run.lr, seed=run.seed, epochs=run.epochs, **given)
         print(f"{run} ... ", end="", flush=True)
-        code = runs.train(run, recipe, deadline)
-        if code != 0 or run.accuracy is None:
+        results.write_machine(run, settings[run.contender])
+        runs.train(run, recipe, deadline)
+        if run.has_diverged:
+            print("diverged", flush=True)
+        elif run.accuracy is None:
             failed.append(run)
-            print(f"failed, see {run.folder}.txt", flush=True)
+            print(f"failed, see {run.beside('txt')}", flush=True)
         else:
             print(f"{run.accuracy:.2f} %", flush=True)
-        results.write(plan, results.speeds(plan, {}, args.output_dir, measure=False), args.output_dir)
+        runs.check_settings(plan, folder, **given)  # those of a learning rate that has just been chosen too
+        results.write(plan, results.speeds(plan, settings, folder, measure=False), folder)
     return failed
 
 

@@ -10,6 +10,7 @@ import torch
 
 from .distributed import Distributed
 from .run import Run, SpoiledRunError
+from .signals import EXIT_NON_FINITE
 
 # What a log line says of its steps beside the loss and the task's own parts of it.
 _MEASURED = {
@@ -19,7 +20,9 @@ _MEASURED = {
 
 
 class NonFiniteLossError(SpoiledRunError):
-    """The loss, a weight or the optimizer's state became NaN or infinite."""
+    """The loss, a weight or the optimizer's state became NaN or infinite: exit code 3, for what tries such a run."""
+
+    exit_code = EXIT_NON_FINITE
 
 
 def check_finite(run: Run):

@@ -21,6 +21,8 @@ from .process import outlive_readers
 
 # EX_TEMPFAIL of sysexits.h: the run was asked to leave and has saved itself; start it again.
 EXIT_RESUME = 75
+# The run diverged: started again with the same settings, it would do so again.
+EXIT_NON_FINITE = 3
 # torch has no class for gloo's errors, and gloo's words do not always name it.
 _OF_PEERS = re.compile(
     r"gloo/|gloo timeout|caused pair closure|connection (reset|closed|refused)|nccl.*(remote|time|abort|connection)",

@@ -1,4 +1,5 @@
 """What is compared: a YAML file of the settings that all runs share, and of those in which they differ."""
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +16,12 @@ from utils import UserError, one_line
 GIVEN = frozenset({"lr", "seed", "epochs", "output_dir", "auto_resume", "resume", "eval", "config", "task"})
 OF_NUMBERS = "YAML reads 1e-3 as a word, 1.0e-3 as a number"
 MEASURED, LOGGED = "measured", "logged"
-# Flags that change what a training step costs: their contenders are not measured side by side by their networks alone.
-OF_STEPS = frozenset({
-    "batch_size", "input_size", "amp", "channels_last", "compile", "cuda_graph", "grad_checkpointing", "update_freq",
-    "distillation_type", "token_label", "freeze_backbone",
-})
+# Flags with which a run may end before its last epoch, or without the accuracy after it.
+WITHOUT_END = frozenset({"max_steps", "patience", "disable_eval"})
+# Flags that change what a training step costs. Steps are not measured with those of the first set; those of the second
+# are measured with as long as they are the same for all contenders.
+UNMEASURED = frozenset({"grad_checkpointing", "update_freq", "distillation_type", "token_label", "freeze_backbone"})
+OF_STEPS = UNMEASURED | {"batch_size", "input_size", "amp", "channels_last", "compile", "cuda_graph"}
 
 
 class PlanError(UserError):
@@ -93,21 +95,18 @@ class Plan:
         own = self.own(name)
         return [own["lr"]] if "lr" in own else self.lr
 
-    def check(self, folder: Path, data_path: Path | None) -> dict[str, Settings]:
-        """The settings of every contender, by its name; `folder` is for their recipes.
+    def parse(self, name: str, **given: Any) -> Settings:
+        """The settings of a run of the contender `name`, with `given` above the plan's.
 
         Raises:
             UserError: main.py refuses them.
         """
-        found = {}
-        for name in self.runs:
-            file = folder / f"{name}.yaml"
-            given = {} if data_path is None else dict(data_path=str(data_path))
-            file.write_text(self.recipe(name, lr=self.rates(name)[0], epochs=self.epochs, **given))
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, f"{name}.yaml")
+            file.write_text(self.recipe(name, **given))
             task, settings = main.parse(["--config", str(file)])
-            main.check_names(task, settings)
-            found[name] = settings
-        return found
+        main.check_names(task, settings)
+        return settings
 
 
 def _mapping(node: yaml.Node) -> yaml.MappingNode:
@@ -138,7 +137,11 @@ def check(path: Path, values: Any):
     speed = values.get("speed", MEASURED)
     if speed not in (MEASURED, LOGGED):
         refuse(f"`speed` is {MEASURED} or {LOGGED}")
-    for name, own in values["runs"].items() if speed == MEASURED else ():
+    if speed == LOGGED:
+        return
+    if costly := UNMEASURED & names_in(values["settings"]):
+        refuse(f"steps are not measured with {', '.join(sorted(costly))}: add `speed: {LOGGED}`")
+    for name, own in values["runs"].items():
         if costly := OF_STEPS & names_in(own or {}):
             refuse(f"`{name}` differs in {', '.join(sorted(costly))}, not in its network alone: add `speed: {LOGGED}`")
 
@@ -158,6 +161,8 @@ def check_settings_of_runs(values: dict[str, Any], refuse: Callable[[str], None]
     for mapping, allowed in ((values["settings"], set()), *((own, {"lr"}) for own in values["runs"].values() if own)):
         if given := (GIVEN & names_in(mapping)) - allowed:
             refuse(f"{', '.join(sorted(given))}: the comparison itself gives these, see `lr`, `epochs` and `seeds`")
+        if given := WITHOUT_END & names_in(mapping):
+            refuse(f"{', '.join(sorted(given))}: what is compared is the accuracy after `epochs` epochs")
 
 
 def names_in(mapping: dict[Any, Any]) -> set[str]:

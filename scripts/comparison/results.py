@@ -22,22 +22,49 @@ ROUNDS = 10
 SPEED = "speed.json"
 
 
-# --- speed ------------------------------------------------------------------------------------------------------------
+# --- machine and speed ------------------------------------------------------------------------------------------------
+
+
+def write_machine(run: PlannedRun, settings: Settings):
+    """Keep beside a run the machine that it is going to be trained on."""
+    found = machine(init_distributed(settings.machine.device).device)
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(run.beside("json"), lambda file: file.write(json.dumps(found).encode()))
+
+
+def machine_of(run: PlannedRun) -> dict[str, Any] | None:
+    """The machine that a run was trained on last, where that is known."""
+    file = run.beside("json")
+    return json.loads(file.read_text()) if file.is_file() else None
 
 
 def speeds(plan: Plan, settings: dict[str, Settings], folder: Path, measure: bool) -> dict[str, Any]:
     """The "machine", and "rows" of the speed of training steps by contender; measured where that was not done before.
 
-    Empty where speed is taken from the logs, or is not measured yet.
+    Empty where speed is taken from the logs, or is not measured yet, or was of other settings.
     """
     file = folder / SPEED
     if plan.speed == LOGGED:
         return {}
     found = json.loads(file.read_text()) if file.is_file() else {}
-    if measure and found.get("rows", {}).keys() != settings.keys():
-        found = measure_speeds(settings)
-        replace_file(file, lambda opened: opened.write(json.dumps(found, indent=1).encode()))
+    if found.get("steps") == steps_of(settings):
+        return found
+    if not measure:
+        return {}
+    found = dict(steps=steps_of(settings), **measure_speeds(settings))
+    replace_file(file, lambda opened: opened.write(json.dumps(found, indent=1).encode()))
     return found
+
+
+def steps_of(settings: dict[str, Settings]) -> dict[str, Any]:
+    """What is measured, by contender, as JSON keeps it."""
+    of_machine = ("device", "amp", "channels_last", "compile", "cuda_graph")
+    return {
+        name: dict(model=own.model.model, model_kwargs=own.model.model_kwargs, batch_size=own.loader.batch_size,
+                   input_size=list(to_2tuple(own.model.input_size)),
+                   **{key: getattr(own.machine, key) for key in of_machine})
+        for name, own in settings.items()
+    }
 
 
 def measure_speeds(settings: dict[str, Settings]) -> dict[str, Any]:
@@ -65,7 +92,10 @@ def hashable(kwargs: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
 
 
 def record(plan: Plan, measured: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """All that is known so far, of plain values; seconds and images/s of a run are those of its log."""
+    """All that is known so far, of plain values.
+
+    "machine" is that of the speeds that were measured; seconds, images/s and "machine" of a run are its own.
+    """
     short, long = short_runs(plan, folder), long_runs(plan, folder)
     contenders = {
         name: dict(
@@ -75,8 +105,8 @@ def record(plan: Plan, measured: dict[str, Any], folder: Path) -> dict[str, Any]
         for name in plan.runs
     }
     return dict(
-        plan=plan.name, machine=measured.get("machine") or machine(init_distributed().device), shared=plan.settings,
-        epochs=plan.epochs, lr_epochs=plan.lr_epochs, contenders=contenders,
+        plan=plan.name, machine=measured.get("machine"), shared=plan.settings, epochs=plan.epochs,
+        lr_epochs=plan.lr_epochs, contenders=contenders,
     )
 
 
@@ -86,8 +116,9 @@ def run_record(run: PlannedRun) -> dict[str, Any]:
     rates = [epoch["train_images_per_second"] for epoch in log]
     images = round(seconds[0] * rates[0]) if log else None
     curve = [(epoch["epoch"] + 1, epoch[METRIC]) for epoch in log if epoch.get(METRIC) is not None]
-    return dict(lr=run.lr, seed=run.seed, accuracy=run.accuracy, images_an_epoch=images, seconds=sum(seconds),
-                images_per_second=median(rates) if rates else None, curve=curve)
+    return dict(lr=run.lr, seed=run.seed, accuracy=run.accuracy, diverged=run.has_diverged, images_an_epoch=images,
+                seconds=sum(seconds), images_per_second=median(rates) if rates else None, machine=machine_of(run),
+                curve=curve)
 
 
 def write(plan: Plan, measured: dict[str, Any], folder: Path) -> str:
@@ -124,17 +155,26 @@ def table(found: dict[str, Any]) -> str:
     for name, contender in found["contenders"].items():
         values, speed, images = accuracies(contender), contender["speed"] or {}, images_seen(contender, found["epochs"])
         spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
-        per_second = rate(contender)
+        per_second, diverged = rate(contender), sum(run["diverged"] for run in contender["runs"])
         lines.append((
             name,
-            f"{contender['runs'][0]['lr']:g}" if contender["runs"] else "",
+            lr_cell(contender),
             f"{mean(values):.2f}{spread}" if values else speed.get("failed", ""),
-            str(len(values)),
+            f"{len(values)}{f', {diverged} diverged' if diverged else ''}",
             tables.CELLS["images/s"](speed) if "quartiles" in speed else f"{per_second:.4g}" if per_second else "",
             tables.CELLS["MiB"](speed),
             f"{images / per_second / 60:.0f}" if images and per_second else "",
         ))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def lr_cell(contender: dict[str, Any]) -> str:
+    """The learning rate of the runs, and whether it is the end of those tried: one beyond it might have been better."""
+    if not contender["runs"]:
+        return ""
+    lr, tried = contender["runs"][0]["lr"], [float(value) for value in contender["lr_tried"]]
+    end = {max(tried): " (highest)", min(tried): " (lowest)"} if len(tried) > 1 else {}
+    return f"{lr:g}{end.get(lr, '')}"
 
 
 def images_seen(contender: dict[str, Any], epochs: int) -> int | None:
@@ -167,7 +207,9 @@ def draw(found: dict[str, Any]):
         least, means, most = zip(*((min(values), mean(values), max(values)) for _, values in points), strict=True)
         axes.plot(minutes, means, color=f"C{number}", marker=".", label=name)
         axes.fill_between(minutes, least, most, color=f"C{number}", alpha=0.15, linewidth=0)
-    axes.set_xlabel(f"minutes of training, {found['machine']['device']}")
+    on = found["machine"]
+    axes.set_xlabel(f"minutes of training steps, {on['device']}, {on['threads']} threads" if on else
+                    "minutes of training")
     axes.set_ylabel("top-1 accuracy (%)")
     axes.grid(alpha=0.4)
     if axes.lines:

@@ -10,18 +10,19 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import yaml
-
+import main
+from training import flags
 from training.log import logged
 from training.options import NO_RESULT
 from training.process import end_with_parent
-from training.signals import EXIT_RESUME
+from training.signals import EXIT_NON_FINITE, EXIT_RESUME
 from utils import UserError, replace_file
 
 from .plan import Plan
 
 ROOT = Path(__file__).resolve().parents[2]
 METRIC = "val_acc1"
+DIVERGED = "diverged"  # a file in the run's folder: with the same settings, it would do so again
 
 
 class OutOfTime(Exception):
@@ -48,11 +49,21 @@ class PlannedRun:
 
     @property
     def accuracy(self) -> float | None:
-        """Top-1 accuracy after the last epoch, in percent; None where the run has not ended, NaN where it diverged."""
+        """Top-1 accuracy after the last epoch, in percent; None where the run has not come so far."""
         log = self.log
-        if not log or log[-1]["epoch"] + 1 < self.epochs:
-            return None
-        return math.nan if log[-1][METRIC] is None else log[-1][METRIC]
+        return log[-1][METRIC] if log and log[-1]["epoch"] + 1 == self.epochs else None
+
+    def beside(self, ending: str) -> Path:
+        """A file beside the run's folder, which is main.py's: its recipe (yaml), messages (txt), machine (json)."""
+        return self.folder.with_name(f"{self.folder.name}.{ending}")
+
+    @property
+    def has_diverged(self) -> bool:
+        return (self.folder / DIVERGED).exists()
+
+    @property
+    def has_ended(self) -> bool:
+        return self.has_diverged or self.accuracy is not None
 
 
 def short_runs(plan: Plan, folder: Path) -> dict[str, list[PlannedRun]]:
@@ -66,11 +77,10 @@ def short_runs(plan: Plan, folder: Path) -> dict[str, list[PlannedRun]]:
 
 def chosen_lr(short: list[PlannedRun]) -> float | None:
     """The learning rate of the highest accuracy, the lower one of equals; None while short runs are missing."""
-    accuracies = [run.accuracy for run in short]
-    if None in accuracies:
+    if not all(run.has_ended for run in short):
         return None
-    best = max(accuracies, key=lambda value: -math.inf if math.isnan(value) else value)
-    return min(run.lr for run, value in zip(short, accuracies, strict=True) if value == best or math.isnan(best))
+    accuracies = [-math.inf if run.has_diverged else run.accuracy for run in short]
+    return min(run.lr for run, value in zip(short, accuracies, strict=True) if value == max(accuracies))
 
 
 def long_runs(plan: Plan, folder: Path) -> dict[str, list[PlannedRun]]:
@@ -87,52 +97,65 @@ def remaining(plan: Plan, folder: Path) -> Iterator[PlannedRun]:
     """Runs that have not ended: the short ones of all contenders, then every contender with the first seed, and so on.
     """
     for runs in short_runs(plan, folder).values():
-        yield from (run for run in runs if run.accuracy is None)
+        yield from (run for run in runs if not run.has_ended)
     for i in range(len(plan.seeds)):
-        yield from (runs[i] for runs in long_runs(plan, folder).values() if runs and runs[i].accuracy is None)
+        yield from (runs[i] for runs in long_runs(plan, folder).values() if runs and not runs[i].has_ended)
 
 
-def check_settings(run: PlannedRun, recipe: str):
-    """Raises UserError where the folder holds a run with other settings, which would be compared with the rest."""
-    file = run.folder / "args.yaml"
-    if not file.is_file():
-        return
-    has, asked = (yaml.safe_load(text) for text in (file.read_text(), recipe))
-    others = [
-        f"{key} {has.get(key)}, not {value}" for key, value in asked.items()
-        if key not in NO_RESULT and has.get(key) != value
-    ]
-    if others:
-        raise UserError(f"{run.folder} holds a run of other settings: {'; '.join(others)}; give another --output_dir")
+def check_settings(plan: Plan, folder: Path, **given: str):
+    """Check the runs that are in the folder, ended or not, before any is compared with others.
+
+    Args:
+        plan: What is compared.
+        folder: Of its runs.
+        given: Settings that stand above the plan's.
+
+    Raises:
+        UserError: One of them has other settings than the plan gives it.
+    """
+    for runs in (*short_runs(plan, folder).values(), *long_runs(plan, folder).values()):
+        for run in (run for run in runs if (run.folder / "args.yaml").is_file()):
+            has = flags.as_recipe(main.parse(["--config", str(run.folder / "args.yaml")])[1])
+            asked = flags.as_recipe(plan.parse(run.contender, lr=run.lr, seed=run.seed, epochs=run.epochs, **given))
+            others = [f"{key} {has[key]}, not {asked[key]}" for key in asked.keys() & has.keys() - NO_RESULT
+                      if has[key] != asked[key]]
+            if others:
+                raise UserError(f"{run.folder} holds a run of other settings: {'; '.join(sorted(others))}; give "
+                                "another --output_dir")
 
 
 def train(run: PlannedRun, recipe: str, deadline: float) -> int:
     """Train, or resume, until the run or the time is over; returns the exit code.
 
     Raises:
-        OutOfTime: `time.monotonic()` is past the deadline, and the run has saved itself.
+        OutOfTime: `time.monotonic()` is past the deadline, or the run was asked to leave, and has saved itself.
         KeyboardInterrupt: This process was told to end, and so was the run, which has saved itself.
     """
+    if time.monotonic() >= deadline:
+        raise OutOfTime
     run.folder.parent.mkdir(parents=True, exist_ok=True)
-    file = run.folder.with_name(f"{run.folder.name}.yaml")
-    replace_file(file, lambda opened: opened.write(recipe.encode()))
-    words = [sys.executable, str(ROOT / "main.py"), "--config", str(file), "--output_dir", str(run.folder)]
-    with open(run.folder.with_name(f"{run.folder.name}.txt"), "ab") as output, interrupted_by_sigterm():
+    replace_file(run.beside("yaml"), lambda file: file.write(recipe.encode()))
+    words = [sys.executable, str(ROOT / "main.py"), "--config", str(run.beside("yaml")), "--output_dir"]
+    with open(run.beside("txt"), "ab") as output, interrupted_by_sigterm():
         process = subprocess.Popen(
-            [*words, "--auto_resume"], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            start_new_session=True, preexec_fn=partial(end_with_parent, signal.SIGTERM),
+            [*words, str(run.folder), "--auto_resume"], stdin=subprocess.DEVNULL, stdout=output,
+            stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=partial(end_with_parent, signal.SIGTERM),
         )
         try:
             code = process.wait(timeout=None if deadline == math.inf else max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.terminate()
-            code = process.wait()
+            if process.wait() != 0:  # in its first seconds, a program ends by the signal itself
+                raise OutOfTime from None
+            code = 0
         except KeyboardInterrupt:
             process.terminate()
             process.wait()
             raise
     if code == EXIT_RESUME:
         raise OutOfTime
+    if code == EXIT_NON_FINITE:
+        (run.folder / DIVERGED).touch()
     return code
 
 

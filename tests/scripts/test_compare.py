@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+import torch
 import yaml
 
 from helpers import ROOT
@@ -63,6 +64,9 @@ def test_a_recipe_says_what_the_plan_says(tmp_path):
     (dict(runs=dict(a=3)), "`a` needs lines of `flag: value`, or none"),
     (dict(runs={"../a": None}), "`../a` cannot be the name of a folder"),
     (dict(runs=dict(a=dict(seed=1))), "seed: the comparison itself gives these"),
+    (dict(settings=dict(SETTINGS, patience=5)), "patience: what is compared is the accuracy after `epochs` epochs"),
+    (dict(runs=dict(a=dict(disable_eval=True))), "disable_eval: what is compared is the accuracy"),
+    (dict(settings=dict(SETTINGS, grad_checkpointing=True)), "steps are not measured with grad_checkpointing: add"),
     (dict(settings=dict(SETTINGS, lr=1e-3)), "lr: the comparison itself gives these"),
     (dict(runs=dict(a=dict(lr="1e-3"))), "`lr` of `a` needs a learning rate; YAML reads 1e-3 as a word"),
     (dict(runs=dict(a=dict(lr=[1e-3]))), "`lr` of `a` needs a learning rate"),
@@ -72,7 +76,7 @@ def test_a_recipe_says_what_the_plan_says(tmp_path):
     (dict(runs=dict(a=dict(token_label="maps"))), "`a` differs in token_label, not in its network alone"),
     (dict(settings=None), "needs `settings` and `runs`"),
     (dict(runs=dict(biformer_nono=None)), "biformer_nano"),
-    (dict(settings=dict(SETTINGS, mixupp=1)), "mixup"),
+    (dict(settings=dict(SETTINGS, mixupp=1)), "did you mean mixup"),
 ])
 def test_mistakes_in_the_file(tmp_path, photos, capsys, changed, error):
     """Before anything is written."""
@@ -111,7 +115,8 @@ def test_runs_follow_their_order(plan, tmp_path):
     assert waiting() == ["b, lr 0.004, seed 0, 1 epochs", "b, lr 0.008, seed 0, 1 epochs",
                          "a, lr 0.008, seed 0, 2 epochs", "a, lr 0.008, seed 1, 2 epochs"]
     log(tmp_path / "b" / "lr-0.004", 30.0)
-    log(tmp_path / "b" / "lr-0.008", None)  # diverged
+    (tmp_path / "b" / "lr-0.008").mkdir()
+    (tmp_path / "b" / "lr-0.008" / runs.DIVERGED).touch()
     log(tmp_path / "a" / "seed-0", 60.0)  # one of two epochs
     assert waiting() == ["a, lr 0.008, seed 0, 2 epochs", "b, lr 0.004, seed 0, 2 epochs",
                          "a, lr 0.008, seed 1, 2 epochs", "b, lr 0.004, seed 1, 2 epochs"]
@@ -120,7 +125,8 @@ def test_runs_follow_their_order(plan, tmp_path):
 def test_of_equal_learning_rates_the_lower_is_taken(plan, tmp_path):
     for rate, value in (("0.004", 40.0), ("0.008", 40.0)):
         log(tmp_path / "a" / f"lr-{rate}", value)
-        log(tmp_path / "b" / f"lr-{rate}", None)
+        log(tmp_path / "b" / f"lr-{rate}", 30.0)
+        (tmp_path / "b" / f"lr-{rate}" / runs.DIVERGED).touch()
     short = runs.short_runs(plan, tmp_path)
     assert runs.chosen_lr(short["a"]) == runs.chosen_lr(short["b"]) == 0.004
 
@@ -139,7 +145,6 @@ def test_a_learning_rate_of_its_own_needs_no_short_runs(tmp_path):
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(values))
     plan = Plan.read(tmp_path / "own.yaml")
     assert [str(run) for run in runs.remaining(plan, tmp_path)] == ["biformer_nano, lr 0.002, seed 0, 2 epochs"]
-    assert plan.check(tmp_path, tmp_path)["biformer_nano"].optimizer.lr == 0.002
 
 
 # --- what is reported -------------------------------------------------------------------------------------------------
@@ -153,11 +158,13 @@ def test_the_table(plan, tmp_path):
         for seed, value in enumerate(values):
             log(tmp_path / name / f"seed-{seed}", value - 5, value)
     row = dict(images_per_second=10.0, quartiles=[9.0, 11.0], peak_memory_mb=123.4)
-    speed = dict(machine=dict(device="x"), rows=dict(a=row))
+    (tmp_path / "b" / "seed-1").mkdir()
+    (tmp_path / "b" / "seed-1" / runs.DIVERGED).touch()
+    speed = dict(machine=dict(device="x", threads=3), rows=dict(a=row))
     table = results.write(plan, speed, tmp_path)
     assert table.splitlines()[2:] == [
-        "| a | 0.008 | 62.00 ± 2.83 | 2 | 10.00 (9.000 to 11.00) | 123 | 0 |",
-        "| b | 0.008 | 50.00 | 1 | 25 |  | 0 |",
+        "| a | 0.008 (highest) | 62.00 ± 2.83 | 2 | 10.00 (9.000 to 11.00) | 123 | 0 |",
+        "| b | 0.008 (highest) | 50.00 | 1, 1 diverged | 25 |  | 0 |",
     ]
     found = json.loads((tmp_path / "results.json").read_text())
     first = found["contenders"]["a"]["runs"][0]
@@ -173,6 +180,17 @@ def test_the_table(plan, tmp_path):
     bands = [band.get_paths()[0].get_extents() for band in axes.collections]
     assert [(band.ymin, band.ymax) for band in bands] == [(55.0, 64.0), (45.0, 50.0)]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
+    assert axes.get_xlabel() == "minutes of training steps, x, 3 threads"
+
+
+@pytest.mark.parametrize(("tried", "cell"), [
+    ((30.0, 20.0, 10.0), "0.002 (lowest)"), ((20.0, 30.0, 10.0), "0.004"), ((10.0, 20.0, 30.0), "0.008 (highest)"),
+])
+def test_a_learning_rate_at_the_end_of_those_tried_is_named(tmp_path, tried, cell):
+    plan = Plan.read(write_plan(tmp_path / "plan.yaml", lr=[0.002, 0.004, 0.008]))
+    for rate, value in zip(plan.lr, tried, strict=True):
+        log(tmp_path / "biformer_nano" / f"lr-{rate:g}", value)
+    assert results.write(plan, {}, tmp_path).splitlines()[2].split(" | ")[1] == cell
 
 
 def test_nothing_yet(plan, tmp_path):
@@ -187,6 +205,11 @@ def test_the_tables_of_the_documents_follow_from_the_records(name):
     assert results.table(record) in (ROOT / "docs/comparison.md").read_text()
     assert record["contenders"].keys() == plan.runs.keys() and record["shared"] == plan.settings
     assert (record["epochs"], record["lr_epochs"]) == (plan.epochs, plan.lr_epochs)
+    for name, contender in record["contenders"].items():
+        assert contender["settings"] == plan.own(name) and [run["seed"] for run in contender["runs"]] == plan.seeds
+        rates = plan.rates(name)
+        assert [float(lr) for lr in contender["lr_tried"]] == (rates if len(rates) > 1 else [])
+        assert {run["lr"] for run in contender["runs"]} <= {*rates}
 
 
 # --- whole comparisons ------------------------------------------------------------------------------------------------
@@ -195,9 +218,10 @@ def test_the_tables_of_the_documents_follow_from_the_records(name):
 @pytest.mark.slow
 def test_a_comparison(photos, tmp_path, capsys):
     """Two networks, two learning rates; called again, nothing is left to do."""
-    plan = write_plan(tmp_path / "plan.yaml", lr_epochs=1, epochs=2, runs=dict(
+    contenders = dict(
         biformer_nano=dict(model_kwargs=dict(topk=[1, 4, 4])), small=dict(model="resnet10t", drop_path=0.0),
-    ))
+    )
+    plan = write_plan(tmp_path / "plan.yaml", runs=contenders)
     words = [str(plan), "--data_path", str(photos), "--output_dir", str(tmp_path / "out")]
     assert compare.main(words) == 0
     said = capsys.readouterr().out
@@ -213,14 +237,22 @@ def test_a_comparison(photos, tmp_path, capsys):
     assert said.count("epochs ... ") == 6 and (tmp_path / "out" / "plot.png").stat().st_size > 10_000
     table = (tmp_path / "out" / "table.md").read_text()
     assert table in said
+    assert found["contenders"]["small"]["runs"][0]["machine"]["torch"] == torch.__version__
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.pth")}
     assert compare.main(words) == 0
     assert "epochs ... " not in capsys.readouterr().out
     assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.pth")}
 
-    other = write_plan(tmp_path / "plan.yaml", lr=[0.004, 0.008], epochs=3, lr_epochs=1)
-    assert compare.main([str(other), *words[1:]]) == 1
-    assert "holds a run of other settings: epochs 2, not 3; give another --output_dir" in capsys.readouterr().err
+    for changed, difference in (
+        (dict(epochs=3), "epochs 2, not 3"), (dict(epochs=1), "epochs 2, not 1"),
+        (dict(lr=[0.002]), ", not 0.002"), (dict(settings=dict(SETTINGS, smoothing=0.0)), "smoothing 0.1, not 0.0"),
+    ):
+        other = write_plan(tmp_path / "plan.yaml", runs=contenders, **changed)
+        assert compare.main([str(other), *words[1:]]) == 1
+        said = capsys.readouterr()
+        assert "holds a run of other settings: " in said.err and difference in said.err
+        assert "epochs ... " not in said.out
+    assert (tmp_path / "out" / "table.md").read_text() == table
 
 
 @pytest.mark.slow
@@ -255,8 +287,31 @@ def test_a_comparison_ends_when_its_time_is_over(photos, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("minutes", ["0", "0.02"])
+def test_a_comparison_without_time_fails_no_run(photos, tmp_path, capsys, minutes):
+    """Nothing is begun after the time; a run that ends by the signal itself, as it starts, has not failed."""
+    plan = write_plan(tmp_path / "plan.yaml", lr=[0.004], runs=dict(biformer_nano=None, biformer_tiny=None))
+    words = [str(plan), "--data_path", str(photos), "--output_dir", str(tmp_path / "out"), "--minutes", minutes]
+    assert compare.main(words) == EXIT_RESUME
+    said = capsys.readouterr()
+    assert "failed" not in said.out and "biformer_tiny" not in said.out and not said.err
+
+
+@pytest.mark.slow
+def test_a_learning_rate_that_diverges_is_not_chosen(photos, tmp_path, capsys):
+    """Nor is its run tried again."""
+    plan = write_plan(tmp_path / "plan.yaml", lr=[0.004, 1e30], epochs=1, speed="logged")
+    words = [str(plan), "--data_path", str(photos), "--output_dir", str(tmp_path / "out")]
+    assert compare.main(words) == 0
+    assert "lr 1e+30, seed 0, 1 epochs ... diverged\n" in capsys.readouterr().out
+    contender = json.loads((tmp_path / "out" / "results.json").read_text())["contenders"]["biformer_nano"]
+    assert contender["lr_tried"]["1e+30"] is None and contender["runs"][0]["lr"] == 0.004
+    assert compare.main(words) == 0 and "epochs ... " not in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_a_run_that_fails_leaves_the_others(photos, tmp_path, capsys):
-    """A learning rate at which the loss is NaN, or a network that does not take the images."""
+    """A network that does not take the images."""
     plan = write_plan(tmp_path / "plan.yaml", lr=[0.004], epochs=1, speed="logged", runs=dict(
         deit=dict(model="deit_tiny_patch16_224", model_kwargs=dict(img_size=48)), biformer_nano=None,
     ))

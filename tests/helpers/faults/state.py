@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from training.signals import EXIT_RESUME
+from training.signals import EXIT_NON_FINITE, EXIT_RESUME
 
 from .runs import Course, Fault, TooLate, Verdict, expect, reach_step
 
@@ -173,12 +173,14 @@ def _spoil_step(step: int, spoil: str, rank: str | None = None):
     engine.Trainer._update_weights = spoiled
 
 
-def _compute_wrongly(spoil: str, text: str, rank: str | None = None) -> Callable[[Course, random.Random], Verdict]:
+def _compute_wrongly(
+    spoil: str, code: int, text: str, rank: str | None = None
+) -> Callable[[Course, random.Random], Verdict]:
     """A save in the next step must not take place."""
 
     def strike(course: Course, rng: random.Random) -> Verdict:
         prepare = partial(_spoil_step, rng.randint(1, 4), spoil, rank)
-        return expect(course.start(*EVERY_STEP, prepare=prepare), {1}, text)
+        return expect(course.start(*EVERY_STEP, prepare=prepare), {code}, text)
 
     return strike
 
@@ -238,10 +240,11 @@ FAULTS = [
     Fault("settings changed in the middle of an epoch", _change_settings, times=3),
     Fault("two processes asked for other things", _start_unlike, world_size=2, times=3),
     Fault("two processes with other images", _start_on_other_images, world_size=2),
-    Fault("a gradient of 1e30", _compute_wrongly("gradient", "the optimizer's state became NaN or infinite"), times=2),
-    Fault("a weight that became NaN", _compute_wrongly("nan", "became"), times=2),
+    Fault("a gradient of 1e30",
+          _compute_wrongly("gradient", EXIT_NON_FINITE, "the optimizer's state became NaN or infinite"), times=2),
+    Fault("a weight that became NaN", _compute_wrongly("nan", EXIT_NON_FINITE, "became"), times=2),
     Fault("a bit flipped in the weights of one of two processes",
-          _compute_wrongly("weight", "of the 2 processes, they have weights unlike", "1"), world_size=2, times=2),
+          _compute_wrongly("weight", 1, "of the 2 processes, they have weights unlike", "1"), world_size=2, times=2),
     Fault("SIGTERM, then SIGKILL at once", _signal_then_kill, times=4),
     Fault("SIGINT twice", _interrupt_twice, times=2),
     Fault("SIGKILL in an evaluation", _kill_in_evaluation, times=3),

@@ -155,7 +155,7 @@ def test_a_loss_that_is_lost_names_the_last_checkpoint(complaint, data, tmp_path
     weights["head.fc.weight"].fill_(3e38)  # logits overflow
     torch.save(weights, tmp_path / "large.pth")
     code, text = complaint("--data_path", data, "--finetune", tmp_path / "large.pth")
-    assert code == 1 and text.startswith("the loss became nan in epoch 0 at step 0, learning rate ")
+    assert code == 3 and text.startswith("the loss became nan in epoch 0 at step 0, learning rate ")
     assert "; no checkpoint was written yet; try a lower --lr" in text
     assert not list((tmp_path / "out").glob("*.pth"))
 
