@@ -1,7 +1,9 @@
 """Features of images from a frozen network."""
 import argparse
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -13,6 +15,8 @@ from training.distributed import Distributed
 from training.options import LoaderOptions
 from training.precision import Precision
 from utils import UserError
+
+OF_CHECKPOINTS = (".pth", ".pt", ".tar", ".bin", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,16 @@ class Extractor:
     """A frozen network with the transform of its images.
 
     Args:
+        name: What it is called in messages.
+        checkpoint: That the network came from; empty for published weights.
         network: In evaluation mode, on the device.
         images: How its images are prepared.
         distributed: The process, and its device.
         precision: In which it computes.
     """
 
+    name: str
+    checkpoint: dict[str, Any]
     network: torch.nn.Module
     images: ImagePipeline
     distributed: Distributed
@@ -54,14 +62,17 @@ class Extractor:
             UserError: There is no such network, or its weights cannot be read.
         """
         is_file = Path(name).is_file()
+        if not is_file and Path(name).suffix in OF_CHECKPOINTS:
+            raise UserError(f"{name} does not exist, or is no file")
         own = argparse.Namespace(
             checkpoint=name if is_file else None, model=None if is_file else name, model_key=None, nb_classes=None,
             input_size=args.input_size, use_test_size=False,
         )
-        network, recipe, _ = load_network(own)
+        network, recipe, checkpoint = load_network(own)
         precision = Precision.on(distributed.device, args.amp)
         network = precision.place(network, distributed.device).eval()
-        return cls(network, ImagePipeline(recipe.model, recipe.input_size, recipe.crop_pct), distributed, precision)
+        images = ImagePipeline(recipe.model, recipe.input_size, recipe.crop_pct)
+        return cls(name, checkpoint, network, images, distributed, precision)
 
     @torch.no_grad()
     def extract(self, dataset: ImageDataset, options: LoaderOptions) -> Features:
@@ -83,6 +94,13 @@ class Extractor:
         return Features(found, torch.cat(targets), dataset.num_classes)
 
     def split(self, args: argparse.Namespace, split: str) -> ImageDataset:
-        """The images of a split, prepared for this network; raises UserError where they are not there."""
+        """The images of a split, prepared for this network; warns of those that it may have been trained on.
+
+        Raises:
+            UserError: They are not there.
+        """
         reading = Reading(val_split=args.val_split and ValSplit(args.val_split, args.seed))
-        return build_dataset(args.data_set, args.data_path, split, self.images.transform(), reading=reading)
+        dataset = build_dataset(args.data_set, args.data_path, split, self.images.transform(), reading=reading)
+        if split != "train" and dataset.held_out and (leak := dataset.held_out.leak(self.checkpoint)):
+            tqdm.write(f"warning: {self.name} {leak}", file=sys.stderr)
+        return dataset

@@ -9,7 +9,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 import models  # noqa: F401, registers our models with timm
-from datasets import build_dataset
+from datasets import Reading, ValSplit, build_dataset
+from helpers import ROOT
 from scripts import knn
 from scripts.probing.classifiers import PENALTIES, LinearProbe, fit, knn_predictions
 from scripts.probing.features import Extractor
@@ -81,7 +82,7 @@ def test_features_are_what_the_classifier_is_given(name, photos):
     network = timm.create_model(name, num_classes=3).eval()
     images = ImagePipeline(name, 32)
     dataset = build_dataset("image_folder", photos, "val", images.transform())
-    extractor = Extractor(network, images, Distributed(torch.device("cpu")), Precision())
+    extractor = Extractor(name, {}, network, images, Distributed(torch.device("cpu")), Precision())
     found = extractor.extract(dataset, LoaderOptions(batch_size=3, num_workers=0))
     network.reset_classifier(0)
     mean, std = (torch.tensor(images.config[key])[:, None, None] for key in ("mean", "std"))
@@ -107,11 +108,34 @@ def test_two_networks_side_by_side(photos, tmp_path, capsys):
     assert "13 training images, 7 images of val" in out
 
 
+def test_the_table_of_the_documents_follows_from_the_record():
+    with open(ROOT / "benchmarks/comparison/knn_clothing.csv", newline="", encoding="utf-8") as file:
+        for name, *values in list(csv.reader(file))[1:]:
+            line = f"| {name} | {' | '.join(f'{float(value):.1f}' for value in values)} |"
+            assert line in (ROOT / "TRAINING.md").read_text()
+
+
+@pytest.mark.parametrize("unseen", [True, False])
+def test_images_that_a_checkpoint_was_trained_on_are_named(photos, tmp_path, capsys, unseen):
+    """As main.py does where it evaluates one: held out now, and by the checkpoint's run perhaps not."""
+    held_out = build_dataset("image_folder", photos / "train", "val", reading=Reading(val_split=ValSplit(0.4, 0)))
+    images = held_out.held_out.images
+    model = timm.create_model("resnet10t", num_classes=3)
+    torch.save(dict(model=model.state_dict(), args=dict(model="resnet10t"), held_out="by another rule",
+                    held_out_images=images if unseen else images[1:]), tmp_path / "mine.pth")
+    words = [str(tmp_path / "mine.pth"), "--data_path", str(photos / "train"), "--val_split", "0.4", *WORKERLESS]
+    assert knn.main([*words, "--input_size", "32", "--k", "1"]) == 0
+    told = f"mine.pth may have been trained on 1 of the {len(images)} images held out for validation"
+    assert (told in capsys.readouterr().err) == (not unseen)
+
+
 @pytest.mark.parametrize(("words", "error"), [
     (["biformer_nono", "--data_path", "PHOTOS"], "biformer_nano"),
     (["biformer_nano"], "needs a data folder"),
     (["biformer_nano", "--data_path", "missing"], "data folder missing does not exist"),
     (["biformer_nano", "--data_path", "PHOTOS", "--split", "test"], "has no folder test"),
+    (["runs/bset.pth", "--data_path", "PHOTOS"], "runs/bset.pth does not exist"),
+    (["biformer_nano", "--data_set", "digits", "--val_split", "0.2"], "--val_split is for folders of images; digits"),
     (["biformer_nano", "--data_path", "PHOTOS", "--output", "."], "cannot write .: it is a folder"),
 ])
 def test_mistakes(photos, capsys, words, error):
