@@ -258,7 +258,7 @@ def test_a_comparison(photos, tmp_path, capsys):
 @pytest.mark.slow
 def test_a_comparison_that_is_stopped_resumes(photos, tmp_path):
     """By SIGTERM; the run that was going on has saved itself, and ends as one that was left alone."""
-    plan = write_plan(tmp_path / "plan.yaml", lr=[0.004], epochs=40, runs=dict(biformer_nano=None), speed="logged")
+    plan = write_plan(tmp_path / "plan.yaml", lr=[0.004], epochs=15, runs=dict(biformer_nano=None), speed="logged")
     command = [sys.executable, "scripts/compare.py", str(plan), "--data_path", str(photos), "--output_dir"]
     process = subprocess.Popen([*command, str(tmp_path / "stopped")], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     log_file = tmp_path / "stopped" / "biformer_nano" / "seed-0" / "log.txt"
@@ -268,13 +268,13 @@ def test_a_comparison_that_is_stopped_resumes(photos, tmp_path):
     process.send_signal(signal.SIGTERM)
     assert "interrupted" in process.communicate(timeout=60)[1] and process.returncode == 130
     epochs = len(log_file.read_text().splitlines())
-    assert 0 < epochs < 40
+    assert 0 < epochs < 15
     for folder in ("stopped", "alone"):
         done = subprocess.run([*command, str(tmp_path / folder)], cwd=ROOT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
     records = (json.loads((tmp_path / folder / "results.json").read_text()) for folder in ("stopped", "alone"))
     curves = [record["contenders"]["biformer_nano"]["runs"][0]["curve"] for record in records]
-    assert curves[0] == curves[1] and len(curves[0]) == 40
+    assert curves[0] == curves[1] and len(curves[0]) == 15
 
 
 @pytest.mark.slow

@@ -77,8 +77,11 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--num_workers", type=int, default=1)
     parser.add_argument("--num_classes", type=int, default=10)
     args = parser.parse_args(argv)
-    found = json.loads(args.output.read_text()) if args.output.is_file() else dict(runs=[])
-    found |= dict(machine=machine(torch.device("cpu")), epochs=args.epochs, input_size=args.input_size)
+    shared = dict(epochs=args.epochs, input_size=args.input_size)
+    found = json.loads(args.output.read_text()) if args.output.is_file() else dict(runs=[], **shared)
+    if any(found[key] != value for key, value in shared.items()):
+        parser.error(f"{args.output} holds runs of other --epochs or --input_size")
+    found["machine"] = machine(torch.device("cpu"))
     done = {(run["model"], run["seed"], run["program"]) for run in found["runs"]}
     with tempfile.TemporaryDirectory() as folder:
         for seed in args.seeds:
