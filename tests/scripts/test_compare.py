@@ -13,8 +13,10 @@ from helpers import ROOT
 from scripts import compare
 from scripts.comparison import results, runs
 from scripts.comparison.plan import Plan
+from training import flags, options
 from training.recipes import read_recipe
 from training.signals import EXIT_RESUME
+from utils import UserError
 
 SETTINGS = dict(data_set="image_folder", input_size=32, batch_size=4, num_workers=0, device="cpu", aa="none", mixup=0.0,
                 cutmix=0.0, repeated_aug=False, model_ema=False, amp="off")
@@ -145,6 +147,28 @@ def test_a_learning_rate_of_its_own_needs_no_short_runs(tmp_path):
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(values))
     plan = Plan.read(tmp_path / "own.yaml")
     assert [str(run) for run in runs.remaining(plan, tmp_path)] == ["biformer_nano, lr 0.002, seed 0, 2 epochs"]
+
+
+def test_settings_are_compared_as_they_are_read(tmp_path):
+    """As TRAINING.md has recipes written: `off` and 5e-2 are words, keys may have hyphens, nothing is the default."""
+    (tmp_path / "plan.yaml").write_text("""
+settings: {data_set: image_folder, input-size: 32, amp: off, weight_decay: 5e-2, drop_path: , device: cpu}
+epochs: 2
+lr: [4.0e-3]
+runs: {biformer_nano: {model_kwargs: {mlp_ratio: 2e0}}}
+""")
+    plan = Plan.read(tmp_path / "plan.yaml")
+    ((run,),) = runs.long_runs(plan, tmp_path).values()
+    given = dict(data_path=str(tmp_path))
+    settings = plan.parse("biformer_nano", lr=run.lr, seed=run.seed, epochs=run.epochs, **given)
+    run.folder.mkdir(parents=True)
+    options.save(flags.as_recipe(settings), run.folder / "args.yaml")
+    runs.check_settings(plan, tmp_path, **given)
+    text = (run.folder / "args.yaml").read_text()
+    assert "weight_decay: 0.05" in text
+    (run.folder / "args.yaml").write_text(text.replace("weight_decay: 0.05", "weight_decay: 0.1"))
+    with pytest.raises(UserError, match=r"weight_decay 0\.1, not 0\.05; give another"):
+        runs.check_settings(plan, tmp_path, **given)
 
 
 # --- what is reported -------------------------------------------------------------------------------------------------
