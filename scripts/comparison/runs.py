@@ -124,8 +124,8 @@ def check_settings(plan: Plan, folder: Path, **given: str):
                                 "another --output_dir")
 
 
-def train(run: PlannedRun, recipe: str, deadline: float) -> int:
-    """Train, or resume, until the run or the time is over; returns the exit code.
+def train(run: PlannedRun, recipe: str, deadline: float):
+    """Train, or resume, until the run or the time is over. A run that has neither ended nor diverged then has failed.
 
     Raises:
         OutOfTime: `time.monotonic()` is past the deadline, or the run was asked to leave, and has saved itself.
@@ -145,9 +145,8 @@ def train(run: PlannedRun, recipe: str, deadline: float) -> int:
             code = process.wait(timeout=None if deadline == math.inf else max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.terminate()
-            if process.wait() != 0:  # in its first seconds, a program ends by the signal itself
+            if (code := process.wait()) != 0:  # in its first seconds, a program ends by the signal itself
                 raise OutOfTime from None
-            code = 0
         except KeyboardInterrupt:
             process.terminate()
             process.wait()
@@ -156,7 +155,6 @@ def train(run: PlannedRun, recipe: str, deadline: float) -> int:
         raise OutOfTime
     if code == EXIT_NON_FINITE:
         (run.folder / DIVERGED).touch()
-    return code
 
 
 @contextmanager
