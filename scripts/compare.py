@@ -43,7 +43,7 @@ def compare(args: argparse.Namespace):
 def train_all(
     plan: Plan, settings: dict[str, Settings], folder: Path, deadline: float, **given: str
 ) -> list[runs.PlannedRun]:
-    """Train what remains, while time is left; returns the runs that failed, without those that diverged."""
+    """Train what remains, while time is left; returns the runs that failed. To diverge is a result, not a failure."""
     failed = []
     while run := next((run for run in runs.remaining(plan, folder) if run not in failed), None):
         recipe = plan.recipe(run.contender, lr=run.lr, seed=run.seed, epochs=run.epochs, **given)

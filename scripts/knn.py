@@ -25,11 +25,12 @@ import torch  # noqa: E402
 from datasets import check_same_classes  # noqa: E402
 from scripts.probing.classifiers import LinearProbe, knn_predictions  # noqa: E402
 from scripts.probing.features import Extractor  # noqa: E402
+from tasks.classification.options import check_val_split  # noqa: E402
 from tasks.options import image_size  # noqa: E402
 from tasks.tables import check_output, write_csv  # noqa: E402
 from training.distributed import init_distributed  # noqa: E402
 from training.options import LoaderOptions  # noqa: E402
-from utils import UserError, count, run_script, user_path  # noqa: E402
+from utils import count, run_script, user_path  # noqa: E402
 
 DATA_SETS = ("image_folder", "CIFAR10", "CIFAR100", "digits")
 
@@ -59,8 +60,7 @@ def evaluate(name: str, args: argparse.Namespace) -> dict[str, float]:
 
 
 def compare(args: argparse.Namespace):
-    if args.val_split is not None and args.data_set != "image_folder":
-        raise UserError(f"--val_split is for folders of images; {args.data_set} has a val split of its own")
+    check_val_split(args.data_set, args.val_split)
     if args.output:
         check_output(args.output)
     args.distributed = init_distributed(args.device)

@@ -20,7 +20,7 @@ _MEASURED = {
 
 
 class NonFiniteLossError(SpoiledRunError):
-    """The loss, a weight or the optimizer's state became NaN or infinite: exit code 3, for what tries such a run."""
+    """The loss, a weight or the optimizer's state became NaN or infinite; has an exit code of its own."""
 
     exit_code = EXIT_NON_FINITE
 

@@ -94,7 +94,7 @@ def hashable(kwargs: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
 def record(plan: Plan, measured: dict[str, Any], folder: Path) -> dict[str, Any]:
     """All that is known so far, of plain values.
 
-    "machine" is that of the speeds that were measured; seconds, images/s and "machine" of a run are its own.
+    "machine" is where the speeds were measured; seconds, images/s and "machine" of a run are those of its training.
     """
     short, long = short_runs(plan, folder), long_runs(plan, folder)
     contenders = {

@@ -94,7 +94,7 @@ class Extractor:
         return Features(found, torch.cat(targets), dataset.num_classes)
 
     def split(self, args: argparse.Namespace, split: str) -> ImageDataset:
-        """The images of a split, prepared for this network; warns of those that it may have been trained on.
+        """The images of a split, prepared for this network, with a warning if it may have been trained on some.
 
         Raises:
             UserError: They are not there.

@@ -30,6 +30,12 @@ def _data_set(text: str) -> str:
     raise argparse.ArgumentTypeError(f"unknown data set {text!r}; choose from {', '.join(DATA_SETS)}, wds/NAME")
 
 
+def check_val_split(data_set: str, val_split: float | None):
+    """Raises UsageError where a part is to be held out of a data set that has its own val split."""
+    if val_split is not None and data_set not in IMAGE_FOLDERS:
+        raise UsageError(f"--val_split is for folders of images; {data_set} has a val split of its own")
+
+
 @dataclass(frozen=True)
 class ModelOptions(NetworkOptions):
     """Model"""
@@ -67,8 +73,7 @@ class DataOptions(Group):
     parts_of: ClassVar[Mapping[str, str]] = MappingProxyType({"data_path": "data_set", "val_split": "data_path"})
 
     def check(self):
-        if self.val_split is not None and self.data_set not in IMAGE_FOLDERS:
-            raise UsageError(f"--val_split is for folders of images; {self.data_set} has a val split of its own")
+        check_val_split(self.data_set, self.val_split)
 
     def needs(self) -> Needs:
         remote = self.data_set.startswith("wds/") and is_url(self.data_path or "")
