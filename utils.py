@@ -1,4 +1,5 @@
 """What everything may use: errors, seeds, and files that are never half written."""
+import argparse
 import errno
 import os
 import random
@@ -166,6 +167,13 @@ def is_url(source: str | Path) -> bool:
 def user_path(text: str | Path) -> Path:
     """The file or folder that a user names, where ~ is the home folder."""
     return Path(text).expanduser()
+
+
+def positive_count(text: str) -> int:
+    """A number of the command line that counts something. Raises argparse.ArgumentTypeError below 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], Any]):

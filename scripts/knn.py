@@ -30,7 +30,7 @@ from tasks.options import image_size  # noqa: E402
 from tasks.tables import check_output, write_csv  # noqa: E402
 from training.distributed import init_distributed  # noqa: E402
 from training.options import LoaderOptions  # noqa: E402
-from utils import count, run_script, user_path  # noqa: E402
+from utils import count, positive_count, run_script, user_path  # noqa: E402
 
 DATA_SETS = ("image_folder", "CIFAR10", "CIFAR100", "digits")
 
@@ -77,12 +77,6 @@ def share(text: str) -> float:
     return float(text)
 
 
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return int(text)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="+", metavar="NETWORK", help="a checkpoint, or a model that timm knows")
@@ -91,12 +85,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data_set", default="image_folder", choices=DATA_SETS, help="(default: %(default)s)")
     parser.add_argument("--val_split", type=share, metavar="SHARE", help="of each class, where there is no val/")
     parser.add_argument("--split", default="val", choices=["val", "test"], help="(default: %(default)s)")
-    parser.add_argument("--k", type=positive, nargs="+", default=[10, 20], help="neighbours (default: 10 20)")
+    parser.add_argument("--k", type=positive_count, nargs="+", default=[10, 20], help="neighbours (default: 10 20)")
     parser.add_argument("--input_size", type=image_size, metavar="PIXELS",
                         help="side of the image, or HEIGHTxWIDTH (default: each network's own)")
     parser.add_argument("--output", type=user_path, metavar="FILE", help="write the accuracies as CSV too")
     parser.add_argument("--seed", type=int, default=0, help="of --val_split, and of the choice of the penalty")
-    parser.add_argument("--batch_size", type=positive, default=64)
+    parser.add_argument("--batch_size", type=positive_count, default=64)
     parser.add_argument("--num_workers", type=int, default=min(8, os.cpu_count() or 1))
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1 or cpu (default: %(default)s)")
     parser.add_argument("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"],

@@ -1,4 +1,4 @@
-"""What a comparison found: a record, a table, and a plot of accuracy against training time."""
+"""What a comparison found: a record, a table, and a plot of accuracy against training time or epochs."""
 import json
 from contextlib import suppress
 from pathlib import Path
@@ -106,7 +106,7 @@ def record(plan: Plan, measured: dict[str, Any], folder: Path) -> dict[str, Any]
     }
     return dict(
         plan=plan.name, machine=measured.get("machine"), shared=plan.settings, epochs=plan.epochs,
-        lr_epochs=plan.lr_epochs, contenders=contenders,
+        lr_epochs=plan.lr_epochs, speed=plan.speed, contenders=contenders,
     )
 
 
@@ -140,12 +140,12 @@ def accuracies(contender: dict[str, Any]) -> list[float]:
     return [run["accuracy"] for run in contender["runs"] if run["accuracy"] is not None]
 
 
-def rate(contender: dict[str, Any]) -> float | None:
-    """Images/s in training: as measured side by side, else as logged by the runs."""
-    if (contender["speed"] or {}).get("images_per_second"):
-        return contender["speed"]["images_per_second"]
-    logged = [run["images_per_second"] for run in contender["runs"] if run["images_per_second"]]
-    return median(logged) if logged else None
+def rate(found: dict[str, Any], contender: dict[str, Any]) -> float | None:
+    """Images/s in training, as measured side by side or as logged by the runs; None where that was not done yet."""
+    if found["speed"] == LOGGED:
+        logged = [run["images_per_second"] for run in contender["runs"] if run["images_per_second"]]
+        return median(logged) if logged else None
+    return (contender["speed"] or {}).get("images_per_second")
 
 
 def table(found: dict[str, Any]) -> str:
@@ -155,7 +155,7 @@ def table(found: dict[str, Any]) -> str:
     for name, contender in found["contenders"].items():
         values, speed, images = accuracies(contender), contender["speed"] or {}, images_seen(contender, found["epochs"])
         spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
-        per_second, diverged = rate(contender), sum(run["diverged"] for run in contender["runs"])
+        per_second, diverged = rate(found, contender), sum(run["diverged"] for run in contender["runs"])
         lines.append((
             name,
             lr_cell(contender),
@@ -191,7 +191,7 @@ def curve(contender: dict[str, Any]) -> list[tuple[int, list[float]]]:
 
 
 def draw(found: dict[str, Any]):
-    """A matplotlib Figure: accuracy against minutes of training, at the rate of the table.
+    """A matplotlib Figure: accuracy against minutes of training, at the rate of the table, or epochs where it has none.
 
     A line for each contender, the mean over its seeds, in a band from the least to the most of them.
     """
@@ -199,17 +199,19 @@ def draw(found: dict[str, Any]):
 
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.subplots()
+    by_time = any(rate(found, contender) for contender in found["contenders"].values())
     for number, (name, contender) in enumerate(found["contenders"].items()):
-        per_second, images = rate(contender), images_seen(contender, 1)
-        if not (per_second and (points := curve(contender))):
+        per_second, images, points = rate(found, contender), images_seen(contender, 1), curve(contender)
+        if not points or (by_time and not per_second):
             continue
-        minutes = [epochs * images / per_second / 60 for epochs, _ in points]
+        each = images / per_second / 60 if by_time else 1
+        along = [each * epoch for epoch, _ in points]
         least, means, most = zip(*((min(values), mean(values), max(values)) for _, values in points), strict=True)
-        axes.plot(minutes, means, color=f"C{number}", marker=".", label=name)
-        axes.fill_between(minutes, least, most, color=f"C{number}", alpha=0.15, linewidth=0)
+        axes.plot(along, means, color=f"C{number}", marker=".", label=name)
+        axes.fill_between(along, least, most, color=f"C{number}", alpha=0.15, linewidth=0)
     on = found["machine"]
-    axes.set_xlabel(f"minutes of training steps, {on['device']}, {on['threads']} threads" if on else
-                    "minutes of training")
+    of_steps = f"minutes of training steps, {on['device']}, {on['threads']} threads" if on else "minutes of training"
+    axes.set_xlabel(of_steps if by_time else "epochs")
     axes.set_ylabel("top-1 accuracy (%)")
     axes.grid(alpha=0.4)
     if axes.lines:

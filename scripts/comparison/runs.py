@@ -1,11 +1,11 @@
-"""The runs of a comparison: main.py in processes of their own, one after the other, stopped and resumed at any time."""
+"""The runs of a comparison: main.py in processes of their own, some at once, stopped and resumed at any time."""
 import math
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,8 +25,11 @@ METRIC = "val_acc1"
 DIVERGED = "diverged"  # a file in the run's folder: with the same settings, it would do so again
 
 
+POLL_SECONDS = 0.2
+
+
 class OutOfTime(Exception):
-    """The time for this call is over; the run that was going on has saved itself."""
+    """The time for this call is over; the runs that were going on have saved themselves."""
 
 
 @dataclass(frozen=True)
@@ -124,37 +127,73 @@ def check_settings(plan: Plan, folder: Path, **given: str):
                                 "another --output_dir")
 
 
-def train(run: PlannedRun, recipe: str, deadline: float):
-    """Train, or resume, until the run or the time is over. A run that has neither ended nor diverged then has failed.
+class Pool(AbstractContextManager):
+    """Runs that are trained at the same time, each from where it was left.
 
-    Raises:
-        OutOfTime: `time.monotonic()` is past the deadline, or the run was asked to leave, and has saved itself.
-        KeyboardInterrupt: This process was told to end, and so was the run, which has saved itself.
+    At the end of the `with` block, those that still go on are asked to leave, and save themselves.
+
+    Args:
+        jobs: The most at a time.
+        deadline: `time.monotonic()` at which all of them are asked to leave.
     """
-    if time.monotonic() >= deadline:
+
+    def __init__(self, jobs: int, deadline: float):
+        self.jobs, self.deadline = jobs, deadline
+        self.going: dict[PlannedRun, subprocess.Popen] = {}
+        self.signals = interrupted_by_sigterm()
+
+    def __enter__(self) -> "Pool":
+        self.signals.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.stop()
+        self.signals.__exit__(*error)
+
+    @property
+    def free(self) -> int:
+        """How many more runs may begin."""
+        return self.jobs - len(self.going)
+
+    def begin(self, run: PlannedRun, recipe: str):
+        """Raises OutOfTime where it is too late to."""
+        if time.monotonic() >= self.deadline:
+            raise OutOfTime
+        run.folder.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(run.beside("yaml"), lambda file: file.write(recipe.encode()))
+        words = [sys.executable, str(ROOT / "main.py"), "--config", str(run.beside("yaml")), "--output_dir"]
+        with open(run.beside("txt"), "ab") as output:
+            self.going[run] = subprocess.Popen(
+                [*words, str(run.folder), "--auto_resume"], stdin=subprocess.DEVNULL, stdout=output,
+                stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=partial(end_with_parent, signal.SIGTERM),
+            )
+
+    def wait(self) -> PlannedRun:
+        """The next run whose process ends. One that has neither ended nor diverged then has failed.
+
+        Raises:
+            OutOfTime: It is past the deadline, or a run was asked to leave by another than this process.
+        """
+        while time.monotonic() < self.deadline:
+            for run, process in self.going.items():
+                if (code := process.poll()) is None:
+                    continue
+                del self.going[run]
+                if code == EXIT_RESUME:
+                    raise OutOfTime
+                if code == EXIT_NON_FINITE:
+                    (run.folder / DIVERGED).touch()
+                return run
+            time.sleep(POLL_SECONDS)
         raise OutOfTime
-    run.folder.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(run.beside("yaml"), lambda file: file.write(recipe.encode()))
-    words = [sys.executable, str(ROOT / "main.py"), "--config", str(run.beside("yaml")), "--output_dir"]
-    with open(run.beside("txt"), "ab") as output, interrupted_by_sigterm():
-        process = subprocess.Popen(
-            [*words, str(run.folder), "--auto_resume"], stdin=subprocess.DEVNULL, stdout=output,
-            stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=partial(end_with_parent, signal.SIGTERM),
-        )
-        try:
-            code = process.wait(timeout=None if deadline == math.inf else max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
+
+    def stop(self):
+        """Ask the runs that go on to leave, and wait until they have."""
+        for process in self.going.values():
             process.terminate()
-            if (code := process.wait()) != 0:  # in its first seconds, a program ends by the signal itself
-                raise OutOfTime from None
-        except KeyboardInterrupt:
-            process.terminate()
+        for process in self.going.values():
             process.wait()
-            raise
-    if code == EXIT_RESUME:
-        raise OutOfTime
-    if code == EXIT_NON_FINITE:
-        (run.folder / DIVERGED).touch()
+        self.going.clear()
 
 
 @contextmanager

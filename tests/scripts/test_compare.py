@@ -175,7 +175,7 @@ runs: {biformer_nano: {model_kwargs: {mlp_ratio: 2e0}}}
 
 
 def test_the_table(plan, tmp_path):
-    """Mean and standard deviation over the seeds; minutes at the rate that was measured."""
+    """Mean and standard deviation over the seeds; minutes at the rate that was measured, and none where that failed."""
     for name, values in (("a", (60.0, 64.0)), ("b", (50.0,))):
         for rate, value in (("0.004", 10.0), ("0.008", 20.0)):
             log(tmp_path / name / f"lr-{rate}", value)
@@ -188,23 +188,33 @@ def test_the_table(plan, tmp_path):
     table = results.write(plan, speed, tmp_path)
     assert table.splitlines()[2:] == [
         "| a | 0.008 (highest) | 62.00 ± 2.83 | 2 | 10.00 (9.000 to 11.00) | 123 | 0 |",
-        "| b | 0.008 (highest) | 50.00 | 1, 1 diverged | 25 |  | 0 |",
+        "| b | 0.008 (highest) | 50.00 | 1, 1 diverged |  |  |  |",
     ]
     found = json.loads((tmp_path / "results.json").read_text())
     first = found["contenders"]["a"]["runs"][0]
     assert first["curve"] == [[1, 55.0], [2, 60.0]] and first["images_an_epoch"] == 50 and first["seconds"] == 4.0
     assert found["contenders"]["a"]["lr_tried"] == {"0.004": 10.0, "0.008": 20.0}
     (axes,) = results.draw(found).axes
-    expected = [
-        [(50 / 10 / 60, 57.0), (100 / 10 / 60, 62.0)],  # the mean of two seeds
-        [(50 / 25 / 60, 45.0), (100 / 25 / 60, 50.0)],
-    ]
-    for line, points in zip(axes.lines, expected, strict=True):
-        assert line.get_xydata().tolist() == [pytest.approx(point) for point in points]
-    bands = [band.get_paths()[0].get_extents() for band in axes.collections]
-    assert [(band.ymin, band.ymax) for band in bands] == [(55.0, 64.0), (45.0, 50.0)]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
+    (line,) = axes.lines
+    assert line.get_xydata().tolist() == [pytest.approx((50 / 10 / 60, 57.0)), pytest.approx((100 / 10 / 60, 62.0))]
+    (band,) = (band.get_paths()[0].get_extents() for band in axes.collections)
+    assert (band.ymin, band.ymax) == (55.0, 64.0)
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a"]
     assert axes.get_xlabel() == "minutes of training steps, x, 3 threads"
+
+
+@pytest.mark.parametrize(("speed", "cells", "points", "label"), [
+    ("logged", "25 |  | 0", [(50 / 25 / 60, 45.0), (100 / 25 / 60, 50.0)], "minutes of training"),
+    ("measured", " |  | ", [(1, 45.0), (2, 50.0)], "epochs"),
+])
+def test_rates_of_the_logs_are_shown_where_they_are_asked_for(tmp_path, speed, cells, points, label):
+    """Beside rates that were measured, those of runs that shared a machine would be compared with them."""
+    plan = Plan.read(write_plan(tmp_path / "plan.yaml", lr=[0.004], speed=speed))
+    log(tmp_path / "biformer_nano" / "seed-0", 45.0, 50.0)
+    assert results.write(plan, {}, tmp_path).splitlines()[2] == f"| biformer_nano | 0.004 | 50.00 | 1 | {cells} |"
+    (axes,) = results.draw(json.loads((tmp_path / "results.json").read_text())).axes
+    (line,) = axes.lines
+    assert line.get_xydata().tolist() == [pytest.approx(point) for point in points] and axes.get_xlabel() == label
 
 
 @pytest.mark.parametrize(("tried", "cell"), [
@@ -228,7 +238,7 @@ def test_the_tables_of_the_documents_follow_from_the_records(name):
     plan = Plan.read(ROOT / f"configs/comparison/{name}.yaml")
     assert results.table(record) in (ROOT / "docs/comparison.md").read_text()
     assert record["contenders"].keys() == plan.runs.keys() and record["shared"] == plan.settings
-    assert (record["epochs"], record["lr_epochs"]) == (plan.epochs, plan.lr_epochs)
+    assert [record[key] for key in ("epochs", "lr_epochs", "speed")] == [plan.epochs, plan.lr_epochs, plan.speed]
     for name, contender in record["contenders"].items():
         assert contender["settings"] == plan.own(name) and [run["seed"] for run in contender["runs"]] == plan.seeds
         rates = plan.rates(name)
@@ -258,13 +268,13 @@ def test_a_comparison(photos, tmp_path, capsys):
         assert run["lr"] == min(float(lr) for lr in tried if tried[lr] == max(tried.values()))
         assert contender["speed"]["images_per_second"] > 0 and contender["speed"]["peak_memory_mb"] > 0
         assert yaml.safe_load((tmp_path / "out" / name / "seed-0" / "args.yaml").read_text())["lr"] == run["lr"]
-    assert said.count("epochs ... ") == 6 and (tmp_path / "out" / "plot.png").stat().st_size > 10_000
+    assert said.count("epochs ...") == 6 and (tmp_path / "out" / "plot.png").stat().st_size > 10_000
     table = (tmp_path / "out" / "table.md").read_text()
     assert table in said
     assert found["contenders"]["small"]["runs"][0]["machine"]["torch"] == torch.__version__
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.pth")}
     assert compare.main(words) == 0
-    assert "epochs ... " not in capsys.readouterr().out
+    assert "epochs ..." not in capsys.readouterr().out
     assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.pth")}
 
     for changed, difference in (
@@ -275,8 +285,43 @@ def test_a_comparison(photos, tmp_path, capsys):
         assert compare.main([str(other), *words[1:]]) == 1
         said = capsys.readouterr()
         assert "holds a run of other settings: " in said.err and difference in said.err
-        assert "epochs ... " not in said.out
+        assert "epochs ..." not in said.out
     assert (tmp_path / "out" / "table.md").read_text() == table
+
+
+@pytest.mark.slow
+def test_runs_at_once_are_as_one_after_the_other(photos, tmp_path, capsys):
+    """The short runs, then what they choose."""
+    plan = write_plan(tmp_path / "plan.yaml", runs=dict(small=dict(model="resnet10t")))
+    found = []
+    for jobs in ("2", "1"):
+        words = [str(plan), "--data_path", str(photos), "--output_dir", str(tmp_path / jobs), "--jobs", jobs]
+        assert compare.main(words) == 0
+        begun = [line.endswith("epochs ...") for line in capsys.readouterr().out.splitlines()]
+        assert begun[:2] == [True, jobs == "2"] and sum(begun) == 3
+        own = json.loads((tmp_path / jobs / "results.json").read_text())["contenders"]["small"]
+        found.append((own["lr_tried"], own["runs"][0]["lr"], own["runs"][0]["curve"]))
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_all_of_the_runs_at_once_are_stopped(photos, tmp_path, capsys):
+    plan = write_plan(tmp_path / "plan.yaml", lr=[0.004], epochs=10_000, seeds=[0, 1])
+    words = [str(plan), "--data_path", str(photos), "--output_dir", str(tmp_path / "out"), "--jobs", "2"]
+    assert compare.main([*words, "--minutes", "0.4"]) == EXIT_RESUME
+    for seed in (0, 1):
+        assert (tmp_path / "out" / "biformer_nano" / f"seed-{seed}" / "last.pth").is_file()
+    assert "stopped; the same command resumes" in capsys.readouterr().out
+
+
+def test_logged_speeds_are_of_runs_alone(tmp_path, capsys):
+    plan = write_plan(tmp_path / "plan.yaml", lr=[0.004], speed="logged")
+    words = [str(plan), "--data_path", str(tmp_path), "--output_dir", str(tmp_path / "out"), "--jobs"]
+    assert compare.main([*words, "2"]) == 1
+    assert "takes speeds from the runs' logs: leave out --jobs" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        compare.main([*words, "0"])
+    assert "must be at least 1, got 0" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -327,10 +372,10 @@ def test_a_learning_rate_that_diverges_is_not_chosen(photos, tmp_path, capsys):
     plan = write_plan(tmp_path / "plan.yaml", lr=[0.004, 1e30], epochs=1, speed="logged")
     words = [str(plan), "--data_path", str(photos), "--output_dir", str(tmp_path / "out")]
     assert compare.main(words) == 0
-    assert "lr 1e+30, seed 0, 1 epochs ... diverged\n" in capsys.readouterr().out
+    assert "lr 1e+30, seed 0, 1 epochs: diverged\n" in capsys.readouterr().out
     contender = json.loads((tmp_path / "out" / "results.json").read_text())["contenders"]["biformer_nano"]
     assert contender["lr_tried"]["1e+30"] is None and contender["runs"][0]["lr"] == 0.004
-    assert compare.main(words) == 0 and "epochs ... " not in capsys.readouterr().out
+    assert compare.main(words) == 0 and "epochs ..." not in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -341,7 +386,7 @@ def test_a_run_that_fails_leaves_the_others(photos, tmp_path, capsys):
     ))
     assert compare.main([str(plan), "--data_path", str(photos), "--output_dir", str(tmp_path / "out")]) == 1
     said = capsys.readouterr()
-    assert "deit, lr 0.004, seed 0, 1 epochs ... failed, see " in said.out and "1 run failed" in said.err
+    assert "deit, lr 0.004, seed 0, 1 epochs: failed, see " in said.out and "1 run failed" in said.err
     assert (tmp_path / "out" / "deit" / "seed-0.txt").read_text().count("error: ") == 1
     found = json.loads((tmp_path / "out" / "results.json").read_text())["contenders"]
     assert found["biformer_nano"]["runs"][0]["accuracy"] is not None and found["deit"]["runs"][0]["accuracy"] is None
