@@ -14,6 +14,7 @@ import sys
 import time
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -31,7 +32,7 @@ def compare(args: argparse.Namespace):
         raise UserError(f"{args.plan} takes speeds from the runs' logs: leave out --jobs, or they slow each other")
     pool = runs.Pool(args.jobs, deadline=time.monotonic() + 60 * args.minutes)
     data_path = args.data_path or (args.output_dir if args.draw else None)  # to draw, no data are read
-    given = {} if data_path is None else dict(data_path=str(data_path))
+    given = dict(cuda_graph=args.cuda_graph) | ({} if data_path is None else dict(data_path=str(data_path)))
     settings = {name: plan.parse(name, lr=plan.rates(name)[0], epochs=plan.epochs, **given) for name in plan.runs}
     runs.check_settings(plan, args.output_dir, **given)
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -44,11 +45,11 @@ def compare(args: argparse.Namespace):
 
 
 def train_all(
-    plan: Plan, settings: dict[str, Settings], folder: Path, pool: runs.Pool, **given: str
+    plan: Plan, settings: dict[str, Settings], folder: Path, pool: runs.Pool, **given: Any
 ) -> list[runs.PlannedRun]:
     """Train what remains, while time is left; returns the runs that failed. To diverge is a result, not a failure."""
     failed = []
-    with pool:
+    with runs.interrupted_by_sigterm(), pool:
         while True:
             waiting = (run for run in runs.remaining(plan, folder) if run not in failed and run not in pool.going)
             for run in islice(waiting, pool.free):
@@ -79,6 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=positive_count, default=1, metavar="N",
                         help="train N runs at once, which pays where one alone leaves a GPU idle; speeds are measured "
                         "alone, in the end")
+    parser.add_argument("--cuda_graph", action="store_true", help="train, and measure, from CUDA graphs")
     parser.add_argument("--minutes", type=float, default=math.inf,
                         help="stop after so long, with exit code 75; the same command resumes")
     parser.add_argument("--draw", action="store_true", help="train and measure nothing: draw what is there")

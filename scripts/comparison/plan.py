@@ -13,7 +13,9 @@ from training.recipes import MOST_CHARACTERS
 from utils import UserError, one_line
 
 # Flags that the comparison itself gives to its runs.
-GIVEN = frozenset({"lr", "seed", "epochs", "output_dir", "auto_resume", "resume", "eval", "config", "task"})
+GIVEN = frozenset({
+    "lr", "seed", "epochs", "output_dir", "auto_resume", "resume", "eval", "config", "task", "cuda_graph",
+})  # fmt: skip
 OF_NUMBERS = "YAML reads 1e-3 as a word, 1.0e-3 as a number"
 MEASURED, LOGGED = "measured", "logged"
 # Flags with which a run may end before its last epoch, or without the accuracy after it.
@@ -21,7 +23,7 @@ WITHOUT_END = frozenset({"max_steps", "patience", "disable_eval"})
 # Flags that change what a training step costs. Steps are not measured with those of the first set; those of the second
 # are measured with as long as they are the same for all contenders.
 UNMEASURED = frozenset({"grad_checkpointing", "update_freq", "distillation_type", "token_label", "freeze_backbone"})
-OF_STEPS = UNMEASURED | {"batch_size", "input_size", "amp", "channels_last", "compile", "cuda_graph"}
+OF_STEPS = UNMEASURED | {"batch_size", "input_size", "amp", "channels_last", "compile"}
 
 
 class PlanError(UserError):
@@ -160,7 +162,8 @@ def check_settings_of_runs(values: dict[str, Any], refuse: Callable[[str], None]
             refuse(f"`lr` of `{name}` needs a learning rate; {OF_NUMBERS}")
     for mapping, allowed in ((values["settings"], set()), *((own, {"lr"}) for own in values["runs"].values() if own)):
         if given := (GIVEN & names_in(mapping)) - allowed:
-            refuse(f"{', '.join(sorted(given))}: the comparison itself gives these, see `lr`, `epochs` and `seeds`")
+            refuse(f"{', '.join(sorted(given))}: the comparison itself gives these, see `lr`, `epochs`, `seeds` and "
+                   "--help")
         if given := WITHOUT_END & names_in(mapping):
             refuse(f"{', '.join(sorted(given))}: what is compared is the accuracy after `epochs` epochs")
 

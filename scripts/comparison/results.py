@@ -26,8 +26,8 @@ SPEED = "speed.json"
 
 
 def write_machine(run: PlannedRun, settings: Settings):
-    """Keep beside a run the machine that it is going to be trained on."""
-    found = machine(init_distributed(settings.machine.device).device)
+    """Keep beside a run the machine that it is going to be trained on, and whether from CUDA graphs."""
+    found = machine(init_distributed(settings.machine.device).device) | dict(cuda_graph=settings.machine.cuda_graph)
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     replace_file(run.beside("json"), lambda file: file.write(json.dumps(found).encode()))
 

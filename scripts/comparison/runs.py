@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import main
 from training import flags
@@ -22,6 +23,8 @@ from .plan import Plan
 
 ROOT = Path(__file__).resolve().parents[2]
 METRIC = "val_acc1"
+# A run may be resumed on another machine, with or without graphs.
+NOT_COMPARED = NO_RESULT | {"cuda_graph"}
 DIVERGED = "diverged"  # a file in the run's folder: with the same settings, it would do so again
 
 
@@ -105,7 +108,7 @@ def remaining(plan: Plan, folder: Path) -> Iterator[PlannedRun]:
         yield from (runs[i] for runs in long_runs(plan, folder).values() if runs and not runs[i].has_ended)
 
 
-def check_settings(plan: Plan, folder: Path, **given: str):
+def check_settings(plan: Plan, folder: Path, **given: Any):
     """Check the runs that are in the folder, ended or not, before any is compared with others.
 
     Args:
@@ -120,7 +123,7 @@ def check_settings(plan: Plan, folder: Path, **given: str):
         for run in (run for run in runs if (run.folder / "args.yaml").is_file()):
             has = flags.as_recipe(main.parse(["--config", str(run.folder / "args.yaml")])[1])
             asked = flags.as_recipe(plan.parse(run.contender, lr=run.lr, seed=run.seed, epochs=run.epochs, **given))
-            others = [f"{key} {has[key]}, not {asked[key]}" for key in asked.keys() & has.keys() - NO_RESULT
+            others = [f"{key} {has[key]}, not {asked[key]}" for key in asked.keys() & has.keys() - NOT_COMPARED
                       if has[key] != asked[key]]
             if others:
                 raise UserError(f"{run.folder} holds a run of other settings: {'; '.join(sorted(others))}; give "
@@ -140,15 +143,9 @@ class Pool(AbstractContextManager):
     def __init__(self, jobs: int, deadline: float):
         self.jobs, self.deadline = jobs, deadline
         self.going: dict[PlannedRun, subprocess.Popen] = {}
-        self.signals = interrupted_by_sigterm()
-
-    def __enter__(self) -> "Pool":
-        self.signals.__enter__()
-        return self
 
     def __exit__(self, *error):
         self.stop()
-        self.signals.__exit__(*error)
 
     @property
     def free(self) -> int:

@@ -66,6 +66,7 @@ def test_a_recipe_says_what_the_plan_says(tmp_path):
     (dict(runs=dict(a=3)), "`a` needs lines of `flag: value`, or none"),
     (dict(runs={"../a": None}), "`../a` cannot be the name of a folder"),
     (dict(runs=dict(a=dict(seed=1))), "seed: the comparison itself gives these"),
+    (dict(settings=dict(SETTINGS, cuda_graph=True)), "cuda_graph: the comparison itself gives these"),
     (dict(settings=dict(SETTINGS, patience=5)), "patience: what is compared is the accuracy after `epochs` epochs"),
     (dict(runs=dict(a=dict(disable_eval=True))), "disable_eval: what is compared is the accuracy"),
     (dict(settings=dict(SETTINGS, grad_checkpointing=True)), "steps are not measured with grad_checkpointing: add"),
@@ -164,6 +165,7 @@ runs: {biformer_nano: {model_kwargs: {mlp_ratio: 2e0}}}
     run.folder.mkdir(parents=True)
     options.save(flags.as_recipe(settings), run.folder / "args.yaml")
     runs.check_settings(plan, tmp_path, **given)
+    runs.check_settings(plan, tmp_path, cuda_graph=True, **given)  # how it runs
     text = (run.folder / "args.yaml").read_text()
     assert "weight_decay: 0.05" in text
     (run.folder / "args.yaml").write_text(text.replace("weight_decay: 0.05", "weight_decay: 0.1"))
