@@ -21,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import training.startup  # before torch, as main.py does  # noqa: F401  # isort: skip
 from scripts.comparison import results, runs
 from scripts.comparison.plan import LOGGED, Plan
+from training.cuda_graphs import check_cuda_graphs
+from training.distributed import init_distributed
 from training.options import Settings
 from training.signals import EXIT_RESUME
 from utils import UserError, count, positive_count, run_script, user_path
@@ -34,6 +36,8 @@ def compare(args: argparse.Namespace):
     data_path = args.data_path or (args.output_dir if args.draw else None)  # to draw, no data are read
     given = dict(cuda_graph=args.cuda_graph) | ({} if data_path is None else dict(data_path=str(data_path)))
     settings = {name: plan.parse(name, lr=plan.rates(name)[0], epochs=plan.epochs, **given) for name in plan.runs}
+    if args.cuda_graph and not args.draw:
+        check_cuda_graphs(init_distributed(next(iter(settings.values())).machine.device))
     runs.check_settings(plan, args.output_dir, **given)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     failed = [] if args.draw else train_all(plan, settings, args.output_dir, pool, **given)
@@ -48,22 +52,28 @@ def train_all(
     plan: Plan, settings: dict[str, Settings], folder: Path, pool: runs.Pool, **given: Any
 ) -> list[runs.PlannedRun]:
     """Train what remains, while time is left; returns the runs that failed. To diverge is a result, not a failure."""
+    def write():
+        results.write(plan, results.speeds(plan, settings, folder, measure=False), folder)
+
     failed = []
-    with runs.interrupted_by_sigterm(), pool:
-        while True:
-            waiting = (run for run in runs.remaining(plan, folder) if run not in failed and run not in pool.going)
-            for run in islice(waiting, pool.free):
-                results.write_machine(run, settings[run.contender])
-                pool.begin(run, plan.recipe(run.contender, lr=run.lr, seed=run.seed, epochs=run.epochs, **given))
-                print(f"{run} ...", flush=True)
-            if not pool.going:
-                return failed
-            run = pool.wait()
-            if not run.has_ended:
-                failed.append(run)
-            print(f"{run}: {outcome(run)}", flush=True)
-            runs.check_settings(plan, folder, **given)  # those of a learning rate that has just been chosen too
-            results.write(plan, results.speeds(plan, settings, folder, measure=False), folder)
+    try:
+        with runs.interrupted_by_sigterm(), pool:
+            while True:
+                waiting = (run for run in runs.remaining(plan, folder) if run not in failed and run not in pool.going)
+                for run in islice(waiting, pool.free):
+                    results.write_machine(run, settings[run.contender])
+                    pool.begin(run, plan.recipe(run.contender, lr=run.lr, seed=run.seed, epochs=run.epochs, **given))
+                    print(f"{run} ...", flush=True)
+                if not pool.going:
+                    return failed
+                run = pool.wait()
+                if not run.has_ended:
+                    failed.append(run)
+                print(f"{run}: {outcome(run)}", flush=True)
+                runs.check_settings(plan, folder, **given)  # those of a learning rate that has just been chosen too
+                write()
+    finally:
+        write()  # some of the runs that were stopped may just have ended
 
 
 def outcome(run: runs.PlannedRun) -> str:
@@ -80,7 +90,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=positive_count, default=1, metavar="N",
                         help="train N runs at once, which pays where one alone leaves a GPU idle; speeds are measured "
                         "alone, in the end")
-    parser.add_argument("--cuda_graph", action="store_true", help="train, and measure, from CUDA graphs")
+    parser.add_argument("--cuda_graph", action="store_true", help="main.py's --cuda_graph, for all runs and for their "
+                        "speeds, which then have no MiB; for a GPU")
     parser.add_argument("--minutes", type=float, default=math.inf,
                         help="stop after so long, with exit code 75; the same command resumes")
     parser.add_argument("--draw", action="store_true", help="train and measure nothing: draw what is there")

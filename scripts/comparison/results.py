@@ -41,13 +41,15 @@ def machine_of(run: PlannedRun) -> dict[str, Any] | None:
 def speeds(plan: Plan, settings: dict[str, Settings], folder: Path, measure: bool) -> dict[str, Any]:
     """The "machine", and "rows" of the speed of training steps by contender; measured where that was not done before.
 
-    Empty where speed is taken from the logs, or is not measured yet, or was of other settings.
+    Empty where speed is taken from the logs, or is not measured yet, or was of other settings. What is not to be
+    measured may have been measured with or without CUDA graphs.
     """
     file = folder / SPEED
     if plan.speed == LOGGED:
         return {}
     found = json.loads(file.read_text()) if file.is_file() else {}
-    if found.get("steps") == steps_of(settings):
+    asked, of_file = steps_of(settings), found.get("steps", {})
+    if of_file == asked or (not measure and without_graphs(of_file) == without_graphs(asked)):
         return found
     if not measure:
         return {}
@@ -65,6 +67,10 @@ def steps_of(settings: dict[str, Settings]) -> dict[str, Any]:
                    **{key: getattr(own.machine, key) for key in of_machine})
         for name, own in settings.items()
     }
+
+
+def without_graphs(steps: dict[str, Any]) -> dict[str, Any]:
+    return {name: {key: value for key, value in own.items() if key != "cuda_graph"} for name, own in steps.items()}
 
 
 def measure_speeds(settings: dict[str, Settings]) -> dict[str, Any]:
@@ -141,7 +147,7 @@ def accuracies(contender: dict[str, Any]) -> list[float]:
 
 
 def rate(found: dict[str, Any], contender: dict[str, Any]) -> float | None:
-    """Images/s in training, as measured side by side or as logged by the runs; None where that was not done yet."""
+    """Images/s in training, as measured side by side or as logged by the runs; None where neither was, or it failed."""
     if found["speed"] == LOGGED:
         logged = [run["images_per_second"] for run in contender["runs"] if run["images_per_second"]]
         return median(logged) if logged else None
@@ -193,7 +199,8 @@ def curve(contender: dict[str, Any]) -> list[tuple[int, list[float]]]:
 def draw(found: dict[str, Any]):
     """A matplotlib Figure: accuracy against minutes of training, at the rate of the table, or epochs where it has none.
 
-    A line for each contender, the mean over its seeds, in a band from the least to the most of them.
+    A line for each contender, the mean over its seeds, in a band from the least to the most of them. One without a rate
+    is left out where others have one.
     """
     from matplotlib.figure import Figure
 

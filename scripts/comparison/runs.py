@@ -175,11 +175,9 @@ class Pool(AbstractContextManager):
             for run, process in self.going.items():
                 if (code := process.poll()) is None:
                     continue
-                del self.going[run]
+                self._end(run)
                 if code == EXIT_RESUME:
                     raise OutOfTime
-                if code == EXIT_NON_FINITE:
-                    (run.folder / DIVERGED).touch()
                 return run
             time.sleep(POLL_SECONDS)
         raise OutOfTime
@@ -188,9 +186,14 @@ class Pool(AbstractContextManager):
         """Ask the runs that go on to leave, and wait until they have."""
         for process in self.going.values():
             process.terminate()
-        for process in self.going.values():
-            process.wait()
-        self.going.clear()
+        for run in list(self.going):
+            self._end(run)
+
+    def _end(self, run: PlannedRun):
+        """Wait for a run's process to end, and keep that it diverged."""
+        if self.going[run].wait() == EXIT_NON_FINITE:
+            (run.folder / DIVERGED).touch()
+        del self.going[run]
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from scripts.comparison import results, runs
 from scripts.comparison.plan import Plan
 from training import flags, options
 from training.recipes import read_recipe
-from training.signals import EXIT_RESUME
+from training.signals import EXIT_NON_FINITE, EXIT_RESUME
 from utils import UserError
 
 SETTINGS = dict(data_set="image_folder", input_size=32, batch_size=4, num_workers=0, device="cpu", aa="none", mixup=0.0,
@@ -307,13 +307,75 @@ def test_runs_at_once_are_as_one_after_the_other(photos, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_all_of_the_runs_at_once_are_stopped(photos, tmp_path, capsys):
+def test_all_of_the_runs_at_once_are_stopped(photos, tmp_path):
+    """By SIGTERM to the comparison; each of them saves itself."""
     plan = write_plan(tmp_path / "plan.yaml", lr=[0.004], epochs=10_000, seeds=[0, 1])
     words = [str(plan), "--data_path", str(photos), "--output_dir", str(tmp_path / "out"), "--jobs", "2"]
-    assert compare.main([*words, "--minutes", "0.4"]) == EXIT_RESUME
-    for seed in (0, 1):
-        assert (tmp_path / "out" / "biformer_nano" / f"seed-{seed}" / "last.pth").is_file()
-    assert "stopped; the same command resumes" in capsys.readouterr().out
+    process = subprocess.Popen([sys.executable, "scripts/compare.py", *words], cwd=ROOT, stderr=subprocess.DEVNULL)
+    folders = [tmp_path / "out" / "biformer_nano" / f"seed-{seed}" for seed in (0, 1)]
+    while not all((folder / "log.txt").is_file() for folder in folders):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 130
+    for folder in folders:
+        assert "SIGTERM: stopped in epoch" in folder.with_name(f"{folder.name}.txt").read_text()
+
+
+class Stub:
+    """A run in a pool whose process exits with `code`, at once or when it is asked to leave."""
+
+    def __init__(self, pool, folder, code, waits=False):
+        self.run = runs.PlannedRun(folder.name, 0.1, 0, 1, folder)
+        folder.mkdir()
+        ready = f"import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit({code})); print(flush=True)"
+        end = "signal.pause()" if waits else f"sys.exit({code})"
+        process = subprocess.Popen([sys.executable, "-c", f"{ready}; {end}"], stdout=subprocess.PIPE)
+        process.stdout.read(1)
+        process.stdout.close()
+        pool.going[self.run] = process
+
+
+def test_a_pool_names_the_runs_that_end(tmp_path):
+    """One that fails, and one that diverges, beside a third that goes on until the block is left."""
+    with runs.Pool(4, deadline=time.monotonic() + 60) as pool:
+        going, failed, diverged = (
+            Stub(pool, tmp_path / name, code, waits=name == "going")
+            for name, code in (("going", EXIT_NON_FINITE), ("failed", 1), ("diverged", EXIT_NON_FINITE))
+        )
+        process = pool.going[going.run]
+        assert pool.free == 1 and {pool.wait(), pool.wait()} == {failed.run, diverged.run} and pool.free == 3
+        assert diverged.run.has_diverged and not failed.run.has_ended and process.poll() is None
+    assert process.poll() == EXIT_NON_FINITE and going.run.has_diverged  # it did so as it was asked to leave
+
+
+@pytest.mark.parametrize(("code", "seconds"), [(EXIT_RESUME, 60), (0, 0)])
+def test_a_pool_is_left_when_a_run_was_asked_to_leave_or_time_is_over(tmp_path, code, seconds):
+    with pytest.raises(runs.OutOfTime), runs.Pool(2, deadline=time.monotonic() + seconds) as pool:
+        Stub(pool, tmp_path / "first", code)
+        process = pool.going[Stub(pool, tmp_path / "second", 0, waits=True).run]
+        pool.wait()
+    assert process.poll() == 0 and not pool.going
+    with pytest.raises(runs.OutOfTime):
+        runs.Pool(1, deadline=time.monotonic()).begin(Stub(pool, tmp_path / "third", 0).run, "")
+
+
+def test_speeds_are_drawn_with_and_without_graphs(plan, tmp_path):
+    """A flag that `--draw` needs not be given: it measures nothing."""
+    def settings(graph):
+        return {"a": plan.parse("a", model="biformer_nano", lr=0.1, epochs=1, data_path="x", cuda_graph=graph)}
+
+    (tmp_path / results.SPEED).write_text(json.dumps(dict(steps=results.steps_of(settings(True)), rows={})))
+    assert results.speeds(plan, settings(False), tmp_path, measure=False)["steps"]["a"]["cuda_graph"]
+    other = {"a": plan.parse("a", model="resnet10t", lr=0.1, epochs=1, data_path="x")}
+    assert results.speeds(plan, other, tmp_path, measure=False) == {}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_graphs_without_a_gpu_are_refused_before_anything_is_written(tmp_path, capsys):
+    words = [str(write_plan(tmp_path / "plan.yaml")), "--data_path", str(tmp_path), "--output_dir"]
+    assert compare.main([*words, str(tmp_path / "out"), "--cuda_graph"]) == 1
+    assert "CUDA graphs need a GPU" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_logged_speeds_are_of_runs_alone(tmp_path, capsys):
