@@ -170,8 +170,8 @@ def user_path(text: str | Path) -> Path:
 
 
 def positive_count(text: str) -> int:
-    """A number of the command line that counts something. Raises argparse.ArgumentTypeError below 1."""
-    if int(text) < 1:
+    """A number of the command line that counts something. Raises argparse.ArgumentTypeError where it does not."""
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
     return int(text)
 

@@ -384,8 +384,8 @@ def test_logged_speeds_are_of_runs_alone(tmp_path, capsys):
     assert compare.main([*words, "2"]) == 1
     assert "takes speeds from the runs' logs: leave out --jobs" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        compare.main([*words, "0"])
-    assert "must be at least 1, got 0" in capsys.readouterr().err
+        compare.main([*words, "none"])
+    assert "must be at least 1, got none" in capsys.readouterr().err
 
 
 @pytest.mark.slow
