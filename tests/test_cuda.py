@@ -7,11 +7,15 @@ import sys
 import time
 
 import pytest
+import timm
 import torch
 
+import models  # registers its networks with timm  # noqa: F401
 from helpers import ROOT
 from helpers.run_state import differences
 from helpers.segments import write_segments
+from training.cuda_graphs import GraphedTraining
+from training.precision import Precision
 
 pytestmark = pytest.mark.gpu
 # Small, with everything that has a state of its own: EMA, accumulation, mixup, erasing, stochastic depth.
@@ -86,3 +90,27 @@ def test_graphs_train_what_launched_steps_train(tmp_path, how):
         torch.testing.assert_close(graphs["model"][name], weight, rtol=0, atol=2e-3, msg=name)
     losses = [json.loads((tmp_path / name / "log.txt").read_text().splitlines()[-1]) for name in ("eager", "graphs")]
     assert losses[1]["train_loss"] == pytest.approx(losses[0]["train_loss"], rel=1e-2)
+
+
+def gradients(network, images):
+    """All parameters' gradients in one row."""
+    network.zero_grad()
+    network(images).square().mean().backward()
+    return torch.cat([p.grad.flatten().cpu() for p in network.parameters()])
+
+
+@pytest.mark.parametrize("graphed", [False, True], ids=["launched", "graph"])
+@pytest.mark.parametrize("name", ["biformer_nano", "debiformer_nano", "bvit_5m", "vitaev2_s"])
+def test_gradients_are_those_of_a_cpu(name, graphed, device="cuda"):
+    """Of three batches in turn: nothing of one, nor of memory as it was found, is left in the gradients of the next."""
+    torch.manual_seed(0)
+    network = timm.create_model(name, num_classes=10).train()
+    batches = torch.randn(3, 2, 3, 64, 64)
+    expected = [gradients(network, images) for images in batches]
+    network = network.to(device)
+    if graphed:
+        network = GraphedTraining(network, Precision.on(torch.device(device), "off", True))
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        found = [gradients(network, images.to(device)) for images in batches]
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() < 1e-2 * other.norm()
