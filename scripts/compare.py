@@ -59,11 +59,7 @@ def train_all(
     try:
         with runs.interrupted_by_sigterm(), pool:
             while True:
-                waiting = (run for run in runs.remaining(plan, folder) if run not in failed and run not in pool.going)
-                for run in islice(waiting, pool.free):
-                    results.write_machine(run, settings[run.contender])
-                    pool.begin(run, plan.recipe(run.contender, lr=run.lr, seed=run.seed, epochs=run.epochs, **given))
-                    print(f"{run} ...", flush=True)
+                fill(pool, plan, settings, folder, failed, **given)
                 if not pool.going:
                     return failed
                 run = pool.wait()
@@ -73,7 +69,19 @@ def train_all(
                 runs.check_settings(plan, folder, **given)  # those of a learning rate that has just been chosen too
                 write()
     finally:
-        write()  # some of the runs that were stopped may just have ended
+        write()  # some of the runs that were interrupted may just have ended
+
+
+def fill(
+    pool: runs.Pool, plan: Plan, settings: dict[str, Settings], folder: Path, failed: list[runs.PlannedRun],
+    **given: Any,
+):
+    """Begin the next of the runs that remain and have not failed, as many as the pool has room for."""
+    waiting = (run for run in runs.remaining(plan, folder) if run not in failed and run not in pool.going)
+    for run in islice(waiting, pool.free):
+        results.write_machine(run, settings[run.contender])
+        pool.begin(run, plan.recipe(run.contender, lr=run.lr, seed=run.seed, epochs=run.epochs, **given))
+        print(f"{run} ...", flush=True)
 
 
 def outcome(run: runs.PlannedRun) -> str:

@@ -101,16 +101,16 @@ def gradients(network, images):
 
 @pytest.mark.parametrize("graphed", [False, True], ids=["launched", "graph"])
 @pytest.mark.parametrize("name", ["biformer_nano", "debiformer_nano", "bvit_5m", "vitaev2_s"])
-def test_gradients_are_those_of_a_cpu(name, graphed, device="cuda"):
+def test_gradients_are_those_of_a_cpu(name, graphed):
     """Of three batches in turn: nothing of one, nor of memory as it was found, is left in the gradients of the next."""
     torch.manual_seed(0)
     network = timm.create_model(name, num_classes=10).train()
     batches = torch.randn(3, 2, 3, 64, 64)
     expected = [gradients(network, images) for images in batches]
-    network = network.to(device)
+    network = network.to("cuda")
     if graphed:
-        network = GraphedTraining(network, Precision.on(torch.device(device), "off", True))
+        network = GraphedTraining(network, Precision.on(torch.device("cuda"), "off", True))
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        found = [gradients(network, images.to(device)) for images in batches]
+        found = [gradients(network, images.to("cuda")) for images in batches]
     for one, other in zip(found, expected, strict=True):
         assert (one - other).norm() < 1e-2 * other.norm()

@@ -26,13 +26,11 @@ METRIC = "val_acc1"
 # A run may be resumed on another machine, with or without graphs.
 NOT_COMPARED = NO_RESULT | {"cuda_graph"}
 DIVERGED = "diverged"  # a file in the run's folder: with the same settings, it would do so again
-
-
 POLL_SECONDS = 0.2
 
 
 class OutOfTime(Exception):
-    """The time for this call is over; the runs that were going on have saved themselves."""
+    """The time for this call is over; runs that were still going have saved a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -133,11 +131,11 @@ def check_settings(plan: Plan, folder: Path, **given: Any):
 class Pool(AbstractContextManager):
     """Runs that are trained at the same time, each from where it was left.
 
-    At the end of the `with` block, those that still go on are asked to leave, and save themselves.
+    At the end of the `with` block, runs that are still going are interrupted, and save a checkpoint.
 
     Args:
         jobs: The most at a time.
-        deadline: `time.monotonic()` at which all of them are asked to leave.
+        deadline: `time.monotonic()` at which all of them are interrupted.
     """
 
     def __init__(self, jobs: int, deadline: float):
@@ -169,7 +167,7 @@ class Pool(AbstractContextManager):
         """The next run whose process ends. One that has neither ended nor diverged then has failed.
 
         Raises:
-            OutOfTime: It is past the deadline, or a run was asked to leave by another than this process.
+            OutOfTime: It is past the deadline, or a run was interrupted by another than this process.
         """
         while time.monotonic() < self.deadline:
             for run, process in self.going.items():
@@ -183,7 +181,7 @@ class Pool(AbstractContextManager):
         raise OutOfTime
 
     def stop(self):
-        """Ask the runs that go on to leave, and wait until they have."""
+        """Interrupt the runs that are still going, and wait until they have ended."""
         for process in self.going.values():
             process.terminate()
         for run in list(self.going):
