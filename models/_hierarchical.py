@@ -2,7 +2,7 @@
 from collections.abc import Callable
 
 import torch
-from timm.layers import ClassifierHead, trunc_normal_
+from timm.layers import ClassifierHead
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import nn
@@ -95,13 +95,6 @@ class HierarchicalNetwork(Network):
         self.head_hidden_size = self._pooled_features()
         self.token_head = self._make_token_head(device=device, dtype=dtype) if token_head else None
         self.init_weights(needs_reset=False)
-
-    @staticmethod
-    def _init_weights(module: nn.Module, name: str = ""):
-        if isinstance(module, nn.Linear):
-            trunc_normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
 
     def _make_token_head(self, **dd) -> nn.Module:
         return nn.Linear(self.num_features, self.num_classes, **dd) if self.num_classes else nn.Identity()
@@ -221,14 +214,15 @@ def build_hierarchical(
     variant: str,
     pretrained: bool,
     checkpoint_filter_fn: Callable[[dict, nn.Module], dict],
+    num_stages: int = 4,
     **kwargs,
 ) -> HierarchicalNetwork:
-    """`build_with_pretrained_weights`, with the maps after all four stages as the default of `features_only`."""
+    """`build_with_pretrained_weights`, with the maps after all stages as the default of `features_only`."""
     return build_with_pretrained_weights(
         model_cls,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
+        feature_cfg=dict(out_indices=tuple(range(num_stages)), flatten_sequential=True),
         **kwargs,
     )

@@ -1,6 +1,7 @@
 """What networks of every family share: how weights are drawn, and what they are not made for."""
 from typing import NoReturn
 
+from timm.layers import trunc_normal_
 from timm.models import named_apply
 from torch import nn
 
@@ -41,7 +42,10 @@ class Network(NotScriptable, nn.Module):
     @staticmethod
     def _init_weights(module: nn.Module, name: str = ""):
         """Draw the weights of a module within the network that are not as the module's constructor draws them."""
-        raise NotImplementedError
+        if isinstance(module, nn.Linear):
+            trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     def _reset(self, module: nn.Module):
         """Every `reset_parameters` in a module, in the order in which its parts were built."""

@@ -33,6 +33,7 @@ if "." in __package__:  # installed, as routedvit.models
         route_regions,
         routed_attention,
         settle,
+        without_autocast,
     )
 else:  # from the checkout
     from ops import (
@@ -68,6 +69,7 @@ else:  # from the checkout
         route_regions,
         routed_attention,
         settle,
+        without_autocast,
     )
 
 __all__ = [
@@ -103,4 +105,5 @@ __all__ = [
     "route_regions",
     "routed_attention",
     "settle",
+    "without_autocast",
 ]

@@ -3,21 +3,18 @@
 Paper: `ViTAEv2: Vision Transformer Advanced by Exploring Inductive Bias for Image Recognition and Beyond` -
 https://arxiv.org/abs/2202.10108 (IJCV 2023)
 Published code and weights: https://github.com/ViTAE-Transformer/ViTAE-Transformer
-
-Every map is held channels last, so that linear layers, layer norms, windows and convolutions all read the same memory.
 """
-import math
-
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, calculate_drop_path_rates, use_fused_attn
+from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
+from ._cells import Attention, BaseNormalCell, BaseReductionCell, PadToMultiple, ParallelConv, PyramidReduction
 from ._checkpoints import fit_token_head, rename_published
 from ._hierarchical import HierarchicalNetwork, Stage, build_hierarchical
-from ._layers import Mlp, attend, channels_last, check_depths, check_divides, check_per_stage, split_qkv
-from ._ops import check_rates, check_whole, conv_channels_last, crop_map, fx_leaf, is_open, missing_to_multiple, settle
+from ._layers import Mlp, check_depths, check_divides, check_per_stage
+from ._ops import check_rates, check_whole, crop_map, fx_leaf, is_open, missing_to_multiple, settle
 from ._pretrained import imagenet_cfg, stored
 
 __all__ = ["ViTAEv2"]
@@ -35,29 +32,9 @@ def from_windows(windows: torch.Tensor, height: int, width: int) -> torch.Tensor
     return settle(x).flatten(3, 4).flatten(1, 2)
 
 
-@fx_leaf  # its padding depends on the image's size
-class PadToMultiple(nn.Module):
-    """Zeros at the bottom and right of an image, up to the next multiple of `multiple`; channels last in memory.
-
-    The branches of a reduction cell round odd sizes differently.
-    """
-
-    def __init__(self, multiple: int):
-        super().__init__()
-        self.multiple = multiple
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) -> (B, C, H', W')."""
-        height, width = x.shape[-2:]
-        pad_bottom, pad_right = (missing_to_multiple(side, self.multiple) for side in (height, width))
-        if is_open(height, width) or pad_bottom or pad_right:
-            x = F.pad(x, (0, pad_right, 0, pad_bottom))
-        return channels_last(x)
-
-
 @fx_leaf  # its windows depend on the map's size
-class Attention(nn.Module):
-    """Self-attention in unshifted windows, or over the whole map.
+class WindowAttention(Attention):
+    """Self-attention in unshifted windows.
 
     A map that the windows do not divide is padded with zeros, half on either side with the odd pixel at the bottom and
     right; the padding is attended to like anything else.
@@ -66,121 +43,26 @@ class Attention(nn.Module):
         dim: Channels of the input.
         out_dim: Channels of the output, queries, keys and values.
         num_heads: Heads; must divide `out_dim`.
-        window_size: Side of the windows, 0 for the whole map.
-        qkv_bias: Give the query, key and value projection a bias.
-        value_skip: Add the values to the output.
+        window_size: Side of the windows.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        out_dim: int,
-        num_heads: int,
-        window_size: int = 0,
-        qkv_bias: bool = True,
-        value_skip: bool = False,
-        device=None,
-        dtype=None,
-    ):
-        super().__init__()
-        dd = dict(device=device, dtype=dtype)
-        self.num_heads = num_heads
+    def __init__(self, dim: int, out_dim: int, num_heads: int, window_size: int, device=None, dtype=None):
+        super().__init__(dim, out_dim, num_heads, device=device, dtype=dtype)
         self.window_size = window_size
-        self.value_skip = value_skip
-        self.fused_attn = use_fused_attn()
-        self.qkv = nn.Linear(dim, 3 * out_dim, bias=qkv_bias, **dd)
-        self.proj = nn.Linear(out_dim, out_dim, **dd)
-
-    def _attend(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, H, W, dim) -> (B, H, W, out_dim), every token to all H * W."""
-        qkv = self.qkv(x).flatten(1, 2)
-        query, key, value = split_qkv(qkv, self.num_heads)
-        attended = attend(query, key, value, self.fused_attn).transpose(1, 2)
-        out = self.proj(attended.flatten(2))
-        if self.value_skip:
-            out = out + qkv.chunk(3, dim=-1)[2]
-        return out.unflatten(1, x.shape[1:3])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, W, dim) -> (B, H, W, out_dim)."""
-        if not self.window_size:
-            return self._attend(x)
         height, width = x.shape[1:3]
         pad_height, pad_width = (missing_to_multiple(side, self.window_size) for side in (height, width))
         top, left = pad_height // 2, pad_width // 2
         if is_open(height, width) or pad_height or pad_width:
             x = F.pad(x, (0, 0, left, pad_width - left, top, pad_height - top))
-        out = from_windows(self._attend(to_windows(x, self.window_size)), *x.shape[1:3])
+        out = from_windows(super().forward(to_windows(x, self.window_size)), *x.shape[1:3])
         return crop_map(out, top, left, height, width)
 
 
-class ParallelConv(nn.Sequential):
-    """The convolutions beside the attention ("PCM"): three of 3 x 3 with norm and SiLU between them.
-
-    Args:
-        dims: Channels of the input and of each convolution's output.
-        strides: Stride of each convolution.
-        groups: Groups of each convolution.
-    """
-
-    def __init__(
-        self,
-        dims: tuple[int, int, int, int],
-        strides: tuple[int, int, int] = (1, 1, 1),
-        groups: int = 1,
-        device=None,
-        dtype=None,
-    ):
-        dd = dict(device=device, dtype=dtype)
-        conv = dict(kernel_size=3, padding=1, groups=groups, **dd)
-        super().__init__()
-        self.conv1 = nn.Conv2d(dims[0], dims[1], stride=strides[0], **conv)
-        self.norm1 = nn.BatchNorm2d(dims[1], **dd)
-        self.act1 = nn.SiLU(inplace=True)
-        self.conv2 = nn.Conv2d(dims[1], dims[2], stride=strides[1], **conv)
-        self.norm2 = nn.BatchNorm2d(dims[2], **dd)
-        self.act2 = nn.SiLU(inplace=True)
-        self.conv3 = nn.Conv2d(dims[2], dims[3], stride=strides[2], **conv)
-
-
-class PyramidReduction(nn.Module):
-    """Convolutions of several dilations over the same pixels ("PRM"), their outputs side by side as channels."""
-
-    def __init__(
-        self,
-        dim: int,
-        embed_dim: int,
-        kernel_size: int,
-        stride: int,
-        dilations: tuple[int, ...],
-        device=None,
-        dtype=None,
-    ):
-        super().__init__()
-        self.convs = nn.ModuleList([
-            nn.Conv2d(
-                dim,
-                embed_dim,
-                kernel_size,
-                stride=stride,
-                dilation=dilation,
-                padding=math.ceil(((kernel_size - 1) * dilation + 1 - stride) / 2),
-                device=device,
-                dtype=dtype,
-            )
-            for dilation in dilations
-        ])
-        self.act = nn.GELU()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) -> (B, dilations * embed_dim, H / stride, W / stride)."""
-        return self.act(torch.cat([conv(x) for conv in self.convs], dim=1))
-
-
-class ReductionCell(nn.Module):
-    """Reduce a map and change its width: pyramid reduction and attention, beside convolutions, then an MLP.
-
-    There is no residual path from the input. Sides of the map must be multiples of the stride.
+class ReductionCell(BaseReductionCell):
+    """The reduction cell of a stage. Sides of the map must be multiples of the stride.
 
     Args:
         dim: Channels of the input.
@@ -209,31 +91,20 @@ class ReductionCell(nn.Module):
         device=None,
         dtype=None,
     ):
-        super().__init__()
         dd = dict(device=device, dtype=dtype)
         reduced_dim = embed_dim * len(dilations)
-        self.prm = PyramidReduction(dim, embed_dim, kernel_size, stride, dilations, **dd)
+        prm = PyramidReduction(dim, embed_dim, kernel_size, stride, dilations, **dd)
         strides = (2, 2, 1) if stride == 4 else (2, 1, 1)
-        self.pcm = ParallelConv((dim, embed_dim, embed_dim, out_dim), strides, groups, **dd)
-        self.norm1 = nn.LayerNorm(reduced_dim, **dd)
-        full = not window_size
-        self.attn = Attention(
-            reduced_dim, out_dim, num_heads, window_size, qkv_bias=not full, value_skip=full, **dd
-        )
-        self.norm2 = nn.LayerNorm(out_dim, **dd)
-        self.mlp = Mlp(out_dim, out_dim, **dd)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, dim, H, W) -> (B, out_dim, H / stride, W / stride)."""
-        reduced = self.prm(x).permute(0, 2, 3, 1)
-        local = self.pcm(x).permute(0, 2, 3, 1)
-        x = self.attn(self.norm1(reduced)) + local
-        x = x + self.mlp(self.norm2(x))
-        return x.permute(0, 3, 1, 2)
+        pcm = ParallelConv((dim, embed_dim, embed_dim, out_dim), strides, groups, **dd)
+        if window_size:
+            attn = WindowAttention(reduced_dim, out_dim, num_heads, window_size, **dd)
+        else:
+            attn = Attention(reduced_dim, out_dim, num_heads, qkv_bias=False, value_skip=True, **dd)
+        super().__init__(prm, pcm, attn, Mlp(out_dim, out_dim, **dd), reduced_dim, out_dim, **dd)
 
 
-class NormalCell(nn.Module):
-    """Attention beside convolutions, then an MLP, on residual paths.
+class NormalCell(BaseNormalCell):
+    """A normal cell of a stage.
 
     Args:
         dim: Channels.
@@ -253,22 +124,13 @@ class NormalCell(nn.Module):
         device=None,
         dtype=None,
     ):
-        super().__init__()
         dd = dict(device=device, dtype=dtype)
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
-        self.attn = Attention(dim, dim, num_heads, window_size, **dd)
-        self.drop_path1 = DropPath(drop_path)
-        self.pcm = ParallelConv((dim, 4 * dim, dim, dim), groups=groups, **dd)
-        self.drop_path2 = DropPath(drop_path)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
-        self.mlp = Mlp(dim, 4 * dim, **dd)
-        self.drop_path3 = DropPath(drop_path)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, H, W, dim) -> (B, H, W, dim)."""
-        local = self.drop_path2(conv_channels_last(self.pcm, x))
-        x = x + self.drop_path1(self.attn(self.norm1(x))) + local
-        return x + self.drop_path3(self.mlp(self.norm2(x)))
+        attn = (
+            WindowAttention(dim, dim, num_heads, window_size, **dd) if window_size else
+            Attention(dim, dim, num_heads, **dd)
+        )
+        pcm = ParallelConv((dim, 4 * dim, dim, dim), groups=groups, **dd)
+        super().__init__(dim, attn, pcm, Mlp(dim, 4 * dim, **dd), drop_path, **dd)
 
 
 class ViTAEv2(HierarchicalNetwork):

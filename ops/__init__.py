@@ -30,6 +30,7 @@ from .layout import (
 from .linear import apply_linear, linear_gelu, reuses_memory
 from .norm import add_layer_norm, choose_norm_impl, layer_norm, norm_unsupported
 from .onednn import is_plain
+from .precision import without_autocast
 from .record import AttentionRecord, PositionBias
 from .regions import RegionGrid
 from .routing import Routing, region_means, route_regions
@@ -77,4 +78,5 @@ __all__ = [
     "routed_attention",
     "settle",
     "unsupported",
+    "without_autocast",
 ]

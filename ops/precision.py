@@ -1,5 +1,6 @@
 """The type that a call computes in, and training steps whose gradients PyTorch computes faster in float32."""
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -19,6 +20,16 @@ def computed_in(x: torch.Tensor) -> torch.dtype:
     """The type that products of `x` are computed in here: under autocast another one than its own."""
     dtype = x.dtype
     return autocast_dtype(x) or dtype if dtype in _AUTOCAST_FROM else dtype
+
+
+def without_autocast(x: torch.Tensor) -> AbstractContextManager:
+    """A context without autocast on the device of `x`; an empty one where there is none anyway.
+
+    Exporters keep a context of autocast as a graph within the graph, which quantisation then refuses.
+    """
+    device = x.device.type
+    has_autocast = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if has_autocast else nullcontext()
 
 
 def trained_in_float32(compute: Callable[..., torch.Tensor], *inputs: torch.Tensor | None) -> torch.Tensor:

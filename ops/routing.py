@@ -1,10 +1,10 @@
 """Region-to-region routing: which key regions each query region attends to (BiFormer, section 3.2)."""
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 
 from .checks import check_whole
+from .precision import without_autocast
 from .regions import RegionGrid
 
 
@@ -83,12 +83,9 @@ def route_regions(
         raise ValueError(
             f"query and key must have one batch, heads and head_dim, got {tuple(query.shape)} and {tuple(key.shape)}"
         )
-    # Not by `torch.no_grad()`, nor by a context of autocast where none is on: exporters keep either as a graph within
-    # the graph, which quantisation then refuses.
+    # Not by `torch.no_grad()`, which exporters keep as a graph within the graph; quantisation then refuses it.
     query, key = query.detach(), key.detach()
-    device = query.device.type
-    has_autocast = device != "meta" and torch.is_autocast_enabled(device)
-    with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
+    with without_autocast(query):
         scores_BRR = region_means(query, query_grid) @ region_means(key, key_grid).transpose(1, 2)
     scores_BRR = _leave_out_empty(scores_BRR, key_grid)
     routes_BRK = scores_BRR.topk(min(topk, key_grid.num_regions), dim=-1).indices

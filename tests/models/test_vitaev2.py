@@ -7,7 +7,8 @@ import torch
 import models
 from helpers.costs import VITAEV2 as COSTS
 from helpers.published import assert_agrees, gmacs, published_state_dict
-from models.vitaev2 import Attention, NormalCell, checkpoint_filter_fn
+from models._cells import Attention
+from models.vitaev2 import NormalCell, WindowAttention, checkpoint_filter_fn
 
 # parameters, GMACs at 224
 SHALLOW = dict(
@@ -68,8 +69,7 @@ def plain_attention(attn, x, rows, cols):
     out_dim = attn.proj.out_features
     head_dim = out_dim // attn.num_heads
     out = x.new_full((batch, height, width, out_dim), float("nan"))
-    size_y = attn.window_size or height
-    size_x = attn.window_size or width
+    size_y, size_x = (getattr(attn, "window_size", side) for side in (height, width))
     for b in range(batch):
         for top in rows:
             for left in cols:
@@ -104,7 +104,7 @@ def plain_attention(attn, x, rows, cols):
 @torch.inference_mode()
 def test_windows(height, width, rows, cols):
     torch.manual_seed(0)
-    attn = Attention(12, 8, num_heads=2, window_size=7).double()
+    attn = WindowAttention(12, 8, num_heads=2, window_size=7).double()
     x = torch.randn(2, height, width, 12, dtype=torch.float64)
     torch.testing.assert_close(attn(x), plain_attention(attn, x, rows, cols))
 
