@@ -9,6 +9,7 @@ from ._routing import collect_attention, collect_routing
 from .biformer import BiFormer
 from .bvit import BViT
 from .debiformer import DeBiFormer
+from .vitae import PlainViTAE, ViTAE
 from .vitaev2 import ViTAEv2
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "DeBiFormer",
     "NetworkRecipe",
     "NoWeightsError",
+    "PlainViTAE",
+    "ViTAE",
     "ViTAEv2",
     "collect_attention",
     "collect_routing",

@@ -125,7 +125,7 @@ class HierarchicalNetwork(Network):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None):
         """Replace the classifiers by new ones of `num_classes` classes (0: none), and the pooling if one is given."""
         self.num_classes = num_classes
-        self.head.reset(num_classes, pool_type=global_pool)
+        self._reset_head(num_classes, global_pool)
         self.head_hidden_size = self._pooled_features()
         if self.token_head is not None:
             parameter = next(self.parameters())
@@ -152,7 +152,7 @@ class HierarchicalNetwork(Network):
             intermediates_only: Return the maps alone.
 
         Returns:
-            [(B, C_i, H_i, W_i), ...], or ((B, C, H / 32, W / 32) features, that list).
+            [(B, C_i, H_i, W_i), ...], or ((B, C, h, w) features, that list).
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
@@ -187,7 +187,7 @@ class HierarchicalNetwork(Network):
         return take_indices
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, in_chans, H, W) -> (B, num_features, H / 32, W / 32), normed and not pooled."""
+        """(B, in_chans, H, W) -> (B, num_features, h, w), normed and not pooled."""
         x = self.stem(channels_last_image(x))
         return self.norm(self.stages(x))
 
@@ -199,7 +199,7 @@ class HierarchicalNetwork(Network):
         """(B, in_chans, H, W) -> (B, num_classes) logits.
 
         In training mode a network with a token head also returns the tokens' logits: (B, num_classes) and
-        (B, H / 32, W / 32, num_classes). Evaluation leaves them out, so that the logits are those of the network
+        (B, h, w, num_classes). Evaluation leaves them out, so that the logits are those of the network
         without that head; LV-ViT's and VOLO's add half of their maximum over the tokens.
         """
         x = self.forward_features(x)

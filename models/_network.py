@@ -1,7 +1,7 @@
 """What networks of every family share: how weights are drawn, and what they are not made for."""
 from typing import NoReturn
 
-from timm.layers import trunc_normal_
+from timm.layers import ClassifierHead, trunc_normal_
 from timm.models import named_apply
 from torch import nn
 
@@ -26,10 +26,12 @@ class Network(NotScriptable, nn.Module):
 
     Attributes:
         output_strides: What `output_stride` may be, the stride of the last map; nothing where there is no choice.
+        head: The classifier, timm's `ClassifierHead`.
         built_first: Names of children that are built before their siblings, where those come first in the module.
     """
 
     output_strides: tuple[int, ...] = ()
+    head: ClassifierHead
     built_first: tuple[str, ...] = ()
 
     @classmethod
@@ -46,6 +48,12 @@ class Network(NotScriptable, nn.Module):
             trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+    def _reset_head(self, num_classes: int, pool_type: str | None = None):
+        """Replace the classifier by one on the device and in the type of the network, and the pooling if one is given."""
+        self.head.reset(num_classes, pool_type=pool_type)
+        parameter = next(self.parameters())
+        self.head.to(device=parameter.device, dtype=parameter.dtype)
 
     def _reset(self, module: nn.Module):
         """Every `reset_parameters` in a module, in the order in which its parts were built."""

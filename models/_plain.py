@@ -145,7 +145,7 @@ class PlainNetwork(Network):
         if global_pool is not None:
             self._set_global_pool(global_pool)
         self.num_classes = num_classes
-        self.head.reset(num_classes)
+        self._reset_head(num_classes)
 
     def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         """(B, in_chans, H, W) images -> (B, 1 + h * w, C) tokens at their positions, the class token first; (h, w)."""

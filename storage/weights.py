@@ -26,6 +26,8 @@ _MOST_COMPRESSED = 10
 _MOST_ZEROS = 2**26
 # The entry of a safetensors file's metadata that holds what a checkpoint says beside its weights, as JSON.
 _METADATA = "routedvit"
+# Where timm's train.py keeps EMA weights.
+_TIMMS_EMA = "state_dict_ema"
 
 
 class WeightsError(ValueError):
@@ -271,9 +273,13 @@ def unwrap(checkpoint: dict[str, Any], key: str | None = None) -> dict[str, torc
 
 
 def default_weights(checkpoint: dict[str, Any], source: str) -> tuple[str | None, list[str]]:
-    """The key of the weights to take where nobody says which: the EMA's where a run of ours chose its best by a metric
-    of theirs, else None, the model's own; and a line that says so, if it is the EMA's.
+    """The key of the weights to take where nobody says which, None for the model's own; and a line if it is the EMA's.
+
+    The EMA's are taken where a run of ours chose its best by a metric of theirs, and from checkpoints of timm's
+    train.py that have some, as timm does: what was published of such a run is of theirs.
     """
+    if _holds_weights(checkpoint.get(_TIMMS_EMA)):
+        return _TIMMS_EMA, [f"{public(source)}: the EMA weights are taken, as timm takes them"]
     best = checkpoint.get("best")
     metrics = best if isinstance(best, dict) and _holds_weights(checkpoint.get("model_ema")) else ()
     for name in metrics:

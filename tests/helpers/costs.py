@@ -14,9 +14,20 @@ DEBIFORMER = {
     "debiformer_small": (44_008_028, 5.44),
     "debiformer_base": (95_501_926, 11.74),
 }
+# GMACs by fvcore, which counts norms too.
+VITAE = {
+    "vitae_tiny": (4_882_792, 1.77),
+    "vitae_6m": (6_610_024, 2.17),
+    "vitae_13m": (10_830_632, 3.05),
+    "vitae_s": (24_009_096, 6.21),
+    "vitae_b": (89_341_672, 18.12),
+    "vitae_l": (311_724_008, 62.9),
+    "vitae_h": (644_528_360, 129.6),
+}
 VITAEV2 = {
     "vitaev2_s": (19_355_688, 5.78),
     "vitaev2_48m": (48_674_632, 13.39),
     "vitaev2_b": (89_693_352, 24.44),
 }
-ALL = {name: (costs[0], costs[1]) for family in (BIFORMER, BVIT, DEBIFORMER, VITAEV2) for name, costs in family.items()}
+FAMILIES = (BIFORMER, BVIT, DEBIFORMER, VITAE, VITAEV2)
+ALL = {name: (costs[0], costs[1]) for family in FAMILIES for name, costs in family.items()}

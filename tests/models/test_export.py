@@ -5,13 +5,13 @@ import timm
 import torch
 import torch.fx.experimental._config as symbolic_shapes
 
-import models  # noqa: F401, registers them
+from helpers import families
+from helpers.families import FAMILIES
 
 pytestmark = [
     pytest.mark.compile,
     pytest.mark.skipif(torch.__version__ < (2, 11), reason="shown with PyTorch 2.11 and newer"),
 ]
-FAMILIES = ["biformer_nano", "bvit_5m", "debiformer_nano", "vitaev2_s"]
 # Of deeper graphs, which take their time.
 DEBIFORMER = pytest.param("debiformer_nano", marks=pytest.mark.long)
 # Regions of one token, empty regions, regions that divide the map and regions that do not; odd sides.
@@ -20,10 +20,8 @@ LEAST, MOST = 32, 2048
 
 
 def shallow(name, **kwargs):
-    """A network of one block a stage, since exporters take their time, without what PyTorch's exporter cannot trace."""
-    torch.manual_seed(0)
-    depth = dict(depth=2) if name.startswith("bvit") else dict(depths=(1, 1, 1, 1))
-    return timm.create_model(name, num_classes=10, **depth, **kwargs).eval().requires_grad_(False)
+    """A shallow network without what PyTorch's exporter cannot trace."""
+    return families.shallow(name, num_classes=10, **kwargs).eval().requires_grad_(False)
 
 
 def batch():
@@ -51,7 +49,7 @@ def in_onnx_runtime(file):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["biformer_nano", "bvit_5m", DEBIFORMER, "vitaev2_s"])
+@pytest.mark.parametrize("name", ["biformer_nano", "bvit_5m", DEBIFORMER, "vitae_tiny", "vitae_b", "vitaev2_s"])
 def test_torch_export_of_any_size(name):
     """One program for every batch and size, which checks for itself what it was made for."""
     model = shallow(name)
@@ -74,7 +72,7 @@ def test_torch_export_of_multiples_of_32(name):
 
 
 @pytest.mark.parametrize("name", ["biformer_nano", *(pytest.param(name, marks=pytest.mark.long) for name in
-                                                     ("biformer_stl", "bvit_5m", "debiformer_nano", "vitaev2_s"))])
+                                                     ("biformer_stl", *FAMILIES[1:]))])
 def test_exports_to_onnx(name, tmp_path):
     """By the lines of docs/models.md, for any batch and size."""
     model = shallow(name)
@@ -87,9 +85,9 @@ def test_exports_to_onnx(name, tmp_path):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_older_exporter_to_onnx_takes_any_batch(name, padded, tmp_path):
     """It traces, for images of one size."""
-    if padded and name.startswith("bvit"):
-        pytest.skip("resamples positions with antialiasing, which that exporter does not know")
     model, size = shallow(name), (96, 64) if padded else (224, 224)
+    if padded and families.is_plain(model):
+        pytest.skip("resamples positions with antialiasing, which that exporter does not know")
     axes = dict(images={0: "batch"}, logits={0: "batch"})
     torch.onnx.export(model, (torch.randn(2, 3, *size),), tmp_path / "model.onnx", dynamo=False, opset_version=17,
                       input_names=["images"], output_names=["logits"], dynamic_axes=axes)

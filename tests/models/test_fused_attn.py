@@ -1,13 +1,11 @@
 """timm's switch of fused attention: without it networks are plain products, which have all derivatives."""
 import pytest
-import timm
 import torch
 from timm.layers import set_fused_attn
 from torch import nn
 
+from helpers.families import FAMILIES, shallow
 from models import _agent_attention
-
-FAMILIES = ["biformer_nano", "bvit_5m", "debiformer_nano", "vitaev2_s"]
 
 
 @pytest.fixture(autouse=True)
@@ -19,9 +17,7 @@ def fused_afterwards():
 def network(name, fused, dtype=torch.float64, **kwargs):
     """With one block in each stage, and biases by position that matter."""
     set_fused_attn(fused)
-    torch.manual_seed(0)
-    kwargs |= dict(depth=2) if name.startswith("bvit") else dict(depths=(1, 1, 1, 1))
-    model = timm.create_model(name, num_classes=3, dtype=dtype, **kwargs).eval()
+    model = shallow(name, num_classes=3, dtype=dtype, **kwargs).eval()
     for key, parameter in model.named_parameters():
         if "bias_table" in key or "offsets" in key:
             nn.init.normal_(parameter, std=0.1)
@@ -88,7 +84,7 @@ def test_second_derivatives(name, band, monkeypatch):
     torch.testing.assert_close(curvature, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("name", ["biformer_nano", "bvit_5m", "vitaev2_s"])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "debiformer_nano"])
 def test_forward_derivatives(name):
     """Of functions and in forward mode, which are the derivatives backwards too."""
     model = network(name, False)

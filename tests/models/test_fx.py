@@ -1,22 +1,20 @@
 """torch.fx in PyTorch's and torchvision's hands, whose tracers know nothing of timm's registers."""
 import pytest
-import timm
 import torch
 from torch import nn
 from torch.fx.experimental.optimization import fuse
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import models
+from helpers.families import FAMILIES, is_plain, shallow
 from models._layers import LayerNorm
 from models._ops import BiLevelRoutingAttention, DepthwiseConv
 
-FAMILIES = ["biformer_nano", "biformer_stl", "bvit_5m", "debiformer_nano", "vitaev2_s"]
+NAMES = [*FAMILIES, "biformer_stl"]
 
 
 def network(name, **kwargs):
-    torch.manual_seed(0)
-    kwargs |= dict(depth=2) if name.startswith("bvit") else dict(depths=(1, 1, 1, 1))
-    model = timm.create_model(name, num_classes=5, **kwargs).eval()
+    model = shallow(name, num_classes=5, **kwargs).eval()
     for module in model.modules():  # which otherwise do nothing in evaluation
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_mean, -0.1, 0.1)
@@ -28,7 +26,7 @@ def equal(a, b):
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_traced_network_is_the_network(name):
     """For images of any size, and in training too."""
     model = network(name)
@@ -46,12 +44,12 @@ def test_a_traced_network_is_the_network(name):
     equal(*outputs)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_torchvisions_features_are_the_maps(name):
     model = network(name)
     nodes = [info["module"] for info in model.feature_info]
-    if name.startswith("bvit"):
-        nodes = nodes[:-1]  # broad attention follows the last block
+    if is_plain(model):
+        nodes = nodes[:-1]  # BViT's broad attention follows the last block
     extractor = create_feature_extractor(model, [*nodes, "head.fc"])
     x = torch.randn(2, 3, 64, 96)
     found = extractor(x)
@@ -68,6 +66,8 @@ def test_torchvisions_features_are_the_maps(name):
     ("biformer_stl", {"norm", *(f"stages.{i}.downsample.norm" for i in (1, 2, 3))}),
     ("debiformer_nano", {"norm"}),
     ("bvit_5m", set()),
+    ("vitae_b", set()),
+    ("vitae_tiny", set()),
     ("vitaev2_s", set()),
 ])
 def test_batch_norms_are_fused_into_convolutions(name, left):

@@ -3,24 +3,24 @@ import pytest
 import timm
 import torch
 
+from helpers.families import FAMILIES, shallow
 from models import detection, segmentation
 
-FAMILIES = ["biformer_nano", "bvit_5m", "debiformer_nano", "vitaev2_s"]
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_a_traced_network_is_the_network(name):
-    model = timm.create_model(name, num_classes=3).eval()
+    model = shallow(name, num_classes=3).eval()
     traced = torch.jit.trace(model, torch.randn(1, 3, 64, 64), check_trace=False)
     x = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(traced(x), model(x))
 
 
 @pytest.mark.parametrize("make", [
-    *(lambda name=name: timm.create_model(name) for name in FAMILIES),
-    *(lambda name=name: timm.create_model(name, features_only=True) for name in FAMILIES),
+    *(lambda name=name: shallow(name) for name in FAMILIES),
+    *(lambda name=name: shallow(name, features_only=True, out_indices=[1]) for name in FAMILIES),
     lambda: torch.nn.Sequential(timm.create_model("biformer_nano")),
     lambda: segmentation.upernet("resnet10t", num_classes=3),
     lambda: detection.retinanet("resnet10t", num_classes=3),

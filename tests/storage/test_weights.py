@@ -22,6 +22,7 @@ from storage.weights import (
     WeightsError,
     WeightsKeyError,
     class_difference,
+    default_weights,
     fetch,
     load_weights,
     read_checkpoint,
@@ -300,6 +301,16 @@ def test_weights_under_other_keys_are_named(keys, named):
     assert unwrap(checkpoint, keys[0])["w"].equal(torch.ones(1))
     with pytest.raises(WeightsKeyError, match=f"no 'x'; it holds {named.replace(' and', ',')}$"):
         unwrap(checkpoint, "x")
+
+
+@pytest.mark.parametrize("beside", [{}, {"state_dict": {"w": torch.zeros(1)}}])
+def test_the_ema_weights_of_a_checkpoint_of_timms(beside):
+    """timm loads them too; `unwrap` alone takes what it is told, or the model's own."""
+    checkpoint = {"epoch": 3, "arch": "vitae_tiny", **beside, "state_dict_ema": {"module.w": torch.ones(1)}}
+    key, (note,) = default_weights(checkpoint, "/tmp/model_best.pth.tar")
+    assert unwrap(checkpoint, key) == {"w": torch.ones(1)}
+    assert note == "/tmp/model_best.pth.tar: the EMA weights are taken, as timm takes them"
+    assert default_weights({**checkpoint, "state_dict_ema": None}, "x") == (None, [])
 
 
 def test_bare_weights_may_have_others_beside_them():
