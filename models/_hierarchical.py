@@ -3,7 +3,7 @@ from collections.abc import Callable
 
 import torch
 from timm.layers import ClassifierHead
-from timm.models import checkpoint_seq
+from timm.models import checkpoint, checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import nn
 
@@ -21,17 +21,25 @@ def dilation_of(stage: int, output_stride: int) -> int:
 
 
 class Stage(NotScriptable, nn.Module):
-    """Optional downsampling, then blocks. NCHW in and out, channels last in memory."""
+    """Optional downsampling, then blocks. NCHW in and out, channels last in memory.
 
-    def __init__(self, downsample: nn.Module, blocks: list[nn.Module]):
+    Args:
+        downsample: (B, C, H, W) -> (B, C', H', W').
+        blocks: Each (B, H', W', C') -> (B, H', W', C').
+        is_cell: Whether the downsampling is as much as a block, and recomputed like them by gradient checkpointing.
+    """
+
+    def __init__(self, downsample: nn.Module, blocks: list[nn.Module], is_cell: bool = False):
         super().__init__()
         self.grad_checkpointing = False
+        self.is_cell = is_cell
         self.downsample = downsample
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
-        x = self.downsample(x).permute(0, 2, 3, 1)
+        x = checkpoint(self.downsample, x) if self.grad_checkpointing and self.is_cell else self.downsample(x)
+        x = x.permute(0, 2, 3, 1)
         x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
         return channels_first(x)
 

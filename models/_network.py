@@ -50,7 +50,7 @@ class Network(NotScriptable, nn.Module):
                 nn.init.zeros_(module.bias)
 
     def _reset_head(self, num_classes: int, pool_type: str | None = None):
-        """Replace the classifier by one on the device and in the type of the network, and the pooling if one is given."""
+        """Replace the classifier by one like the network, in its device and type, and the pooling if one is given."""
         self.head.reset(num_classes, pool_type=pool_type)
         parameter = next(self.parameters())
         self.head.to(device=parameter.device, dtype=parameter.dtype)

@@ -308,8 +308,8 @@ class ViTAE(HierarchicalNetwork):
         dd = dict(device=device, dtype=dtype)
         last_embed_dim = dims[2] // len(DILATIONS[2])
         stages = [
-            Stage(ReductionCell(in_chans, embed_dim, dims[0], DILATIONS[0], is_first=True, **dd), []),
-            Stage(ReductionCell(dims[0], embed_dim, dims[1], DILATIONS[1], **dd), []),
+            Stage(ReductionCell(in_chans, embed_dim, dims[0], DILATIONS[0], is_first=True, **dd), [], is_cell=True),
+            Stage(ReductionCell(dims[0], embed_dim, dims[1], DILATIONS[1], **dd), [], is_cell=True),
             Stage(
                 PyramidReduction(dims[1], last_embed_dim, 3, 2, DILATIONS[2], **dd),
                 [

@@ -210,7 +210,7 @@ class ViTAEv2(HierarchicalNetwork):
                 NormalCell(dim, num_heads[i], groups[i], windows[i], drop_path, **dd)
                 for drop_path in drop_path_rates[i]
             ]
-            stages.append(Stage(reduction, cells))
+            stages.append(Stage(reduction, cells, is_cell=True))
         super().__init__(PadToMultiple(32), stages, dims, nn.Identity(), in_chans, **dd, **kwargs)
 
     def group_matcher(self, coarse: bool = False) -> dict:
