@@ -30,4 +30,13 @@ from models.debiformer import (  # noqa: E402, F401
     debiformer_small,
     debiformer_tiny,
 )
+from models.vitae import (  # noqa: E402, F401
+    vitae_6m,
+    vitae_13m,
+    vitae_b,
+    vitae_h,
+    vitae_l,
+    vitae_s,
+    vitae_tiny,
+)
 from models.vitaev2 import vitaev2_48m, vitaev2_b, vitaev2_s  # noqa: E402, F401

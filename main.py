@@ -34,7 +34,7 @@ ADVICE = {
     **advice.ADVICE,
     OptimizerError: "see --opt_eps, --opt_betas, --momentum and --layer_decay",
     ScheduleError: "--lr is for 512 images and scaled with the batch size; percentages scale with it: --min_lr 1%",
-    WarmupError: "lower --warmup_epochs, or give --warmup_steps",
+    WarmupError: "lower --warmup_epochs or --cooldown_epochs, or give --warmup_steps",
 }
 
 
@@ -132,8 +132,8 @@ def create_run(task: Task, data: Data) -> Run:
 
 def create_schedule(asked: options.ScheduleOptions, clock: Clock, peak: float) -> Schedule:
     return Schedule(
-        asked.sched, clock.total, asked.total_warmup(clock.epoch_length), flags.share_of(asked.warmup_lr, peak),
-        flags.share_of(asked.min_lr, peak), asked.poly_power, asked.milestones(clock.epoch_length), asked.decay_rate,
+        asked.sched, clock.total, warmup_lr=flags.share_of(asked.warmup_lr, peak), power=asked.poly_power,
+        min_lr=flags.share_of(asked.min_lr, peak), decay_rate=asked.decay_rate, **asked.times(clock.epoch_length),
     )
 
 

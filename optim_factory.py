@@ -26,7 +26,7 @@ class ScheduleError(UsageError):
 
 
 class WarmupError(UsageError):
-    """A warm-up takes the whole run."""
+    """Warm-up and cool-down take the whole run."""
 
 
 def scaled_lr(lr: float, global_batch: int) -> float:
@@ -99,7 +99,8 @@ class Schedule:
     """A learning rate schedule; all times are optimizer steps.
 
     Args:
-        kind: "cosine", "poly" or "tanh", which fall to `min_lr` at `total`; or "step", which decays at `milestones`.
+        kind: "cosine", "poly" or "tanh", which fall to `min_lr` until `cooldown`; or "step", which decays at
+            `milestones`.
         total: Length of the run.
         warmup: Length of the linear warm-up; its steps count towards `total`.
         warmup_lr: Learning rate at step 0, where there is a warm-up.
@@ -107,6 +108,7 @@ class Schedule:
         power: Of "poly".
         milestones: Steps from which "step" multiplies the learning rate by `decay_rate` once more.
         decay_rate: Of "step".
+        cooldown: Length of the end at `min_lr`; its steps count towards `total`. Not for "step".
     """
 
     kind: str
@@ -117,13 +119,14 @@ class Schedule:
     power: float = 1.0
     milestones: Sequence[int] = ()
     decay_rate: float = 0.1
+    cooldown: int = 0
 
     def check(self, lr: float):
         """Check the schedule for `lr`, the learning rate of its peak.
 
         Raises:
             ScheduleError: It would start or end above its peak.
-            WarmupError: Nothing is left of the run after the warm-up.
+            WarmupError: Nothing is left of the run between warm-up and cool-down.
         """
         ends = dict(warmup_lr=self.warmup_lr if self.warmup else 0.0)
         if self.kind != "step":
@@ -131,8 +134,11 @@ class Schedule:
         for name, value in ends.items():
             if value > lr:
                 raise ScheduleError(f"{name} {value:g} is above the learning rate of this batch size, {lr:.3g}")
-        if self.warmup >= self.total:
-            raise WarmupError(f"a warm-up of {count(self.warmup, 'step')} leaves nothing of the run's {self.total}")
+        if self.warmup + self.cooldown >= self.total:
+            parts = {"warm-up": self.warmup, "cool-down": self.cooldown}
+            taken = [f"a {name} of {count(steps, 'step')}" for name, steps in parts.items() if steps]
+            verb = "leaves" if len(taken) == 1 else "leave"
+            raise WarmupError(f"{' and '.join(taken)} {verb} nothing of the run's {self.total}")
 
     def build(self, optimizer: torch.optim.Optimizer) -> Scheduler:
         """timm's scheduler, which `step_update(step)` moves to any step, from 0 up; it has no other state."""
@@ -148,4 +154,4 @@ class Schedule:
             "tanh": (TanhLRScheduler, dict(ub=TANH_END)),
         }[self.kind]
         # Of one step: the first of two is the same, and timm does not warn of a schedule without effect.
-        return kind(optimizer, max(self.total, 2), lr_min=self.min_lr, **shape, **warmup)
+        return kind(optimizer, max(self.total - self.cooldown, 2), lr_min=self.min_lr, **shape, **warmup)

@@ -47,7 +47,7 @@ def collect_routing(model: nn.Module, images: torch.Tensor) -> dict[str, Routing
         The `Routing` of each attention by the module's name, in the order of the forward pass.
 
     Raises:
-        ValueError: The network has no routed attention; BViT and ViTAEv2 have none.
+        ValueError: The network has no routed attention; BViT, ViTAE and ViTAEv2 have none.
     """
     return _collect(model, images, "routing")
 
@@ -69,6 +69,6 @@ def collect_attention(model: nn.Module, images: torch.Tensor) -> dict[str, dict[
         DeBiFormer's agents before it "agents", theirs.
 
     Raises:
-        ValueError: The network has no routed attention; BViT and ViTAEv2 have none.
+        ValueError: The network has no routed attention; BViT, ViTAE and ViTAEv2 have none.
     """
     return _collect(model, images, "records")

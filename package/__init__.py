@@ -11,7 +11,17 @@
 The folders are named in pyproject.toml, [tool.setuptools.package-dir].
 """
 from . import models, ops
-from .models import BiFormer, BViT, DeBiFormer, ViTAEv2, collect_attention, collect_routing, load
+from .models import (
+    BiFormer,
+    BViT,
+    DeBiFormer,
+    PlainViTAE,
+    ViTAE,
+    ViTAEv2,
+    collect_attention,
+    collect_routing,
+    load,
+)
 from .ops import BiLevelRoutingAttention
 
 __all__ = [
@@ -19,6 +29,8 @@ __all__ = [
     "BiFormer",
     "BiLevelRoutingAttention",
     "DeBiFormer",
+    "PlainViTAE",
+    "ViTAE",
     "ViTAEv2",
     "collect_attention",
     "collect_routing",

@@ -7,7 +7,7 @@
 
 Point at a region: the regions that it is routed to light up by their rank, with the attention of the token under the
 pointer, in any stage, block and head; of DeBiFormer also the agents, with their points. Without --checkpoint or
---model, biformer_nano looks, with weights of its own. BViT and ViTAEv2 route nothing.
+--model, biformer_nano looks, with weights of its own. BViT, ViTAE and ViTAEv2 route nothing.
 
 --serve opens a server for this machine alone, to which the page sends photographs and webcam frames.
 """

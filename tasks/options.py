@@ -11,7 +11,12 @@ from training.options import CheckpointOptions, Settings
 from utils import UsageError
 
 # Names that models were published under, where timm's style differs.
-PUBLISHED_NAMES = {"BViT-5": "bvit_5m", "BViT-22": "bvit_22m"}
+PUBLISHED_NAMES = {
+    "BViT-5": "bvit_5m", "BViT-22": "bvit_22m",
+    "ViTAE_basic_Tiny": "vitae_tiny", "ViTAE_basic_6M": "vitae_6m", "ViTAE_basic_13M": "vitae_13m",
+    "ViTAE_basic_Small": "vitae_s", "ViTAE_basic_Base": "vitae_b", "ViTAE_basic_Large": "vitae_l",
+    "ViTAE_basic_Huge": "vitae_h",
+}
 
 
 def model_name(text: str) -> str:

@@ -113,6 +113,15 @@ def test_cosine_with_warmup():
     assert lr(20) == falling[12]
 
 
+@pytest.mark.parametrize("kind", ["cosine", "poly", "tanh"])
+def test_cooldown(kind):
+    """What comes before is as of a run that ends with it."""
+    lr, shorter = (rates(Schedule(kind, total=total, cooldown=cooldown, warmup=8, warmup_lr=0.1, min_lr=0.01))
+                   for total, cooldown in ((50, 10), (40, 0)))
+    assert [lr(step) for step in range(40)] == [shorter(step) for step in range(40)]
+    assert [lr(step) for step in range(40, 50)] == pytest.approx([0.01] * 10)
+
+
 @pytest.mark.parametrize("power", [1.0, 0.9, 2.0])
 def test_poly_with_warmup(power):
     lr = rates(Schedule("poly", total=100, warmup=10, warmup_lr=1e-3, min_lr=0.01, power=power))
@@ -195,6 +204,9 @@ def test_layers_keep_their_share_of_the_learning_rate(kind):
      "warmup_lr 0.3 is above the learning rate of this batch size, 0.1"),
     (Schedule("cosine", 10, 10), WarmupError, "a warm-up of 10 steps leaves nothing of the run's 10"),
     (Schedule("step", 10, 12, milestones=[5]), WarmupError, "a warm-up of 12 steps leaves nothing of the run's 10"),
+    (Schedule("poly", 10, 4, cooldown=6), WarmupError,
+     "a warm-up of 4 steps and a cool-down of 6 steps leave nothing of the run's 10"),
+    (Schedule("poly", 10, cooldown=10), WarmupError, "a cool-down of 10 steps leaves nothing of the run's 10"),
 ])
 def test_schedules_that_cannot_be(schedule, error, message):
     with pytest.raises(error) as raised:
@@ -204,6 +216,7 @@ def test_schedules_that_cannot_be(schedule, error, message):
 
 @pytest.mark.parametrize("schedule", [
     Schedule("cosine", 10, 9, warmup_lr=0.1, min_lr=0.1),
+    Schedule("cosine", 10, 4, cooldown=5),
     Schedule("cosine", 10, warmup_lr=0.3),  # there is no warm-up
     Schedule("step", 10, min_lr=0.3, milestones=[5]),  # which does not end at it
 ])

@@ -51,10 +51,12 @@ def check(heat_maps, count):
 
 @pytest.mark.slow  # importing the package takes 3 s
 @pytest.mark.usefixtures("clone")
-@pytest.mark.parametrize("name", ["biformer_nano", "debiformer_nano", "vitaev2_s"])
-def test_heat_maps_of_networks_with_stages(name):
+@pytest.mark.parametrize("name,count", [
+    ("biformer_nano", 2), ("debiformer_nano", 2), ("vitae_tiny", 1), ("vitaev2_s", 2),
+])
+def test_heat_maps_of_networks_with_stages(name, count):
     pytest.importorskip("pytorch_grad_cam")
-    check(run(name)["heat_maps"], count=2)
+    check(run(name)["heat_maps"], count)
 
 
 @pytest.mark.slow
@@ -72,12 +74,13 @@ def test_heat_map_after_a_block():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("clone")
-def test_heat_map_of_bvit():
+@pytest.mark.parametrize("name", ["bvit_5m", "vitae_b"])
+def test_heat_map_of_plain_networks(name):
     pytest.importorskip("pytorch_grad_cam")
-    variables = run("bvit_5m", CODE_OF_BVIT)
+    variables = run(name, CODE_OF_BVIT)
     check(variables["heat_maps"], count=1)
     network, images = variables["network"], variables["images"]
-    tokens, (expected,) = network.forward_intermediates(images, [network.depth - 1], norm=True)
+    tokens, (expected,) = network.forward_intermediates(images, [len(network.blocks) - 1], norm=True)
     torch.testing.assert_close(variables["to_map"](tokens), expected)
 
 

@@ -124,6 +124,7 @@ class ScheduleOptions(Group):
                                           "that is not scaled", type=number_or_percentage, check=share, metavar="LR")
     min_lr: float | str = flag("1%", "final learning rate, except of step: a percentage of the peak, or a number that "
                                      "is not scaled", type=number_or_percentage, check=share, metavar="LR")
+    cooldown_epochs: int = flag(0, "last epochs, of --epochs, at --min_lr", type=int, check=not_negative)
     poly_power: float = flag(1.0, "power of poly, 1 for a straight line", type=float, check=positive)
     decay_epochs: list[int] | None = flag(None, "epochs at which step decays", type=int, nargs="+", metavar="EPOCH")
     decay_steps: list[int] | None = flag(None, "optimizer steps at which step decays, instead of --decay_epochs",
@@ -150,6 +151,7 @@ class ScheduleOptions(Group):
             "poly_power": (self.sched == "poly", "without --sched poly"),
             "decay_rate": (self.sched == "step", "without --sched step"),
             "min_lr": (self.sched != "step", "with --sched step"),
+            "cooldown_epochs": (self.sched != "step", "with --sched step"),
             "warmup_lr": (warmup != 0, "without a warm-up"),
         }
 
@@ -165,18 +167,27 @@ class ScheduleOptions(Group):
             return self.warmup_epochs * epoch_length
         return min(5 * epoch_length, self.total_steps(epoch_length) // 10)
 
-    def milestones(self, epoch_length: int) -> list[int]:
-        """Optimizer steps at which "step" decays."""
-        return self.decay_steps or [epoch * epoch_length for epoch in self.decay_epochs or []]
+    def times(self, epoch_length: int) -> dict[str, int | list[int]]:
+        """Optimizer steps of warm-up and cool-down, and those at which "step" decays, as `Schedule` takes them."""
+        milestones = self.decay_steps or [epoch * epoch_length for epoch in self.decay_epochs or []]
+        warmup, cooldown = self.total_warmup(epoch_length), self.cooldown_epochs * epoch_length
+        return dict(warmup=warmup, milestones=milestones, cooldown=cooldown)
 
     def check_warmup(self):
-        """Raises UsageError where nothing of a run is left after its warm-up; evaluation asks for none."""
+        """Raises UsageError where nothing of a run is left between warm-up and cool-down; evaluation asks for none."""
         length, unit = (self.epochs, "epochs") if self.max_steps is None else (self.max_steps, "max_steps")
         warmup, of = (self.warmup_epochs, "epochs") if self.warmup_steps is None else (self.warmup_steps, "steps")
         if warmup is not None and of == unit.removeprefix("max_") and warmup >= length:
             raise ContradictionError(
                 f"--warmup_{of} {warmup} must be less than --{unit} {length}; --warmup_{of} 0 trains without a warm-up",
                 [f"warmup_{of}", unit],
+            )
+        both = (self.warmup_epochs or 0) + self.cooldown_epochs
+        if self.cooldown_epochs and self.max_steps is None and both >= self.epochs:
+            raise ContradictionError(
+                f"--warmup_epochs and --cooldown_epochs, together {both}, must be less than --epochs {self.epochs}; "
+                "--cooldown_epochs 0 trains without a cool-down",
+                ["warmup_epochs", "cooldown_epochs", "epochs"],
             )
 
 

@@ -856,8 +856,8 @@ def test_epochs_of_the_schedule_are_steps(photos, tmp_path):
 
 
 @pytest.mark.parametrize("arguments,message", [
-    (["--max_steps", "3"], "a warm-up of 3 steps leaves nothing of the run's 3; lower --warmup_epochs, or give "
-                           "--warmup_steps"),
+    (["--max_steps", "3"], "a warm-up of 3 steps leaves nothing of the run's 3; lower --warmup_epochs or "
+                           "--cooldown_epochs, or give --warmup_steps"),
     (["--epochs", "1", "--warmup_steps", "3"], "a warm-up of 3 steps leaves nothing of the run's 3; lower"),
     (["--min_lr", "1"], "min_lr 1 is above the learning rate of this batch size, 7.81e-05; --lr is for 512 images"),
 ])

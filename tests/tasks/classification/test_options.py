@@ -47,7 +47,9 @@ def test_every_flag_in_both_forms():
         assert parsing._underscored(f"--{name.replace('_', '-')}=x-y") == f"--{name}=x-y"
 
 
-@pytest.mark.parametrize("published,ours", [("BViT-5", "bvit_5m"), ("BViT-22", "bvit_22m")])
+@pytest.mark.parametrize("published,ours", [
+    ("BViT-5", "bvit_5m"), ("BViT-22", "bvit_22m"), ("ViTAE_basic_13M", "vitae_13m"), ("ViTAE_basic_Huge", "vitae_h"),
+])
 def test_published_names_of_models(published, ours, tmp_path):
     assert parse("--arch", published).name == parse(f"--model={published}").name == ours
     recipe = tmp_path / "r.yaml"
