@@ -41,7 +41,8 @@ def imagenet_cfg(**kwargs) -> dict:
     """A default config of timm for ImageNet-1K at 224; `kwargs` extend or override it.
 
     Tags say what weights were trained on. timm takes a config without `url` or `file` to have none, and
-    `list_models(pretrained=True)` leaves it out; it needs `origin_url`, the page to download them from by hand.
+    `list_models(pretrained=True)` leaves it out; it needs `origin_url`, the page to download them from by hand, or,
+    where they were never published, the tag "untrained".
     """
     common = dict(
         url="",
@@ -62,6 +63,8 @@ def _check_has_weights(variant: str, cfg: PretrainedCfg):
     """Raises NoWeightsError, which says where to get weights, where the config has none."""
     if cfg.has_weights or cfg.state_dict:
         return
+    if cfg.tag == "untrained":
+        raise NoWeightsError(variant, f"the weights of {variant} were never published")
     raise NoWeightsError(
         variant,
         f"no program can download the weights of {variant}: get them by hand, from the page where its authors offer "

@@ -471,7 +471,7 @@ def _plain_cfg(**kwargs) -> dict:
 default_cfgs = generate_default_cfgs({
     "vitae_tiny.in1k": _cfg(),
     "vitae_6m.in1k": _cfg(),
-    "vitae_13m.in1k": _cfg(),
+    "vitae_13m.untrained": _cfg(),
     "vitae_s.in1k": _cfg(),
     "vitae_b.in1k": _plain_cfg(),
     "vitae_l.in1k": _plain_cfg(),

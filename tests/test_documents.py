@@ -145,7 +145,8 @@ def test_the_table_of_weights_says_what_timm_knows():
     for models_cell, way, source, licence in rows:
         for name in re.findall(r"`(\w+)`", models_cell):
             config = timm.get_pretrained_cfg(name)
-            assert way == ("`pretrained=True` or `--load_release`" if config.has_weights else "by hand"), name
+            by_hand = "never published" if config.tag == "untrained" else "by hand"
+            assert way == ("`pretrained=True` or `--load_release`" if config.has_weights else by_hand), name
             assert source.endswith(f"]({config.origin_url or '../weights/README.md'})"), name
             said = {None: "see there", "other": "[other](../weights/README.md#terms)", "mit": "MIT"}
             assert licence == said[config.license], name

@@ -255,6 +255,11 @@ def test_weights_that_no_program_can_download(name):
     assert "\n" not in str(caught.value)
 
 
+def test_weights_that_there_are_not():
+    with pytest.raises(RuntimeError, match=r"^the weights of vitae_13m were never published; pass a file: timm\.create"):
+        create("vitae_13m", pretrained=True)
+
+
 def test_weights_of_ones_own(tmp_path):
     """In each of timm's ways to name them, though others are shipped."""
     model = create(SMALLEST)
