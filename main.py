@@ -11,7 +11,7 @@ import torch
 from timm.optim import list_optimizers
 
 import engine
-from optim_factory import OptimizerError, Schedule, ScheduleError, WarmupError, create_optimizer, scaled_lr
+from optim_factory import LengthError, OptimizerError, Schedule, ScheduleError, create_optimizer, scaled_lr
 from training import advice, command_line, flags, options
 from training.alike import check_same_source, check_same_start
 from training.checkpointer import Checkpointer, Stopped
@@ -34,7 +34,7 @@ ADVICE = {
     **advice.ADVICE,
     OptimizerError: "see --opt_eps, --opt_betas, --momentum and --layer_decay",
     ScheduleError: "--lr is for 512 images and scaled with the batch size; percentages scale with it: --min_lr 1%",
-    WarmupError: "lower --warmup_epochs or --cooldown_epochs, or give --warmup_steps",
+    LengthError: "lower --warmup_epochs or --cooldown_epochs, or give --warmup_steps",
 }
 
 

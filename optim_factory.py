@@ -25,7 +25,7 @@ class ScheduleError(UsageError):
     """A learning rate schedule would start or end above its own peak."""
 
 
-class WarmupError(UsageError):
+class LengthError(UsageError):
     """Warm-up and cool-down take the whole run."""
 
 
@@ -126,7 +126,7 @@ class Schedule:
 
         Raises:
             ScheduleError: It would start or end above its peak.
-            WarmupError: Nothing is left of the run between warm-up and cool-down.
+            LengthError: Nothing is left of the run between warm-up and cool-down.
         """
         ends = dict(warmup_lr=self.warmup_lr if self.warmup else 0.0)
         if self.kind != "step":
@@ -138,7 +138,7 @@ class Schedule:
             parts = {"warm-up": self.warmup, "cool-down": self.cooldown}
             taken = [f"a {name} of {count(steps, 'step')}" for name, steps in parts.items() if steps]
             verb = "leaves" if len(taken) == 1 else "leave"
-            raise WarmupError(f"{' and '.join(taken)} {verb} nothing of the run's {self.total}")
+            raise LengthError(f"{' and '.join(taken)} {verb} nothing of the run's {self.total}")
 
     def build(self, optimizer: torch.optim.Optimizer) -> Scheduler:
         """timm's scheduler, which `step_update(step)` moves to any step, from 0 up; it has no other state."""
@@ -154,4 +154,5 @@ class Schedule:
             "tanh": (TanhLRScheduler, dict(ub=TANH_END)),
         }[self.kind]
         # Of one step: the first of two is the same, and timm does not warn of a schedule without effect.
-        return kind(optimizer, max(self.total - self.cooldown, 2), lr_min=self.min_lr, **shape, **warmup)
+        length = 2 if self.total == 1 else self.total - self.cooldown
+        return kind(optimizer, length, lr_min=self.min_lr, **shape, **warmup)

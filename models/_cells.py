@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, use_fused_attn
 from torch import nn
 
+from ._hierarchical import HierarchicalNetwork
 from ._layers import attend, channels_last, split_qkv
 from ._ops import conv_channels_last, fx_leaf, is_open, missing_to_multiple
 
@@ -219,3 +220,30 @@ class BaseNormalCell(nn.Module):
         local = self.drop_path2(conv_channels_last(self.pcm, x))
         x = x + self.drop_path1(self.attn(self.norm1(x))) + local
         return x + self.drop_path3(self.mlp(self.norm2(x)))
+
+
+class CellNetwork(HierarchicalNetwork):
+    """Stages that each begin with a reduction of the map, the first of which is the stem."""
+
+    # `first_conv` of default configs.
+    first_conv = (*(f"stages.0.downsample.prm.convs.{i}" for i in range(4)), "stages.0.downsample.pcm.conv1")
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        return dict(
+            stem=r"^stages\.0\.downsample",
+            blocks=r"^stages\.(\d+)" if coarse else [
+                (r"^stages\.(\d+)\.downsample", (-1,)),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            ],
+        )
+
+
+# Published name -> ours, in the convolutions of normal cells and in the classifier.
+CELL_RENAMES = [
+    (r"\.PCM\.0\.", r".pcm.conv1."),
+    (r"\.PCM\.1\.", r".pcm.norm1."),
+    (r"\.PCM\.3\.", r".pcm.conv2."),
+    (r"\.PCM\.4\.", r".pcm.norm2."),
+    (r"\.PCM\.6\.", r".pcm.conv3."),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+]

@@ -26,19 +26,24 @@ class Stage(NotScriptable, nn.Module):
     Args:
         downsample: (B, C, H, W) -> (B, C', H', W').
         blocks: Each (B, H', W', C') -> (B, H', W', C').
-        is_cell: Whether the downsampling is as much as a block, and recomputed like them by gradient checkpointing.
+        checkpoint_downsample: Whether gradient checkpointing recomputes the downsampling too, in which batch norms then
+            update their statistics twice, as those of blocks do.
     """
 
-    def __init__(self, downsample: nn.Module, blocks: list[nn.Module], is_cell: bool = False):
+    def __init__(self, downsample: nn.Module, blocks: list[nn.Module], checkpoint_downsample: bool = False):
         super().__init__()
         self.grad_checkpointing = False
-        self.is_cell = is_cell
+        self.checkpoint_downsample = checkpoint_downsample
         self.downsample = downsample
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
-        x = checkpoint(self.downsample, x) if self.grad_checkpointing and self.is_cell else self.downsample(x)
+        if self.grad_checkpointing and self.checkpoint_downsample:
+            # Not reentrant, whatever timm is set to: an image needs no gradient, and then no parameter would get one.
+            x = checkpoint(self.downsample, x, use_reentrant=False)
+        else:
+            x = self.downsample(x)
         x = x.permute(0, 2, 3, 1)
         x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
         return channels_first(x)

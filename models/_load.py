@@ -96,7 +96,7 @@ def load(source: str, weights: str | None = None, model: str | None = None) -> t
     Args:
         source: File or URL.
         weights: Its key in the checkpoint, for example "model_ema"; None for the model's own or, of a run whose best
-            metric is the EMA's, for the EMA weights.
+            metric is the EMA's and of a checkpoint of timm's train.py that has some, for the EMA weights.
         model: The model's name, for weights that do not say what they belong to; any of timm's.
 
     Returns:

@@ -1,6 +1,6 @@
 """Plain vision transformers, whose blocks see one grid of patches: timm's contract for classifiers and extractors."""
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from timm.layers import (
@@ -131,7 +131,7 @@ class PlainNetwork(Network):
     def group_matcher(self, coarse: bool = False) -> dict:
         return dict(
             stem=r"^(?:stem|patch_embed|cls_token|pos_embed)",
-            blocks=[(r"^blocks\.(\d+)", None), (r"^(?:fc_)?norm", (99999,))],
+            blocks=[(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],  # `fc_norm` goes with the head
         )
 
     def set_grad_checkpointing(self, enable: bool = True):
@@ -240,18 +240,41 @@ def square_side(pos_embed: torch.Tensor) -> int:
     return side
 
 
-def fit_positions(state_dict: dict[str, torch.Tensor], model: PlainNetwork) -> dict[str, torch.Tensor]:
-    """The entries, with the positions of a network for another image size resampled."""
+def fit_positions(
+    state_dict: dict[str, torch.Tensor], model: PlainNetwork, is_square: bool = False
+) -> dict[str, torch.Tensor]:
+    """The entries, with the positions of a network for another image size resampled.
+
+    Args:
+        state_dict: Weights under our names.
+        model: The network to load.
+        is_square: Whether the positions are known to be of a square grid. Otherwise those of as many as the network
+            has are taken to be of its own: 14 x 14 could be 7 x 28.
+
+    Raises:
+        ValueError: The positions are of another number, and of no square grid.
+    """
     pos_embed = state_dict.get("pos_embed")
-    if pos_embed is None or pos_embed.shape[1] == model.pos_embed.shape[1]:
+    if pos_embed is None or (pos_embed.shape[1] == model.pos_embed.shape[1] and not is_square):
         return state_dict
     side = square_side(pos_embed)
     resampled = resample_abs_pos_embed(pos_embed, new_size=model.grid_size, old_size=(side, side))
     return {**state_dict, "pos_embed": resampled}
 
 
-def build_plain(model_cls: type[PlainNetwork], variant: str, pretrained: bool, **kwargs) -> PlainNetwork:
+def build_plain(
+    model_cls: type[PlainNetwork],
+    variant: str,
+    pretrained: bool,
+    checkpoint_filter_fn: Callable[[dict, nn.Module], dict],
+    **kwargs,
+) -> PlainNetwork:
     """`build_with_pretrained_weights`, with the maps after the last three blocks as the default of `features_only`."""
     return build_with_pretrained_weights(
-        model_cls, variant, pretrained, feature_cfg=dict(out_indices=3, feature_cls="getter"), **kwargs
+        model_cls,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=3, feature_cls="getter"),
+        **kwargs,
     )

@@ -76,9 +76,10 @@ def build_with_pretrained_weights(model_cls: type[Network], variant: str, pretra
     """timm's `build_model_with_cfg`, for weights that lie behind the `url` of a default config, or in its `file`.
 
     A local file is given as in timm: `create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=path))`.
-    Of a run's checkpoint the model's own weights are loaded, or the EMA's where the run's best metric is theirs. The
-    model has as many classes as the weights unless `num_classes` says another number; a warning tells so for a file
-    of the caller's, and of arguments that the run had.
+    Of a checkpoint the weights are loaded that `storage.weights.default_weights` names: the model's own, or the EMA's
+    where a run's best metric is theirs, or timm's train.py wrote some. The model has as many classes as the weights
+    unless `num_classes` says another number; a warning tells so for a file of the caller's, and of arguments that the
+    run had.
 
     Raises:
         RuntimeError: The file cannot be read; NoWeightsError where there are no weights to download, or they cannot be.

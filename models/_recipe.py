@@ -7,6 +7,8 @@ import torch
 from timm.models import PretrainedCfg
 
 ImageSize = int | tuple[int, int]
+# Names of the classifier in published checkpoints of our families.
+_PUBLISHED_CLASSIFIERS = ("head", "mlp_head.1")
 
 
 def _image_size(value: Any) -> ImageSize | None:
@@ -23,8 +25,11 @@ def size_kwargs(name: str, input_size: ImageSize) -> dict[str, Any]:
 
 
 def count_classes(weights: dict[str, torch.Tensor], cfg: PretrainedCfg) -> int | None:
-    """The number of classes of the classifier among weights that have timm's names; None where it is not there."""
+    """The number of classes of the classifier among weights that have timm's names, or those that our families were
+    published under; None where it is not there.
+    """
     names = (cfg.classifier,) if isinstance(cfg.classifier, str) else tuple(cfg.classifier or ())
+    names += _PUBLISHED_CLASSIFIERS
     found = [weights[f"{name}.weight"] for name in names if f"{name}.weight" in weights]
     return len(found[0]) if found and found[0].ndim > 1 else None
 

@@ -215,13 +215,14 @@ def _from_published(state_dict: dict[str, torch.Tensor], stem_stride: int) -> di
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: BViT) -> dict[str, torch.Tensor]:
     """Rename the entries of a published BViT checkpoint, and resample the positions of one for another image size."""
     state_dict = stored.unwrap(state_dict)
-    if "pos_embedding" in state_dict:
+    is_published = "pos_embedding" in state_dict
+    if is_published:
         state_dict = _from_published(state_dict, model.stem_stride)
-    return fit_positions(state_dict, model)
+    return fit_positions(state_dict, model, is_square=is_published)
 
 
 def _create_bvit(variant: str, pretrained: bool = False, **kwargs) -> BViT:
-    return build_plain(BViT, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+    return build_plain(BViT, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 def _cfg(**kwargs) -> dict:

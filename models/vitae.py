@@ -14,9 +14,18 @@ from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from ._cells import Attention, BaseNormalCell, BaseReductionCell, PadToMultiple, ParallelConv, PyramidReduction
+from ._cells import (
+    CELL_RENAMES,
+    Attention,
+    BaseNormalCell,
+    BaseReductionCell,
+    CellNetwork,
+    PadToMultiple,
+    ParallelConv,
+    PyramidReduction,
+)
 from ._checkpoints import rename_published
-from ._hierarchical import HierarchicalNetwork, Stage, build_hierarchical
+from ._hierarchical import Stage, build_hierarchical
 from ._layers import Mlp, check_divides, check_per_stage
 from ._ops import check_positive, check_rates, check_whole, conv_channels_last, without_autocast
 from ._plain import PlainNetwork, build_plain, embed_patches, fit_positions
@@ -164,6 +173,19 @@ class NormalConv(ParallelConv):
         self.act3 = nn.SiLU(inplace=True)
 
 
+class PlainConv(nn.Sequential):
+    """The convolutions beside the attention of a plain network ("PCM"): two of 3 x 3, norm and SiLU between them."""
+
+    def __init__(self, dim: int, hidden_dim: int, groups: int, device=None, dtype=None):
+        dd = dict(device=device, dtype=dtype)
+        conv = dict(kernel_size=3, padding=1, groups=groups, **dd)
+        super().__init__()
+        self.conv1 = nn.Conv2d(dim, hidden_dim, **conv)
+        self.norm1 = nn.BatchNorm2d(hidden_dim, **dd)
+        self.act1 = nn.SiLU(inplace=True)
+        self.conv2 = nn.Conv2d(hidden_dim, dim, **conv)
+
+
 class NormalCell(BaseNormalCell):
     """A normal cell.
 
@@ -174,6 +196,8 @@ class NormalCell(BaseNormalCell):
         mlp_ratio: Hidden width of the MLP, and of the convolutions, in multiples of `dim`.
         drop_path: Stochastic depth, drawn separately for attention, convolutions and MLP.
     """
+
+    pcm_cls: type[nn.Module] = NormalConv
 
     def __init__(
         self,
@@ -188,53 +212,17 @@ class NormalCell(BaseNormalCell):
         dd = dict(device=device, dtype=dtype)
         hidden_dim = int(mlp_ratio * dim)
         attn = Attention(dim, dim, num_heads, **dd)
-        pcm = NormalConv(dim, hidden_dim, groups, **dd)
+        pcm = self.pcm_cls(dim, hidden_dim, groups, **dd)
         super().__init__(dim, attn, pcm, Mlp(dim, hidden_dim, **dd), drop_path, **dd)
 
 
-class PlainConv(nn.Sequential):
-    """The convolutions beside the attention of a plain network ("PCM"): two of 3 x 3 with norm and SiLU between them.
-
-    Args:
-        dim: Channels of input and output.
-        groups: Groups of both.
-    """
-
-    def __init__(self, dim: int, groups: int, device=None, dtype=None):
-        dd = dict(device=device, dtype=dtype)
-        conv = dict(kernel_size=3, padding=1, groups=groups, **dd)
-        super().__init__()
-        self.conv1 = nn.Conv2d(dim, 4 * dim, **conv)
-        self.norm1 = nn.BatchNorm2d(4 * dim, **dd)
-        self.act1 = nn.SiLU(inplace=True)
-        self.conv2 = nn.Conv2d(4 * dim, dim, **conv)
-
-
-class PlainCell(BaseNormalCell):
+class PlainCell(NormalCell):
     """A normal cell of tokens: the patches, which the convolutions see, behind a class token, which they do not.
 
-    Args:
-        dim: Channels.
-        num_heads: Heads; must divide `dim`.
-        groups: Groups of the convolutions.
-        mlp_ratio: Hidden width of the MLP in multiples of `dim`.
-        drop_path: Stochastic depth, drawn separately for attention, convolutions and MLP.
+    All published networks have an `mlp_ratio` of 4, so that nothing tells whether their convolutions would follow it.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        groups: int,
-        mlp_ratio: float,
-        drop_path: float = 0.0,
-        device=None,
-        dtype=None,
-    ):
-        dd = dict(device=device, dtype=dtype)
-        attn = Attention(dim, dim, num_heads, **dd)
-        pcm = PlainConv(dim, groups, **dd)
-        super().__init__(dim, attn, pcm, Mlp(dim, int(mlp_ratio * dim), **dd), drop_path, **dd)
+    pcm_cls = PlainConv
 
     def forward(self, x: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
         """(B, 1 + h * w, dim), (h, w) -> (B, 1 + h * w, dim)."""
@@ -245,16 +233,16 @@ class PlainCell(BaseNormalCell):
         return x + self.drop_path3(self.mlp(self.norm2(x)))
 
 
-def _check_cells(dim: int, num_heads: int, groups: int, mlp_ratio: float, hidden_ratio: float):
-    """Raises ValueError unless cells of width `dim` can have these heads, convolutions and MLPs."""
+def _check_cells(dim: int, num_heads: int, groups: int, mlp_ratio: float):
+    """Raises ValueError unless normal cells of width `dim` can have these heads, convolutions and MLPs."""
     check_whole(num_heads=num_heads, groups=groups)
     check_positive(mlp_ratio=mlp_ratio)
     check_divides("num_heads", num_heads, "the cells' channels", dim)
     check_divides("groups", groups, "the cells' channels", dim)
-    check_divides("groups", groups, "the convolutions' hidden channels", int(hidden_ratio * dim))
+    check_divides("groups", groups, "the convolutions' hidden channels", int(mlp_ratio * dim))
 
 
-class ViTAE(HierarchicalNetwork):
+class ViTAE(CellNetwork):
     """ViTAE image classifier and feature extractor, T to S. Takes (B, in_chans, H, W) images of any size.
 
     Two reduction cells, then a pyramid reduction and the normal cells, on maps of strides 4, 8 and 16. Images are
@@ -274,6 +262,8 @@ class ViTAE(HierarchicalNetwork):
         global_pool: Pooling of the head, "avg", "max", ..., or "" for none.
         drop_rate: Dropout before the classifier.
         output_stride: Stride of the last map, 16.
+
+    It has no head for token labels, whose tokens have a stride of 32.
 
     Raises:
         ValueError: There is not one width for each of the three stages, or the last is odd; heads or groups do not
@@ -303,33 +293,25 @@ class ViTAE(HierarchicalNetwork):
         check_whole(0, depth=depth)
         check_rates(drop_path_rate=drop_path_rate)
         check_per_stage(3, check=partial(check_whole, 2), dims=dims)
-        check_divides("dilations", len(DILATIONS[2]), "the channels of the last stage", dims[2])
-        _check_cells(dims[2], num_heads, groups, mlp_ratio, hidden_ratio=mlp_ratio)
+        if dims[2] % len(DILATIONS[2]):
+            raise ValueError(f"the last of dims must be even, for its two dilations, got {dims}")
+        _check_cells(dims[2], num_heads, groups, mlp_ratio)
         dd = dict(device=device, dtype=dtype)
-        last_embed_dim = dims[2] // len(DILATIONS[2])
+        first = ReductionCell(in_chans, embed_dim, dims[0], DILATIONS[0], is_first=True, **dd)
+        second = ReductionCell(dims[0], embed_dim, dims[1], DILATIONS[1], **dd)
+        third = PyramidReduction(dims[1], dims[2] // len(DILATIONS[2]), 3, 2, DILATIONS[2], **dd)
+        cells = [
+            NormalCell(dims[2], num_heads, groups, mlp_ratio, drop_path, **dd)
+            for drop_path in calculate_drop_path_rates(drop_path_rate, depth)
+        ]
         stages = [
-            Stage(ReductionCell(in_chans, embed_dim, dims[0], DILATIONS[0], is_first=True, **dd), [], is_cell=True),
-            Stage(ReductionCell(dims[0], embed_dim, dims[1], DILATIONS[1], **dd), [], is_cell=True),
-            Stage(
-                PyramidReduction(dims[1], last_embed_dim, 3, 2, DILATIONS[2], **dd),
-                [
-                    NormalCell(dims[2], num_heads, groups, mlp_ratio, drop_path, **dd)
-                    for drop_path in calculate_drop_path_rates(drop_path_rate, depth)
-                ],
-            ),
+            Stage(first, [], checkpoint_downsample=True),
+            Stage(second, [], checkpoint_downsample=True),
+            Stage(third, cells),
         ]
         super().__init__(
             PadToMultiple(4), stages, dims, nn.Identity(), in_chans, num_classes, global_pool, drop_rate,
             output_stride=output_stride, **dd,
-        )
-
-    def group_matcher(self, coarse: bool = False) -> dict:
-        return dict(
-            stem=r"^stages\.0\.downsample",
-            blocks=r"^stages\.(\d+)" if coarse else [
-                (r"^stages\.(\d+)\.downsample", (-1,)),
-                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-            ],
         )
 
 
@@ -346,7 +328,7 @@ class PlainViTAE(PlainNetwork):
         depth: Cells.
         num_heads: Heads; must divide `embed_dim`.
         groups: Groups of the convolutions; must divide `embed_dim`.
-        mlp_ratio: Hidden width of the MLPs in multiples of `embed_dim`.
+        mlp_ratio: Hidden width of the MLPs and convolutions in multiples of `embed_dim`.
         drop_path_rate: Stochastic depth of the last cell; grows linearly from 0 over all cells.
         **kwargs: `num_classes`, `global_pool` ("avg" unless given) and `drop_rate`, as of `PlainNetwork`.
 
@@ -372,7 +354,7 @@ class PlainViTAE(PlainNetwork):
         check_whole(in_chans=in_chans, embed_dim=embed_dim)
         check_whole(0, depth=depth)
         check_rates(drop_path_rate=drop_path_rate)
-        _check_cells(embed_dim, num_heads, groups, mlp_ratio, hidden_ratio=4)
+        _check_cells(embed_dim, num_heads, groups, mlp_ratio)
         dd = dict(device=device, dtype=dtype)
         patch_embed = embed_patches(in_chans, embed_dim, **dd)
         cells = [
@@ -409,14 +391,6 @@ _PLAIN = [
     (r"^layers\.0\.RC\.", r""),
     (r"^layers\.2\.NC\.(\d+)\.", r"blocks.\1."),
 ]
-_COMMON = [
-    (r"\.PCM\.0\.", r".pcm.conv1."),
-    (r"\.PCM\.1\.", r".pcm.norm1."),
-    (r"\.PCM\.3\.", r".pcm.conv2."),
-    (r"\.PCM\.4\.", r".pcm.norm2."),
-    (r"\.PCM\.6\.", r".pcm.conv3."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
-]
 
 
 def checkpoint_filter_fn(
@@ -428,9 +402,10 @@ def checkpoint_filter_fn(
     """
     state_dict = stored.unwrap(state_dict)
     is_plain = isinstance(model, PlainNetwork)
-    if any(name.startswith("layers.0.RC.") for name in state_dict):
-        state_dict = rename_published(state_dict, [*(_PLAIN if is_plain else _REDUCTION), *_COMMON])
-    return fit_positions(state_dict, model) if is_plain else state_dict
+    is_published = any(name.startswith("layers.0.RC.") for name in state_dict)
+    if is_published:
+        state_dict = rename_published(state_dict, [*(_PLAIN if is_plain else _REDUCTION), *CELL_RENAMES])
+    return fit_positions(state_dict, model, is_square=is_published) if is_plain else state_dict
 
 
 def _create_vitae(variant: str, pretrained: bool = False, **kwargs) -> ViTAE:
@@ -438,17 +413,14 @@ def _create_vitae(variant: str, pretrained: bool = False, **kwargs) -> ViTAE:
 
 
 def _create_plain(variant: str, pretrained: bool = False, **kwargs) -> PlainViTAE:
-    return build_plain(PlainViTAE, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+    return build_plain(PlainViTAE, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 def _cfg(**kwargs) -> dict:
     common = dict(
         pool_size=(14, 14),
         crop_pct=0.9,
-        first_conv=(
-            *(f"stages.0.downsample.prm.convs.{i}" for i in range(4)),
-            "stages.0.downsample.pcm.conv1",
-        ),
+        first_conv=CellNetwork.first_conv,
         paper_ids="arXiv:2106.03348",
         paper_name="ViTAE: Vision Transformer Advanced by Exploring Intrinsic Inductive Bias",
         origin_url="https://github.com/ViTAE-Transformer/ViTAE-Transformer",

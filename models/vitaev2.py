@@ -10,9 +10,18 @@ from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from ._cells import Attention, BaseNormalCell, BaseReductionCell, PadToMultiple, ParallelConv, PyramidReduction
+from ._cells import (
+    CELL_RENAMES,
+    Attention,
+    BaseNormalCell,
+    BaseReductionCell,
+    CellNetwork,
+    PadToMultiple,
+    ParallelConv,
+    PyramidReduction,
+)
 from ._checkpoints import fit_token_head, rename_published
-from ._hierarchical import HierarchicalNetwork, Stage, build_hierarchical
+from ._hierarchical import Stage, build_hierarchical
 from ._layers import Mlp, check_depths, check_divides, check_per_stage
 from ._ops import check_rates, check_whole, crop_map, fx_leaf, is_open, missing_to_multiple, settle
 from ._pretrained import imagenet_cfg, stored
@@ -133,7 +142,7 @@ class NormalCell(BaseNormalCell):
         super().__init__(dim, attn, pcm, Mlp(dim, 4 * dim, **dd), drop_path, **dd)
 
 
-class ViTAEv2(HierarchicalNetwork):
+class ViTAEv2(CellNetwork):
     """ViTAEv2 image classifier and feature extractor. Takes (B, in_chans, H, W) images from 32 x 32 up.
 
     Images are padded at the bottom and right to multiples of 32; feature maps are those of the padded image.
@@ -210,17 +219,8 @@ class ViTAEv2(HierarchicalNetwork):
                 NormalCell(dim, num_heads[i], groups[i], windows[i], drop_path, **dd)
                 for drop_path in drop_path_rates[i]
             ]
-            stages.append(Stage(reduction, cells, is_cell=True))
+            stages.append(Stage(reduction, cells, checkpoint_downsample=True))
         super().__init__(PadToMultiple(32), stages, dims, nn.Identity(), in_chans, **dd, **kwargs)
-
-    def group_matcher(self, coarse: bool = False) -> dict:
-        return dict(
-            stem=r"^stages\.0\.downsample",
-            blocks=r"^stages\.(\d+)" if coarse else [
-                (r"^stages\.(\d+)\.downsample", (-1,)),
-                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-            ],
-        )
 
 
 # Published name -> ours, tried in this order.
@@ -229,12 +229,7 @@ _RENAMES = [
     (r"^layers\.(\d+)\.RC\.", r"stages.\1.downsample."),
     (r"^layers\.(\d+)\.NC\.(\d+)\.", r"stages.\1.blocks.\2."),
     (r"\.PRM\.convs\.(\d+)\.0\.", r".prm.convs.\1."),
-    (r"\.PCM\.0\.", r".pcm.conv1."),
-    (r"\.PCM\.1\.", r".pcm.norm1."),
-    (r"\.PCM\.3\.", r".pcm.conv2."),
-    (r"\.PCM\.4\.", r".pcm.norm2."),
-    (r"\.PCM\.6\.", r".pcm.conv3."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+    *CELL_RENAMES,
 ]
 
 
@@ -254,10 +249,7 @@ def _create_vitaev2(variant: str, pretrained: bool = False, **kwargs) -> ViTAEv2
 
 def _cfg(**kwargs) -> dict:
     return imagenet_cfg(
-        first_conv=(
-            *(f"stages.0.downsample.prm.convs.{i}" for i in range(4)),
-            "stages.0.downsample.pcm.conv1",
-        ),
+        first_conv=CellNetwork.first_conv,
         paper_ids="arXiv:2202.10108",
         paper_name="ViTAEv2: Vision Transformer Advanced by Exploring Inductive Bias for Image Recognition and "
         "Beyond",

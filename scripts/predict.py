@@ -195,7 +195,8 @@ def task_of(args: argparse.Namespace) -> str:
         task = NetworkRecipe.of(checkpoint).task
         if task in WHOLE:
             return task
-        found = weights.unwrap(checkpoint, args.model_key)
+        key = args.model_key or weights.default_weights(checkpoint, args.checkpoint)[0]
+        found = weights.unwrap(checkpoint, key)
         return "segmentation" if is_segmenter(found) else "detection" if is_detector(found) else task
 
 

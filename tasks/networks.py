@@ -136,7 +136,7 @@ def load_checkpoint(
         model: The model, without wrappers.
         checkpoint: What was read from `source`.
         source: File or URL, for messages.
-        key: Which weights to take; None for the model's, or the EMA's where the run's best metric is of them.
+        key: Which weights to take; None for `storage.weights.default_weights`.
         new_classifier: Keep the model's own classifier where the checkpoint's has other classes, or another number.
         trained_on: Classes that the checkpoint should have been trained on.
 

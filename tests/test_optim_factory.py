@@ -7,7 +7,7 @@ import torch
 from timm.scheduler import create_scheduler_v2
 
 import models  # noqa: F401
-from optim_factory import OptimizerError, Schedule, ScheduleError, WarmupError, create_optimizer, scaled_lr
+from optim_factory import LengthError, OptimizerError, Schedule, ScheduleError, create_optimizer, scaled_lr
 from utils import UsageError
 
 
@@ -122,6 +122,13 @@ def test_cooldown(kind):
     assert [lr(step) for step in range(40, 50)] == pytest.approx([0.01] * 10)
 
 
+@pytest.mark.parametrize("kind", ["cosine", "poly", "tanh"])
+@pytest.mark.parametrize("total", [2, 3])
+def test_cooldown_after_one_step(kind, total):
+    lr = rates(Schedule(kind, total=total, cooldown=total - 1, min_lr=0.01))
+    assert [lr(step) for step in range(total)] == pytest.approx([1.0] + [0.01] * (total - 1))
+
+
 @pytest.mark.parametrize("power", [1.0, 0.9, 2.0])
 def test_poly_with_warmup(power):
     lr = rates(Schedule("poly", total=100, warmup=10, warmup_lr=1e-3, min_lr=0.01, power=power))
@@ -202,11 +209,11 @@ def test_layers_keep_their_share_of_the_learning_rate(kind):
      "min_lr 0.2 is above the learning rate of this batch size, 0.1"),
     (Schedule("poly", 10, 2, warmup_lr=0.3), ScheduleError,
      "warmup_lr 0.3 is above the learning rate of this batch size, 0.1"),
-    (Schedule("cosine", 10, 10), WarmupError, "a warm-up of 10 steps leaves nothing of the run's 10"),
-    (Schedule("step", 10, 12, milestones=[5]), WarmupError, "a warm-up of 12 steps leaves nothing of the run's 10"),
-    (Schedule("poly", 10, 4, cooldown=6), WarmupError,
+    (Schedule("cosine", 10, 10), LengthError, "a warm-up of 10 steps leaves nothing of the run's 10"),
+    (Schedule("step", 10, 12, milestones=[5]), LengthError, "a warm-up of 12 steps leaves nothing of the run's 10"),
+    (Schedule("poly", 10, 4, cooldown=6), LengthError,
      "a warm-up of 4 steps and a cool-down of 6 steps leave nothing of the run's 10"),
-    (Schedule("poly", 10, cooldown=10), WarmupError, "a cool-down of 10 steps leaves nothing of the run's 10"),
+    (Schedule("poly", 10, cooldown=10), LengthError, "a cool-down of 10 steps leaves nothing of the run's 10"),
 ])
 def test_schedules_that_cannot_be(schedule, error, message):
     with pytest.raises(error) as raised:

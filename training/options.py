@@ -170,10 +170,10 @@ class ScheduleOptions(Group):
     def times(self, epoch_length: int) -> dict[str, int | list[int]]:
         """Optimizer steps of warm-up and cool-down, and those at which "step" decays, as `Schedule` takes them."""
         milestones = self.decay_steps or [epoch * epoch_length for epoch in self.decay_epochs or []]
-        warmup, cooldown = self.total_warmup(epoch_length), self.cooldown_epochs * epoch_length
-        return dict(warmup=warmup, milestones=milestones, cooldown=cooldown)
+        cooldown = 0 if self.sched == "step" else self.cooldown_epochs * epoch_length
+        return dict(warmup=self.total_warmup(epoch_length), milestones=milestones, cooldown=cooldown)
 
-    def check_warmup(self):
+    def check_lengths(self):
         """Raises UsageError where nothing of a run is left between warm-up and cool-down; evaluation asks for none."""
         length, unit = (self.epochs, "epochs") if self.max_steps is None else (self.max_steps, "max_steps")
         warmup, of = (self.warmup_epochs, "epochs") if self.warmup_steps is None else (self.warmup_steps, "steps")
@@ -182,13 +182,12 @@ class ScheduleOptions(Group):
                 f"--warmup_{of} {warmup} must be less than --{unit} {length}; --warmup_{of} 0 trains without a warm-up",
                 [f"warmup_{of}", unit],
             )
-        both = (self.warmup_epochs or 0) + self.cooldown_epochs
-        if self.cooldown_epochs and self.max_steps is None and both >= self.epochs:
-            raise ContradictionError(
-                f"--warmup_epochs and --cooldown_epochs, together {both}, must be less than --epochs {self.epochs}; "
-                "--cooldown_epochs 0 trains without a cool-down",
-                ["warmup_epochs", "cooldown_epochs", "epochs"],
-            )
+        warmup = (self.warmup_steps is None and self.warmup_epochs) or 0
+        has_cooldown = self.cooldown_epochs and self.sched != "step" and self.max_steps is None
+        if has_cooldown and warmup + self.cooldown_epochs >= self.epochs:
+            names = [*(["warmup_epochs"] if warmup else []), "cooldown_epochs"]
+            asked = " and ".join(f"--{name} {getattr(self, name)}" for name in names)
+            raise ContradictionError(f"{asked} must be less than --epochs {self.epochs}", [*names, "epochs"])
 
 
 @dataclass(frozen=True)
@@ -243,7 +242,8 @@ class CheckpointOptions(Group):
     finetune: str | None = flag(None, "start from these weights; another class count gets a new classifier",
                                 type=path, metavar="CHECKPOINT")
     model_key: str | None = flag(None, "checkpoint key to load, for example model_ema (default: model, state_dict, or "
-                                       "the checkpoint itself)")
+                                       "the checkpoint itself; the EMA's where a run's best metric is theirs, or "
+                                       "timm's train.py wrote state_dict_ema)")
     save_every: int = flag(1, "epochs between two checkpoints", type=int, metavar="EPOCHS", check=at_least(1))
     save_every_steps: int | None = flag(None, "also save every STEPS optimizer steps", type=int, metavar="STEPS",
                                         check=at_least(1))
@@ -336,7 +336,7 @@ class Settings:
 
     def __post_init__(self):
         if not self.evaluation.eval:
-            self.schedule.check_warmup()
+            self.schedule.check_lengths()
             if self.checkpoint.patience is not None and self.evaluation.disable_eval:
                 raise UsageError("--patience waits for a better evaluation, which --disable_eval leaves out")
             if (self.checkpoint.patience or self.evaluation.eval_every) < self.evaluation.eval_every:

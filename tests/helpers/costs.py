@@ -1,4 +1,7 @@
-"""Parameters and GMACs at 224 of every network that was published; BViT's also those with the tokens of its code."""
+"""Parameters and GMACs at 224 of every network that was published; BViT's also those with the tokens of its code.
+
+GMACs are those that `helpers.published.gmacs` counts: with norms, which the published counts of ViTAE leave out.
+"""
 BIFORMER = {
     "biformer_tiny": (13_142_760, 2.23),
     "biformer_small": (25_536_232, 4.49),
@@ -14,7 +17,6 @@ DEBIFORMER = {
     "debiformer_small": (44_008_028, 5.44),
     "debiformer_base": (95_501_926, 11.74),
 }
-# GMACs by fvcore, which counts norms too.
 VITAE = {
     "vitae_tiny": (4_882_792, 1.77),
     "vitae_6m": (6_610_024, 2.17),

@@ -10,6 +10,7 @@ from timm.models._features_fx import create_feature_extractor
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 
 import models
+from helpers import ROOT
 from helpers.families import FAMILIES, SMALLEST, is_plain, shallow
 from tasks import networks
 
@@ -60,6 +61,11 @@ def channels(model, features):
 def of_the_image(model, features):
     """Features without the class token."""
     return features[:, model.num_prefix_tokens :] if output_fmt(model) == "NLC" else features
+
+
+def test_every_family_has_its_smallest_network():
+    files = {path.stem for path in (ROOT / "models").glob("[a-z]*.py")}
+    assert {timm.model_entrypoint(name).__module__.partition(".")[2] for name in FAMILIES} == files
 
 
 def test_names():
@@ -186,6 +192,16 @@ def test_gradient_checkpointing_changes_nothing(name):
     model.set_grad_checkpointing()
     for a, b in zip(plain, gradients(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_reentrant_gradient_checkpointing_trains_everything(name, monkeypatch):
+    """timm's switch, by which a part whose input needs no gradient would train nothing."""
+    monkeypatch.setattr("timm.layers.config._USE_REENTRANT_CKPT", True)
+    model = shallow(name, num_classes=4).train()
+    model.set_grad_checkpointing()
+    model(torch.randn(2, 3, 64, 64)).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", NAMES)

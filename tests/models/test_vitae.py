@@ -1,4 +1,5 @@
 import argparse
+import inspect
 import math
 
 import pytest
@@ -6,7 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
-from timm.optim import param_groups_weight_decay
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 from helpers import published
 from helpers.costs import VITAE as COSTS
@@ -14,6 +15,7 @@ from helpers.families import shallow
 from helpers.golden import image
 from helpers.published import assert_agrees, gmacs, published_state_dict, relative_error
 from models.vitae import KernelAttention, NormalCell, PlainCell, checkpoint_filter_fn, kernel_attention
+from storage.weights import MismatchError, load_weights
 from training.run import create_ema
 
 PLAIN = ["vitae_b", "vitae_l", "vitae_h"]
@@ -121,7 +123,7 @@ def test_kernel_attention_is_softmax_attention_of_many_random_features():
 @pytest.mark.parametrize("squared_length", [5.0, 31.0, 60.0, 300.0])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_kernel_attention_in_half_precision_is_that_in_float32(dtype, squared_length, autocast):
-    """Of inputs rounded to it: finite, however long keys are, though 1e-8 and most features are zero in float16."""
+    """Of inputs rounded to it: finite for long keys, though 1e-8 and most of their features are zero in float16."""
     half = [x.requires_grad_() for x in tokens(squared_length, count=50, dim=64, dtype=dtype)]
     exact = kernel_attention(*(x.detach().double() for x in half))
     with torch.autocast("cpu", dtype=dtype, enabled=autocast):
@@ -212,12 +214,12 @@ def test_dropout_of_the_reduction_cells_is_fixed():
     cell = narrow().stages[1].downsample.eval()
     assert cell(x).equal(cell(x))
     cell.train()
-    zeros = [module.register_forward_hook(lambda _, inputs, out: found.append((out == 0).float().mean()))
-             for module in (cell.attn.drop, cell.mlp.drop2)]
     found = []
+    for module in (cell.attn.drop, cell.mlp.drop2):
+        module.register_forward_hook(lambda _, inputs, out: found.append((out == 0).float().mean()))
     for _ in range(20):
         cell(x)
-    assert len(zeros) == 2 and torch.stack(found).mean().item() == pytest.approx(0.1, abs=0.01)
+    assert len(found) == 40 and torch.stack(found).mean().item() == pytest.approx(0.1, abs=0.01)
 
 
 def test_stochastic_depth_is_of_normal_cells():
@@ -342,6 +344,15 @@ def test_no_weight_decay_of_the_class_token_and_the_positions():
     assert not decayed & {id(model.cls_token), id(model.pos_embed)}
 
 
+def test_the_last_norm_is_trained_like_the_classifier():
+    """With layer decay, as that of timm's vision transformers is."""
+    model = plain(depth=3)
+    groups = param_groups_layer_decay(model, layer_decay=0.5)
+    scales = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
+    assert {scales[id(p)] for p in (*model.fc_norm.parameters(), *model.head.parameters())} == {1.0}
+    assert {scales[id(p)] for p in model.blocks[2].parameters()} == {0.5}
+
+
 @pytest.mark.parametrize("make", [narrow, plain])
 def test_initial_weights(make):
     model = make()
@@ -387,10 +398,14 @@ def test_names_not_order_decide(name, wrap):
     assert all(backwards[name] is value for name, value in ours.items())
 
 
-def test_weights_of_the_second_version_are_no_weights_of_the_first():
-    model = timm.create_model("vitae_tiny", device="meta")
-    found = checkpoint_filter_fn(published_state_dict("vitaev2_s"), model)
-    assert not set(model.state_dict()) <= set(found)
+@pytest.mark.parametrize("name,other", [
+    ("vitae_tiny", "vitaev2_s"), ("vitaev2_s", "vitae_tiny"), ("vitae_b", "vitae_s"),
+])
+def test_weights_of_another_kind_are_refused(name, other):
+    model = timm.create_model(name)
+    filter_fn = inspect.getmodule(type(model)).checkpoint_filter_fn
+    with pytest.raises(MismatchError, match=f"does not fit {name} with 1000 classes: .* is missing"):
+        load_weights(model, published_state_dict(other), filter_fn)
 
 
 def test_weights_for_another_image_size_are_resampled():
@@ -406,6 +421,20 @@ def test_weights_for_another_image_size_are_resampled():
         checkpoint_filter_fn(target.state_dict(), source)
 
 
+def test_published_positions_are_of_a_square_grid():
+    """Also where a network has as many of another one."""
+    weights = published_state_dict("vitae_b")
+    wide = timm.create_model("vitae_b", img_size=(112, 448), device="meta")
+    found = checkpoint_filter_fn(weights, wide)["pos_embed"]
+    published = weights["layers.0.RC.pos_embed"]
+    assert found.shape == published.shape
+    torch.testing.assert_close(found, resample_abs_pos_embed(published, new_size=(7, 28), old_size=(14, 14)))
+    own = checkpoint_filter_fn({"pos_embed": published}, wide)
+    assert own["pos_embed"] is published
+    square = checkpoint_filter_fn(weights, timm.create_model("vitae_b", device="meta"))
+    assert square["pos_embed"] is published
+
+
 def test_our_own_checkpoints_pass_the_filter_unchanged():
     for model in (narrow(), plain()):
         state = model.state_dict()
@@ -416,7 +445,7 @@ def test_our_own_checkpoints_pass_the_filter_unchanged():
     (narrow, dict(dims=(16, 32)), "dims must have one entry for each of the 3 stages"),
     (narrow, dict(dims=(16, 32, 64.0)), "dims must be a whole number, got 64.0"),
     (narrow, dict(dims=(1, 32, 64)), "dims must be at least 2, got 1"),
-    (narrow, dict(dims=(16, 32, 65), groups=1, num_heads=1), "dilations must divide the channels of the last stage 65"),
+    (narrow, dict(dims=(16, 32, 65)), r"the last of dims must be even, for its two dilations, got \(16, 32, 65\)"),
     (narrow, dict(num_heads=3), "num_heads must divide the cells' channels 64, got 3"),
     (narrow, dict(groups=3), "groups must divide the cells' channels 64, got 3"),
     (narrow, dict(groups=64, mlp_ratio=1.5), "groups must divide the convolutions' hidden channels 96, got 64"),

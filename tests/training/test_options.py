@@ -68,8 +68,9 @@ def test_no_flag_is_in_two_groups():
     (["--epochs", "3", "--warmup_epochs", "5"],
      "--warmup_epochs 5 must be less than --epochs 3; --warmup_epochs 0 trains without a warm-up"),
     (["--epochs", "5", "--warmup_epochs", "2", "--cooldown_epochs", "3"],
-     "--warmup_epochs and --cooldown_epochs, together 5, must be less than --epochs 5; --cooldown_epochs 0 trains "
-     "without a cool-down"),
+     "--warmup_epochs 2 and --cooldown_epochs 3 must be less than --epochs 5"),
+    (["--epochs", "5", "--warmup_steps", "2", "--cooldown_epochs", "5"],
+     "--cooldown_epochs 5 must be less than --epochs 5"),
     (["--min_lr", "101%"], "--min_lr must be 0% to 100%, got 101%"),
     (["--min_lr", "nan%"], "--min_lr must be 0% to 100%, got nan%"),
     (["--warmup_lr=-1%"], "--warmup_lr must be 0% to 100%, got -1%"),
@@ -105,6 +106,8 @@ def test_what_an_evaluation_does_not_ask():
 @pytest.mark.parametrize("options,total,warmup,milestones", [
     (dict(epochs=100), 1000, 50, []),
     (dict(epochs=100, cooldown_epochs=10), 1000, 50, []),
+    (dict(max_steps=85, cooldown_epochs=2), 85, 8, []),
+    (dict(epochs=2, sched="step", decay_epochs=[1], warmup_epochs=0, cooldown_epochs=2), 20, 0, [10]),
     (dict(epochs=12), 120, 12, []),
     (dict(epochs=12, warmup_epochs=5), 120, 50, []),
     (dict(epochs=1), 10, 1, []),
@@ -118,7 +121,7 @@ def test_what_an_evaluation_does_not_ask():
 def test_lengths_in_steps(options, total, warmup, milestones):
     asked = ScheduleOptions(**options)
     assert asked.total_steps(10) == total
-    cooldown = 10 * options.get("cooldown_epochs", 0)
+    cooldown = 0 if asked.sched == "step" else 10 * asked.cooldown_epochs
     assert asked.times(10) == dict(warmup=warmup, milestones=milestones, cooldown=cooldown)
 
 

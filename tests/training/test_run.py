@@ -843,6 +843,13 @@ def test_the_learning_rate_goes_by_steps(photos, tmp_path):
     assert rates == pytest.approx([peak * (1 - step / 8) ** 0.9 for step in (2, 5, 7)])
 
 
+def test_the_last_epochs_cool_down(photos, tmp_path):
+    schedule = ["--sched", "poly", "--epochs", "3", "--warmup_epochs", "0", "--cooldown_epochs", "1", "--min_lr", "1%"]
+    assert train(photos, tmp_path, *schedule) == 0
+    rates = [record["train_lr"] / (1e-2 * 4 / 512) for record in records(tmp_path)]
+    assert rates == pytest.approx([0.01 + 0.99 * (1 - 2 / 6), 0.01 + 0.99 * (1 - 5 / 6), 0.01])
+
+
 @pytest.mark.slow
 def test_epochs_of_the_schedule_are_steps(photos, tmp_path):
     """Warm-up and milestones in epochs and the same ones in steps are one run."""
