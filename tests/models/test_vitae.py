@@ -1,6 +1,7 @@
 import argparse
 import inspect
 import math
+import warnings
 
 import pytest
 import timm
@@ -385,6 +386,21 @@ def test_pretrained_from_a_published_file(name, tmp_path):
     for conv in [convs] if isinstance(convs, str) else convs:
         summed = expected[f"{conv}.weight"].sum(1, keepdim=True)
         torch.testing.assert_close(other.state_dict()[f"{conv}.weight"], summed)
+
+
+def test_published_weights_of_other_classes(tmp_path):
+    """As those of ImageNet-22K: the network has as many, and its classifier."""
+    file = published_file("vitae_tiny")
+    classifier = file["state_dict_ema"]
+    for leaf in ("weight", "bias"):
+        classifier[f"module.head.{leaf}"] = classifier[f"module.head.{leaf}"][:21].clone()
+    torch.save(file, tmp_path / "published.pth")
+    overlay = dict(file=str(tmp_path / "published.pth"))
+    for kwargs in ({}, dict(num_classes=21)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            model = timm.create_model("vitae_tiny", pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+        assert model.head.fc.weight.equal(classifier["module.head.weight"])
 
 
 @pytest.mark.parametrize("name", [*STAGES, "vitae_b"])

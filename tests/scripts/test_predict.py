@@ -146,6 +146,14 @@ def test_the_ema_weights_of_a_run_whose_best_metric_is_theirs(trained, tmp_path,
     assert by_default == ema != own and err == ""
 
 
+def test_a_checkpoint_of_timms_that_holds_its_ema_weights_alone(trained, tmp_path, capfd):
+    write_images(tmp_path, "a.png")
+    weights = torch.load(trained, weights_only=True)["model"]
+    torch.save(dict(arch="biformer_nano", state_dict_ema=weights), tmp_path / "ema.pth")
+    code, _, err = run(capfd, "--checkpoint", tmp_path / "ema.pth", tmp_path / "a.png", "--model", "biformer_nano")
+    assert code == 0 and f"{tmp_path}/ema.pth: the EMA weights are taken, as timm takes them\n" in err
+
+
 def test_what_is_not_finite(photos, trained, tmp_path, capfd):
     image = sorted((photos / "val").rglob("*.*"))[0]
     for value, message in ((float("nan"), "weights are NaN or infinite, head.fc.weight first"),
