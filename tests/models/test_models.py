@@ -37,7 +37,7 @@ def create(name, **kwargs):
     """
     torch.manual_seed(0)
     if name in NAMES and (name not in FAMILIES or name in SMALLER):
-        kwargs = SMALLER.get(name, dict(depths=(2, 2, 2, 2))) | kwargs
+        kwargs = SMALLER.get(name, dict(depths=(1, 1, 1, 1))) | kwargs
     return timm.create_model(name, **kwargs)
 
 
@@ -165,7 +165,7 @@ def test_factory_keywords(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_layer_groups(name):
-    model = create(name)
+    model = timm.create_model(name, device="meta")
     groups = timm.models.group_parameters(model, model.group_matcher())
     grouped = [parameter for group in groups.values() for parameter in group]
     assert sorted(grouped) == sorted(n for n, _ in model.named_parameters())
@@ -215,8 +215,8 @@ def test_autocast_has_no_nan(name):
 
 @pytest.mark.compile
 @pytest.mark.parametrize("name", [
-    *(name for name in FAMILIES if name != "debiformer_nano"),
-    pytest.param("debiformer_tiny", marks=pytest.mark.long), pytest.param("biformer_stl", marks=pytest.mark.long),
+    SMALLEST, "bvit_5m", "vitae_tiny", "vitae_b",
+    *(pytest.param(name, marks=pytest.mark.long) for name in ("biformer_stl", "debiformer_tiny", "vitaev2_s")),
 ])
 def test_compiles_into_one_graph(name, fresh_compiler):
     """Also where sizes change, which torch.compile then takes for symbols: the image's stay numbers."""
@@ -395,6 +395,7 @@ def test_reset_classifier_resets_the_token_head():
 
 
 @pytest.mark.compile
+@pytest.mark.long
 def test_a_token_head_compiles_into_one_graph(fresh_compiler):
     model = shallow(SMALLEST, num_classes=4, token_head=True).train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -373,7 +373,7 @@ def published_file(name):
     return dict(state_dict=own, state_dict_ema=ema, epoch=299, arch=name, args=argparse.Namespace(lr=5e-4))
 
 
-@pytest.mark.parametrize("name", ["vitae_tiny", "vitae_b"])
+@pytest.mark.parametrize("name", ["vitae_tiny", pytest.param("vitae_b", marks=pytest.mark.long)])
 def test_pretrained_from_a_published_file(name, tmp_path):
     path = tmp_path / "model_best.pth.tar"
     torch.save(published_file(name), path)

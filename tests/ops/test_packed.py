@@ -157,7 +157,9 @@ def test_operators_pass_opcheck(name):
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", ["dense", *(
+    pytest.param(name, marks=pytest.mark.long) for name in OPERATORS if name != "dense"
+)])
 def test_compiles_into_one_graph_and_exports(name):
     size, regions, topk = OPERATORS[name]
     attention = module(regions, topk)
