@@ -59,8 +59,8 @@ def test_torch_export_of_any_size(name):
     assert_runs(program.module(), model, SIZES)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["biformer_nano", DEBIFORMER])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["biformer_nano", "debiformer_nano"])
 def test_torch_export_of_multiples_of_32(name):
     """By PyTorch's defaults: then sizes have to be above those at which a region is one token wide."""
     model = shallow(name)
@@ -71,8 +71,8 @@ def test_torch_export_of_multiples_of_32(name):
     assert_runs(run, model, [(2, 256, 256), (1, 448, 320), (3, 256, 352)])
 
 
-@pytest.mark.parametrize("name", ["biformer_nano", *(pytest.param(name, marks=pytest.mark.long) for name in
-                                                     ("biformer_stl", *FAMILIES[1:]))])
+@pytest.mark.long
+@pytest.mark.parametrize("name", [*FAMILIES, "biformer_stl"])
 def test_exports_to_onnx(name, tmp_path):
     """By the lines of docs/models.md, for any batch and size."""
     model = shallow(name)

@@ -23,6 +23,7 @@ CASES = {
 }
 # Small, for operators are called many times over.
 OPERATORS = {"by list": ((8, 8), 2, 1), "dense": ((6, 6), 3, 5)}
+EACH_OPERATOR = ["dense", pytest.param("by list", marks=pytest.mark.long)]
 
 
 def module(regions, topk, heads=2, **kwargs):
@@ -147,7 +148,7 @@ def op_arguments(name, requires_grad=True):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", EACH_OPERATOR)
 def test_operators_pass_opcheck(name):
     torch.library.opcheck(torch.ops.routed_attention.packed.default, op_arguments(name))
     arguments = op_arguments(name, requires_grad=False)
@@ -157,9 +158,7 @@ def test_operators_pass_opcheck(name):
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("name", ["dense", *(
-    pytest.param(name, marks=pytest.mark.long) for name in OPERATORS if name != "dense"
-)])
+@pytest.mark.parametrize("name", EACH_OPERATOR)
 def test_compiles_into_one_graph_and_exports(name):
     size, regions, topk = OPERATORS[name]
     attention = module(regions, topk)

@@ -292,6 +292,7 @@ def test_a_comparison(photos, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_runs_at_once_are_as_one_after_the_other(photos, tmp_path, capsys):
     """The short runs, then what they choose."""
     plan = write_plan(tmp_path / "plan.yaml", runs=dict(small=dict(model="resnet10t")))
@@ -411,6 +412,7 @@ def test_a_comparison_that_is_stopped_resumes(photos, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_comparison_ends_when_its_time_is_over(photos, tmp_path, capsys):
     plan = write_plan(tmp_path / "plan.yaml", lr=[0.004], epochs=10_000, speed="logged")
     words = [str(plan), "--data_path", str(photos), "--output_dir", str(tmp_path / "out"), "--minutes", "0.3"]
