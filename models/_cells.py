@@ -225,9 +225,6 @@ class BaseNormalCell(nn.Module):
 class CellNetwork(HierarchicalNetwork):
     """Stages that each begin with a reduction of the map, the first of which is the stem."""
 
-    # `first_conv` of default configs.
-    first_conv = (*(f"stages.0.downsample.prm.convs.{i}" for i in range(4)), "stages.0.downsample.pcm.conv1")
-
     def group_matcher(self, coarse: bool = False) -> dict:
         return dict(
             stem=r"^stages\.0\.downsample",
@@ -238,6 +235,8 @@ class CellNetwork(HierarchicalNetwork):
         )
 
 
+# The convolutions that see the image, for default configs.
+FIRST_CONVS = (*(f"stages.0.downsample.prm.convs.{i}" for i in range(4)), "stages.0.downsample.pcm.conv1")
 # Published name -> ours, in the convolutions of normal cells and in the classifier.
 CELL_RENAMES = [
     (r"\.PCM\.0\.", r".pcm.conv1."),

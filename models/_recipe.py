@@ -25,9 +25,7 @@ def size_kwargs(name: str, input_size: ImageSize) -> dict[str, Any]:
 
 
 def count_classes(weights: dict[str, torch.Tensor], cfg: PretrainedCfg) -> int | None:
-    """The number of classes of the classifier among weights that have timm's names, or those that our families were
-    published under; None where it is not there.
-    """
+    """Classes of the classifier, under timm's name or a published one of our families; None where there is none."""
     names = (cfg.classifier,) if isinstance(cfg.classifier, str) else tuple(cfg.classifier or ())
     names += _PUBLISHED_CLASSIFIERS
     found = [weights[f"{name}.weight"] for name in names if f"{name}.weight" in weights]

@@ -16,6 +16,7 @@ from torch import nn
 
 from ._cells import (
     CELL_RENAMES,
+    FIRST_CONVS,
     Attention,
     BaseNormalCell,
     BaseReductionCell,
@@ -233,13 +234,24 @@ class PlainCell(NormalCell):
         return x + self.drop_path3(self.mlp(self.norm2(x)))
 
 
-def _check_cells(dim: int, num_heads: int, groups: int, mlp_ratio: float):
-    """Raises ValueError unless normal cells of width `dim` can have these heads, convolutions and MLPs."""
+def make_cells(
+    cell_cls: type[NormalCell], depth: int, drop_path_rate: float, dim: int, num_heads: int, groups: int,
+    mlp_ratio: float, **dd,
+) -> list[NormalCell]:
+    """`depth` normal cells, with stochastic depth that grows linearly from 0 to `drop_path_rate`.
+
+    Raises:
+        ValueError: Heads or groups do not divide the channels, or a number is out of range or no whole one.
+    """
+    check_whole(0, depth=depth)
+    check_rates(drop_path_rate=drop_path_rate)
     check_whole(num_heads=num_heads, groups=groups)
     check_positive(mlp_ratio=mlp_ratio)
     check_divides("num_heads", num_heads, "the cells' channels", dim)
     check_divides("groups", groups, "the cells' channels", dim)
     check_divides("groups", groups, "the convolutions' hidden channels", int(mlp_ratio * dim))
+    rates = calculate_drop_path_rates(drop_path_rate, depth)
+    return [cell_cls(dim, num_heads, groups, mlp_ratio, drop_path, **dd) for drop_path in rates]
 
 
 class ViTAE(CellNetwork):
@@ -290,20 +302,14 @@ class ViTAE(CellNetwork):
         dtype=None,
     ):
         check_whole(in_chans=in_chans, embed_dim=embed_dim)
-        check_whole(0, depth=depth)
-        check_rates(drop_path_rate=drop_path_rate)
         check_per_stage(3, check=partial(check_whole, 2), dims=dims)
         if dims[2] % len(DILATIONS[2]):
             raise ValueError(f"the last of dims must be even, for its two dilations, got {dims}")
-        _check_cells(dims[2], num_heads, groups, mlp_ratio)
         dd = dict(device=device, dtype=dtype)
         first = ReductionCell(in_chans, embed_dim, dims[0], DILATIONS[0], is_first=True, **dd)
         second = ReductionCell(dims[0], embed_dim, dims[1], DILATIONS[1], **dd)
         third = PyramidReduction(dims[1], dims[2] // len(DILATIONS[2]), 3, 2, DILATIONS[2], **dd)
-        cells = [
-            NormalCell(dims[2], num_heads, groups, mlp_ratio, drop_path, **dd)
-            for drop_path in calculate_drop_path_rates(drop_path_rate, depth)
-        ]
+        cells = make_cells(NormalCell, depth, drop_path_rate, dims[2], num_heads, groups, mlp_ratio, **dd)
         stages = [
             Stage(first, [], checkpoint_downsample=True),
             Stage(second, [], checkpoint_downsample=True),
@@ -352,15 +358,9 @@ class PlainViTAE(PlainNetwork):
         **kwargs,
     ):
         check_whole(in_chans=in_chans, embed_dim=embed_dim)
-        check_whole(0, depth=depth)
-        check_rates(drop_path_rate=drop_path_rate)
-        _check_cells(embed_dim, num_heads, groups, mlp_ratio)
         dd = dict(device=device, dtype=dtype)
         patch_embed = embed_patches(in_chans, embed_dim, **dd)
-        cells = [
-            PlainCell(embed_dim, num_heads, groups, mlp_ratio, drop_path, **dd)
-            for drop_path in calculate_drop_path_rates(drop_path_rate, depth)
-        ]
+        cells = make_cells(PlainCell, depth, drop_path_rate, embed_dim, num_heads, groups, mlp_ratio, **dd)
         fc_norm = nn.LayerNorm(embed_dim, eps=1e-6, **dd)
         super().__init__(
             nn.Identity(), patch_embed, cells, nn.Identity(), fc_norm, img_size, in_chans, **dd, **kwargs
@@ -420,7 +420,7 @@ def _cfg(**kwargs) -> dict:
     common = dict(
         pool_size=(14, 14),
         crop_pct=0.9,
-        first_conv=CellNetwork.first_conv,
+        first_conv=FIRST_CONVS,
         paper_ids="arXiv:2106.03348",
         paper_name="ViTAE: Vision Transformer Advanced by Exploring Intrinsic Inductive Bias",
         origin_url="https://github.com/ViTAE-Transformer/ViTAE-Transformer",

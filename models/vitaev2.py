@@ -12,6 +12,7 @@ from torch import nn
 
 from ._cells import (
     CELL_RENAMES,
+    FIRST_CONVS,
     Attention,
     BaseNormalCell,
     BaseReductionCell,
@@ -249,7 +250,7 @@ def _create_vitaev2(variant: str, pretrained: bool = False, **kwargs) -> ViTAEv2
 
 def _cfg(**kwargs) -> dict:
     return imagenet_cfg(
-        first_conv=CellNetwork.first_conv,
+        first_conv=FIRST_CONVS,
         paper_ids="arXiv:2202.10108",
         paper_name="ViTAEv2: Vision Transformer Advanced by Exploring Inductive Bias for Image Recognition and "
         "Beyond",

@@ -1,6 +1,6 @@
 """Parameters and GMACs at 224 of every network that was published; BViT's also those with the tokens of its code.
 
-GMACs are those that `helpers.published.gmacs` counts: with norms, which the published counts of ViTAE leave out.
+GMACs as `helpers.published.gmacs` counts them: norms included, unlike ViTAE's published counts.
 """
 BIFORMER = {
     "biformer_tiny": (13_142_760, 2.23),

@@ -23,6 +23,20 @@ def is_plain(model: torch.nn.Module) -> bool:
     return isinstance(model, (models.BViT, models.PlainViTAE))
 
 
+def are_channels_last(model: torch.nn.Module, images: torch.Tensor) -> list[bool]:
+    """Whether each convolution's input, and its output, is channels last; two of each convolution's call."""
+    seen = []
+
+    def look(module, inputs, output):
+        seen.extend(x.is_contiguous(memory_format=torch.channels_last) for x in (*inputs, output))
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(look)
+    model(images)
+    return seen
+
+
 def shallow(name: str, **kwargs: Any) -> torch.nn.Module:
     """A network of one block in each stage, or of two where that is all that it has."""
     smaller = next(value for start, value in _SHALLOW.items() if name.startswith(start))

@@ -12,7 +12,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 from helpers import published
 from helpers.costs import VITAE as COSTS
-from helpers.families import shallow
+from helpers.families import are_channels_last, shallow
 from helpers.golden import image
 from helpers.published import assert_agrees, gmacs, published_state_dict, relative_error
 from models.vitae import KernelAttention, NormalCell, PlainCell, checkpoint_filter_fn, kernel_attention
@@ -51,7 +51,7 @@ def test_agrees_with_the_published_network(name, kwargs):
 
 
 def test_the_plain_network_agrees_with_the_published_one():
-    """Its one map is that of the patches after the last cell."""
+    """Its only map: the patches after the last cell."""
     model, golden = load_published(timm.create_model("vitae_b"), "vitae_b"), published.golden_tensors("vitae_b")
     with torch.inference_mode():
         features, (last,) = model.forward_intermediates(image(224, 224), indices=1)
@@ -303,17 +303,9 @@ def test_an_image_on_its_side(make, size):
 
 @pytest.mark.parametrize("size", [(64, 96), (70, 96)])
 def test_convolutions_read_and_write_channels_last(size):
-    seen = []
-
-    def look(module, inputs, output):
-        seen.extend(x.is_contiguous(memory_format=torch.channels_last) for x in (*inputs, output))
-
     model = narrow(features_only=True).eval()
-    convs = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
-    for conv in convs:
-        conv.register_forward_hook(look)
-    model(torch.randn(2, 3, *size))
-    assert len(seen) == 2 * len(convs) and all(seen)
+    seen = are_channels_last(model, torch.randn(2, 3, *size))
+    assert len(seen) == 2 * sum(isinstance(m, torch.nn.Conv2d) for m in model.modules()) and all(seen)
 
 
 def test_positions_are_resampled_for_other_sizes():

@@ -6,6 +6,7 @@ import torch
 
 import models
 from helpers.costs import VITAEV2 as COSTS
+from helpers.families import are_channels_last
 from helpers.published import assert_agrees, gmacs, published_state_dict
 from models._cells import Attention
 from models.vitaev2 import NormalCell, WindowAttention, checkpoint_filter_fn
@@ -122,17 +123,9 @@ def test_full_attention(value_skip):
 @pytest.mark.parametrize("size", [(64, 96), (70, 96)])
 def test_convolutions_read_and_write_channels_last(size):
     """In features_only too, which leaves out the model's own forward."""
-    seen = []
-
-    def look(module, inputs, output):
-        seen.extend(x.is_contiguous(memory_format=torch.channels_last) for x in (*inputs, output))
-
     model = shallow(features_only=True).eval()
-    convs = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
-    for conv in convs:
-        conv.register_forward_hook(look)
-    model(torch.randn(2, 3, *size))
-    assert len(seen) == 2 * len(convs) and all(seen)
+    seen = are_channels_last(model, torch.randn(2, 3, *size))
+    assert len(seen) == 2 * sum(isinstance(m, torch.nn.Conv2d) for m in model.modules()) and all(seen)
 
 
 def test_stochastic_depth_is_of_normal_cells():
